@@ -11,14 +11,52 @@ Rules that hold for every store and every layer, checked by `tests/store_contrac
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Final, Literal
 
 from relay.content.chunk import Chunk
 from relay.content.identity import ChunkId
 
 PIECE = 256 << 10
 """Bytes. Stored chunks stream in pieces of about this size."""
+
+LockName = Literal["serve", "sweep"]
+"""What one process at a time may do with a store. Writing needs no such lock: names are contents."""
+
+DOCUMENT_NAME_MAX: Final = 512
+"""Characters of a whole document name."""
+
+_SEGMENT: Final = re.compile(r"[a-z0-9_][a-z0-9._+-]{0,199}", re.ASCII)
+_RESERVED: Final = frozenset({"chunks", "blobs", "tmp", "quarantine", "lost+found"})
+
+
+def document_name(name: str) -> str:
+    """`name`, if it is a plain relative path of a folder and at least one more segment.
+
+    Lower case only, because a store may lie on a file system that folds case. A segment cannot begin with a dot, so
+    neither `..` nor hidden files can be said; the stores' own folders cannot be named either.
+
+    Raises:
+        ValueError: it is not.
+    """
+    segments = name.split("/")
+    plain = len(name) <= DOCUMENT_NAME_MAX and all(_SEGMENT.fullmatch(segment) for segment in segments)
+    if not plain or len(segments) < 2 or segments[0] in _RESERVED:
+        raise ValueError(f"not a document name: {name[:120]!r}")
+    return name
+
+
+def document_folder(prefix: str) -> str:
+    """`prefix`, if it is empty (everything) or a plain folder that documents may lie in.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if prefix:
+        document_name(f"{prefix}/x")
+    return prefix
 
 
 class StoredChunk(ABC):
@@ -105,8 +143,8 @@ class ChunkSweeper(ChunkWriter):
 class Documents(ABC):
     """Small named files beside the chunks: manifests, pointers, leases. The truth that the catalog is a cache of.
 
-    Names are relative paths of lower-case segments (`manifests/<hex>`, `packages/<id>/<version>`); a name that is
-    not plain is refused with `ValueError` before a path is built.
+    Names are relative paths of lower-case segments (`manifests/<hex>`, `packages/<id>/<version>`); a name that
+    `document_name` refuses is a `ValueError` before a path is built.
     """
 
     @abstractmethod
@@ -127,7 +165,7 @@ class Documents(ABC):
 
     @abstractmethod
     async def list(self, prefix: str) -> list[str]:
-        """Names of all documents below the folder `prefix`, sorted."""
+        """Names of all documents below the folder `prefix` (`""`: of all there are), sorted."""
 
 
 class Blobs(ABC):
@@ -147,7 +185,13 @@ class Blobs(ABC):
 
     @abstractmethod
     def read(self, sha256: str) -> AsyncIterator[bytes]:
-        """The bytes in pieces. Raises `ChunkMissing`."""
+        """The bytes in pieces of at most `PIECE`; the last one is held back until all of them have the right SHA-256.
+
+        Raises:
+            ChunkMissing: not here.
+            ChunkInvalid: damaged; it has been put aside. Earlier pieces may have been handed out: cut the answer off.
+            StoreError: the medium failed.
+        """
 
     @abstractmethod
     async def remove(self, sha256: str) -> None:

@@ -1,0 +1,34 @@
+# Two commands do all of their own set-up on a fresh Debian-like machine: `make demo` and `make test`.
+
+PYTHON := .venv/bin/python
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: demo test soak lint types bench clean
+
+demo:
+	@deploy/setup.sh dnsmasq
+	@$(PYTHON) deploy/demo/demo.py
+
+test:
+	@deploy/setup.sh dnsmasq nginx curl zip unzip strace
+	@$(PYTHON) -m pytest
+
+soak:
+	@deploy/setup.sh dnsmasq nginx curl zip unzip strace
+	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -m "soak or not soak"
+
+lint:
+	@deploy/setup.sh
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+types:
+	@deploy/setup.sh
+	@.venv/bin/mypy
+
+bench:
+	@deploy/setup.sh nginx curl unzip
+	@$(PYTHON) -m benchmarks.road
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo

@@ -1,0 +1,220 @@
+"""`waystation agent …`"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay.config import home
+from relay.console import json_option, print_json, progress_bars, run, size, table, token_file_option
+from relay.errors import UsageError
+
+_home_option = click.option(
+    "--home", "home_folder", metavar="DIR", help="The agent's own folder. [default: agent in $WAYSTATION_HOME]"
+)
+_relay_option = click.option(
+    "--relay", "relays", multiple=True, metavar="URL", help="Ask only this relay (may be repeated), in place of DNS."
+)
+
+
+@click.group()
+def agent() -> None:
+    """A machine: its keys, the relays it finds, the trees it installs."""
+
+
+@agent.command(epilog="Example: waystation agent init --trust trust.json --site fra --domain example.net")
+@_home_option
+@click.option("--trust", "trust_file", metavar="FILE", help="The origin's trust.json; this agent believes its keys.")
+@click.option("--name", help="Of this machine. [default: the host name]")
+@click.option("--site", help="Where this machine stands, as DNS calls it.")
+@click.option("--domain", help="Where the relays' SRV records are.")
+@click.option("--resolver", metavar="HOST:PORT", help="DNS server to ask in place of the system's.")
+@click.option("--scheme", type=click.Choice(["https", "http"]), help="How relays found by SRV are spoken to.")
+@click.option("--relay", "relays", multiple=True, metavar="URL", help="A relay for where there is no DNS.")
+@json_option
+def init(home_folder: str | None, trust_file: str | None, as_json: bool, **settings: Any) -> None:
+    """Make this agent's keys and its configuration; prints the fingerprint that the environment file names."""
+    import socket
+
+    import yaml
+
+    from agent.keys import make_agent_keys
+    from relay.durable import write_durably
+    from relay.trust.keys import parse_pins
+
+    folder = _home(home_folder)
+    pins = _read(trust_file) if trust_file else None
+    if pins is not None:
+        parse_pins(pins)
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value}
+    values.setdefault("name", socket.gethostname())
+    identity = make_agent_keys(folder)
+    write_durably(os.path.join(folder, "agent.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
+    if pins is not None:
+        write_durably(os.path.join(folder, "trust.json"), pins)
+    if as_json:
+        print_json({"format": 1, "name": values["name"], "fingerprint": identity.fingerprint, "home": folder})
+        return
+    click.echo(f"agent {values['name']} in {folder}")
+    click.echo(f"fingerprint {identity.fingerprint}")
+    if pins is None:
+        click.echo("it believes no key yet: put the origin's trust.json beside agent.yaml", err=True)
+
+
+@agent.command(epilog="Example: waystation agent pull Acme.Web 1.4.2 --root /srv/webshop --switch")
+@click.argument("id")
+@click.argument("version")
+@click.option("--root", required=True, metavar="DIR", help="Builds DIR/releases/VERSION-ULID.")
+@click.option("--digest", metavar="sha256:HEX", help="The manifest's digest: needs no signature, and may still be arriving.")
+@click.option("--switch", is_flag=True, help="Let DIR/current name the new tree in the end.")
+@_relay_option
+@_home_option
+@token_file_option
+@json_option
+def pull(
+    id: str,
+    version: str,
+    root: str,
+    digest: str | None,
+    switch: bool,
+    relays: tuple[str, ...],
+    home_folder: str | None,
+    token_file: str | None,
+    as_json: bool,
+) -> None:
+    """Bring a package from the closest relay, verified and durable, beside what runs. Again: goes on, or is done."""
+    from dataclasses import asdict
+
+    from agent import pull as story
+    from agent.state import AgentState
+
+    request = story.parse_request(id, version, root, digest, switch=switch)
+    state = AgentState(_home(home_folder))
+
+    async def bring() -> story.Pulled:
+        with progress_bars() as bar:
+            async with _sources(state, relays, token_file) as sources:
+                return await story.pull(request, state, sources, state.pins(), progress=bar(f"{id} {version}"))
+
+    result = run(bring())
+    if as_json:
+        print_json({"format": 1} | asdict(result))
+        return
+    if result.already:
+        click.echo(f"{result.package} {result.version} is already at {result.tree}")
+    else:
+        click.echo(f"{result.package} {result.version} is at {result.tree} ({result.seconds:.1f} s)")
+        click.echo(_origin_of(result))
+    for name, why in result.failed.items():
+        click.echo(f"left {name}: {why}", err=True)
+    if switch:
+        click.echo("current names it now" if result.switched else "current named it already")
+
+
+@agent.command(epilog="Example: waystation agent relays")
+@_relay_option
+@_home_option
+@token_file_option
+@json_option
+def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, as_json: bool) -> None:
+    """Show the relays in the order in which this agent asks them, and why in that order."""
+    from agent.nearest import UNKNOWN
+    from agent.state import AgentState
+
+    state = AgentState(_home(home_folder))
+
+    async def look() -> dict[str, Any]:
+        async with _sources(state, relays, token_file) as sources:
+            failed = await sources.measure(everything=True)
+            healths = sources.healths
+            return {
+                "format": 1,
+                "notes": list(sources.notes),
+                "relays": [
+                    {
+                        "url": ranked.source.url,
+                        "found_by": ranked.source.origin,
+                        "priority": ranked.source.priority,
+                        "weight": ranked.source.weight,
+                        "usable": ranked.usable,
+                        "first_byte_seconds": healths.get(ranked.source.url, UNKNOWN).first_byte,
+                        "goodput_bytes_per_second": healths.get(ranked.source.url, UNKNOWN).goodput,
+                        "why": ranked.why,
+                        "error": failed.get(ranked.source.url, ""),
+                    }
+                    for ranked in sources.ranking()
+                ],
+            }
+
+    document = run(look())
+    if as_json:
+        print_json(document)
+        return
+    rows = [[str(n), r["url"], r["error"] or r["why"]] for n, r in enumerate(document["relays"], 1)]
+    click.echo(table(["", "relay", "why"], rows) if rows else "no relay is known")
+    for note in document["notes"]:
+        click.echo(note, err=True)
+
+
+@agent.command(epilog="Example: waystation agent verify --root /srv/webshop")
+@click.option("--root", metavar="DIR", help="Only the trees below DIR.")
+@_home_option
+@json_option
+def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
+    """Compare every installed tree with its manifest, every byte. Exit code 1 where one differs."""
+    from agent.state import AgentState
+    from agent.tree import check_tree
+
+    state = AgentState(_home(home_folder))
+    trees = []
+    for record in state.trees():
+        if root is not None and record.root != os.path.abspath(root):
+            continue
+        manifest = state.manifest(record)
+        if manifest is None:
+            differences = [{"path": "", "problem": "its manifest is lost: pull it again"}]
+        else:
+            differences = [{"path": path, "problem": what} for path, what in check_tree(record.path, manifest)]
+        trees.append(
+            {"package": record.package, "version": record.version, "tree": record.path, "differences": differences}
+        )
+    bad = [tree for tree in trees if tree["differences"]]
+    if as_json:
+        print_json({"format": 1, "trees": trees})
+        return 1 if bad else 0
+    for tree in trees:
+        click.echo(f"{'differs' if tree['differences'] else 'whole'}  {tree['package']} {tree['version']}  {tree['tree']}")
+        for difference in tree["differences"]:
+            click.echo(f"    {difference['path']}: {difference['problem']}")
+    if not trees:
+        click.echo("no tree is installed")
+    return 1 if bad else 0
+
+
+def _sources(state: Any, relays: tuple[str, ...], token_file: str | None) -> Any:
+    from agent.sources import Sources
+
+    return Sources(state.config(), Path(state.home) / "relays.json", relays=relays, token_file=token_file)
+
+
+def _origin_of(result: Any) -> str:
+    told = [f"{size(result.from_disk_bytes)} from trees already here"] if result.from_disk_bytes else []
+    if result.resumed_bytes:
+        told.append(f"{size(result.resumed_bytes)} from the interrupted pull")
+    told += [f"{size(tally['bytes'])} from {name}" for name, tally in result.from_relays.items()]
+    return f"  {size(result.tree_bytes)}: " + ", ".join(told or ["nothing was needed"])
+
+
+def _home(given: str | None) -> str:
+    return os.path.abspath(given) if given else os.path.join(home(), "agent")
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 20)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error

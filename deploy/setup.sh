@@ -1,0 +1,76 @@
+#!/bin/sh
+# Makes .venv and installs Waystation and its tools into it; installs the programs that the demo and the tests start.
+# As root on Debian it installs what is missing with apt; otherwise it says what is missing and stops.
+# Usage: deploy/setup.sh [PROGRAM…]
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*" >&2; }
+
+# Program → the Debian package that holds it.
+debian_package() {
+    case "$1" in
+        dnsmasq) echo dnsmasq-base ;;
+        nginx) echo nginx-light ;;
+        zip | unzip | curl | strace | haproxy) echo "$1" ;;
+        *) echo "$1" ;;
+    esac
+}
+
+find_python() {
+    for name in python3.11 python3.12 python3.13 python3; do
+        if command -v "$name" >/dev/null 2>&1 &&
+            "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+}
+
+is_there() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1; }
+
+apt_updated=
+apt_install() {
+    if [ -z "$apt_updated" ]; then
+        DEBIAN_FRONTEND=noninteractive apt-get update -qq >&2
+        apt_updated=yes
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
+}
+
+can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
+
+missing=
+for program in "$@"; do
+    is_there "$program" || missing="$missing $(debian_package "$program")"
+done
+if [ -n "$missing" ]; then
+    if can_apt; then
+        say "installing:$missing"
+        # shellcheck disable=SC2086 - a list of package names
+        apt_install $missing
+    else
+        say "missing programs; install these packages and start again:$missing"
+        say "  for example: sudo apt-get install$missing"
+        exit 1
+    fi
+fi
+
+python=$(find_python)
+if [ -z "$python" ] && can_apt; then
+    apt_install python3 python3-venv
+    python=$(find_python)
+fi
+if [ -z "$python" ]; then
+    say "missing: Python 3.11 or newer with venv (Debian: python3 python3-venv)"
+    exit 1
+fi
+
+wanted=$(cksum <pyproject.toml)
+if [ ! -x .venv/bin/waystation ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
+    say "installing Waystation into .venv"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+    printf '%s' "$wanted" >.venv/.installed
+fi

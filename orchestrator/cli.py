@@ -1,0 +1,389 @@
+"""`waystation package …` and `waystation trust …`"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from relay.config import home
+from relay.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
+from relay.errors import RefusedError, UsageError, WaystationError
+
+_depot_option = click.option(
+    "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
+)
+_trust_option = click.option(
+    "--trust", "trust_folder", metavar="DIR", help="Folder of the keys. [default: trust in $WAYSTATION_HOME]"
+)
+
+
+@click.group()
+def trust() -> None:
+    """Keys: the package key signs what may be installed, the order key what may run."""
+
+
+@trust.command(epilog="Example: waystation trust init")
+@_trust_option
+@json_option
+def init(trust_folder: str | None, as_json: bool) -> None:
+    """Make the package key, the order key, and trust.json, which every agent pins. Never overwrites a key."""
+    from orchestrator.keyring import PINS_FILE, init_trust
+
+    folder = _trust_folder(trust_folder)
+    pins = init_trust(folder)
+    path = os.path.join(folder, PINS_FILE)
+    if as_json:
+        print_json(
+            {
+                "format": 1,
+                "trust": path,
+                "package": [key.fingerprint for key in pins.package],
+                "order": [key.fingerprint for key in pins.order],
+            }
+        )
+        return
+    click.echo(f"package key  {pins.package[0].fingerprint}")
+    click.echo(f"order key    {pins.order[0].fingerprint}")
+    click.echo(f"give {path} to every agent: waystation agent init --trust trust.json")
+
+
+@click.group()
+def package() -> None:
+    """Packages: into the depot, out of it, and to the relays."""
+
+
+@package.command(epilog="Example: waystation package pack ./publish --id Acme.Web --version 1.4.2")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--id", "id_text", required=True, help="Package id.")
+@click.option("--version", "version_text", required=True)
+@click.option("--authors", default="", help="For the nuspec. [default: the id]")
+@click.option("--description", default="", help="For the nuspec. [default: the id]")
+@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@json_option
+def pack(
+    folder: str, id_text: str, version_text: str, authors: str, description: str, output: str | None, as_json: bool
+) -> None:
+    """Make a nupkg of FOLDER. The same files give the same bytes, whenever and wherever."""
+    from relay.content.identity import NuGetVersion, PackageId
+    from relay.content.nupkg import pack as pack_folder
+
+    id, version = PackageId.parse(id_text), NuGetVersion.parse(version_text)
+    target = os.path.abspath(output or f"{id}.{version.normalized}.nupkg")
+    try:
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), prefix=".pack-", delete=False) as temporary:
+            try:
+                pack_folder(
+                    folder,
+                    temporary,  # type: ignore[arg-type] - it is the binary file that pack wants
+                    id=id,
+                    version=version,
+                    authors=authors or str(id),
+                    description=description or str(id),
+                )
+                os.fchmod(temporary.fileno(), 0o644)
+                os.rename(temporary.name, target)
+            except BaseException:
+                os.unlink(temporary.name)
+                raise
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from error
+    if as_json:
+        print_json({"format": 1, "file": target, "size": os.path.getsize(target)})
+    else:
+        click.echo(f"{target} ({size(os.path.getsize(target))})")
+
+
+@package.command(
+    epilog="Examples: waystation package add Acme.Web.1.4.2.nupkg; "
+    "waystation package add --feed https://feed.example/v3/index.json Acme.Web 1.4.2"
+)
+@click.argument("names", metavar="FILE... | ID VERSION", nargs=-1, required=True)
+@click.option("--feed", metavar="URL", help="Take ID VERSION from this V3 feed (its index.json).")
+@click.option("--sha512", metavar="HASH", help="With --feed: what the nupkg must hash to (hex or base64).")
+@click.option("--allow-host", "hosts", multiple=True, metavar="HOST", help="With --feed: the feed may lead there too.")
+@click.option("--allow-http", is_flag=True, help="With --feed: allow plain http beyond loopback.")
+@_depot_option
+@_trust_option
+@json_option
+def add(
+    names: tuple[str, ...],
+    feed: str | None,
+    sha512: str | None,
+    hosts: tuple[str, ...],
+    allow_http: bool,
+    depot: str | None,
+    trust_folder: str | None,
+    as_json: bool,
+) -> None:
+    """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
+    if feed and len(names) != 2:
+        raise UsageError("with --feed, name ID and VERSION", hint="For example: --feed URL Acme.Web 1.4.2")
+    if not feed and (sha512 or hosts or allow_http):
+        raise UsageError("--sha512, --allow-host and --allow-http go with --feed")
+
+    async def take() -> list[dict[str, Any]]:
+        from orchestrator.depot import open_depot
+        from orchestrator.keyring import load_signer
+        from relay.catalog import Provenance
+
+        signer = load_signer(_trust_folder(trust_folder), "package")
+        added = []
+        with progress_bars() as bar:
+            async with open_depot(_depot_location(depot)) as opened:
+                if feed:
+                    added.append(
+                        await _add_from_feed(opened, signer, feed, names, sha512, hosts, allow_http, bar(" ".join(names)))
+                    )
+                for path in () if feed else names:
+                    provenance = Provenance("added", os.path.basename(path))
+                    result = await opened.add(path, signer, provenance, progress=bar(os.path.basename(path)))
+                    added.append(_added(result))
+        return added
+
+    added = run(take())
+    if as_json:
+        print_json({"format": 1, "packages": added})
+        return
+    for entry in added:
+        what = "added" if entry["new"] else "was there"
+        click.echo(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
+
+
+async def _add_from_feed(
+    depot: Any,
+    signer: Any,
+    feed: str,
+    names: tuple[str, ...],
+    sha512: str | None,
+    hosts: tuple[str, ...],
+    allow_http: bool,
+    progress: Any,
+) -> dict[str, Any]:
+    from orchestrator.feed import FeedPolicy, download
+    from relay.catalog import Provenance
+    from relay.content.identity import NuGetVersion, PackageId, PackageRef
+
+    ref = PackageRef(PackageId.parse(names[0]), NuGetVersion.parse(names[1]))
+    policy = FeedPolicy(allow_hosts=tuple(hosts), allow_http=allow_http)
+    with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
+        path = os.path.join(folder, "package.nupkg")
+        got = await download(feed, ref.id, ref.version, path, sha512=sha512, policy=policy)
+        provenance = Provenance("added", got.source_url, got.verified_by)
+        result = await depot.add(path, signer, provenance, progress=progress, expected=ref)
+    return _added(result) | {"verified_by": got.verified_by}
+
+
+@package.command("list", epilog="Example: waystation package list --json")
+@_depot_option
+@json_option
+def list_(depot: str | None, as_json: bool) -> None:
+    """Show the packages in the depot."""
+
+    async def look() -> list[dict[str, Any]]:
+        from orchestrator.depot import open_depot
+
+        async with open_depot(_depot_location(depot)) as opened:
+            return [_pointer(pointer) for pointer in opened.catalog.all()]
+
+    packages = run(look())
+    if as_json:
+        print_json({"format": 1, "packages": packages})
+    elif packages:
+        rows = [[p["id"], p["version"], size(p["size"]), p["published"], p["provenance"]["source"]] for p in packages]
+        click.echo(table(["package", "version", "size", "since", "from"], rows, right=frozenset({2})))
+    else:
+        click.echo("the depot is empty: add a package with 'waystation package add FILE'")
+
+
+@package.command(epilog="Example: waystation package show Acme.Web 1.4.2")
+@click.argument("id")
+@click.argument("version")
+@_depot_option
+@json_option
+def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
+    """Show one package: digests, parts, chunks, and what its nuspec says."""
+
+    async def look() -> dict[str, Any]:
+        from orchestrator.depot import open_depot
+
+        async with open_depot(_depot_location(depot)) as opened:
+            pointer = opened.catalog.get(_ref(id, version))
+            manifest = await opened.manifest(pointer)
+            return _pointer(pointer) | {
+                "signed": bool(await opened.catalog.signature(manifest.id)),
+                "nupkg_sha512": manifest.nupkg.sha512,
+                "stream_bytes": manifest.stream_size,
+                "tree_bytes": manifest.tree_size,
+                "parts": len(manifest.parts),
+                "chunks": len(manifest.chunks),
+                "manifest_bytes": len(manifest.canonical),
+                "executable": [part.path for part in manifest.parts if part.executable],
+                "metadata": manifest.body.metadata,
+            }
+
+    document = run(look())
+    if as_json:
+        print_json({"format": 1} | document)
+        return
+    click.echo(f"{document['id']} {document['version']}")
+    rows = [
+        ["manifest", document["manifest"]],
+        ["signed", "yes" if document["signed"] else "no"],
+        ["nupkg", f"{size(document['size'])}  sha256:{document['nupkg_sha256']}"],
+        ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
+        ["since", document["published"]],
+        ["from", f"{document['provenance']['how']} {document['provenance']['source']}".strip()],
+        ["description", str(document["metadata"].get("description", ""))[:200]],
+    ]
+    for name, value in rows:
+        click.echo(f"  {name:12} {printable(value)}")
+
+
+@package.command(epilog="Example: waystation package remove Acme.Web 1.4.2")
+@click.argument("id")
+@click.argument("version")
+@_depot_option
+@json_option
+def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
+    """Take a package out of the depot. Relays and machines keep what they have."""
+
+    async def take_out() -> dict[str, Any]:
+        from orchestrator.depot import open_depot
+
+        async with open_depot(_depot_location(depot)) as opened:
+            return _pointer(await opened.remove(_ref(id, version)))
+
+    removed = run(take_out())
+    if as_json:
+        print_json({"format": 1, "removed": removed})
+    else:
+        click.echo(f"removed {removed['id']} {removed['version']} from the depot")
+
+
+@package.command(
+    epilog="Example: waystation package replicate Acme.Web 1.4.2 --relay https://relay.fra.example:7443 "
+    "--relay https://relay.iad.example:7443"
+)
+@click.argument("id")
+@click.argument("version")
+@click.option("--relay", "relays", multiple=True, required=True, metavar="URL", help="May be repeated.")
+@click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
+@_depot_option
+@token_file_option
+@json_option
+def replicate(
+    id: str,
+    version: str,
+    relays: tuple[str, ...],
+    patience: float,
+    depot: str | None,
+    token_file: str | None,
+    as_json: bool,
+) -> int:
+    """Send a package to relays, each only what it lacks, all at once. Running it again sends nothing."""
+    results, errors = run(_replicate_all(id, version, relays, patience, depot, token_file))
+    if as_json:
+        failed = [{"relay": url, "error": error.message} for url, error in errors.items()]
+        print_json({"format": 1, "id": id, "version": version, "relays": results, "failed": failed})
+    else:
+        rows = [
+            [
+                r["relay"],
+                f"{r['chunks_sent']} of {r['chunks']}",
+                size(r["wire_bytes"]),
+                f"{100 * r['wire_bytes'] / max(r['package_bytes'], 1):.1f} %",
+                f"{r['seconds']:.1f} s",
+            ]
+            for r in results
+        ]
+        if rows:
+            click.echo(
+                table(["relay", "chunks sent", "on the wire", "of the nupkg", "took"], rows, right=frozenset({2, 3, 4}))
+            )
+        for url, error in errors.items():
+            click.echo(f"{url}: {printable(str(error))}", err=True)
+    return 1 if errors else 0
+
+
+async def _replicate_all(
+    id: str, version: str, urls: tuple[str, ...], patience: float, depot: str | None, token_file: str | None
+) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    from orchestrator.depot import open_depot
+    from relay.client import RelayClient, token_from
+    from relay.replicate import replicate as send
+
+    if len(set(urls)) != len(urls):
+        raise UsageError("a relay is named twice")
+    token = token_from(token_file)
+    results: list[dict[str, Any]] = []
+    errors: dict[str, WaystationError] = {}
+    with progress_bars() as bar:
+        async with open_depot(_depot_location(depot)) as opened:
+            ref = _ref(id, version)
+            manifest = await opened.manifest(opened.catalog.get(ref))
+            signature = await opened.catalog.signature(manifest.id)
+            if not signature:
+                raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
+            known = await opened.other_versions(ref)
+
+            async def to(url: str) -> None:
+                try:
+                    async with RelayClient(url, token=token) as client:
+                        done = await send(
+                            manifest,
+                            signature,
+                            opened.store.chunks,
+                            client,
+                            known=known,
+                            progress=bar(url),
+                            patience=patience,
+                        )
+                    results.append(asdict(done))
+                except WaystationError as error:
+                    errors[url] = error
+
+            await asyncio.gather(*(to(url) for url in urls))
+    return sorted(results, key=lambda r: urls.index(r["relay"]) if r["relay"] in urls else 0), errors
+
+
+def _added(result: Any) -> dict[str, Any]:
+    return _pointer(result.pointer) | {
+        "new": result.new,
+        "chunks": len(result.manifest.chunks),
+        "chunks_stored": result.chunks_stored,
+    }
+
+
+def _pointer(pointer: Any) -> dict[str, Any]:
+    return {
+        "id": pointer.id,
+        "version": pointer.version,
+        "manifest": f"sha256:{pointer.manifest}",
+        "nupkg_sha256": pointer.nupkg_sha256,
+        "size": pointer.size,
+        "published": pointer.published,
+        "provenance": {
+            "how": pointer.provenance.how,
+            "source": pointer.provenance.source,
+            "verified_by": pointer.provenance.verified_by,
+        },
+    }
+
+
+def _ref(id: str, version: str) -> Any:
+    from relay.content.identity import NuGetVersion, PackageId, PackageRef
+
+    return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+
+
+def _depot_location(given: str | None) -> str:
+    return given or f"disk:{os.path.join(home(), 'depot')}"
+
+
+def _trust_folder(given: str | None) -> str:
+    return os.path.abspath(given) if given else os.path.join(home(), "trust")

@@ -1,0 +1,227 @@
+"""The depot: the orchestrator's own store, and where packages enter it. A nupkg becomes parts, chunks and a signed manifest.
+
+Order keeps it safe: chunks durable first, then the nupkg itself, then the manifest, and the name that lists it last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from relay.catalog import Catalog, Pointer, Provenance
+from relay.content import chunking
+from relay.content.chunk import Chunk
+from relay.content.chunking import PartDigest
+from relay.content.identity import PackageRef
+from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
+from relay.content.nupkg import Entry, read_nuspec, read_part, walk
+from relay.content.nuspec import Nuspec
+from relay.errors import MetadataError, NotFoundError, UsageError
+from relay.stores.locations import Store, open_store
+from relay.trust.envelopes import PackageStatement, sign_package
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+BATCH_BYTES = 8 << 20
+"""Chunks made durable in one go."""
+_READ = 1 << 20
+_EXECUTABLE_STARTS = (b"\x7fELF", b"#!")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of the tree stream that are stored, bytes of the whole)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What adding a nupkg came to."""
+
+    pointer: Pointer
+    manifest: Manifest
+    new: bool
+    """False where the same nupkg was there already."""
+    chunks_stored: int
+
+
+class Depot:
+    """Packages of one store, with the manifests and signatures that vouch for them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.catalog = Catalog(store.documents)
+
+    async def add(
+        self,
+        path: str,
+        signer: CryptoSigner,
+        provenance: Provenance,
+        *,
+        progress: Progress | None = None,
+        expected: PackageRef | None = None,
+    ) -> Added:
+        """Take a nupkg in, chunked and signed. Adding the same one again changes nothing but a missing signature.
+
+        Raises:
+            MetadataError: also where it is another package than `expected`.
+            ArchiveError: it is not a nupkg that may enter.
+            ConflictError: its id and version stand for other bytes already.
+            UsageError: the file cannot be read.
+            StoreError: the medium failed.
+        """
+        with _open(path) as file:
+            digests = await asyncio.to_thread(_digest, file)
+            entries, nuspec = await asyncio.to_thread(_read_directory, file)
+            ref = PackageRef(nuspec.id, nuspec.version)
+            if expected is not None and ref != expected:
+                raise MetadataError(f"the file is {ref}, where {expected} was expected")
+            there = self.catalog.check_name(ref, digests.sha256)
+            if there is not None:
+                manifest = await self.manifest(there)
+                await self._sign(manifest, signer)
+                return Added(there, manifest, new=False, chunks_stored=0)
+            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, progress)
+        await self.store.blobs.put_file(digests.sha256, path)
+        await self._sign(manifest, signer)
+        return Added(await self.catalog.publish(manifest, provenance), manifest, new=True, chunks_stored=stored)
+
+    async def manifest(self, pointer: Pointer) -> Manifest:
+        """The manifest behind a pointer. Raises `NotFoundError` where the store lost it."""
+        manifest = await self.catalog.manifest(pointer.manifest_id)
+        if manifest is None:
+            raise NotFoundError(
+                f"the manifest of {pointer.ref} is damaged or gone", hint="Remove the package and add it again"
+            )
+        return manifest
+
+    async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
+        """Manifests of the newest other versions of the same id, newest first."""
+        pointers = [p for p in reversed(self.catalog.of_id(ref.id)) if p.ref != ref][:limit]
+        found = await self.catalog.manifests_of(p.manifest_id for p in pointers)
+        return [found[p.manifest_id] for p in pointers if p.manifest_id in found]
+
+    async def remove(self, ref: PackageRef) -> Pointer:
+        """Take a package out of the list, and its nupkg off the disk. Chunks stay until a sweep."""
+        pointer = await self.catalog.remove(ref)
+        if not any(other.nupkg_sha256 == pointer.nupkg_sha256 for other in self.catalog.all()):
+            await self.store.blobs.remove(pointer.nupkg_sha256)
+        return pointer
+
+    async def _sign(self, manifest: Manifest, signer: CryptoSigner) -> None:
+        statement = PackageStatement(
+            id=str(manifest.package.id),
+            version=manifest.package.version.normalized,
+            manifest=manifest.id,
+            nupkg_sha256=manifest.nupkg.sha256,
+        )
+        await self.catalog.keep_manifest(manifest, await asyncio.to_thread(sign_package, statement, signer))
+
+    async def _store_chunks(
+        self,
+        file: BinaryIO,
+        entries: list[Entry],
+        ref: PackageRef,
+        nuspec: Nuspec,
+        digests: NupkgDigests,
+        progress: Progress | None,
+    ) -> tuple[Manifest, int]:
+        """Cut, and while one batch is made durable already cut the next."""
+        cutter = _Cutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
+        whole, done, stored = sum(entry.size for entry in entries), 0, 0
+        batch = await asyncio.to_thread(cutter.next_batch)
+        while batch:
+            fresh = await self._lacking(batch)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.store.chunks.put_many(fresh))
+                following = group.create_task(asyncio.to_thread(cutter.next_batch))
+            stored += len(fresh)
+            done += sum(chunk.size for chunk in batch)
+            if progress:
+                progress(done, whole)
+            batch = following.result()
+        return await asyncio.to_thread(cutter.manifest), stored
+
+    async def _lacking(self, batch: list[Chunk]) -> list[Chunk]:
+        here = await self.store.chunks.has_many(chunk.id for chunk in batch)
+        return list({chunk.id: chunk for chunk in batch if chunk.id not in here}.values())
+
+
+@asynccontextmanager
+async def open_depot(location: str) -> AsyncIterator[Depot]:
+    """The depot at `location`, its catalog loaded. Raises `UsageError`, `StoreError`."""
+    store = await open_store(location)
+    try:
+        depot = Depot(store)
+        await depot.catalog.load()
+        yield depot
+    finally:
+        await store.close()
+
+
+class _Cutter:
+    """Turns one nupkg into batches of chunks, and in the end into its manifest. Blocking."""
+
+    def __init__(self, file: BinaryIO, entries: list[Entry], builder: ManifestBuilder) -> None:
+        self._file = file
+        self._entries = sorted(entries, key=lambda entry: chunking.stream_key(entry.path))
+        self._builder = builder
+        self._starts: dict[str, bytes] = {}
+        self._cuts = chunking.cut(self._entries, lambda e: e.path, lambda e: e.size, self._read)
+
+    def next_batch(self) -> list[Chunk]:
+        """Some `BATCH_BYTES` of chunks in stream order; empty at the end."""
+        batch: list[Chunk] = []
+        size = 0
+        for found in self._cuts:
+            if isinstance(found, PartDigest):
+                self._builder.saw_part(found)
+                continue
+            self._builder.saw_chunk(found)
+            batch.append(found)
+            size += found.size
+            if size >= BATCH_BYTES:
+                break
+        return batch
+
+    def manifest(self) -> Manifest:
+        return self._builder.build(self._entries, [self._is_executable(entry) for entry in self._entries])
+
+    def _read(self, entry: Entry) -> Iterator[bytes]:
+        start = b""
+        for piece in read_part(self._file, entry):
+            if len(start) < 4:
+                start += piece[:4]
+            yield piece
+        self._starts[entry.path] = start[:4]
+
+    def _is_executable(self, entry: Entry) -> bool:
+        return entry.executable_bit or self._starts.get(entry.path, b"").startswith(_EXECUTABLE_STARTS)
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="Expected the path of a .nupkg file") from error
+
+
+def _digest(file: BinaryIO) -> NupkgDigests:
+    sha256, sha512 = hashlib.sha256(), hashlib.sha512()
+    size = 0
+    file.seek(0)
+    while piece := file.read(_READ):
+        sha256.update(piece)
+        sha512.update(piece)
+        size += len(piece)
+    return NupkgDigests(size, sha256.hexdigest(), b64encode(sha512.digest()).decode())
+
+
+def _read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
+    entries = list(walk(file))
+    return entries, read_nuspec(file, entries)
+
+

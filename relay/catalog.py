@@ -1,0 +1,208 @@
+"""Which packages are here. Manifests and pointers are documents in the store; this is a cache over them, filled by a scan.
+
+    manifests/<sha256>          the canonical manifest
+    signatures/<sha256>         the DSSE envelope that came with it
+    packages/<id>/<version>     the pointer: this id and version is that manifest, since when and from where
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+from relay.content import manifest as manifests
+from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.content.manifest import Manifest
+from relay.errors import ConflictError, ManifestError, NotFoundError
+from relay.stores.contract import Documents
+
+_CACHED_BYTES = 32 << 20
+"""Canonical bytes of the manifests kept parsed."""
+
+How = Literal["added", "replicated", "pushed", "mirrored"]
+
+
+class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a package came here, and what vouched for its bytes then."""
+
+    how: How
+    source: str = ""
+    verified_by: str = ""
+
+
+class Pointer(msgspec.Struct, frozen=True):
+    """One published package."""
+
+    id: str
+    version: str
+    manifest: str
+    nupkg_sha256: str
+    size: int
+    """Bytes of the nupkg."""
+    published: str
+    """UTC, ISO 8601."""
+    provenance: Provenance
+
+    @property
+    def ref(self) -> PackageRef:
+        return PackageRef(PackageId.parse(self.id), NuGetVersion.parse(self.version))
+
+    @property
+    def manifest_id(self) -> ManifestId:
+        return ManifestId(parse_digest(self.manifest))
+
+
+class Catalog:
+    """Published packages and known manifests of one store."""
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        self._pointers: dict[tuple[str, str], Pointer] = {}
+        self._parsed: OrderedDict[ManifestId, Manifest] = OrderedDict()
+        self._loading: dict[ManifestId, asyncio.Task[Manifest | None]] = {}
+
+    async def load(self) -> None:
+        """Read every pointer again. The store is the truth; this may be called at any time."""
+        found: dict[tuple[str, str], Pointer] = {}
+        for name in await self._documents.list("packages"):
+            raw = await self._documents.read(name)
+            if raw is not None:
+                pointer = msgspec.json.decode(raw, type=Pointer)
+                found[pointer.ref.key] = pointer
+        self._pointers = found
+
+    # --- packages
+
+    def all(self) -> list[Pointer]:
+        """Every published package, by id and then version."""
+        return sorted(self._pointers.values(), key=lambda p: (p.ref.id.key, p.ref.version))
+
+    def of_id(self, id: PackageId) -> list[Pointer]:
+        return [pointer for pointer in self.all() if pointer.ref.id == id]
+
+    def find(self, ref: PackageRef) -> Pointer | None:
+        return self._pointers.get(ref.key)
+
+    def get(self, ref: PackageRef) -> Pointer:
+        """Raises `NotFoundError`, naming what versions there are."""
+        pointer = self.find(ref)
+        if pointer is not None:
+            return pointer
+        versions = [str(p.version) for p in self.of_id(ref.id)]
+        hint = f"Here are: {', '.join(versions[-5:])}" if versions else "No version of it is here"
+        raise NotFoundError(f"{ref} is not here", hint=hint)
+
+    def check_free(self, manifest: Manifest) -> Pointer | None:
+        """The pointer that says the same already, or None where the name is free. Raises as `check_name`."""
+        return self.check_name(manifest.package, manifest.nupkg.sha256)
+
+    def check_name(self, ref: PackageRef, nupkg_sha256: str) -> Pointer | None:
+        """As `check_free`, before there is a manifest.
+
+        Raises:
+            ConflictError: the id and version stand for another nupkg.
+        """
+        there = self.find(ref)
+        if there is not None and there.nupkg_sha256 != nupkg_sha256:
+            raise ConflictError(
+                f"{ref} is here already with other bytes "
+                f"(nupkg sha256 {there.nupkg_sha256[:16]}…, this one {nupkg_sha256[:16]}…)",
+                hint="A version never changes its bytes: give the new build a new version",
+            )
+        return there
+
+    async def publish(self, manifest: Manifest, provenance: Provenance) -> Pointer:
+        """Make it visible. All its chunks must be durable already. Doing it again changes nothing.
+
+        Raises:
+            ConflictError: the id and version stand for another nupkg.
+        """
+        there = self.check_free(manifest)
+        if there is not None:
+            return there
+        pointer = Pointer(
+            id=str(manifest.package.id),
+            version=manifest.package.version.normalized,
+            manifest=manifest.id,
+            nupkg_sha256=manifest.nupkg.sha256,
+            size=manifest.nupkg.size,
+            published=datetime.now(UTC).isoformat(timespec="seconds"),
+            provenance=provenance,
+        )
+        name = _pointer_name(manifest.package)
+        if not await self._documents.create(name, msgspec.json.encode(pointer)):
+            # Another process of this store was first: what it wrote counts.
+            await self.load()
+            return self.check_free(manifest) or pointer
+        self._pointers[manifest.package.key] = pointer
+        return pointer
+
+    async def remove(self, ref: PackageRef) -> Pointer:
+        """Take the package out of sight. Its chunks stay until a sweep. Raises `NotFoundError`."""
+        pointer = self.get(ref)
+        await self._documents.remove(_pointer_name(ref))
+        self._pointers.pop(ref.key, None)
+        return pointer
+
+    # --- manifests
+
+    async def keep_manifest(self, manifest: Manifest, signature: bytes) -> None:
+        """Durable, not listed. The last envelope that came with it is the one that is handed on."""
+        await self._documents.create(f"manifests/{manifest.id}", manifest.canonical)
+        if signature and await self.signature(manifest.id) != signature:
+            await self._documents.write(f"signatures/{manifest.id}", signature)
+        self._remember(manifest)
+
+    async def manifest(self, id: ManifestId) -> Manifest | None:
+        """A manifest that is kept here, parsed; one load however many ask."""
+        if id in self._parsed:
+            self._parsed.move_to_end(id)
+            return self._parsed[id]
+        task = self._loading.get(id)
+        if task is None:
+            task = self._loading[id] = asyncio.create_task(self._load_manifest(id))
+            task.add_done_callback(lambda _: self._loading.pop(id, None))
+        return await asyncio.shield(task)
+
+    async def signature(self, id: ManifestId) -> bytes:
+        """The DSSE envelope, empty where there is none."""
+        return await self._documents.read(f"signatures/{id}") or b""
+
+    async def manifests_of(self, ids: Iterable[ManifestId]) -> dict[ManifestId, Manifest]:
+        """Those of `ids` that are kept here."""
+        found = {id: await self.manifest(id) for id in ids}
+        return {id: manifest for id, manifest in found.items() if manifest is not None}
+
+    async def _load_manifest(self, id: ManifestId) -> Manifest | None:
+        raw = await self._documents.read(f"manifests/{id}")
+        if raw is None:
+            return None
+        manifest = await asyncio.to_thread(_parse_kept, raw, id)
+        if manifest is not None:
+            self._remember(manifest)
+        return manifest
+
+    def _remember(self, manifest: Manifest) -> None:
+        self._parsed[manifest.id] = manifest
+        self._parsed.move_to_end(manifest.id)
+        while len(self._parsed) > 1 and sum(len(m.canonical) for m in self._parsed.values()) > _CACHED_BYTES:
+            self._parsed.popitem(last=False)
+
+
+def _parse_kept(raw: bytes, id: ManifestId) -> Manifest | None:
+    """A kept manifest that is damaged counts as absent: it can be offered again."""
+    try:
+        return manifests.parse_named(raw, id)
+    except ManifestError:
+        return None
+
+
+def _pointer_name(ref: PackageRef) -> str:
+    return f"packages/{ref.id.key}/{ref.version.url}"
+
+

@@ -1,0 +1,106 @@
+"""`waystation relay …`"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from relay.config import RelayConfig, home, load_yaml
+from relay.console import json_option, print_json, run, size, token_file_option
+from relay.errors import UsageError
+
+
+@click.group()
+def relay() -> None:
+    """The cache in one datacenter or office: it stores, serves, and is never trusted."""
+
+
+@relay.command(epilog="Example: waystation relay serve --config /etc/waystation/relay.yaml")
+@click.option("--config", "config_file", metavar="FILE", help="relay.yaml; options given here win over it.")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen. [default: 127.0.0.1:7400]")
+@click.option("--store", metavar="LOCATION", help="Where to keep packages, e.g. disk:/var/lib/waystation.")
+@click.option("--site", metavar="NAME", help="What DNS calls this place.")
+@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
+def serve(config_file: str | None, log_level: str, **options: str | None) -> None:
+    """Serve until SIGTERM, then let running requests end.
+
+    Prints one line with its URL when it is ready. Without tokens in its configuration it listens on loopback only.
+    """
+    import logging
+
+    from relay.server.app import serve as serve_relay
+
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise UsageError(f"--log-level {log_level!r}: expected debug, info, warning or error")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    config: RelayConfig = load_yaml(config_file, RelayConfig) if config_file else RelayConfig()
+    values: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    values.setdefault("store", config.store or f"disk:{os.path.join(home(), 'relay')}")
+    import msgspec
+
+    config = msgspec.structs.replace(config, **values)
+    run(serve_relay(config, lambda url: click.echo(f"relay ready at {url}")))
+
+
+@relay.command(epilog="Example: waystation relay token read agent --config /etc/waystation/relay.yaml --name fra-agents")
+@click.argument("scopes", metavar="SCOPE...", nargs=-1, required=True)
+@click.option("--config", "config_file", metavar="FILE", help="Add the token's hash to this relay.yaml.")
+@click.option("--days", default=90, show_default=True, help="Life of the token.")
+@click.option("--name", default="", help="For people: whose it is.")
+def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str) -> None:
+    """Make a bearer token. It is printed once, on standard output; only its hash is kept.
+
+    SCOPE is one or more of: read (packages), write (packages, implies read), agent (poll and report, implies read),
+    order (post orders, read reports).
+    """
+    from datetime import UTC, datetime
+
+    import msgspec
+    import yaml
+
+    from relay.server.tokens import append_token, make_token
+
+    text, record = make_token(scopes, datetime.now(UTC), days, name)
+    if config_file:
+        append_token(config_file, record)
+        click.echo(f"added to {config_file}; a running relay reads it at its next start", err=True)
+    else:
+        click.echo("put this into relay.yaml:", err=True)
+        click.echo(yaml.safe_dump({"tokens": [msgspec.to_builtins(record)]}, sort_keys=False), err=True)
+    click.echo(text)
+
+
+@relay.command(epilog="Example: waystation relay status --relay https://relay.fra.example:7443")
+@click.option("--relay", "url", required=True, metavar="URL")
+@token_file_option
+@json_option
+def status(url: str, token_file: str | None, as_json: bool) -> None:
+    """Ask a relay how it is, and what it holds."""
+    document = run(_status(url, token_file))
+    if as_json:
+        print_json(document)
+        return
+    click.echo(f"{document['relay']}: {document['status']}{', site ' + document['site'] if document['site'] else ''}")
+    for entry in document["packages"]:
+        click.echo(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
+
+
+async def _status(url: str, token_file: str | None) -> dict[str, Any]:
+    from relay.client import RelayClient, token_from
+
+    async with RelayClient(url, token=token_from(token_file)) as client:
+        health = await client.health()
+        packages = await client.packages()
+    return {
+        "format": 1,
+        "relay": client.url,
+        "status": health.status,
+        "site": health.site,
+        "packages": [
+            {"id": str(p.package.id), "version": str(p.package.version), "manifest": f"sha256:{p.manifest}", "size": p.size}
+            for p in packages
+        ],
+    }

@@ -1,0 +1,501 @@
+"""The only speaker of the /v1 protocol. Timeouts, retries and the translation of errors live here.
+
+What comes back is parsed and bounded; chunks come back verified. Errors follow the roots of `relay.errors`:
+the road (`UnreachableError`), the bytes (`UntrustedError`), or a rule of the relay (`RefusedError`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import stamina
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from relay import wire
+from relay.content import manifest as manifests
+from relay.content.frames import BundleDecoder, Event
+from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.content.json import JsonTooDeepError, check_depth
+from relay.content.manifest import Manifest
+from relay.content.ranges import Ranges, in_order
+from relay.errors import (
+    ConflictError,
+    FrameError,
+    ManifestError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+    UntrustedError,
+    UsageError,
+)
+from relay.traffic import Traffic, header_bytes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """How long a client bears with a relay. Seconds and bytes."""
+
+    connect_seconds: float = 5.0
+    answer_seconds: float = 60.0
+    """From the request to the head of its answer."""
+    window_seconds: float = 30.0
+    """A body must bring `window_bytes` in every such stretch of time."""
+    window_bytes: int = 30 << 10
+    attempts: int = 3
+    """Tries of a small request."""
+
+
+class TokenRefusedError(RefusedError):
+    """The relay does not take this token, or wants one."""
+
+
+class MissingChunksError(ConflictError):
+    """A publish came too early: these ranges are not at the relay yet."""
+
+    def __init__(self, missing: Ranges) -> None:
+        super().__init__("the relay still lacks chunks of this package")
+        self.missing = missing
+
+
+class LeaseLostError(RefusedError):
+    """The relay does not know the lease (any more): offer again."""
+
+
+class TooSlowError(UnreachableError):
+    """The relay sends, but below the minimum rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagePointer:
+    """Where an id and version point to at a relay, with the envelope that says so (empty: none)."""
+
+    package: PackageRef
+    manifest: ManifestId
+    signature: bytes
+    size: int
+    """Bytes of the nupkg."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestDocument:
+    """A manifest that has the digest it was asked by, with its envelope (empty: none)."""
+
+    manifest: Manifest
+    signature: bytes
+
+
+class RelayClient:
+    """One relay. Use it as an async context manager; safe for many tasks at once."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        connect_to: str | None = None,
+        limits: ClientLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Talk to the relay at `url` (`http` or `https`, no path), as bearer of `token`.
+
+        `connect_to` is an address to connect to in place of looking the host up; TLS and Host keep the name.
+
+        Raises:
+            UsageError: `url` is not such a URL.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+            raise UsageError(f"{url!r} is not a relay's URL", hint="Expected for example https://relay.example:7443")
+        if parts.username or parts.password:
+            raise UsageError("a relay's URL carries no credentials", hint="Give the token by file or environment")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self.traffic = Traffic()
+        self.limits = limits or ClientLimits()
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._connect_to = connect_to
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: which relay."""
+        return self.url
+
+    async def __aenter__(self) -> RelayClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # --- questions
+
+    async def health(self) -> wire.HealthAnswer:
+        return await self._json("GET", wire.HEALTH, wire.HealthAnswer)
+
+    async def wait_until_ready(self, patience: float) -> None:
+        """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""
+        async for attempt in stamina.retry_context(
+            on=UnreachableError, attempts=None, timeout=patience, wait_initial=0.2, wait_max=2.0
+        ):
+            with attempt:
+                await self._json("GET", wire.HEALTH, wire.HealthAnswer, attempts=1)
+
+    async def packages(self, id: PackageId | None = None) -> list[PackagePointer]:
+        """What is published there, of one id or of all."""
+        path = wire.PACKAGES if id is None else wire.PACKAGE_ID.format(id=id.key)
+        answer = await self._json("GET", path, wire.PackagesAnswer)
+        return [_pointer(entry) for entry in answer.packages]
+
+    async def package(self, id: PackageId, version: NuGetVersion) -> PackagePointer:
+        """One published package.
+
+        Raises:
+            NotFoundError: not published there.
+        """
+        path = wire.PACKAGE.format(id=id.key, version=version.url)
+        try:
+            return _pointer(await self._json("GET", path, wire.PackageAnswer))
+        except NotFoundError:
+            raise NotFoundError(f"{id} {version} is not at {self.url}") from None
+
+    async def manifest(self, id: ManifestId, base: Manifest | None = None) -> ManifestDocument:
+        """A manifest by its digest; with `base`, only what differs from it crosses the line.
+
+        Raises:
+            NotFoundError: not there.
+            ManifestError: what came is not that manifest.
+        """
+        params = {"base": f"sha256:{base.id}"} if base else {}
+        async with self._request("GET", wire.manifest_path(id), params=params) as response:
+            body = await self._body(response, wire.DOCUMENT_MAX)
+            used_base = base if response.headers.get("Waystation-Base") else None
+        try:
+            document = msgspec.msgpack.decode(body, type=wire.Document)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ManifestError(f"{self.url} answered with something that is no manifest document") from error
+        canonical = await asyncio.to_thread(
+            manifests.from_wire, document.manifest, used_base.canonical if used_base else None
+        )
+        return ManifestDocument(manifests.parse_named(canonical, id), document.signature)
+
+    # --- sending
+
+    async def offer(self, manifest: Manifest, signature: bytes, base: Manifest | None = None) -> wire.OfferAnswer:
+        """Hand the manifest over, unlisted; learn what is missing. Chunks that are there stay while the lease lives."""
+        document = wire.Document(
+            await asyncio.to_thread(manifests.to_wire, manifest.canonical, base.canonical if base else None), signature
+        )
+        return await self._json(
+            "PUT",
+            wire.manifest_path(manifest.id),
+            wire.OfferAnswer,
+            data=msgspec.msgpack.encode(document),
+            content_type=wire.DOCUMENT_TYPE,
+            params={"base": f"sha256:{base.id}"} if base else {},
+        )
+
+    async def missing(self, want: Sequence[wire.ChunkRanges], lease: str | None = None) -> tuple[wire.ChunkRanges, ...]:
+        request = wire.MissingRequest(want=tuple(want), lease=lease)
+        answer = await self._json("POST", wire.MISSING, wire.MissingAnswer, data=msgspec.json.encode(request))
+        return answer.missing
+
+    async def put_bundle(self, lease: str, body: AsyncIterator[bytes]) -> wire.BundleAnswer:
+        """Upload one bundle. Not retried here: ask what is missing, and send that.
+
+        Raises:
+            LeaseLostError: offer again first.
+        """
+
+        async def counted() -> AsyncIterator[bytes]:
+            async for piece in body:
+                self.traffic.sent += len(piece)
+                yield piece
+
+        return await self._json(
+            "PUT",
+            wire.BUNDLE_IN,
+            wire.BundleAnswer,
+            data=counted(),
+            content_type=wire.BUNDLE_TYPE,
+            params={"lease": lease},
+            attempts=1,
+            answer_seconds=None,
+        )
+
+    async def publish(self, manifest: Manifest) -> None:
+        """Make the package visible, now that all its chunks are there.
+
+        Raises:
+            MissingChunksError: some are not.
+            ConflictError: the id and version stand for another nupkg there.
+        """
+        ref = manifest.package
+        path = wire.PACKAGE.format(id=ref.id.key, version=ref.version.url)
+        body = msgspec.json.encode(wire.PublishRequest(manifest=manifest.id))
+        await self._json("PUT", path, wire.PackageAnswer, data=body)
+
+    # --- receiving
+
+    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncIterator[Event]:
+        """Chunks of `manifest` in this order, verified, as they come. Closing the iterator ends the request.
+
+        Raises:
+            FrameError: the relay broke the format, or sent what was not asked for.
+            UnreachableError: the road, or a relay below the minimum rate.
+        """
+        asked = set(indexes)
+        decoder = BundleDecoder(
+            resolve=lambda id: manifest if id == manifest.id else None,
+            wanted=lambda _, index: index in asked,
+        )
+        want = wire.ChunkRanges(manifest=manifest.id, ranges=in_order(indexes))
+        body = msgspec.json.encode(wire.BundleRequest(want=(want,)))
+        async with self._request("POST", wire.BUNDLE_OUT, data=body) as response:
+            if response.content_type != wire.BUNDLE_TYPE:
+                raise FrameError(f"{self.url} answered with {response.content_type[:60]!r} in place of a bundle")
+            async for piece in self._pieces(response):
+                try:
+                    await asyncio.to_thread(decoder.feed, piece)
+                finally:
+                    for event in decoder.events():
+                        yield event
+                if decoder.ended:
+                    break
+        decoder.finish()
+
+    # --- the ground
+
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        answer: type[T],
+        *,
+        data: Any = None,
+        content_type: str = wire.JSON,
+        params: dict[str, str] | None = None,
+        attempts: int | None = None,
+        answer_seconds: float | None = 0.0,
+    ) -> T:
+        async for attempt in stamina.retry_context(
+            on=_may_help, attempts=attempts or self.limits.attempts, timeout=None, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                async with self._request(
+                    method, path, data=data, content_type=content_type, params=params, answer_seconds=answer_seconds
+                ) as response:
+                    body = await self._body(response, wire.JSON_MAX)
+                    return self._decode(body, answer)
+        raise AssertionError("unreachable")  # pragma: no cover - the last attempt returns or raises
+
+    def _decode(self, body: bytes, answer: type[T]) -> T:
+        try:
+            check_depth(body, wire.JSON_DEPTH)
+            return msgspec.json.decode(body, type=answer)
+        except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
+            raise UntrustedError(f"{self.url} answered with something that is not the protocol's") from error
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: Any = None,
+        content_type: str = wire.JSON,
+        params: dict[str, str] | None = None,
+        answer_seconds: float | None = 0.0,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        session = self._open_session()
+        headers = {"Content-Type": content_type} if data is not None else {}
+        if isinstance(data, bytes):
+            self.traffic.sent += len(data)
+        wait = self.limits.answer_seconds if answer_seconds == 0.0 else answer_seconds
+        try:
+            async with asyncio.timeout(wait) as deadline:
+                async with session.request(
+                    method, path, data=data, headers=headers, params=params, allow_redirects=False
+                ) as response:
+                    deadline.reschedule(None)
+                    self._count_heads(method, path, response)
+                    if response.status >= 300:
+                        await self._raise_problem(response)
+                    yield response
+        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
+            raise UnreachableError(f"relay {self.url} cannot be reached: {_reason(error)}") from error
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} did not answer in time") from error
+        except aiohttp.ClientError as error:
+            raise UntrustedError(f"relay {self.url} does not speak the protocol: {_reason(error)}") from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            resolver = _FixedResolver(self._connect_to) if self._connect_to else None
+            connector = aiohttp.TCPConnector(
+                resolver=resolver, limit=64, ssl=self._tls or True, keepalive_timeout=10.0, ttl_dns_cache=10
+            )
+            self._session = aiohttp.ClientSession(
+                base_url=self.url,
+                connector=connector,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
+                auto_decompress=False,
+                read_bufsize=512 << 10,
+                trust_env=True,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            )
+        return self._session
+
+    def _count_heads(self, method: str, path: str, response: aiohttp.ClientResponse) -> None:
+        sent = ((k.encode(), v.encode()) for k, v in response.request_info.headers.items())
+        self.traffic.sent += header_bytes(f"{method} {path} HTTP/1.1", sent)
+        self.traffic.received += header_bytes(f"HTTP/1.1 {response.status} {response.reason}", response.raw_headers)
+
+    async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        # Only time spent waiting for the relay counts: a slow disk on our side is no fault of its.
+        waited, in_window = 0.0, 0
+        while True:
+            asked = time.monotonic()
+            try:
+                async with asyncio.timeout(self.limits.window_seconds - waited):
+                    piece = await response.content.readany()
+            except TimeoutError:
+                waited = self.limits.window_seconds
+            else:
+                if not piece:
+                    return
+                waited += time.monotonic() - asked
+                in_window += len(piece)
+                self.traffic.received += len(piece)
+                yield piece
+            if waited >= self.limits.window_seconds:
+                if in_window < self.limits.window_bytes:
+                    raise TooSlowError(f"relay {self.url} sends too slowly: {in_window} bytes in {waited:.0f} s")
+                waited, in_window = 0.0, 0
+
+    async def _body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        collected = bytearray()
+        async for piece in self._pieces(response):
+            collected += piece
+            if len(collected) > limit:
+                raise UntrustedError(f"{self.url} answers with more than {limit} bytes")
+        return bytes(collected)
+
+    async def _raise_problem(self, response: aiohttp.ClientResponse) -> None:
+        problem = _parse_problem(await self._body(response, 1 << 20))
+        code, status = problem.code, response.status
+        where = f"relay {self.url}"
+        if status in (401, 403):
+            raise TokenRefusedError(
+                f"{where} refuses this token" if status == 403 else f"{where} wants a token",
+                hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
+            )
+        if status == 404 and code == "unknown_lease":
+            raise LeaseLostError(f"{where} does not know the lease")
+        if status == 404:
+            raise NotFoundError(f"not at {where}")
+        if status == 409 and problem.missing:
+            raise MissingChunksError(problem.missing)
+        if status == 409:
+            raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
+        if status in (408, 429) or status >= 500:
+            retry_after = _retry_after(response.headers.get("Retry-After"))
+            raise UnreachableError(f"{where} cannot serve now ({status} {code})", retry_after=retry_after)
+        raise RefusedError(f"{where} refuses the request ({status} {code})")
+
+
+class _FixedResolver(AbstractResolver):
+    """Answers every question with the one address that the configured resolver gave."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=self._address,
+                port=port,
+                family=socket.AF_INET6 if ":" in self._address else socket.AF_INET,
+                proto=socket.IPPROTO_TCP,
+                flags=socket.AI_NUMERICHOST,
+            )
+        ]
+
+    async def close(self) -> None:
+        return
+
+
+def _may_help(error: Exception) -> bool | float:
+    """Whether, and after how many seconds, the same request may succeed."""
+    if not isinstance(error, UnreachableError):
+        return False
+    return min(error.retry_after, 30.0) if error.retry_after else True
+
+
+def _parse_problem(body: bytes) -> wire.ConflictAnswer:
+    try:
+        return msgspec.json.decode(body, type=wire.ConflictAnswer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return wire.ConflictAnswer()
+
+
+def _retry_after(text: str | None) -> float | None:
+    try:
+        return None if text is None else max(0.0, min(float(text), 3600.0))
+    except ValueError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
+        return error.os_error.strerror
+    return str(error) or type(error).__name__
+
+
+def _pointer(answer: wire.PackageAnswer) -> PackagePointer:
+    package = PackageRef(PackageId.parse(answer.id), NuGetVersion.parse(answer.version))
+    return PackagePointer(package, ManifestId(parse_digest(answer.manifest)), answer.signature, answer.size)
+
+
+def token_from(file: str | None, environment: Callable[[str], str | None] = os.environ.get) -> str | None:
+    """The bearer token: from `--token-file`, else from WAYSTATION_TOKEN, else none.
+
+    Raises:
+        UsageError: the file cannot be read or is empty.
+    """
+    if file is None:
+        return (environment("WAYSTATION_TOKEN") or "").strip() or None
+    try:
+        with open(file, encoding="utf-8") as handle:
+            token = handle.read(4096).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"token file {file!r} cannot be read: {error}") from error
+    if not token:
+        raise UsageError(f"token file {file!r} is empty")
+    return token
+
+

@@ -1,0 +1,70 @@
+"""relay.yaml: strict, every key optional. What an option of `relay serve` names wins over the file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from relay.errors import UsageError
+
+CONFIG_MAX = 1 << 20
+"""Bytes of a configuration file."""
+
+
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PEM files of the relay's certificate chain and its key."""
+
+    certificate: str
+    key: str
+
+
+class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole of relay.yaml."""
+
+    listen: str = "127.0.0.1:7400"
+    """HOST:PORT; port 0 takes a free one and prints it."""
+    store: str = ""
+    """Location, e.g. disk:/var/lib/waystation; by default the folder `relay` in Waystation's home."""
+    site: str = ""
+    tokens: list[Any] = msgspec.field(default_factory=list)
+    tls: Tls | None = None
+    drain_seconds: float = 30.0
+
+
+def home() -> str:
+    """Waystation's own folder: `$WAYSTATION_HOME`, else `~/.local/share/waystation`."""
+    return os.path.abspath(os.environ.get("WAYSTATION_HOME") or os.path.expanduser("~/.local/share/waystation"))
+
+
+def load_yaml(path: str, type: type[Any]) -> Any:
+    """A strict YAML file as `type`.
+
+    Raises:
+        UsageError: it cannot be read, is no YAML mapping, or does not fit (with the path of the wrong key).
+    """
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(CONFIG_MAX + 1)
+        if len(text) > CONFIG_MAX:
+            raise UsageError(f"{path}: more than {CONFIG_MAX} bytes")
+        document = yaml.safe_load(text)
+        return msgspec.convert({} if document is None else document, type)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[HOST]:PORT`. Raises `UsageError`."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"listen: {text!r} is not HOST:PORT", hint="For example 127.0.0.1:7400")
+    return host, int(port)

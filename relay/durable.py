@@ -1,0 +1,35 @@
+"""A small file that is there as a whole or not at all, also after a power cut. Told once, used by all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+
+def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace `path` by `data`: temporary file beside it → write → fsync → rename → fsync folder.
+
+    Raises:
+        OSError: nothing changed, and no temporary file is left.
+    """
+    temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    sync_folder(os.path.dirname(path) or ".")
+
+
+def sync_folder(folder: str) -> None:
+    """Make what was renamed, created or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""The command `waystation`: a table of lazily imported names, the one place where names point up.
+
+`waystation --help` imports click and nothing else of weight: a command's module is loaded when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from relay.console import printable
+from relay.errors import RefusedError, UnreachableError, WaystationError
+
+_COMMANDS = {
+    "package": ("orchestrator.cli", "package", "Packages in the depot, and their way to the relays."),
+    "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
+    "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
+    "trust": ("orchestrator.cli", "trust", "Keys that sign packages and orders."),
+}
+
+
+class _Lazy(click.Group):
+    """A group whose members are imported when they are used; their one-line helps stand in the table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name, _ = _COMMANDS[cmd_name]
+        found: click.Command = getattr(importlib.import_module(module), name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, _, help) in _COMMANDS.items()])
+
+
+@click.command(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Example: waystation package add Acme.Web.1.0.0.nupkg, then "
+    "waystation package replicate Acme.Web 1.0.0 --relay https://relay.fra.example:7443",
+)
+@click.version_option(package_name="waystation", prog_name="waystation")
+def waystation() -> None:
+    """Replicate NuGet packages once per site, and put them on every machine from the closest relay."""
+
+
+def main() -> NoReturn:
+    """Run the command; errors are told in one sentence, exit codes are those of docs/commands.md."""
+    # What libraries log is for `relay serve` to show; elsewhere an error is told once, by us.
+    logging.getLogger().addHandler(logging.NullHandler())
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        result: Any = waystation.main(standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Abort:
+        click.echo("cancelled", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("cancelled", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except WaystationError as error:
+        _tell(error)
+        sys.exit(error.exit_code)
+
+
+def _tell(error: WaystationError) -> None:
+    kind = "refused" if isinstance(error, RefusedError) else "unreachable" if isinstance(error, UnreachableError) else ""
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    head = click.style("error", fg="red", bold=True) if colour else "error"
+    click.echo(f"{head}{f' ({kind})' if kind else ''}: {printable(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Bring one package from one place to another: offer the manifest, send what is missing, publish last."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from relay.client import LeaseLostError, MissingChunksError, RelayClient
+from relay.content import frames
+from relay.content.frames import BundleWriter, Span
+from relay.content.manifest import Manifest
+from relay.content.ranges import Ranges, count, indexes
+from relay.errors import ChunkMissing, NotFoundError, RefusedError, UnreachableError
+from relay.stores.contract import ChunkReader
+
+RUN_BYTES = 8 << 20
+"""Tree stream in one run as sent here: longer ones win little at level 3, and what is in flight is what a crash costs."""
+CONNECTIONS = 2
+"""Bundles in flight to one relay: one is encoded while the other is sent."""
+BUNDLE_PAYLOAD = 32 << 20
+"""Payload bytes after which a bundle is closed, so that its answer comes soon."""
+PATIENCE = 60.0
+"""Seconds that a relay may be away before its replication is given up."""
+_WRITE = 128 << 10
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of the tree stream now at the relay, bytes of the whole)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """What one replication moved."""
+
+    relay: str
+    package_bytes: int
+    """Bytes of the nupkg."""
+    chunks: int
+    """Chunks of the package."""
+    chunks_sent: int
+    wire_bytes: int
+    """Bytes that crossed the line in both directions: bodies and heads of HTTP."""
+    payload_bytes: int
+    """Bytes of frame payloads sent: the content alone."""
+    seconds: float
+    interruptions: int
+    """How often the relay was lost and found again."""
+
+
+async def replicate(
+    manifest: Manifest,
+    signature: bytes,
+    source: ChunkReader,
+    relay: RelayClient,
+    *,
+    known: Sequence[Manifest] = (),
+    progress: Progress | None = None,
+    patience: float = PATIENCE,
+) -> Replicated:
+    """Make `relay` hold and list the package. Running it again sends only what is still missing, at last nothing.
+
+    `known` are manifests of other versions at hand: against one that the relay lists too, the new one is sent as a
+    difference.
+
+    Raises:
+        UnreachableError: the relay was away for longer than `patience` seconds, or comes and goes without taking more.
+        ConflictError: it lists other bytes under this id and version.
+        RefusedError: it refuses the token, or chunks that were sent.
+        ChunkMissing, ChunkInvalid: the source lacks or damaged what it should have.
+    """
+    started = time.monotonic()
+    sender = _Sender(manifest, source, relay, progress)
+    interruptions = 0
+    while True:
+        before = sender.chunks_sent
+        try:
+            await _bring(sender, signature, known)
+            break
+        except ChunkMissing:
+            raise
+        except (UnreachableError, LeaseLostError) as error:
+            interruptions += 1
+            if interruptions > 3 and sender.chunks_sent == before:
+                raise
+            await asyncio.sleep(min(getattr(error, "retry_after", None) or 0.0, patience))
+            await relay.wait_until_ready(patience)
+    return Replicated(
+        relay=relay.url,
+        package_bytes=manifest.nupkg.size,
+        chunks=len(manifest.chunks),
+        chunks_sent=sender.chunks_sent,
+        wire_bytes=relay.traffic.total,
+        payload_bytes=sender.payload_bytes,
+        seconds=time.monotonic() - started,
+        interruptions=interruptions,
+    )
+
+
+async def _bring(sender: _Sender, signature: bytes, known: Sequence[Manifest]) -> None:
+    manifest, relay = sender.manifest, sender.relay
+    if await _is_published(manifest, signature, relay):
+        sender.report(())
+        return
+    offer = await relay.offer(manifest, signature, await _common_base(manifest, known, relay))
+    missing = offer.missing
+    while True:
+        before = sender.chunks_sent
+        await sender.send(offer.lease, missing)
+        try:
+            await relay.publish(manifest)
+            return
+        except MissingChunksError as error:
+            if sender.chunks_sent == before:
+                raise RefusedError(f"relay {relay.url} does not keep the chunks that it is sent") from error
+            missing = error.missing
+
+
+async def _is_published(manifest: Manifest, signature: bytes, relay: RelayClient) -> bool:
+    try:
+        pointer = await relay.package(manifest.package.id, manifest.package.version)
+    except NotFoundError:
+        return False
+    return pointer.manifest == manifest.id and pointer.signature == signature
+
+
+async def _common_base(manifest: Manifest, known: Sequence[Manifest], relay: RelayClient) -> Manifest | None:
+    """The newest manifest that both sides hold."""
+    if not known:
+        return None
+    listed = {pointer.manifest for pointer in await relay.packages(manifest.package.id)}
+    return max((m for m in known if m.id in listed), key=lambda m: m.package.version, default=None)
+
+
+class _Sender:
+    """Encodes and sends chunks of one package to one relay, several bundles at once."""
+
+    def __init__(
+        self, manifest: Manifest, source: ChunkReader, relay: RelayClient, progress: Progress | None
+    ) -> None:
+        self.manifest = manifest
+        self.relay = relay
+        self.chunks_sent = 0
+        self.payload_bytes = 0
+        self._source = source
+        self._progress = progress
+        self._there = 0
+
+    async def send(self, lease: str, missing: Ranges) -> None:
+        """Everything in `missing`, in tree order, or the first error."""
+        self.report(missing)
+        chunks = self.manifest.chunks
+        runs = deque(frames.plan_runs([(i, chunks[i].size) for i in indexes(missing)], RUN_BYTES))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(CONNECTIONS, len(runs))):
+                group.create_task(self._send_bundles(lease, runs))
+
+    def report(self, missing: Ranges) -> None:
+        """Tell how much is at the relay, given what it misses."""
+        whole = self.manifest.stream_size
+        self._there = whole - sum(self.manifest.chunks[i].size for i in indexes(missing))
+        if self._progress:
+            self._progress(self._there, whole)
+
+    async def _send_bundles(self, lease: str, runs: deque[list[int]]) -> None:
+        while runs:
+            answer = await self.relay.put_bundle(lease, self._bundle(runs))
+            refused = sum(count(run.ranges) for run in answer.refused)
+            if refused:
+                raise RefusedError(
+                    f"relay {self.relay.url} refuses {refused} chunks of {self.manifest.package}: "
+                    f"{answer.refused[0].reason}"
+                )
+
+    async def _bundle(self, runs: deque[list[int]]) -> AsyncIterator[bytes]:
+        writer = BundleWriter()
+        yield writer.start()
+        payloads = 0
+        while runs and payloads < BUNDLE_PAYLOAD:
+            run = runs.popleft()
+            data = [(await self._source.get(self.manifest.chunk_id(i))).data for i in run]
+            encoding, payload = await asyncio.to_thread(frames.encode_run, data, "zstd")
+            size = sum(map(len, data))
+            del data
+            yield writer.frame(frames.data_header((Span.of(self.manifest.id, run),), encoding, payload))
+            view = memoryview(payload)
+            for start in range(0, len(view), _WRITE):
+                yield view[start : start + _WRITE]  # type: ignore[misc] - aiohttp writes any buffer
+            payloads += len(payload)
+            self._sent(len(run), size, len(payload))
+        yield writer.end()
+
+    def _sent(self, chunks: int, size: int, payload: int) -> None:
+        self.chunks_sent += chunks
+        self.payload_bytes += payload
+        self._there += size
+        if self._progress:
+            self._progress(self._there, self.manifest.stream_size)

@@ -1,0 +1,254 @@
+"""The relay as a whole: routes to handlers, handlers to `Transfer`. Composition stands here, decisions elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from relay import wire
+from relay.catalog import Pointer
+from relay.config import RelayConfig, split_listen
+from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.server import metrics
+from relay.server.guards import (
+    DRAINING,
+    OPEN,
+    Access,
+    Limits,
+    Running,
+    add,
+    body_pieces,
+    guarded_app,
+    raise_open_files,
+    read_body,
+    read_json,
+    start_guarded,
+    write_guarded,
+)
+from relay.server.problems import HttpRefusal, problem
+from relay.server.rates import measure_rates
+from relay.server.tokens import parse_tokens
+from relay.server.transfer import ChunksMissingError, Transfer
+from relay.stores.locations import Store, open_store
+
+T = TypeVar("T")
+
+_IMMUTABLE = "public, max-age=31536000, immutable"
+_LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+class RelayApp:
+    """The handlers of /v1 over one `Transfer`."""
+
+    def __init__(self, transfer: Transfer, config: RelayConfig, limits: Limits, rates: wire.CpuRates | None) -> None:
+        self._transfer = transfer
+        self._config = config
+        self._limits = limits
+        self._rates = rates
+
+    def build(self) -> web.Application:
+        """The application, every route with the scope that it asks for."""
+        app = guarded_app(Access(parse_tokens(self._config.tokens)))
+        add(app, "GET", wire.HEALTH, self.health, OPEN)
+        add(app, "GET", wire.METRICS, metrics.answer, "read")
+        add(app, "PUT", wire.MANIFEST, self.offer, "write")
+        add(app, "GET", wire.MANIFEST, self.manifest, "read")
+        add(app, "POST", wire.MISSING, self.missing, "write")
+        add(app, "PUT", wire.BUNDLE_IN, self.take_bundle, "write")
+        add(app, "POST", wire.BUNDLE_OUT, self.give_bundle, "read")
+        add(app, "GET", wire.PACKAGES, self.packages, "read")
+        add(app, "GET", wire.PACKAGE_ID, self.packages, "read")
+        add(app, "GET", wire.PACKAGE, self.package, "read")
+        add(app, "PUT", wire.PACKAGE, self.publish, "write")
+        add(app, "GET", wire.CHUNK, self.chunk, "read")
+        return app
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        draining = request.app[DRAINING].is_set()
+        answer = wire.HealthAnswer(
+            status="draining" if draining else "ok",
+            versions=(wire.VERSION,),
+            time=time.time(),
+            site=self._config.site,
+            reason="this relay is about to stop" if draining else "",
+            cpu=self._rates,
+        )
+        return _json(answer, status=503 if draining else 200)
+
+    # --- taking
+
+    async def offer(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != wire.DOCUMENT_TYPE:
+            raise HttpRefusal(415, "media_type")
+        body = await read_body(request, self._limits, wire.DOCUMENT_MAX)
+        try:
+            document = msgspec.msgpack.decode(body, type=wire.Document)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise UntrustedError(f"not a manifest document: {error}") from error
+        if len(document.signature) > wire.SIGNATURE_MAX:
+            raise HttpRefusal(413, "too_large")
+        return _json(await self._transfer.offer(_manifest_id(request), document, _base(request)))
+
+    async def missing(self, request: web.Request) -> web.StreamResponse:
+        return _json(await self._transfer.missing(await read_json(request, self._limits, wire.MissingRequest)))
+
+    async def take_bundle(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != wire.BUNDLE_TYPE:
+            raise HttpRefusal(415, "media_type")
+        lease = request.query.get("lease", "")
+        if not _LEASE.fullmatch(lease):
+            raise HttpRefusal(404, "unknown_lease")
+        pieces = metrics.counted(body_pieces(request, self._limits, wire.BUNDLE_BODY_MAX), metrics.RECEIVED)
+        answer = await self._transfer.take_bundle(lease, pieces)
+        metrics.CHUNKS.labels("stored").inc(answer.stored)
+        return _json(answer)
+
+    async def publish(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request, self._limits, wire.PublishRequest)
+        try:
+            pointer = await self._transfer.publish(_package_ref(request), body)
+        except ChunksMissingError as error:
+            return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
+        return _json(await self._package_answer(pointer))
+
+    # --- giving
+
+    async def packages(self, request: web.Request) -> web.StreamResponse:
+        catalog = self._transfer.catalog
+        id = request.match_info.get("id")
+        found = catalog.all() if id is None else catalog.of_id(_or_404(PackageId.parse, id))
+        return _json(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
+
+    async def package(self, request: web.Request) -> web.StreamResponse:
+        return _json(await self._package_answer(self._transfer.catalog.get(_package_ref(request))))
+
+    async def manifest(self, request: web.Request) -> web.StreamResponse:
+        document, used_base = await self._transfer.document(_manifest_id(request), _base(request))
+        headers = {"Cache-Control": _IMMUTABLE} | ({"Waystation-Base": "1"} if used_base else {})
+        return web.Response(
+            body=msgspec.msgpack.encode(document), content_type=wire.DOCUMENT_TYPE, headers=headers
+        )
+
+    async def give_bundle(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request, self._limits, wire.BundleRequest)
+        if "zstd" not in body.encodings:
+            raise HttpRefusal(400, "bad_fields")
+        wanted = await self._transfer.wanted(body)
+        response = web.StreamResponse(headers={"Content-Type": wire.BUNDLE_TYPE})
+        await response.prepare(request)
+        async for piece in metrics.counted(self._transfer.give(wanted), metrics.SENT):
+            await write_guarded(response, piece, self._limits)
+        await response.write_eof()
+        return response
+
+    async def chunk(self, request: web.Request) -> web.StreamResponse:
+        stored = await self._transfer.chunk(ChunkId(_or_404(parse_digest, request.match_info["hex"])))
+        response = web.StreamResponse(
+            headers={"Content-Type": wire.CHUNK_TYPE, "Cache-Control": _IMMUTABLE, "ETag": f'"{stored.id}"'}
+        )
+        response.content_length = stored.length
+        await response.prepare(request)
+        async for piece in metrics.counted(stored.pieces(), metrics.SENT):
+            await write_guarded(response, piece, self._limits)
+        await response.write_eof()
+        return response
+
+    async def _package_answer(self, pointer: Pointer) -> wire.PackageAnswer:
+        return wire.PackageAnswer(
+            id=pointer.id,
+            version=pointer.version,
+            manifest=pointer.manifest,
+            nupkg_sha256=pointer.nupkg_sha256,
+            size=pointer.size,
+            published=pointer.published,
+            signature=await self._transfer.catalog.signature(pointer.manifest_id),
+        )
+
+
+# --- from a request to values
+
+
+def _json(answer: msgspec.Struct, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON, status=status)
+
+
+def _or_404(parse: Callable[[str], T], text: str) -> T:
+    """A path that names nothing possible names nothing that is here."""
+    try:
+        return parse(text)
+    except IdentityError as error:
+        raise HttpRefusal(404, "not_found") from error
+
+
+def _manifest_id(request: web.Request) -> ManifestId:
+    return ManifestId(_or_404(parse_digest, request.match_info["hex"]))
+
+
+def _base(request: web.Request) -> ManifestId | None:
+    text = request.query.get("base")
+    return None if text is None else ManifestId(parse_digest(text))
+
+
+def _package_ref(request: web.Request) -> PackageRef:
+    id = _or_404(PackageId.parse, request.match_info["id"])
+    return PackageRef(id, _or_404(NuGetVersion.parse, request.match_info["version"]))
+
+
+# --- serving
+
+
+async def serve(config: RelayConfig, on_ready: Callable[[str], None], *, limits: Limits | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told the URL once requests are answered.
+
+    Raises:
+        UsageError: the configuration cannot be served.
+        LockedError: another relay serves this store.
+        StoreError: the store cannot be opened.
+    """
+    limits = limits or Limits(drain_seconds=config.drain_seconds)
+    raise_open_files(limits)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        running = await start(config, limits, stack)
+        on_ready(running.url)
+        await stop.wait()
+
+
+async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> Running:
+    """A relay that answers; leaving `stack` drains it and gives everything back. Raises as `serve`."""
+    host, port = split_listen(config.listen)
+    store: Store = await open_store(config.store)
+    stack.push_async_callback(store.close)
+    stack.enter_context(store.exclusive("serve"))
+    transfer = Transfer(store)
+    await transfer.load()
+    rates = await asyncio.to_thread(measure_rates)
+    app = RelayApp(transfer, config, limits, rates).build()
+    running = await start_guarded(app, host, port, limits, ssl_context=_tls(config))
+    stack.push_async_callback(running.stop)
+    return running
+
+
+def _tls(config: RelayConfig) -> ssl.SSLContext | None:
+    if config.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(config.tls.certificate, config.tls.key)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"tls: certificate or key cannot be used: {error}") from error
+    return context

@@ -1,0 +1,124 @@
+"""Leases: one transfer's hold at a relay. What a lease named, or was told is there, stays until it ends.
+
+A lease names whole manifests: every chunk of them is held. It is written down when it is made and when it comes to name
+more, so that a transfer goes on after the relay was killed; renewals are written at most once in a while.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from relay.content.identity import ManifestId
+from relay.errors import NotFoundError
+from relay.stores.contract import Documents
+from relay.wire import LEASE_SECONDS
+
+_FOLDER = "state/leases"
+_WRITE_EVERY = LEASE_SECONDS / 6
+
+
+class UnknownLeaseError(NotFoundError):
+    """There is no such lease, or it has run out. The sender offers again."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such lease (any more)", hint="Offer the manifest again")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds what, until when (seconds since 1970)."""
+
+    id: str
+    kind: str
+    manifests: frozenset[ManifestId]
+    offered: frozenset[ManifestId]
+    """Those whose missing chunks this lease's holder is bringing."""
+    expires: float
+
+
+class _Record(msgspec.Struct, frozen=True):
+    kind: str
+    manifests: list[str]
+    offered: list[str]
+    expires: float
+
+
+class Leases:
+    """The living leases of one relay."""
+
+    def __init__(self, documents: Documents, clock: Callable[[], float] = time.time) -> None:
+        self._documents = documents
+        self._clock = clock
+        self._living: dict[str, Lease] = {}
+        self._written: dict[str, float] = {}
+
+    async def load(self) -> None:
+        """Take up the leases that an earlier process wrote; drop what ran out or cannot be read."""
+        for name in await self._documents.list(_FOLDER):
+            raw = await self._documents.read(name)
+            try:
+                record = msgspec.json.decode(raw or b"", type=_Record)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                await self._documents.remove(name)
+                continue
+            lease = Lease(
+                id=name.rpartition("/")[2],
+                kind=record.kind,
+                manifests=frozenset(map(ManifestId, record.manifests)),
+                offered=frozenset(map(ManifestId, record.offered)),
+                expires=record.expires,
+            )
+            self._living[lease.id] = lease
+        await self._drop_expired()
+
+    async def open(self, kind: str, offered: Iterable[ManifestId]) -> Lease:
+        """A new lease that holds all of `offered`, and says that what is missing of it is on its way."""
+        await self._drop_expired()
+        named = frozenset(offered)
+        lease = Lease(secrets.token_hex(16), kind, named, named, self._clock() + LEASE_SECONDS)
+        await self._write(lease)
+        return lease
+
+    async def use(self, id: str, also: Iterable[ManifestId] = ()) -> Lease:
+        """Renew a lease, and let it hold `also`.
+
+        Raises:
+            UnknownLeaseError: there is none of this id that lives.
+        """
+        lease = self._living.get(id)
+        now = self._clock()
+        if lease is None or lease.expires <= now:
+            raise UnknownLeaseError
+        named = lease.manifests | frozenset(also)
+        grew = named != lease.manifests
+        lease = replace(lease, manifests=named, expires=now + LEASE_SECONDS)
+        self._living[id] = lease
+        if grew or now - self._written.get(id, 0.0) > _WRITE_EVERY:
+            await self._write(lease)
+        return lease
+
+    def offered(self) -> set[ManifestId]:
+        """Manifests whose missing chunks somebody is bringing."""
+        now = self._clock()
+        return {id for lease in self._living.values() if lease.expires > now for id in lease.offered}
+
+    def __len__(self) -> int:
+        return len(self._living)
+
+    async def _write(self, lease: Lease) -> None:
+        record = _Record(lease.kind, sorted(lease.manifests), sorted(lease.offered), lease.expires)
+        await self._documents.write(f"{_FOLDER}/{lease.id}", msgspec.json.encode(record))
+        self._living[lease.id] = lease
+        self._written[lease.id] = self._clock()
+
+    async def _drop_expired(self) -> None:
+        now = self._clock()
+        for lease in [lease for lease in self._living.values() if lease.expires <= now]:
+            del self._living[lease.id]
+            self._written.pop(lease.id, None)
+            await self._documents.remove(f"{_FOLDER}/{lease.id}")

@@ -1,0 +1,110 @@
+"""From a location string to a stack of stores: the one place that knows every kind.
+
+    disk:/var/lib/waystation   a folder, by its absolute path
+    /var/lib/waystation        the same; a relative path is taken from the working directory
+    memory:                    gone when the process ends
+
+Readers may be several with `|` between them: the first that has a chunk gives it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final
+
+from relay.errors import UsageError
+from relay.stores.contract import Blobs, ChunkReader, ChunkSweeper, Documents, LockName
+from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore, open_disk
+from relay.stores.layers import Failover
+from relay.stores.memory import MemoryBlobs, MemoryChunks, MemoryDocuments, MemoryLocks
+
+_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
+_EXPECTED: Final = "expected disk:/absolute/path, a path, or memory:"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A parsed location: its kind, and the absolute path where it has one."""
+
+    kind: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """All that one location holds."""
+
+    chunks: ChunkSweeper
+    documents: Documents
+    blobs: Blobs
+    location: str
+    exclusive: Callable[[LockName], AbstractContextManager[None]]
+    """Hold this lock while the context lasts. Entering raises `LockedError`, which names the holder."""
+
+    async def close(self) -> None:
+        """Give back handles, threads and locks. Twice is once."""
+        await self.chunks.close()
+
+
+def parse_location(text: str) -> Location:
+    """The location that `text` names.
+
+    Raises:
+        UsageError: it names none that this version knows.
+    """
+    if not text or "\0" in text:
+        raise UsageError("a store location is empty or holds a NUL", hint=_EXPECTED)
+    parsed = _SCHEME.fullmatch(text)
+    if parsed is None:
+        return Location("disk", os.path.abspath(os.path.expanduser(text)))
+    scheme, rest = parsed.groups()
+    if scheme == "disk" and rest.startswith("/"):
+        return Location("disk", os.path.abspath(rest))
+    if scheme == "memory" and not rest:
+        return Location("memory")
+    if scheme == "s3":
+        raise UsageError(f"{text!r}: this version has no S3 store", hint=_EXPECTED)
+    raise UsageError(f"{text!r} is no store location", hint=_EXPECTED)
+
+
+async def open_store(location: str, *, free_floor: int | None = None) -> Store:
+    """Open what `location` names, for reading, writing and sweeping; a folder that is not there yet is made.
+
+    Args:
+        location: See the head of this module.
+        free_floor: Bytes of the file system that a disk store keeps free; by default the larger of 1 % and 1 GiB.
+
+    Raises:
+        UsageError: no such kind, or the folder holds something else.
+        StoreError: the medium failed.
+    """
+    parsed = parse_location(location)
+    if parsed.kind == "memory":
+        return Store(MemoryChunks(), MemoryDocuments(), MemoryBlobs(), str(parsed), MemoryLocks().exclusive)
+    volume = await open_disk(parsed.path, free_floor=free_floor)
+    return Store(DiskStore(volume), DiskDocuments(volume), DiskBlobs(volume), str(parsed), volume.exclusive)
+
+
+async def open_reader(locations: str) -> ChunkReader:
+    """The chunks of one location, or of several with `|` between them, for reading only: nothing is made or locked.
+
+    Raises:
+        UsageError: as `open_store`, and for an empty member.
+        StoreError: the medium failed. A folder that is not there now fails each read until it is.
+    """
+    parsed = [parse_location(text) for text in locations.split("|")]
+    readers = [await _open_reader(location) for location in parsed]
+    return readers[0] if len(readers) == 1 else Failover(readers)
+
+
+async def _open_reader(location: Location) -> ChunkReader:
+    if location.kind == "memory":
+        return MemoryChunks()
+    return DiskStore(await open_disk(location.path, read_only=True))
