@@ -68,7 +68,9 @@ def init(home_folder: str | None, trust_file: str | None, as_json: bool, **setti
 @click.argument("id")
 @click.argument("version")
 @click.option("--root", required=True, metavar="DIR", help="Builds DIR/releases/VERSION-ULID.")
-@click.option("--digest", metavar="sha256:HEX", help="The manifest's digest: needs no signature, and may still be arriving.")
+@click.option(
+    "--digest", metavar="sha256:HEX", help="The manifest's digest: needs no signature, and may still be arriving."
+)
 @click.option("--switch", is_flag=True, help="Let DIR/current name the new tree in the end.")
 @_relay_option
 @_home_option
@@ -186,7 +188,9 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
         print_json({"format": 1, "trees": trees})
         return 1 if bad else 0
     for tree in trees:
-        click.echo(f"{'differs' if tree['differences'] else 'whole'}  {tree['package']} {tree['version']}  {tree['tree']}")
+        click.echo(
+            f"{'differs' if tree['differences'] else 'whole'}  {tree['package']} {tree['version']}  {tree['tree']}"
+        )
         for difference in tree["differences"]:
             click.echo(f"    {difference['path']}: {difference['problem']}")
     if not trees:

@@ -218,9 +218,7 @@ def _switch(root: str, record: TreeRecord) -> bool:
 class _Finder:
     """Finds the manifest that is meant, and who has it; leaves behind every source that cannot help."""
 
-    def __init__(
-        self, request: PullRequest, state: AgentState, sources: Sources, pins: TrustPins | None
-    ) -> None:
+    def __init__(self, request: PullRequest, state: AgentState, sources: Sources, pins: TrustPins | None) -> None:
         self._request = request
         self._state = state
         self._sources = sources
@@ -277,7 +275,9 @@ class _Finder:
     async def _document(self, source: AnySource, id: ManifestId) -> ManifestDocument:
         document = await source.manifest(id, await asyncio.to_thread(self._base))
         if document.manifest.package != self._request.package:
-            raise ManifestError(f"manifest sha256:{id[:16]}… is of {document.manifest.package}, not {self._request.package}")
+            raise ManifestError(
+                f"manifest sha256:{id[:16]}… is of {document.manifest.package}, not {self._request.package}"
+            )
         return document
 
     def _base(self) -> Manifest | None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class StoreSource:
             raise NotFoundError(f"not at {self.name}")
         return ManifestDocument(manifest, await catalog.signature(id))
 
-    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncIterator[Event]:
+    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
         chunks = (await self._open()).chunks
         for index in indexes:
             try:
@@ -170,7 +170,10 @@ class Sources:
     def succeeded(self, name: str, measured: Measured) -> None:
         url = self._url_of(name)
         health = self._kept.healths.get(url, UNKNOWN)
-        healths = {**self._kept.healths, url: record_success(health, time.time(), measured.first_byte, measured.goodput)}
+        healths = {
+            **self._kept.healths,
+            url: record_success(health, time.time(), measured.first_byte, measured.goodput),
+        }
         self._keep(healths, url)
 
     def failed(self, name: str, error: WaystationError) -> None:
@@ -232,5 +235,3 @@ class Sources:
             generic_name=c.srv_generic,
             relays=c.relays,
         )
-
-

@@ -1,10 +1,10 @@
 """What an agent knows between runs, in its home: which trees it installed, and their manifests.
 
-    <home>/agent.yaml            configuration
-    <home>/trust.json            the keys that it believes
-    <home>/relays.json           what it knows of the relays
-    <home>/trees/<ulid>.json     one installed tree
-    <home>/manifests/<sha256>    their manifests
+<home>/agent.yaml            configuration
+<home>/trust.json            the keys that it believes
+<home>/relays.json           what it knows of the relays
+<home>/trees/<ulid>.json     one installed tree
+<home>/manifests/<sha256>    their manifests
 """
 
 from __future__ import annotations

@@ -173,9 +173,7 @@ class IncomingTree:
             try:
                 written = 0
                 while written < extent.length:
-                    written += os.pwrite(
-                        descriptor, view[written : extent.length], extent.offset + written
-                    )
+                    written += os.pwrite(descriptor, view[written : extent.length], extent.offset + written)
             finally:
                 os.close(descriptor)
             view = view[extent.length :]
@@ -318,5 +316,3 @@ def _store_error(error: OSError, where: str) -> StoreError:
 
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return StoreError(f"{where}: {error.strerror or error}", full=full, hint="What is already there is kept")
-
-

@@ -6,13 +6,23 @@ import asyncio
 import os
 import tempfile
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
 from relay.config import home
 from relay.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
 from relay.errors import RefusedError, UsageError, WaystationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from securesystemslib.signer import CryptoSigner
+
+    from orchestrator.depot import Added, Depot
+    from orchestrator.feed import FeedPolicy
+    from relay.catalog import Pointer
+    from relay.content.identity import PackageRef
 
 _depot_option = click.option(
     "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
@@ -79,7 +89,7 @@ def pack(
             try:
                 pack_folder(
                     folder,
-                    temporary,  # type: ignore[arg-type] - it is the binary file that pack wants
+                    cast("BinaryIO", temporary),
                     id=id,
                     version=version,
                     authors=authors or str(id),
@@ -107,6 +117,7 @@ def pack(
 @click.option("--sha512", metavar="HASH", help="With --feed: what the nupkg must hash to (hex or base64).")
 @click.option("--allow-host", "hosts", multiple=True, metavar="HOST", help="With --feed: the feed may lead there too.")
 @click.option("--allow-http", is_flag=True, help="With --feed: allow plain http beyond loopback.")
+@click.option("--allow-private", is_flag=True, help="With --feed: its name may resolve to a private address.")
 @_depot_option
 @_trust_option
 @json_option
@@ -116,6 +127,7 @@ def add(
     sha512: str | None,
     hosts: tuple[str, ...],
     allow_http: bool,
+    allow_private: bool,
     depot: str | None,
     trust_folder: str | None,
     as_json: bool,
@@ -123,11 +135,12 @@ def add(
     """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
     if feed and len(names) != 2:
         raise UsageError("with --feed, name ID and VERSION", hint="For example: --feed URL Acme.Web 1.4.2")
-    if not feed and (sha512 or hosts or allow_http):
-        raise UsageError("--sha512, --allow-host and --allow-http go with --feed")
+    if not feed and (sha512 or hosts or allow_http or allow_private):
+        raise UsageError("--sha512 and the --allow options go with --feed")
 
     async def take() -> list[dict[str, Any]]:
         from orchestrator.depot import open_depot
+        from orchestrator.feed import FeedPolicy
         from orchestrator.keyring import load_signer
         from relay.catalog import Provenance
 
@@ -136,8 +149,9 @@ def add(
         with progress_bars() as bar:
             async with open_depot(_depot_location(depot)) as opened:
                 if feed:
+                    policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
                     added.append(
-                        await _add_from_feed(opened, signer, feed, names, sha512, hosts, allow_http, bar(" ".join(names)))
+                        await _add_from_feed(opened, signer, feed, names, sha512, policy, bar(" ".join(names)))
                     )
                 for path in () if feed else names:
                     provenance = Provenance("added", os.path.basename(path))
@@ -155,21 +169,19 @@ def add(
 
 
 async def _add_from_feed(
-    depot: Any,
-    signer: Any,
+    depot: Depot,
+    signer: CryptoSigner,
     feed: str,
     names: tuple[str, ...],
     sha512: str | None,
-    hosts: tuple[str, ...],
-    allow_http: bool,
-    progress: Any,
+    policy: FeedPolicy,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    from orchestrator.feed import FeedPolicy, download
+    from orchestrator.feed import download
     from relay.catalog import Provenance
     from relay.content.identity import NuGetVersion, PackageId, PackageRef
 
     ref = PackageRef(PackageId.parse(names[0]), NuGetVersion.parse(names[1]))
-    policy = FeedPolicy(allow_hosts=tuple(hosts), allow_http=allow_http)
     with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
         path = os.path.join(folder, "package.nupkg")
         got = await download(feed, ref.id, ref.version, path, sha512=sha512, policy=policy)
@@ -351,7 +363,7 @@ async def _replicate_all(
     return sorted(results, key=lambda r: urls.index(r["relay"]) if r["relay"] in urls else 0), errors
 
 
-def _added(result: Any) -> dict[str, Any]:
+def _added(result: Added) -> dict[str, Any]:
     return _pointer(result.pointer) | {
         "new": result.new,
         "chunks": len(result.manifest.chunks),
@@ -359,7 +371,7 @@ def _added(result: Any) -> dict[str, Any]:
     }
 
 
-def _pointer(pointer: Any) -> dict[str, Any]:
+def _pointer(pointer: Pointer) -> dict[str, Any]:
     return {
         "id": pointer.id,
         "version": pointer.version,
@@ -375,7 +387,7 @@ def _pointer(pointer: Any) -> dict[str, Any]:
     }
 
 
-def _ref(id: str, version: str) -> Any:
+def _ref(id: str, version: str) -> PackageRef:
     from relay.content.identity import NuGetVersion, PackageId, PackageRef
 
     return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))

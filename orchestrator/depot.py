@@ -21,7 +21,7 @@ from relay.content.identity import PackageRef
 from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.content.nupkg import Entry, read_nuspec, read_part, walk
 from relay.content.nuspec import Nuspec
-from relay.errors import MetadataError, NotFoundError, UsageError
+from relay.errors import MetadataError, NotFoundError, UsageError, first_of
 from relay.stores.locations import Store, open_store
 from relay.trust.envelopes import PackageStatement, sign_package
 
@@ -135,9 +135,12 @@ class Depot:
         batch = await asyncio.to_thread(cutter.next_batch)
         while batch:
             fresh = await self._lacking(batch)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.store.chunks.put_many(fresh))
-                following = group.create_task(asyncio.to_thread(cutter.next_batch))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.store.chunks.put_many(fresh))
+                    following = group.create_task(asyncio.to_thread(cutter.next_batch))
+            except BaseExceptionGroup as errors:
+                raise first_of(errors) from None
             stored += len(fresh)
             done += sum(chunk.size for chunk in batch)
             if progress:
@@ -204,7 +207,7 @@ class _Cutter:
 
 def _open(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")  # noqa: SIM115 - the caller closes it
+        return open(path, "rb")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint="Expected the path of a .nupkg file") from error
 
@@ -223,5 +226,3 @@ def _digest(file: BinaryIO) -> NupkgDigests:
 def _read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
     entries = list(walk(file))
     return entries, read_nuspec(file, entries)
-
-

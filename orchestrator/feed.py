@@ -39,6 +39,20 @@ from relay.errors import (
     UsageError,
 )
 
+__all__ = [
+    "FeedCredentials",
+    "FeedDocumentError",
+    "FeedDownload",
+    "FeedIntegrityError",
+    "FeedPolicy",
+    "FeedPolicyError",
+    "FeedTooSlowError",
+    "Progress",
+    "VerifiedBy",
+    "download",
+    "parse_sha512",
+]
+
 Progress = Callable[[int, int | None], None]
 """Called with the bytes received so far, and those announced."""
 

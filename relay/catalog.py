@@ -1,8 +1,8 @@
 """Which packages are here. Manifests and pointers are documents in the store; this is a cache over them, filled by a scan.
 
-    manifests/<sha256>          the canonical manifest
-    signatures/<sha256>         the DSSE envelope that came with it
-    packages/<id>/<version>     the pointer: this id and version is that manifest, since when and from where
+manifests/<sha256>          the canonical manifest
+signatures/<sha256>         the DSSE envelope that came with it
+packages/<id>/<version>     the pointer: this id and version is that manifest, since when and from where
 """
 
 from __future__ import annotations
@@ -204,5 +204,3 @@ def _parse_kept(raw: bytes, id: ManifestId) -> Manifest | None:
 
 def _pointer_name(ref: PackageRef) -> str:
     return f"packages/{ref.id.key}/{ref.version.url}"
-
-

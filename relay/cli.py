@@ -45,7 +45,9 @@ def serve(config_file: str | None, log_level: str, **options: str | None) -> Non
     run(serve_relay(config, lambda url: click.echo(f"relay ready at {url}")))
 
 
-@relay.command(epilog="Example: waystation relay token read agent --config /etc/waystation/relay.yaml --name fra-agents")
+@relay.command(
+    epilog="Example: waystation relay token read agent --config /etc/waystation/relay.yaml --name fra-agents"
+)
 @click.argument("scopes", metavar="SCOPE...", nargs=-1, required=True)
 @click.option("--config", "config_file", metavar="FILE", help="Add the token's hash to this relay.yaml.")
 @click.option("--days", default=90, show_default=True, help="Life of the token.")
@@ -100,7 +102,12 @@ async def _status(url: str, token_file: str | None) -> dict[str, Any]:
         "status": health.status,
         "site": health.site,
         "packages": [
-            {"id": str(p.package.id), "version": str(p.package.version), "manifest": f"sha256:{p.manifest}", "size": p.size}
+            {
+                "id": str(p.package.id),
+                "version": str(p.package.version),
+                "manifest": f"sha256:{p.manifest}",
+                "size": p.size,
+            }
             for p in packages
         ],
     }

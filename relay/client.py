@@ -11,11 +11,11 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -39,10 +39,14 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
     UsageError,
+    WaystationError,
 )
 from relay.traffic import Traffic, header_bytes
 
 T = TypeVar("T")
+
+Payload = bytes | AsyncIterator[bytes]
+"""What a request carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ class RelayClient:
         """For people: which relay."""
         return self.url
 
-    async def __aenter__(self) -> RelayClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -194,10 +198,8 @@ class RelayClient:
             document = msgspec.msgpack.decode(body, type=wire.Document)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ManifestError(f"{self.url} answered with something that is no manifest document") from error
-        canonical = await asyncio.to_thread(
-            manifests.from_wire, document.manifest, used_base.canonical if used_base else None
-        )
-        return ManifestDocument(manifests.parse_named(canonical, id), document.signature)
+        manifest = await asyncio.to_thread(_open_manifest, document.manifest, used_base, id)
+        return ManifestDocument(manifest, document.signature)
 
     # --- sending
 
@@ -225,18 +227,33 @@ class RelayClient:
 
         Raises:
             LeaseLostError: offer again first.
+            WaystationError: whatever `body` raises.
         """
+        own: list[WaystationError] = []
 
         async def counted() -> AsyncIterator[bytes]:
-            async for piece in body:
-                self.traffic.sent += len(piece)
-                yield piece
+            try:
+                async for piece in body:
+                    self.traffic.sent += len(piece)
+                    yield piece
+            except WaystationError as error:
+                # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
+                own.append(error)
+                raise
 
+        try:
+            return await self._put_bundle(lease, counted())
+        except UnreachableError:
+            if own:
+                raise own[0] from None
+            raise
+
+    async def _put_bundle(self, lease: str, body: AsyncIterator[bytes]) -> wire.BundleAnswer:
         return await self._json(
             "PUT",
             wire.BUNDLE_IN,
             wire.BundleAnswer,
-            data=counted(),
+            data=body,
             content_type=wire.BUNDLE_TYPE,
             params={"lease": lease},
             attempts=1,
@@ -257,7 +274,7 @@ class RelayClient:
 
     # --- receiving
 
-    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncIterator[Event]:
+    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
         """Chunks of `manifest` in this order, verified, as they come. Closing the iterator ends the request.
 
         Raises:
@@ -283,6 +300,8 @@ class RelayClient:
                 if decoder.ended:
                     break
         decoder.finish()
+        if decoder.named < len(asked):
+            raise FrameError(f"{self.url} left out {len(asked) - decoder.named} chunks without a word")
 
     # --- the ground
 
@@ -292,7 +311,7 @@ class RelayClient:
         path: str,
         answer: type[T],
         *,
-        data: Any = None,
+        data: Payload | None = None,
         content_type: str = wire.JSON,
         params: dict[str, str] | None = None,
         attempts: int | None = None,
@@ -322,7 +341,7 @@ class RelayClient:
         method: str,
         path: str,
         *,
-        data: Any = None,
+        data: Payload | None = None,
         content_type: str = wire.JSON,
         params: dict[str, str] | None = None,
         answer_seconds: float | None = 0.0,
@@ -432,7 +451,10 @@ class _FixedResolver(AbstractResolver):
         self._address = address
 
     async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        self,
+        host: str,
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_INET,  # noqa: ARG002 - aiohttp's signature
     ) -> list[ResolveResult]:
         return [
             ResolveResult(
@@ -447,6 +469,10 @@ class _FixedResolver(AbstractResolver):
 
     async def close(self) -> None:
         return
+
+
+def _open_manifest(data: bytes, base: Manifest | None, id: ManifestId) -> Manifest:
+    return manifests.parse_named(manifests.from_wire(data, base.canonical if base else None), id)
 
 
 def _may_help(error: Exception) -> bool | float:
@@ -497,5 +523,3 @@ def token_from(file: str | None, environment: Callable[[str], str | None] = os.e
     if not token:
         raise UsageError(f"token file {file!r} is empty")
     return token
-
-

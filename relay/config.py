@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from relay.errors import UsageError
+
+T = TypeVar("T")
 
 CONFIG_MAX = 1 << 20
 """Bytes of a configuration file."""
@@ -38,7 +40,7 @@ def home() -> str:
     return os.path.abspath(os.environ.get("WAYSTATION_HOME") or os.path.expanduser("~/.local/share/waystation"))
 
 
-def load_yaml(path: str, type: type[Any]) -> Any:
+def load_yaml(path: str, type: type[T]) -> T:
     """A strict YAML file as `type`.
 
     Raises:

@@ -42,6 +42,12 @@ class RefusedError(WaystationError):
     """A rule says no. Nothing was changed."""
 
 
+def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a task group, however deep: the one that ended the others."""
+    first = errors.exceptions[0]
+    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
 # --- wrong bytes
 
 

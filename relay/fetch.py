@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from relay.content.frames import Aborted, Event, NotSent, Received, RunRefused
 from relay.content.manifest import Manifest
-from relay.errors import RefusedError, UnreachableError, UntrustedError, WaystationError
+from relay.errors import RefusedError, UnreachableError, UntrustedError, WaystationError, first_of
 
 SEGMENT_BYTES = 8 << 20
 """Tree stream in one request."""
@@ -33,7 +33,7 @@ class ChunkSource(Protocol):
         """For people."""
         ...
 
-    def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncIterator[Event]:
+    def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
         """Verified chunks in this order. Raises `UntrustedError`, `UnreachableError` or `RefusedError`."""
         ...
 
@@ -130,7 +130,7 @@ class _Fetch:
                     for _ in range(min(connections, len(self._segments))):
                         group.create_task(self._worker())
             except BaseExceptionGroup as errors:
-                raise _first(errors) from None
+                raise first_of(errors) from None
 
     async def _worker(self) -> None:
         while self._segments:
@@ -173,7 +173,7 @@ class _Fetch:
                 self._heed(source, event)
         finally:
             await self._take(batch, tally)
-            await stream.aclose()  # type: ignore[attr-defined] - every stream here is an async generator
+            await stream.aclose()
         if meter.bytes:
             tally.measured.append(meter.result())
             tally.payload_bytes += meter.payload_bytes
@@ -236,8 +236,3 @@ def _segments(manifest: Manifest, missing: set[int]) -> list[list[int]]:
         segments[-1].append(index)
         filled += manifest.chunks[index].size
     return segments
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

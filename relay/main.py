@@ -80,7 +80,9 @@ def main() -> NoReturn:
 
 
 def _tell(error: WaystationError) -> None:
-    kind = "refused" if isinstance(error, RefusedError) else "unreachable" if isinstance(error, UnreachableError) else ""
+    kind = (
+        "refused" if isinstance(error, RefusedError) else "unreachable" if isinstance(error, UnreachableError) else ""
+    )
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     head = click.style("error", fg="red", bold=True) if colour else "error"
     click.echo(f"{head}{f' ({kind})' if kind else ''}: {printable(error.message)}", err=True)

@@ -13,7 +13,7 @@ from relay.content import frames
 from relay.content.frames import BundleWriter, Span
 from relay.content.manifest import Manifest
 from relay.content.ranges import Ranges, count, indexes
-from relay.errors import ChunkMissing, NotFoundError, RefusedError, UnreachableError
+from relay.errors import ChunkMissing, NotFoundError, RefusedError, UnreachableError, first_of
 from relay.stores.contract import ChunkReader
 
 RUN_BYTES = 8 << 20
@@ -136,9 +136,7 @@ async def _common_base(manifest: Manifest, known: Sequence[Manifest], relay: Rel
 class _Sender:
     """Encodes and sends chunks of one package to one relay, several bundles at once."""
 
-    def __init__(
-        self, manifest: Manifest, source: ChunkReader, relay: RelayClient, progress: Progress | None
-    ) -> None:
+    def __init__(self, manifest: Manifest, source: ChunkReader, relay: RelayClient, progress: Progress | None) -> None:
         self.manifest = manifest
         self.relay = relay
         self.chunks_sent = 0
@@ -152,9 +150,12 @@ class _Sender:
         self.report(missing)
         chunks = self.manifest.chunks
         runs = deque(frames.plan_runs([(i, chunks[i].size) for i in indexes(missing)], RUN_BYTES))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(CONNECTIONS, len(runs))):
-                group.create_task(self._send_bundles(lease, runs))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(CONNECTIONS, len(runs))):
+                    group.create_task(self._send_bundles(lease, runs))
+        except BaseExceptionGroup as errors:
+            raise first_of(errors) from None
 
     def report(self, missing: Ranges) -> None:
         """Tell how much is at the relay, given what it misses."""
@@ -186,7 +187,7 @@ class _Sender:
             yield writer.frame(frames.data_header((Span.of(self.manifest.id, run),), encoding, payload))
             view = memoryview(payload)
             for start in range(0, len(view), _WRITE):
-                yield view[start : start + _WRITE]  # type: ignore[misc] - aiohttp writes any buffer
+                yield bytes(view[start : start + _WRITE])
             payloads += len(payload)
             self._sent(len(run), size, len(payload))
         yield writer.end()

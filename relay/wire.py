@@ -64,7 +64,7 @@ class Answer(msgspec.Struct, frozen=True):
     """What a client reads: fields that a newer relay adds are passed over."""
 
 
-class ChunkRanges(Body):
+class ChunkRanges(Body, frozen=True):
     """Chunks of one manifest by index ranges."""
 
     manifest: _Hex
@@ -74,15 +74,16 @@ class ChunkRanges(Body):
         return Span(bytes.fromhex(self.manifest), self.ranges)
 
 
-class Document(Body):
+class Document(Body, frozen=True):
     """A manifest on the wire: its canonical JSON as one zstd frame (with the base manifest as prefix, where `base=`
-    named one), and its DSSE envelope (empty where there is none)."""
+    named one), and its DSSE envelope (empty where there is none).
+    """
 
     manifest: bytes
     signature: bytes = b""
 
 
-class OfferAnswer(Answer):
+class OfferAnswer(Answer, frozen=True):
     """What the relay lacks of the offered manifest; everything else is held by the lease."""
 
     lease: str
@@ -90,14 +91,14 @@ class OfferAnswer(Answer):
     missing: Ranges
 
 
-class MissingRequest(Body):
+class MissingRequest(Body, frozen=True):
     """`lease` makes the relay hold, for that lease, everything that it does not name in its answer."""
 
     want: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)]
     lease: str | None = None
 
 
-class MissingAnswer(Answer):
+class MissingAnswer(Answer, frozen=True):
     missing: tuple[ChunkRanges, ...]
 
 
@@ -109,7 +110,7 @@ class RefusedRun(msgspec.Struct, frozen=True):
     reason: str
 
 
-class BundleAnswer(Answer):
+class BundleAnswer(Answer, frozen=True):
     """How many chunks of the bundle are now durable, were there before, or were refused."""
 
     stored: int
@@ -117,12 +118,12 @@ class BundleAnswer(Answer):
     refused: tuple[RefusedRun, ...] = ()
 
 
-class PublishRequest(Body):
+class PublishRequest(Body, frozen=True):
     manifest: _Hex
     feeds: tuple[str, ...] = ()
 
 
-class PackageAnswer(Answer):
+class PackageAnswer(Answer, frozen=True):
     """The pointer of one published package. `signature` is a DSSE envelope, or empty."""
 
     id: str
@@ -134,18 +135,18 @@ class PackageAnswer(Answer):
     signature: bytes = b""
 
 
-class PackagesAnswer(Answer):
+class PackagesAnswer(Answer, frozen=True):
     packages: tuple[PackageAnswer, ...]
 
 
-class ConflictAnswer(Answer):
+class ConflictAnswer(Answer, frozen=True):
     """A refused publish: which ranges are missing, where that is why."""
 
     code: str = ""
     missing: Ranges = ()
 
 
-class BundleRequest(Body):
+class BundleRequest(Body, frozen=True):
     """Which chunks to stream, in this order; the bases that the reader holds; the encodings it can decode."""
 
     want: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)]
@@ -161,7 +162,7 @@ class CpuRates(msgspec.Struct, frozen=True):
     zstd_encode: float
 
 
-class HealthAnswer(Answer):
+class HealthAnswer(Answer, frozen=True):
     status: Literal["ok", "draining", "read-only"]
     versions: tuple[int, ...]
     time: float

@@ -130,7 +130,8 @@ def _cut_large(index: int, size: int, pieces: Iterable[bytes]) -> Iterator[Chunk
 
 def _cut_by_content(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """FastCDC over a stream: where a chunk ends depends on its own bytes alone, so a buffer that holds `CDC_MAX`
-    bytes from its start gives the same cut as the whole part would."""
+    bytes from its start gives the same cut as the whole part would.
+    """
     from fastcdc import fastcdc
 
     buffer = bytearray()

@@ -37,6 +37,8 @@ WINDOW_LOG_MAX = 27
 """zstd window, as a power of two. A frame that asks for more is refused."""
 LEVEL = 3
 """zstd level where nothing else is planned."""
+_ENCODING_COST = 1 << 10
+"""Bytes that an encoding may add to a run, beside 1/256 of it (zstd's own bound is n + n/256 + 64)."""
 _LENGTH = struct.Struct("<I")
 _SLICE = 1 << 20
 
@@ -124,7 +126,7 @@ def encode_run(data: Sequence[bytes], encoding: Encoding, *, level: int = LEVEL)
     if encoding == "raw":
         return "raw", joined
     window = max(17, min(WINDOW_LOG_MAX, (len(joined) - 1).bit_length()))
-    options = {
+    options: dict[int, int] = {
         zstd.CompressionParameter.compression_level: level,
         zstd.CompressionParameter.enable_long_distance_matching: 1,
         zstd.CompressionParameter.window_log: window,
@@ -196,7 +198,11 @@ def _anything(manifest: ManifestId, index: int) -> bool:  # noqa: ARG001 - a rec
 
 class BundleDecoder:
     """Feed it the body as it comes; take `events` out. What breaks the format raises `FrameError`, for good:
-    the events before it can still be taken."""
+    the events before it can still be taken.
+
+    Each chunk is named at most once in a bundle, and no payload is larger than its run can need: so a bundle ends,
+    whoever sends it.
+    """
 
     def __init__(self, resolve: Resolve, wanted: Wanted = _anything) -> None:
         self._resolve = resolve
@@ -208,6 +214,7 @@ class BundleDecoder:
         self._payload_left = 0
         self._frames = 0
         self._headers = hashlib.sha256()
+        self._named: set[tuple[ManifestId, int]] = set()
         self._events: deque[Event] = deque()
         self.ended = False
 
@@ -235,6 +242,11 @@ class BundleDecoder:
                 step, complete = self._step, bytes(self._buffer)
                 self._buffer.clear()
                 step(complete)
+
+    @property
+    def named(self) -> int:
+        """How many chunks the frames spoke of so far, sent or not."""
+        return len(self._named)
 
     def events(self) -> Iterator[Event]:
         """What was found since the last call."""
@@ -275,9 +287,15 @@ class BundleDecoder:
         if isinstance(header, Data):
             self._on_data(header)
         elif isinstance(header, Missing):
-            self._events.append(NotSent(tuple(self._walk(header.run)), header.reason))
+            self._on_missing(header)
         else:
             self._events.append(Aborted(header.code[:100]))
+
+    def _on_missing(self, header: Missing) -> None:
+        run = tuple(self._walk(header.run))
+        if not run:
+            raise FrameError("a missing frame with an empty run")
+        self._events.append(NotSent(run, header.reason))
 
     def _on_data(self, header: Data) -> None:
         if not 0 < header.length <= PAYLOAD_MAX:
@@ -286,20 +304,17 @@ class BundleDecoder:
             raise FrameError(f"encoding {header.encoding[:20]!r}: expected one of {', '.join(ENCODINGS)}")
         if header.bases:
             raise FrameError(f"encoding {header.encoding} takes no bases")
-        places = list(self._walk(header.run))
-        if not places:
+        targets, size = [], 0
+        for manifest, index in self._walk(header.run):
+            entry = self._manifest(manifest).chunks[index]
+            targets.append(_Target(manifest, index, ChunkId(entry.id), entry.size))
+            size += entry.size
+            if size > RUN_MAX:
+                raise FrameError(f"a run of more than {RUN_MAX} bytes")
+        if not targets:
             raise FrameError("a data frame with an empty run")
-        entries = []
-        for manifest, index in places:
-            if not self._wanted(manifest, index):
-                raise FrameError(f"chunk {index} of {manifest[:16]}… was not asked for")
-            entries.append(self._manifest(manifest).chunks[index])
-        if sum(entry.size for entry in entries) > RUN_MAX:
-            raise FrameError(f"a run of more than {RUN_MAX} bytes")
-        targets = [
-            _Target(manifest, index, ChunkId(entry.id), entry.size)
-            for (manifest, index), entry in zip(places, entries, strict=True)
-        ]
+        if header.length > size + (size >> 8) + _ENCODING_COST:
+            raise FrameError(f"payload of {header.length} bytes for a run of {size}")
         self._run = _RunDecoder(targets, header)
         self._payload_left = header.length
 
@@ -321,7 +336,13 @@ class BundleDecoder:
             manifest = self._manifest(span.manifest_id)
             rg.check(span.ranges, len(manifest.chunks))
             for index in rg.indexes(span.ranges):
-                yield manifest.id, index
+                place = (manifest.id, index)
+                if not self._wanted(*place):
+                    raise FrameError(f"chunk {index} of {manifest.id[:16]}… was not asked for")
+                if place in self._named:
+                    raise FrameError(f"chunk {index} of {manifest.id[:16]}… is named twice in one bundle")
+                self._named.add(place)
+                yield place
 
     def _manifest(self, id: ManifestId) -> Manifest:
         manifest = self._resolve(id)
@@ -437,6 +458,3 @@ def plan_runs(sizes: Sequence[tuple[int, int]], run_bytes: int) -> list[list[int
         runs[-1].append(index)
         filled += size
     return runs
-
-
-

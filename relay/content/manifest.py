@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -181,10 +181,11 @@ class Manifest:
         part = self.body.parts[index]
         if part.sha256 is not None:
             return Sha256(part.sha256)
-        return Sha256(self.body.chunks[self._chunk_at[self.part_starts[index]]].id)
+        return Sha256(self.body.chunks[self.chunk_at[self.part_starts[index]]].id)
 
     @cached_property
-    def _chunk_at(self) -> dict[int, int]:
+    def chunk_at(self) -> dict[int, int]:
+        """The index of the chunk that starts at an offset of the stream."""
         return {start: index for index, start in enumerate(self.chunk_starts)}
 
     def __repr__(self) -> str:
@@ -240,7 +241,7 @@ def _check(manifest: Manifest) -> None:
     if sum(entry.size for entry in body.chunks) != manifest.stream_size:
         raise ManifestError("chunks and parts do not cover the same stream")
     keys = [chunking.stream_key(part.path) for part in body.parts]
-    if any(before >= after for before, after in zip(keys, keys[1:], strict=False)):
+    if any(before >= after for before, after in pairwise(keys)):
         raise ManifestError("parts are not in stream order, or one is named twice")
     check_paths([part.path for part in body.parts])
     if manifest.tree_chunks < len(body.chunks) and manifest.chunk_starts[manifest.tree_chunks] != manifest.tree_size:
@@ -254,7 +255,7 @@ def _check(manifest: Manifest) -> None:
 
 def _check_part_digests(manifest: Manifest) -> None:
     for start, part in zip(manifest.part_starts, manifest.parts, strict=True):
-        index = manifest._chunk_at.get(start)
+        index = manifest.chunk_at.get(start)
         is_one_chunk = part.size > 0 and index is not None and manifest.chunks[index].size == part.size
         if is_one_chunk and part.sha256 is not None:
             raise ManifestError("a part that is one chunk repeats its digest")
@@ -310,7 +311,7 @@ def parse_named(canonical: bytes, expected: str) -> Manifest:
     """
     wanted = parse_digest(expected)
     found = manifest_id(canonical)
-    if found != wanted:
+    if str(found) != wanted:
         raise ManifestError(f"manifest has another digest: expected {wanted[:16]}…, found {found[:16]}…")
     return parse(canonical)
 
@@ -318,7 +319,7 @@ def parse_named(canonical: bytes, expected: str) -> Manifest:
 def to_wire(canonical: bytes, base: bytes | None = None) -> bytes:
     """The manifest as one zstd frame; with `base` (another manifest's canonical bytes) as prefix, what both say vanishes."""
     level = 19 if len(canonical) <= _SMALL else 9
-    options = {
+    options: dict[int, int] = {
         zstd.CompressionParameter.compression_level: level,
         zstd.CompressionParameter.window_log: _window_log(len(canonical) + len(base or b"")),
     }
@@ -331,7 +332,7 @@ def from_wire(data: bytes, base: bytes | None = None) -> bytes:
     Raises:
         ManifestError: not one whole zstd frame within the bounds, or another base than it was made with.
     """
-    options = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
     decoder = zstd.ZstdDecompressor(zstd_dict=_prefix(base), options=options)
     try:
         canonical = decoder.decompress(data, max_length=MANIFEST_MAX + 1)
@@ -354,5 +355,5 @@ def _window_log(size: int) -> int:
     return max(17, min(_WINDOW_LOG_MAX, max(size - 1, 1).bit_length()))
 
 
-def _prefix(base: bytes | None) -> Any:
+def _prefix(base: bytes | None) -> Any:  # noqa: ANN401 - the library's type for it is private
     return None if not base else zstd.ZstdDict(base, is_raw=True).as_prefix

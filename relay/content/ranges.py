@@ -1,8 +1,9 @@
-"""Index ranges: how a wire names chunks. `[[0, 5], [7, 9]]` are the indexes 0–4, 7 and 8 of one manifest's chunks."""
+"""Index ranges: how a wire names chunks. `[[0, 5], [7, 9]]` are the indexes 0 to 4, 7 and 8 of one manifest's chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 from relay.errors import FrameError
 
@@ -56,6 +57,6 @@ def check(ranges: Ranges, limit: int) -> Ranges:
         if not 0 <= start < stop <= limit:
             raise FrameError(f"range [{start}, {stop}] does not lie in 0 … {limit}")
     ordered = sorted(ranges)
-    if any(before[1] > after[0] for before, after in zip(ordered, ordered[1:], strict=False)):
+    if any(before[1] > after[0] for before, after in pairwise(ordered)):
         raise FrameError("ranges overlap")
     return ranges

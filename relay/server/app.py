@@ -135,9 +135,7 @@ class RelayApp:
     async def manifest(self, request: web.Request) -> web.StreamResponse:
         document, used_base = await self._transfer.document(_manifest_id(request), _base(request))
         headers = {"Cache-Control": _IMMUTABLE} | ({"Waystation-Base": "1"} if used_base else {})
-        return web.Response(
-            body=msgspec.msgpack.encode(document), content_type=wire.DOCUMENT_TYPE, headers=headers
-        )
+        return web.Response(body=msgspec.msgpack.encode(document), content_type=wire.DOCUMENT_TYPE, headers=headers)
 
     async def give_bundle(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request, self._limits, wire.BundleRequest)

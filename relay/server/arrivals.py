@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Self
 from weakref import WeakValueDictionary
 
 from relay.content.chunk import Chunk
@@ -54,7 +55,7 @@ class Landing:
         self._closing = False
         self._error: BaseException | None = None
 
-    async def __aenter__(self) -> Landing:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._write_all())
         return self
 

@@ -31,6 +31,7 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
 )
+from relay.server.leases import UnknownLeaseError
 from relay.server.tokens import TokenError
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -136,6 +137,8 @@ def verdict_of(error: BaseException) -> Verdict:
             return Verdict(422, "digest_mismatch")
         case UntrustedError():
             return Verdict(400, "untrusted")
+        case UnknownLeaseError():
+            return Verdict(404, "unknown_lease")
         case NotFoundError() | ChunkMissing():
             return Verdict(404, "not_found")
         case ConflictError():

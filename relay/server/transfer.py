@@ -235,7 +235,7 @@ class Transfer:
         except ChunkMissing:
             return None
         except ChunkInvalid as error:
-            log.error("store: %s", error)
+            log.warning("store: %s", error)
             return None
 
     async def _manifest(self, id: ManifestId) -> Manifest:

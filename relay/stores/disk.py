@@ -236,10 +236,13 @@ class _Look:
             if error.errno in _NOT_A_FILE:
                 raise DamageError("not a file") from error
             raise
-        seen = os.fstat(fd)
-        if not stat.S_ISREG(seen.st_mode):
+        try:
+            seen = os.fstat(fd)
+            if not stat.S_ISREG(seen.st_mode):
+                raise DamageError("not a file")
+        except BaseException:
             os.close(fd)
-            raise DamageError("not a file")
+            raise
         self.seen = seen
         return fd
 
@@ -348,7 +351,7 @@ class Volume:
         with _translated(f"write to {self.root}"):
             self._require_room(bulk)
             with self._counting_sync_failures():
-                self._write(files, place, undo, also_sync)
+                self._write(files, place, also_sync, undo=undo)
 
     def present(self, below: str) -> bool:
         """Is a file there? Anything else under its name is put aside."""
@@ -474,9 +477,9 @@ class Volume:
 
     def _close(self) -> None:
         self._closed_to_writes = self._closed_to_writes or "it was closed"
+        fd, self._shared_lock = self._shared_lock, None
         self._writers.shutdown(wait=True)
         self._helpers.shutdown(wait=True)
-        fd, self._shared_lock = self._shared_lock, None
         if fd is not None:
             os.close(fd)
 
@@ -507,8 +510,9 @@ class Volume:
         self,
         files: Sequence[NewFile],
         place: Callable[[str, str], None],
-        undo: bool,  # noqa: FBT001
         also_sync: Iterable[str],
+        *,
+        undo: bool,
     ) -> None:
         folders = {os.path.dirname(file.path) for file in files} | set(also_sync)
         temps = [_Temp(self.path("tmp")) for _ in files]
@@ -555,18 +559,26 @@ class Volume:
             while folder:
                 folder = os.path.dirname(folder)  # noqa: PLW2901
                 above.add(folder)
-        self._run_all([partial(_sync_folder, self.path(folder)) for folder in sorted(above)])
+        try:
+            self._run_all([partial(_sync_folder, self.path(folder)) for folder in sorted(above)])
+        except SyncError:
+            # As with names of files: what stayed would be believed. The root is never empty, so it stays.
+            for folder in new:
+                with suppress(OSError):
+                    os.removedirs(self.path(folder))
+            raise
         self._durable_folders |= new
 
     def _run_all(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run all and wait for all, then raise the first failure: nothing goes on behind an error's back."""
+        """Run all and wait for all, then raise a failure, the gravest first: nothing goes on behind its back."""
         if len(jobs) == 1:
             jobs[0]()
             return
         futures = [self._helpers.submit(job) for job in jobs]
         wait(futures)
-        for future in futures:
-            future.result()
+        errors = [error for future in futures if (error := future.exception())]
+        for error in sorted(errors, key=lambda error: not isinstance(error, SyncError)):
+            raise error
 
     # health
 

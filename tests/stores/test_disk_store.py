@@ -702,6 +702,33 @@ async def test_an_fsync_that_fails_is_not_retried_but_written_again_from_the_sou
     assert (await store.get(chunk.id)).data == chunk.data
 
 
+async def test_a_new_folder_that_cannot_be_synced_is_made_again(volume, store, monkeypatch):
+    [chunk] = some_chunks(1)
+    failing = FailingSync(monkeypatch, folders=True)
+    failing.count = 1
+    with pytest.raises(StoreError):
+        await store.put(chunk)
+    assert failing.failed == 1
+    assert not os.path.exists(os.path.join(volume.root, "chunks"))
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    await store.put(chunk)
+    recorder.check(volume.root, path_of(volume, chunk.id))
+
+
+async def test_one_failed_fsync_among_many_files_fails_the_batch_and_leaves_nothing(volume, store, monkeypatch):
+    chunks = some_chunks(30)
+    failing = FailingSync(monkeypatch)
+    failing.count = 1
+    with pytest.raises(StoreError, match="Input/output error"):
+        await store.put_many(chunks)
+    assert failing.failed == 1
+    assert await store.has_many(chunk.id for chunk in chunks) == set()
+    assert files_in(volume, "tmp") == []
+    await store.put_many(chunks)
+    assert len(await store.has_many(chunk.id for chunk in chunks)) == 30
+
+
 async def test_two_failed_fsyncs_in_a_row_stop_all_writing_until_the_store_is_opened_again(
     volume, store, documents, monkeypatch
 ):

@@ -1,0 +1,51 @@
+"""What is moved in a benchmark: real packages where they lie beside the project, else packs of installed files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+
+SHARED = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "shared", "data")
+"""Real packages, where somebody put them beside the project."""
+
+
+def real_package(name: str) -> str | None:
+    """The path of `packages/NAME` of the shared data, or None."""
+    path = os.path.join(SHARED, "packages", name)
+    return path if os.path.exists(path) else None
+
+
+def installed_files(folder: str, limit: int) -> int:
+    """Copy installed files of this system (libraries, then Python's own) into `folder`, about `limit` bytes. Returns bytes."""
+    copied = 0
+    for index, path in enumerate(_candidates()):
+        if copied >= limit:
+            break
+        target = os.path.join(folder, f"{index % 16:02}", os.path.basename(path))
+        if os.path.exists(target):
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(path, target)
+        copied += os.path.getsize(target)
+    return copied
+
+
+def _candidates() -> Iterator[str]:
+    roots = [
+        f"/usr/lib/{os.uname().machine}-linux-gnu",
+        sysconfig.get_paths()["stdlib"],
+        sysconfig.get_paths()["purelib"],
+    ]
+    for root in roots:
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
+            for name in sorted(files):
+                path = os.path.join(folder, name)
+                if not os.path.islink(path) and os.access(path, os.R_OK) and name.isascii() and _is_plain(name):
+                    yield path
+
+
+def _is_plain(name: str) -> bool:
+    return not set(name) & set('<>:"|?*\\%') and not name.endswith((".", " ", ".nuspec"))

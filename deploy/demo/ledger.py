@@ -1,0 +1,323 @@
+"""Where every byte came from, what crossed the WAN, what was promised and whether it held. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from relay.console import size, table
+
+MIB = 1 << 20
+_ROUND = 16 << 10
+"""Bytes that questions and answers of one transfer may take beside its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A version as the depot took it in.
+
+    Attributes:
+        nupkg_bytes: of the file, which is what would be sent to each machine otherwise.
+        new_chunks: chunks that the depot did not hold before.
+        new_bytes: what the depot keeps of them, each on its own at zstd level 3.
+        manifest_bytes: of its manifest, not compressed.
+    """
+
+    package: str
+    nupkg_bytes: int
+    new_chunks: int
+    new_bytes: int
+    manifest_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """From the origin to one relay: bytes in both directions, as counted on the line and as told by the command."""
+
+    relay: str
+    chunks: int
+    counted: int
+    told: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one machine took from one relay: of the tree, and as it came over the line."""
+
+    chunks: int
+    tree_bytes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """One package onto one machine."""
+
+    machine: str
+    site: str
+    tree_bytes: int
+    disk_bytes: int
+    relays: Mapping[str, Taken]
+
+    def from_relay(self, relay: str) -> int:
+        taken = self.relays.get(relay)
+        return taken.tree_bytes if taken else 0
+
+    @property
+    def from_elsewhere(self) -> int:
+        """Payload bytes that came from relays of other sites, over the WAN."""
+        return sum(taken.payload_bytes for relay, taken in self.relays.items() if relay != self.site)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A relay's end in the middle of its work.
+
+    Attributes:
+        share: of what its machines wanted had been received from it when it was killed.
+        late_bytes: what the machines of its site received in all beyond what one undisturbed pull each needs.
+    """
+
+    relay: str
+    share: float
+    late_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One version from the origin to every machine.
+
+    Attributes:
+        local: bytes counted from each relay to the machines of its own site.
+        across: bytes counted from each relay to the machines of the other site, over the WAN.
+        returned: a relay that was away before, to which its machines had to come back.
+    """
+
+    added: Added
+    sent: tuple[Sent, ...]
+    pulls: tuple[Pull, ...]
+    local: Mapping[str, int]
+    across: Mapping[str, int]
+    kill: Kill | None = None
+    returned: str | None = None
+
+    @property
+    def wan_bytes(self) -> int:
+        return sum(sent.counted for sent in self.sent) + sum(self.across.values())
+
+    @property
+    def each_bytes(self) -> int:
+        """What sending the nupkg to each machine would have put on the WAN."""
+        return len(self.pulls) * self.added.nupkg_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """One thing that the product promises, what was seen, and whether it held."""
+
+    text: str
+    seen: str
+    held: bool
+
+
+@dataclass(slots=True)
+class Ledger:
+    """All deliveries, and how many trees were compared byte by byte with their nupkg."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    trees_checked: int = 0
+    trees_wrong: list[str] = field(default_factory=list)
+
+    @property
+    def wan_bytes(self) -> int:
+        return sum(delivery.wan_bytes for delivery in self.deliveries)
+
+    @property
+    def each_bytes(self) -> int:
+        return sum(delivery.each_bytes for delivery in self.deliveries)
+
+    @property
+    def relays(self) -> list[str]:
+        return list(dict.fromkeys(sent.relay for delivery in self.deliveries for sent in delivery.sent))
+
+    @property
+    def machines(self) -> list[str]:
+        return list(dict.fromkeys(pull.machine for delivery in self.deliveries for pull in delivery.pulls))
+
+    def pulls_of(self, machine: str) -> list[Pull]:
+        return [pull for delivery in self.deliveries for pull in delivery.pulls if pull.machine == machine]
+
+
+# --- promises
+
+
+def promises(ledger: Ledger) -> list[Promise]:
+    """Everything that the demo is there to show, judged."""
+    judged = [_every_tree_is_whole(ledger)]
+    for number, delivery in enumerate(ledger.deliveries):
+        judged += _only_what_is_new(delivery, is_first=number == 0)
+        if delivery.kill:
+            judged += _survives(delivery, delivery.kill)
+        elif delivery.returned:
+            judged.append(_comes_back(delivery, delivery.returned))
+    judged.append(_counts_agree(ledger.deliveries))
+    return judged
+
+
+def _every_tree_is_whole(ledger: Ledger) -> Promise:
+    expected = sum(len(delivery.pulls) for delivery in ledger.deliveries)
+    seen = f"{ledger.trees_checked} of {expected} trees" + "".join(f"; {wrong}" for wrong in ledger.trees_wrong)
+    held = ledger.trees_checked == expected > 0 and not ledger.trees_wrong
+    return Promise("every tree on every machine is what was packed, byte by byte", seen, held)
+
+
+def _only_what_is_new(delivery: Delivery, *, is_first: bool) -> Iterator[Promise]:
+    """The bound of the road: its new chunks at zstd level 3 and the manifest, once per site, and 1 %."""
+    added = delivery.added
+    bound = len(delivery.sent) * ((added.new_bytes + added.manifest_bytes) * 1.01 + _ROUND)
+    counted = sum(sent.counted for sent in delivery.sent)
+    yield Promise(
+        f"{added.package} crosses the WAN once per site" + ("" if is_first else ", only what is new"),
+        f"{size(counted)} counted, at most {size(bound)} allowed",
+        counted <= bound and all(sent.chunks == added.new_chunks for sent in delivery.sent),
+    )
+    most = max((sum(taken.chunks for taken in pull.relays.values()) for pull in delivery.pulls), default=0)
+    kept = min((pull.disk_bytes / pull.tree_bytes for pull in delivery.pulls), default=0.0)
+    whole = all(pull.disk_bytes + sum(t.tree_bytes for t in pull.relays.values()) == pull.tree_bytes for pull in delivery.pulls)
+    yield Promise(
+        "machines take from relays only what they lack",
+        f"{most} chunks each, {100 * kept:.1f} % from their own disks",
+        0 < most <= added.new_chunks and whole,
+    )
+
+
+def _survives(delivery: Delivery, kill: Kill) -> Iterator[Promise]:
+    yield Promise(
+        f"relay {kill.relay} dies in mid-pull, between 20 and 80 %",
+        f"killed at {100 * kill.share:.0f} %",
+        0.2 <= kill.share <= 0.8,
+    )
+    hit = [pull for pull in delivery.pulls if pull.site == kill.relay]
+    went_on = [p for p in hit if p.from_relay(kill.relay) and p.from_elsewhere]
+    yield Promise(
+        "its machines go on at the other relay, keeping what they have",
+        f"{len(went_on)} of {len(hit)} took from both",
+        len(went_on) == len(hit) > 0,
+    )
+    allowed = len(hit) * (0.05 * delivery.added.new_bytes + 8 * MIB)
+    yield Promise(
+        "little crosses twice (5 % + 8 MiB a machine)",
+        f"{size(max(0, kill.late_bytes))} for {len(hit)} machines",
+        kill.late_bytes <= allowed,
+    )
+
+
+def _comes_back(delivery: Delivery, relay: str) -> Promise:
+    own = [pull for pull in delivery.pulls if pull.site == relay]
+    back = [pull for pull in own if set(pull.relays) == {relay}]
+    return Promise(
+        f"the next pull returns to relay {relay}", f"{len(back)} of {len(own)} machines", len(back) == len(own) > 0
+    )
+
+
+def _counts_agree(deliveries: Sequence[Delivery]) -> Promise:
+    counted = sum(sent.counted for delivery in deliveries for sent in delivery.sent)
+    told = sum(sent.told for delivery in deliveries for sent in delivery.sent)
+    apart = abs(counted - told) / max(counted, 1)
+    return Promise(
+        "the product's own count is the line's (within 1 %)", f"{100 * apart:.2f} % apart", counted > 0 and apart <= 0.01
+    )
+
+
+# --- tables
+
+
+def by_package(ledger: Ledger) -> str:
+    """What crossed the WAN for each version, and what sending it to each machine would have cost."""
+    headers = ["over the WAN", "nupkg", *(f"to relay {relay}" for relay in ledger.relays), "site to site", "in all"]
+    headers.append("nupkg to each machine")
+    rows = [
+        [
+            delivery.added.package,
+            size(delivery.added.nupkg_bytes),
+            *(size(sum(s.counted for s in delivery.sent if s.relay == relay)) for relay in ledger.relays),
+            size(sum(delivery.across.values())),
+            size(delivery.wan_bytes),
+            size(delivery.each_bytes),
+        ]
+        for delivery in ledger.deliveries
+    ]
+    totals = [
+        sum(delivery.added.nupkg_bytes for delivery in ledger.deliveries),
+        *(sum(_sent_to(ledger, relay)) for relay in ledger.relays),
+        sum(sum(delivery.across.values()) for delivery in ledger.deliveries),
+        ledger.wan_bytes,
+        ledger.each_bytes,
+    ]
+    return _columns(headers, rows, ["all"] + [size(total) for total in totals])
+
+
+def by_relay(ledger: Ledger) -> str:
+    """What each relay took and gave."""
+    headers = ["relay", "from the origin", "own ledger", "to its own site", "to the other site", "given per byte taken"]
+    rows, totals = [], [0, 0, 0, 0]
+    for relay in ledger.relays:
+        sent = [s for delivery in ledger.deliveries for s in delivery.sent if s.relay == relay]
+        figures = [
+            sum(s.counted for s in sent),
+            sum(s.told for s in sent),
+            sum(delivery.local.get(relay, 0) for delivery in ledger.deliveries),
+            sum(delivery.across.get(relay, 0) for delivery in ledger.deliveries),
+        ]
+        rows.append([relay, *map(size, figures), _ratio(figures)])
+        totals = [a + b for a, b in zip(totals, figures, strict=True)]
+    return _columns(headers, rows, ["all", *map(size, totals), _ratio(totals)])
+
+
+def by_machine(ledger: Ledger) -> str:
+    """Where the bytes of each machine's trees came from, and which of them had to cross the WAN."""
+    headers = ["machine", "trees", "own disk", *(f"relay {relay}" for relay in ledger.relays), "of that over the WAN"]
+    rows, totals = [], [0] * (len(headers) - 1)
+    for machine in ledger.machines:
+        pulls = ledger.pulls_of(machine)
+        figures = [
+            sum(pull.tree_bytes for pull in pulls),
+            sum(pull.disk_bytes for pull in pulls),
+            *(sum(pull.from_relay(relay) for pull in pulls) for relay in ledger.relays),
+            sum(pull.from_elsewhere for pull in pulls),
+        ]
+        rows.append([machine, *map(size, figures)])
+        totals = [a + b for a, b in zip(totals, figures, strict=True)]
+    return _columns(headers, rows, ["all", *map(size, totals)])
+
+
+def _sent_to(ledger: Ledger, relay: str) -> Iterable[int]:
+    return (sent.counted for delivery in ledger.deliveries for sent in delivery.sent if sent.relay == relay)
+
+
+def _ratio(figures: Sequence[int]) -> str:
+    taken, _, local, across = figures
+    return f"{(local + across) / max(taken, 1):.1f}"
+
+
+def _columns(headers: list[str], rows: list[list[str]], total: list[str]) -> str:
+    """Aligned, with a rule under the head and above the total."""
+    lines = table(headers, [*rows, total], right=frozenset(range(1, len(headers)))).splitlines()
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def report(ledger: Ledger, judged: Sequence[Promise], seconds: float) -> dict[str, object]:
+    """The same as one JSON document."""
+    from dataclasses import asdict
+
+    return {
+        "format": 1,
+        "held": all(promise.held for promise in judged),
+        "seconds": seconds,
+        "wan_bytes": ledger.wan_bytes,
+        "nupkg_to_each_machine_bytes": ledger.each_bytes,
+        "trees_checked": ledger.trees_checked,
+        "deliveries": [asdict(d) | {"wan_bytes": d.wan_bytes, "each_bytes": d.each_bytes} for d in ledger.deliveries],
+        "promises": [asdict(promise) for promise in judged],
+    }

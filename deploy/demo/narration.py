@@ -1,0 +1,61 @@
+"""What the demo says: numbered steps, the commands it really ran, what came of them. Colours only where somebody looks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+_DIM, _BOLD, _RED, _GREEN = "2", "1", "31", "32"
+
+
+@dataclass(slots=True)
+class Narrator:
+    """Writes to `out`. `step` is the last one begun, for where it failed."""
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    step: str = "the set-up"
+    _number: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    def begin(self, title: str) -> None:
+        """Start the next numbered step."""
+        self._number += 1
+        self.step = f"step {self._number}, {title[:1].lower()}{title[1:]}"
+        self._line(f"\n{self._paint(_BOLD, f'{self._number}. {title}')}")
+
+    def command(self, text: str, also: str = "") -> None:
+        """A command as it ran; `also` says where else the same ran at once."""
+        self._line(self._paint(_DIM, f"   $ {text}" + (f"    # {also}" if also else "")))
+
+    def say(self, text: str) -> None:
+        """What came of it. Several lines stay several."""
+        for line in text.splitlines():
+            self._line(f"   {line}")
+
+    def verdict(self, *, held: bool, text: str) -> None:
+        self._line(self._paint(f"{_BOLD};{_GREEN if held else _RED}", text))
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def mark(self, *, held: bool) -> str:
+        """The word in front of a promise."""
+        return self._paint(_GREEN, "held  ") if held else self._paint(_RED, "BROKEN")
+
+    def _paint(self, code: str, text: str) -> str:
+        plain = "NO_COLOR" in os.environ or not self.out.isatty()
+        return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+
+def names(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

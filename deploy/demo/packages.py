@@ -1,0 +1,107 @@
+"""Packages with real weight: real ones where they are at hand, else packed from what every machine with Python has."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from relay.content.chunking import is_container
+
+PACKED_BYTES = 40 << 20
+"""Of files in a package that the demo packs itself, at most."""
+
+_REAL = {
+    "web": ("Shop.Web", "1.0.0", "1.0.1"),
+    "runtime": ("Microsoft.AspNetCore.App.Runtime.linux-x64", "10.0.13", "10.0.14"),
+}
+_PACKED = {"web": ("Demo.Web", "1.0.0", "1.0.1"), "runtime": ("Demo.Runtime", "1.0.0", "1.0.1")}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!\.)", re.ASCII)
+_LEFT_OUT = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True, slots=True)
+class Nupkg:
+    """One version, and the folder that it is still to be packed from, if any."""
+
+    id: str
+    version: str
+    path: Path
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.version}"
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+
+def find(name: str, shelf: Path) -> tuple[Nupkg, Nupkg] | None:
+    """Two versions of the real package `name` on `shelf`; None where they are not there."""
+    id, *versions = _REAL[name]
+    first, second = (Nupkg(id, version, _on_shelf(shelf, f"{id}.{version}.nupkg")) for version in versions)
+    return (first, second) if first.path.is_file() and second.path.is_file() else None
+
+
+def gather(name: str, folder: Path) -> tuple[Nupkg, Nupkg]:
+    """Two folders to pack below `folder`: files of this Python, and the same with one of them changed. Blocking."""
+    id, *versions = _PACKED[name]
+    source = Path(sysconfig.get_path("stdlib") if name == "web" else sysconfig.get_path("purelib"))
+    first, second = (
+        Nupkg(id, version, folder / f"{id}.{version}.nupkg", folder / f"{id}-{version}") for version in versions
+    )
+    for made in (first, second):
+        assert made.folder is not None
+        changed = _copy(source, made.folder)
+    with changed.open("ab") as file:
+        file.write(b"# The next version.\n")
+    return first, second
+
+
+def differences(tree: Path, nupkg: Path) -> list[str]:
+    """Paths that are not the same in an installed tree as in the nupkg, read by Python's zipfile and nothing of ours."""
+    with zipfile.ZipFile(nupkg) as archive:
+        wanted = {unquote(name): name for name in archive.namelist() if not is_container(name)}
+        there = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+        odd = [path for path in wanted.keys() & there if (tree / path).read_bytes() != archive.read(wanted[path])]
+    return sorted([*odd, *(wanted.keys() ^ there)])
+
+
+def _on_shelf(shelf: Path, name: str) -> Path:
+    """The file in any case: feeds lower the names, people do not."""
+    return next((path for path in shelf.glob("*.nupkg") if path.name.lower() == name.lower()), shelf / name)
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy plain files in order of their names, up to `PACKED_BYTES`; returns the copy of the largest module."""
+    room, largest, size_of_largest = PACKED_BYTES, target, -1
+    for path in _plain_files(source):
+        size = path.stat().st_size
+        if size > room:
+            continue
+        room -= size
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        if path.suffix == ".py" and size > size_of_largest:
+            largest, size_of_largest = copy, size
+    if size_of_largest < 0:
+        raise FileNotFoundError(f"no Python module in {source}, the library of {sys.executable}")
+    return largest
+
+
+def _plain_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if not _PLAIN_NAME.fullmatch(path.name) or path.is_symlink() or path.name in _LEFT_OUT:
+            continue
+        if path.is_dir():
+            yield from _plain_files(path)
+        elif path.is_file():
+            yield path

@@ -1,0 +1,138 @@
+"""Commands that run to their end and services that stay, none of which outlives the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shlex
+import signal
+import socket
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_STOP_SECONDS = 5.0
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message is for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program with its arguments, and the variables of the environment that belong to it."""
+
+    program: Path
+    arguments: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """As one would type it, the program by its bare name."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables]
+        return " ".join([*variables, self.program.name, *map(shlex.quote, self.arguments)])
+
+    def environment(self) -> dict[str, str]:
+        """The surroundings without what would make the demo another one: settings of ours, and proxies."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("WAYSTATION_") and not k.lower().endswith("_proxy")}
+        return kept | dict(self.variables)
+
+
+class Processes:
+    """All processes of the demo, in sessions of their own: Ctrl-C reaches the demo alone, and that ends them in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._services: dict[str, Process] = {}
+
+    async def run(self, command: Command) -> str:
+        """Run to the end, in the demo's folder. Returns standard output; raises `DemoError` for an exit code not 0."""
+        process = await self._spawn(command, stdout=PIPE, stderr=PIPE)
+        try:
+            output, errors = await process.communicate()
+        finally:
+            await _end(process, signal.SIGKILL)
+        if process.returncode:
+            told = (errors.decode(errors="replace").strip() or output.decode(errors="replace").strip())[-2000:]
+            raise DemoError(f"exit code {process.returncode}: {command}\n{told}")
+        return output.decode()
+
+    async def start(self, name: str, command: Command) -> None:
+        """Start a service under `name`; what it prints goes to the end of its log."""
+        with self.log(name).open("ab") as log:
+            self._services[name] = await self._spawn(command, stdout=log.fileno(), stderr=STDOUT)
+
+    def log(self, name: str) -> Path:
+        """The file that takes what the service prints."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def is_running(self, name: str) -> bool:
+        return self._services[name].returncode is None
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL: nothing of it is left on return."""
+        await _end(self._services.pop(name), signal.SIGKILL)
+
+    async def close(self) -> None:
+        """End every service."""
+        await asyncio.gather(*(_end(process, signal.SIGTERM) for process in self._services.values()))
+        self._services.clear()
+
+    async def _spawn(self, command: Command, *, stdout: int, stderr: int) -> Process:
+        return await asyncio.create_subprocess_exec(
+            command.program,
+            *command.arguments,
+            cwd=self.folder,
+            env=command.environment(),
+            stdin=DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+async def _end(process: Process, number: signal.Signals) -> None:
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at once; the first that fails ends the others, and its error is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from None
+    return [task.result() for task in tasks]
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1, free for TCP and UDP, that stays free while its owner is away.
+
+    It lies below those that the kernel hands to outgoing connections (32768 and up, ip(7)).
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
+        with socket.socket(type=socket.SOCK_STREAM) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+            try:
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
