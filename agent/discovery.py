@@ -12,10 +12,8 @@ import errno
 import logging
 import os
 import random
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -33,6 +31,7 @@ from agent.nearest import (
     srv_source,
     static_source,
 )
+from relay.durable import write_durably
 from relay.errors import StoreError, UnreachableError, UsageError
 
 if TYPE_CHECKING:
@@ -465,33 +464,7 @@ def save_state(path: Path, state: State) -> None:
     data = msgspec.json.format(msgspec.json.encode(state), indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(path, data)
+        write_durably(os.fspath(path), data)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise StoreError(f"cannot keep what is known of the relays: {_words(error)}", full=full) from error
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows has no handle of a folder to sync; its rename is journalled by the file system.
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from relay.errors import NotFoundError, RefusedError
-from relay.trust.keyfiles import (
+from relay.keyfiles import (
     make_private_folder,
     read_sealing_key,
     read_signer,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from agent.discovery import DiscoveryConfig, State, find_sources, load_state, log_changes, probe, save_state
 from agent.nearest import (
+    FAILS_OUT,
     UNKNOWN,
     Health,
+    ProbeResult,
     Ranking,
     Source,
     known,
@@ -30,17 +35,18 @@ from relay.client import ClientLimits, ManifestDocument, PackagePointer, RelayCl
 from relay.content.frames import Event, NotSent, Received
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest
-from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, WaystationError
+from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
 from relay.fetch import Measured
 from relay.stores.locations import Store, open_store
 
 _PROBES = 3
-"""Relays measured at the start of a pull, where their time has come."""
+"""Relays measured at the start of a pull, where their time has come: so many of those that look well, and as many of
+the others."""
 _PROBE_SECONDS = 3.0
 
 
 class StoreSource:
-    """A store on a shared file system, read as if it were a relay."""
+    """A store on a shared file system, read as if it were a relay. Nothing is ever written there."""
 
     def __init__(self, location: str) -> None:
         self.name = location
@@ -49,7 +55,7 @@ class StoreSource:
 
     async def package(self, id: PackageId, version: NuGetVersion) -> PackagePointer:
         catalog = await self._catalog()
-        pointer = catalog.get(PackageRef(id, version))
+        pointer = await catalog.look_up(PackageRef(id, version))
         signature = await catalog.signature(pointer.manifest_id)
         return PackagePointer(pointer.ref, pointer.manifest_id, signature, pointer.size)
 
@@ -71,7 +77,8 @@ class StoreSource:
             yield Received(manifest.id, index, chunk, chunk.size)
 
     async def health(self) -> None:
-        await self._open()
+        # Reading what nobody wrote is enough: a share that is not mounted says so.
+        await (await self._open()).documents.read("packages/none")
 
     async def close(self) -> None:
         if self._store is not None:
@@ -79,13 +86,11 @@ class StoreSource:
 
     async def _open(self) -> Store:
         if self._store is None:
-            self._store = await open_store(self._location)
+            self._store = await open_store(self._location, read_only=True)
         return self._store
 
     async def _catalog(self) -> Catalog:
-        catalog = Catalog((await self._open()).documents)
-        await catalog.load()
-        return catalog
+        return Catalog((await self._open()).documents)
 
 
 AnySource = RelayClient | StoreSource
@@ -103,45 +108,44 @@ class Sources:
         token_file: str | None = None,
         limits: ClientLimits | None = None,
         rng: random.Random | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`relays`, given by hand, stand in place of everything that the configuration says."""
+        """`relays`, given by hand, stand in place of everything that the configuration says.
+
+        Raises:
+            UsageError: the token cannot be read, or one of `relays` is none.
+        """
         self._config = config
         self._path = state_path
         self._only = tuple(relays)
         self._token = token_from(token_file or config.token_file)
         self._limits = limits
-        self._rng = rng or random.Random()
+        self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._clock = clock
+        self._seed = config.name or socket.gethostname()
+        self._discovery = DiscoveryConfig(relays=self._only) if self._only else config.discovery()
+        self._down: set[str] = set()
         self._kept: State = State()
         self._found: tuple[Source, ...] = ()
         self._open: dict[str, AnySource] = {}
         self._stack = AsyncExitStack()
         self.notes: tuple[str, ...] = ()
 
-    async def __aenter__(self) -> Sources:
+    async def __aenter__(self) -> Self:
         self._kept = await asyncio.to_thread(load_state, self._path)
-        found = await find_sources(self._discovery(), self._kept.last_answers, self._rng)
+        found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
         self._found, self.notes = found.sources, found.notes
-        self._kept = State(
-            current=self._kept.current,
-            healths=known(self._kept.healths, self._found),
-            last_answers=found.last,
-            saved_at=self._kept.saved_at,
-        )
+        if not self._only:
+            # What was asked by hand once must not make an agent forget its own relays.
+            healths = known(self._kept.healths, self._found)
+            self._kept = replace(self._kept, healths=healths, last_answers=found.last)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
-        kept = State(
-            current=self._kept.current,
-            healths=self._kept.healths,
-            last_answers=self._kept.last_answers,
-            saved_at=time.time(),
-        )
-        try:
-            await asyncio.to_thread(save_state, self._path, kept)
-        except StoreError:
-            # What is lost is a preference; the pull itself stands.
-            pass
+        # What may be lost is a preference; the pull itself stands.
+        with suppress(StoreError):
+            await asyncio.to_thread(save_state, self._path, replace(self._kept, saved_at=self._clock()))
 
     @property
     def healths(self) -> dict[str, Health]:
@@ -149,41 +153,67 @@ class Sources:
         return self._kept.healths
 
     def ranking(self) -> Ranking:
-        return rank(self._found, self._kept.healths, self._kept.current, time.time(), self._config.name)
+        return rank(self._found, self._kept.healths, self._kept.current, self._clock(), self._seed)
 
     def in_order(self) -> list[AnySource]:
-        """Every source, the one to ask first in front, opened (which contacts nobody)."""
-        return [self._opened(source) for source in order_for_pull(self.ranking(), ())]
+        """Every source, the one to ask first in front, opened (which contacts nobody).
+
+        Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
+        """
+        ranking = self.ranking()
+        answering = order_for_pull(ranking, self._down)
+        others = (ranked.source for ranked in ranking if ranked.source.url in self._down)
+        return [self._opened(source) for source in (*answering, *others)]
 
     async def measure(self, *, everything: bool = False) -> dict[str, str]:
         """Ask the best few for health where their time has come; returns the failures by URL."""
-        now = time.time()
-        ranked = [r.source for r in self.ranking()]
-        due = [s for s in ranked if everything or self._is_due(s, now)]
-        if not due:
-            return {}
-        results = await probe(due, self._check, _PROBE_SECONDS, limit=len(due) if everything else _PROBES)
-        before = self._kept.healths
-        self._keep({**before, **record_probes(before, results, time.time())}, self._kept.current)
+        ranking = self.ranking()
+        due = [r.source for r in ranking] if everything else self._due(ranking)
+        results = await self._probe(due)
+        # A pull is over before an ill source's next turn comes: the second pass that it needs is asked for at once.
+        # Otherwise each machine would once more fetch over the long line what its own site holds.
+        returning = [s for s in due if results[s.url].ok and not self._health(s.url).ok]
+        results |= await self._probe(returning)
+        self._down = {url for url, result in results.items() if not result.ok}
         return {url: result.reason for url, result in results.items() if not result.ok}
 
+    async def _probe(self, sources: Sequence[Source]) -> dict[str, ProbeResult]:
+        if not sources:
+            return {}
+        results = await probe(sources, self._check, _PROBE_SECONDS, limit=len(sources))
+        self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
+        return results
+
     def succeeded(self, name: str, measured: Measured) -> None:
+        """It gave what it was asked for, and is the one in use now."""
         url = self._url_of(name)
-        health = self._kept.healths.get(url, UNKNOWN)
-        healths = {
-            **self._kept.healths,
-            url: record_success(health, time.time(), measured.first_byte, measured.goodput),
-        }
-        self._keep(healths, url)
+        health = record_success(self._health(url), self._clock(), measured.first_byte, measured.goodput)
+        self._keep({**self._kept.healths, url: health}, url)
 
     def failed(self, name: str, error: WaystationError) -> None:
-        url = self._url_of(name)
-        health = self._kept.healths.get(url, UNKNOWN)
-        self._keep({**self._kept.healths, url: record_failure(health, time.time(), error.message)}, self._kept.current)
+        """It could not be reached, or sent other bytes: the latter puts it out at once.
 
-    def _is_due(self, source: Source, now: float) -> bool:
-        health = self._kept.healths.get(source.url, UNKNOWN)
-        return health.last_checked == 0.0 or next_probe(health, now, self._rng) <= now
+        Whoever lies answers questions for its health all the better, so counting to three would never end.
+        """
+        url = self._url_of(name)
+        health = self._health(url)
+        for _ in range(FAILS_OUT if isinstance(error, UntrustedError) else 1):
+            health = record_failure(health, self._clock(), error.message)
+        self._keep({**self._kept.healths, url: health}, self._kept.current)
+
+    def _health(self, url: str) -> Health:
+        return self._kept.healths.get(url, UNKNOWN)
+
+    def _due(self, ranking: Ranking) -> list[Source]:
+        due = [ranked.source for ranked in ranking if self._is_due(self._health(ranked.source.url))]
+        well = [source for source in due if self._health(source.url).ok]
+        ill = [source for source in due if not self._health(source.url).ok]
+        return well[:_PROBES] + ill[:_PROBES]
+
+    def _is_due(self, health: Health) -> bool:
+        if not 0.0 < health.last_checked <= self._clock():
+            return True
+        return next_probe(health, health.last_checked, self._rng) <= self._clock()
 
     async def _check(self, source: Source) -> float:
         started = time.monotonic()
@@ -192,12 +222,7 @@ class Sources:
 
     def _keep(self, healths: dict[str, Health], current: str | None) -> None:
         log_changes(self._kept.healths, healths)
-        self._kept = State(
-            current=current,
-            healths=healths,
-            last_answers=self._kept.last_answers,
-            saved_at=self._kept.saved_at,
-        )
+        self._kept = replace(self._kept, current=current, healths=healths)
 
     def _opened(self, source: Source) -> AnySource:
         opened = self._open.get(source.url)
@@ -221,17 +246,3 @@ class Sources:
 
     def _url_of(self, name: str) -> str:
         return next((url for url, opened in self._open.items() if opened.name == name), name)
-
-    def _discovery(self) -> DiscoveryConfig:
-        if self._only:
-            return DiscoveryConfig(relays=self._only)
-        c = self._config
-        return DiscoveryConfig(
-            site=c.site,
-            domain=c.domain,
-            resolver=c.resolver,
-            scheme="http" if c.scheme == "http" else "https",
-            site_name=c.srv_site,
-            generic_name=c.srv_generic,
-            relays=c.relays,
-        )

@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -19,8 +21,11 @@ from relay.content import manifest as manifests
 from relay.content.identity import ManifestId, PackageRef, parse_digest
 from relay.content.manifest import Manifest
 from relay.durable import sync_folder, write_durably
-from relay.errors import IdentityError, ManifestError, UsageError
+from relay.errors import IdentityError, ManifestError, StoreError, UsageError
 from relay.trust.keys import TrustPins, parse_pins
+
+if TYPE_CHECKING:
+    from agent.discovery import DiscoveryConfig
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +37,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     domain: str | None = None
     resolver: str | None = None
     """HOST:PORT of a DNS server in place of the system's; it then resolves the relays' names too."""
-    scheme: str = "https"
+    scheme: Literal["https", "http"] = "https"
     relays: tuple[str, ...] = ()
     """Used after what DNS says: URLs, or stores (disk:/mnt/dfs/waystation)."""
     token_file: str | None = None
@@ -40,6 +45,20 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEM file of the authority that signs the relays' certificates, where it is a private one."""
     srv_site: str = "_waystation._tcp.{site}._sites.{domain}"
     srv_generic: str = "_waystation._tcp.{domain}"
+
+    def discovery(self) -> DiscoveryConfig:
+        """Where to look for relays. Raises `UsageError` where a value can be nobody's."""
+        from agent.discovery import DiscoveryConfig
+
+        return DiscoveryConfig(
+            site=self.site,
+            domain=self.domain,
+            resolver=self.resolver,
+            scheme=self.scheme,
+            site_name=self.srv_site,
+            generic_name=self.srv_generic,
+            relays=self.relays,
+        )
 
 
 class TreeRecord(msgspec.Struct, frozen=True):
@@ -65,17 +84,22 @@ class AgentState:
         """Raises `UsageError`."""
         path = os.path.join(self.home, "agent.yaml")
         config: AgentConfig = load_yaml(path, AgentConfig) if os.path.exists(path) else AgentConfig()
-        if config.scheme not in ("http", "https"):
-            raise UsageError(f"{path}: scheme is {config.scheme!r}: expected http or https")
+        try:
+            config.discovery()
+        except UsageError as error:
+            raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
         return config
 
     def pins(self) -> TrustPins | None:
         """The pinned keys; None where no trust.json was given. Raises `UsageError`, `SignatureError`."""
+        path = os.path.join(self.home, "trust.json")
         try:
-            with open(os.path.join(self.home, "trust.json"), "rb") as file:
+            with open(path, "rb") as file:
                 return parse_pins(file.read(1 << 20))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
 
     def trees(self) -> list[TreeRecord]:
         """Installed trees that are still there, newest first."""
@@ -93,7 +117,7 @@ class AgentState:
         return self._read_manifest(record.manifest)
 
     def record(self, manifest: Manifest, *, ulid: str, root: str, path: str, label: str) -> TreeRecord:
-        """Note an installed tree. Raises `OSError`."""
+        """Note an installed tree. Raises `StoreError`."""
         record = TreeRecord(
             ulid=ulid,
             root=root,
@@ -104,8 +128,12 @@ class AgentState:
             label=label,
             installed=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._write("manifests", manifest.id, manifest.canonical)
-        self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
+        try:
+            self._write("manifests", manifest.id, manifest.canonical)
+            self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoreError(f"{self.home}: {error.strerror or error}", full=full) from error
         return record
 
     def installed(self, root: str, manifest_id: ManifestId) -> TreeRecord | None:
@@ -123,7 +151,7 @@ class AgentState:
         try:
             with open(os.path.join(self.home, "trees", name), "rb") as file:
                 return msgspec.json.decode(file.read(), type=TreeRecord)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
 
     def _read_manifest(self, id: str) -> Manifest | None:
@@ -136,6 +164,7 @@ class AgentState:
     def _write(self, folder: str, name: str, data: bytes) -> None:
         path = os.path.join(self.home, folder)
         if not os.path.isdir(path):
+            os.makedirs(self.home, mode=0o700, exist_ok=True)
             os.makedirs(path, mode=0o700, exist_ok=True)
             sync_folder(self.home)
         write_durably(os.path.join(path, name), data, mode=0o600)

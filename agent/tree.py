@@ -10,18 +10,22 @@ when a build is taken up again, each chunk that it names is read back and hashed
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import struct
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
 
 from agent import platform
 from relay.content.chunk import Chunk
 from relay.content.identity import ChunkId, chunk_id
 from relay.content.manifest import Extent, Manifest
 from relay.durable import sync_folder, write_durably
-from relay.errors import LockedError, StoreError, UntrustedError
+from relay.errors import ChunkInvalid, LockedError, StoreError, UntrustedError
 
 _INDEX = struct.Struct("<I")
 _ROOM_TO_SPARE = 16 << 20
@@ -38,32 +42,38 @@ class IncomingTree:
 
         Raises:
             LockedError: another process builds the same tree under this root.
-            StoreError: `full` where the disk has no room for it; nothing was begun then.
-            UntrustedError: somebody else could have written into the build's folder.
+            StoreError: the file system says no; `full` where it has no room for the tree, and then nothing is left of it.
+            UntrustedError: somebody else could write into the build's folder.
         """
         self.manifest = manifest
+        self.target = target
         self.releases = os.path.join(os.path.abspath(root), "releases")
-        self.folder = os.path.join(self.releases, f".incoming-{manifest.id}")
+        self.folder = _incoming(root, manifest)
         self.tree = os.path.join(self.folder, "tree")
-        os.makedirs(self.releases, exist_ok=True)
-        _make_private(self.folder)
-        self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
-        if self._lock is None:
-            raise LockedError(
-                f"another process builds {manifest.package} under {root} right now", hint="Wait until it is done"
-            )
-        self.target = self._begin(target)
-        self._map = os.open(os.path.join(self.folder, "chunks"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self.have: set[int] = self._take_up()
+        self.have: set[int] = set()
+        # Two threads may write; a third may close or clear while one of them still does.
+        self._writing = threading.Lock()
+        self._lock: int | None = None
+        self._map: int | None = None
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise _store_error(error, self.releases) from error
+        except BaseException:
+            self.close()
+            raise
         self.resumed = len(self.have)
-        self._check_room()
 
     @property
     def missing(self) -> list[int]:
         """Indexes of the chunks that are still to be written, each chunk once, in tree order."""
-        first = self.manifest.index_of
-        wanted = {first[self.manifest.chunk_id(i)] for i in range(self.manifest.tree_chunks)}
-        return sorted(wanted - self.have)
+        return sorted(self.wanted - self.have)
+
+    @cached_property
+    def wanted(self) -> frozenset[int]:
+        """The first index of every chunk of the tree."""
+        return frozenset(self.manifest.index_of[id] for id in self._places)
 
     @property
     def is_moved(self) -> bool:
@@ -73,17 +83,25 @@ class IncomingTree:
     def write(self, chunk: Chunk) -> None:
         """Put a verified chunk everywhere it belongs. Raises `StoreError`."""
         index = self.manifest.index_of[chunk.id]
-        try:
-            for place in self._places(chunk.id):
-                self._write_at(place, chunk.data)
-            os.write(self._map, _INDEX.pack(index))
-        except OSError as error:
-            raise _store_error(error, self.folder) from error
-        self.have.add(index)
+        with self._writing:
+            if self._map is None:
+                raise StoreError(f"the build in {self.folder} was given up")
+            try:
+                for place in self._places[chunk.id]:
+                    self._write_at(place, chunk.data)
+                os.write(self._map, _INDEX.pack(index))
+            except OSError as error:
+                raise _store_error(error, self.folder) from error
+            self.have.add(index)
 
     def finish(self) -> str:
-        """Make the tree durable and rename it into place; its path. All chunks must be written. Raises `StoreError`."""
-        assert not self.missing, "finish before all chunks are written"
+        """Make the tree durable and rename it into place; its path.
+
+        Raises:
+            StoreError: it is not durable, and must not be built upon: after a failed sync, what can be read back is not
+                what is on the disk. `clear` it.
+        """
+        assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
         final = os.path.join(self.releases, self.target)
         try:
             if not self.is_moved:
@@ -91,104 +109,118 @@ class IncomingTree:
                 self._set_modes()
                 platform.sync_tree(self.tree, self._files(), self._folders())
                 os.rename(self.tree, final)
-                sync_folder(self.releases)
+            sync_folder(self.releases)
         except OSError as error:
             raise _store_error(error, self.folder) from error
         return final
 
     def clear(self) -> None:
         """Remove what the build needed; the tree itself stands elsewhere by now. (Also gives up a build.)"""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
+        with self._writing:
+            _remove(self.folder)
+            self._close()
 
     def close(self) -> None:
         """Let go of it; the build can be taken up again."""
-        for descriptor in (self._lock, self._map):
+        with self._writing:
+            self._close()
+
+    def _close(self) -> None:
+        for descriptor in (self._map, self._lock):
             if descriptor is not None:
                 os.close(descriptor)
-        self._lock = None
-        self._map = None  # type: ignore[assignment] - closed for good
+        self._lock = self._map = None
 
     # --- beginning
 
-    def _begin(self, target: str) -> str:
+    def _open(self) -> None:
+        os.makedirs(self.releases, exist_ok=True)
+        _make_private(self.folder)
+        self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
+        if self._lock is None:
+            raise LockedError(
+                f"another process builds {self.manifest.package} in {self.releases} right now",
+                hint="Wait until it is done",
+            )
+        self._begin()
+        self._map = os.open(os.path.join(self.folder, "chunks"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self.have = self._take_up(self._map)
+        self._check_room()
+
+    def _begin(self) -> None:
         named = os.path.join(self.folder, "target")
         if os.path.exists(named):
             with open(named, encoding="utf-8") as file:
-                return file.read()
-        write_durably(os.path.join(self.folder, "manifest.json"), self.manifest.canonical, mode=0o600)
-        os.makedirs(self.tree, mode=0o755, exist_ok=True)
-        write_durably(named, target.encode(), mode=0o600)
-        return target
+                self.target = file.read()
+        else:
+            write_durably(os.path.join(self.folder, "manifest.json"), self.manifest.canonical, mode=0o600)
+            write_durably(named, self.target.encode(), mode=0o600)
+        if not self.is_moved:
+            os.makedirs(self.tree, mode=0o755, exist_ok=True)
 
-    def _take_up(self) -> set[int]:
-        noted = os.pread(self._map, os.fstat(self._map).st_size, 0)
+    def _take_up(self, map: int) -> set[int]:
+        noted = platform.read_at(map, os.fstat(map).st_size, 0)
         whole = len(noted) - len(noted) % _INDEX.size
-        indexes = {index for (index,) in _INDEX.iter_unpack(noted[:whole])}
-        os.ftruncate(self._map, whole)
+        # A torn tail would shift every entry that is appended after it.
+        os.ftruncate(map, whole)
         if self.is_moved:
-            return set(self.missing_indexes())
-        return {i for i in indexes if i < self.manifest.tree_chunks and self._is_written(i)}
-
-    def missing_indexes(self) -> Iterator[int]:
-        """Every tree chunk's first index."""
-        for i in range(self.manifest.tree_chunks):
-            yield self.manifest.index_of[self.manifest.chunk_id(i)]
+            return set(self.wanted)
+        indexes = {index for (index,) in _INDEX.iter_unpack(noted[:whole])}
+        return {index for index in indexes & self.wanted if self._is_written(index)}
 
     def _is_written(self, index: int) -> bool:
         id = self.manifest.chunk_id(index)
-        return all(chunk_id(read_chunk(self.tree, self.manifest, place) or b"") == id for place in self._places(id))
+        return all(chunk_id(read_chunk(self.tree, self.manifest, place) or b"") == id for place in self._places[id])
 
     def _check_room(self) -> None:
-        need = sum(self.manifest.chunks[i].size for i in self.missing) + _ROOM_TO_SPARE
-        room = os.statvfs(self.folder)
-        free = room.f_bavail * room.f_frsize
-        if free < need and self.missing:
-            if not self.have:
-                self.clear()
+        missing = self.missing
+        if not missing:
+            return
+        chunks = self.manifest.chunks
+        need = sum(chunks[i].size * len(self._places[self.manifest.chunk_id(i)]) for i in missing) + _ROOM_TO_SPARE
+        free = platform.free_bytes(self.folder)
+        if free < need:
+            self.clear()
             raise StoreError(
                 f"{self.manifest.package} needs {need >> 20} MiB under {self.releases}, {free >> 20} MiB are free",
                 full=True,
-                hint="Make room there; what is already there is kept",
+                hint=_FULL_HINT,
             )
 
     # --- writing
 
-    def _places(self, id: ChunkId) -> list[int]:
-        return self._all_places.get(id, [])
-
-    @property
-    def _all_places(self) -> dict[ChunkId, list[int]]:
-        if not hasattr(self, "_placed"):
-            placed: dict[ChunkId, list[int]] = {}
-            for i in range(self.manifest.tree_chunks):
-                placed.setdefault(self.manifest.chunk_id(i), []).append(i)
-            self._placed = placed
-        return self._placed
+    @cached_property
+    def _places(self) -> dict[ChunkId, list[int]]:
+        """Where in the tree's stream each chunk stands."""
+        placed: dict[ChunkId, list[int]] = {}
+        for i in range(self.manifest.tree_chunks):
+            placed.setdefault(self.manifest.chunk_id(i), []).append(i)
+        return placed
 
     def _write_at(self, place: int, data: bytes) -> None:
         view = memoryview(data)
         for extent in self.manifest.extents[place]:
             descriptor = self._open_part(extent.part)
             try:
-                written = 0
-                while written < extent.length:
-                    written += os.pwrite(descriptor, view[written : extent.length], extent.offset + written)
+                platform.write_at(descriptor, view[: extent.length], extent.offset)
             finally:
                 os.close(descriptor)
             view = view[extent.length :]
 
     def _open_part(self, part: int) -> int:
         path = self._path(part)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            descriptor = os.open(path, flags, 0o644)
+            descriptor = platform.open_for_writing(path)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-            descriptor = os.open(path, flags, 0o644)
-        size = self.manifest.parts[part].size
-        if os.fstat(descriptor).st_size != size:
-            os.ftruncate(descriptor, size)
+            descriptor = platform.open_for_writing(path)
+        try:
+            size = self.manifest.parts[part].size
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
 
     # --- finishing
@@ -199,8 +231,11 @@ class IncomingTree:
                 os.close(self._open_part(part))
 
     def _set_modes(self) -> None:
+        """Whatever the umask was: who runs a service must be able to read what was installed for it."""
         for part in range(self.manifest.tree_parts):
-            os.chmod(self._path(part), 0o755 if self.manifest.parts[part].executable else 0o644)
+            platform.set_mode(self._path(part), executable=self.manifest.parts[part].executable)
+        for folder in self._folders():
+            platform.set_mode(folder, executable=True)
 
     def _path(self, part: int) -> str:
         return os.path.join(self.tree, self.manifest.parts[part].path)
@@ -210,6 +245,31 @@ class IncomingTree:
 
     def _folders(self) -> Iterator[str]:
         return (folder for folder, _, _ in os.walk(self.tree))
+
+
+def clear_leftovers(root: str, manifest: Manifest) -> None:
+    """Remove what a crash left of a build whose tree stands and is recorded. Not while another process is at it."""
+    folder = _incoming(root, manifest)
+    with suppress(OSError):
+        if not platform.is_private(folder):
+            return
+        lock = platform.lock_file(os.path.join(folder, "lock"))
+        if lock is not None:
+            _remove(folder)
+            os.close(lock)
+
+
+def _incoming(root: str, manifest: Manifest) -> str:
+    return os.path.join(os.path.abspath(root), "releases", f".incoming-{manifest.id}")
+
+
+def _remove(folder: str) -> None:
+    """In one step for whoever looks for it: it must never be taken up half removed."""
+    aside = f"{folder}.removed"
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
@@ -225,13 +285,11 @@ def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
 
 def _read_extent(path: str, extent: Extent) -> bytes | None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = platform.open_for_reading(path)
     except OSError:
         return None
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        piece = os.pread(descriptor, extent.length, extent.offset)
+        piece = platform.read_at(descriptor, extent.length, extent.offset)
     except OSError:
         return None
     finally:
@@ -246,8 +304,10 @@ def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk
         if id not in wanted or held.index_of[id] != index:
             continue
         data = read_chunk(tree, held, index)
-        if data is not None and chunk_id(data) == id:
-            yield Chunk.of(data)
+        if data is None:
+            continue
+        with suppress(ChunkInvalid):
+            yield Chunk(id, data)
 
 
 def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -299,20 +359,24 @@ def _files_below(tree: str) -> Iterator[str]:
 
 
 def _make_private(folder: str) -> None:
-    try:
+    with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if not platform.is_private(folder):
         raise UntrustedError(
             f"{folder} is not a folder that only this user can write to",
             hint="Somebody else made it: look at it, then remove it",
         )
+    parent = os.path.dirname(folder)
+    if platform.is_open_to_all(parent):
+        raise UntrustedError(
+            f"everybody can write to {parent}, and so replace what is installed there",
+            hint=f"Run 'chmod o-w {parent}'",
+        )
+
+
+_FULL_HINT = "Make room there and pull again; nothing of it was left behind"
 
 
 def _store_error(error: OSError, where: str) -> StoreError:
-    import errno
-
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return StoreError(f"{where}: {error.strerror or error}", full=full, hint="What is already there is kept")
+    return StoreError(f"{where}: {error.strerror or error}", full=full, hint=_FULL_HINT if full else "")

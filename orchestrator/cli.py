@@ -80,7 +80,7 @@ def pack(
 ) -> None:
     """Make a nupkg of FOLDER. The same files give the same bytes, whenever and wherever."""
     from relay.content.identity import NuGetVersion, PackageId
-    from relay.content.nupkg import pack as pack_folder
+    from relay.content.pack import pack as pack_folder
 
     id, version = PackageId.parse(id_text), NuGetVersion.parse(version_text)
     target = os.path.abspath(output or f"{id}.{version.normalized}.nupkg")

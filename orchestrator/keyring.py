@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from relay.errors import NotFoundError, RefusedError
-from relay.trust.keyfiles import make_private_folder, read_signer, write_new_file, write_private_key
+from relay.keyfiles import make_private_folder, read_signer, write_new_file, write_private_key
 from relay.trust.keys import OrderKey, PublicKey, TrustPins, encode_pins, keyid_of
 
 if TYPE_CHECKING:

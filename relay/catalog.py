@@ -8,6 +8,7 @@ packages/<id>/<version>     the pointer: this id and version is that manifest, s
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -18,8 +19,10 @@ import msgspec
 from relay.content import manifest as manifests
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.manifest import Manifest
-from relay.errors import ConflictError, ManifestError, NotFoundError
+from relay.errors import ConflictError, IdentityError, ManifestError, NotFoundError, UntrustedError
 from relay.stores.contract import Documents
+
+log = logging.getLogger(__name__)
 
 _CACHED_BYTES = 32 << 20
 """Canonical bytes of the manifests kept parsed."""
@@ -70,9 +73,8 @@ class Catalog:
         """Read every pointer again. The store is the truth; this may be called at any time."""
         found: dict[tuple[str, str], Pointer] = {}
         for name in await self._documents.list("packages"):
-            raw = await self._documents.read(name)
-            if raw is not None:
-                pointer = msgspec.json.decode(raw, type=Pointer)
+            pointer = await self._read_pointer(name)
+            if pointer is not None:
                 found[pointer.ref.key] = pointer
         self._pointers = found
 
@@ -96,6 +98,21 @@ class Catalog:
         versions = [str(p.version) for p in self.of_id(ref.id)]
         hint = f"Here are: {', '.join(versions[-5:])}" if versions else "No version of it is here"
         raise NotFoundError(f"{ref} is not here", hint=hint)
+
+    async def look_up(self, ref: PackageRef) -> Pointer:
+        """One pointer, straight from the store: for who asks once and has not scanned.
+
+        Raises:
+            NotFoundError: no such package.
+            UntrustedError: the pointer is damaged.
+        """
+        raw = await self._documents.read(_pointer_name(ref))
+        if raw is None:
+            raise NotFoundError(f"{ref} is not here")
+        try:
+            return msgspec.json.decode(raw, type=Pointer)
+        except (ValueError, RecursionError) as error:
+            raise UntrustedError(f"the pointer of {ref} is damaged: {error}") from error
 
     def check_free(self, manifest: Manifest) -> Pointer | None:
         """The pointer that says the same already, or None where the name is free. Raises as `check_name`."""
@@ -136,9 +153,12 @@ class Catalog:
         )
         name = _pointer_name(manifest.package)
         if not await self._documents.create(name, msgspec.json.encode(pointer)):
-            # Another process of this store was first: what it wrote counts.
-            await self.load()
-            return self.check_free(manifest) or pointer
+            # Another process of this store was first: what it wrote counts, unless it is damaged.
+            first = await self._read_pointer(name)
+            if first is not None:
+                self._pointers[manifest.package.key] = first
+                return self.check_free(manifest) or first
+            await self._documents.write(name, msgspec.json.encode(pointer))
         self._pointers[manifest.package.key] = pointer
         return pointer
 
@@ -153,7 +173,11 @@ class Catalog:
 
     async def keep_manifest(self, manifest: Manifest, signature: bytes) -> None:
         """Durable, not listed. The last envelope that came with it is the one that is handed on."""
-        await self._documents.create(f"manifests/{manifest.id}", manifest.canonical)
+        name = f"manifests/{manifest.id}"
+        created = await self._documents.create(name, manifest.canonical)
+        if not created and await self._documents.read(name) != manifest.canonical:
+            # Damaged since: this mends it.
+            await self._documents.write(name, manifest.canonical)
         if signature and await self.signature(manifest.id) != signature:
             await self._documents.write(f"signatures/{manifest.id}", signature)
         self._remember(manifest)
@@ -177,6 +201,19 @@ class Catalog:
         """Those of `ids` that are kept here."""
         found = {id: await self.manifest(id) for id in ids}
         return {id: manifest for id, manifest in found.items() if manifest is not None}
+
+    async def _read_pointer(self, name: str) -> Pointer | None:
+        """A pointer that is damaged counts as absent: the package can be published again."""
+        raw = await self._documents.read(name)
+        if raw is None:
+            return None
+        try:
+            pointer = msgspec.json.decode(raw, type=Pointer)
+            same = _pointer_name(pointer.ref) == name and bool(pointer.manifest_id)
+        except (msgspec.DecodeError, UnicodeDecodeError, IdentityError) as error:
+            log.warning("catalog: %s is damaged: %s", name, error)
+            return None
+        return pointer if same else None
 
     async def _load_manifest(self, id: ManifestId) -> Manifest | None:
         raw = await self._documents.read(f"manifests/{id}")

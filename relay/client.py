@@ -29,7 +29,7 @@ from relay.content.frames import BundleDecoder, Event
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.json import JsonTooDeepError, check_depth
 from relay.content.manifest import Manifest
-from relay.content.ranges import Ranges, in_order
+from relay.content.ranges import Ranges, check, in_order
 from relay.errors import (
     ConflictError,
     FrameError,
@@ -42,6 +42,9 @@ from relay.errors import (
     WaystationError,
 )
 from relay.traffic import Traffic, header_bytes
+
+# Its default hooks import a metrics library and log; what is retried here is told by whoever gives up.
+stamina.instrumentation.set_on_retry_hooks([])
 
 T = TypeVar("T")
 
@@ -196,7 +199,7 @@ class RelayClient:
             used_base = base if response.headers.get("Waystation-Base") else None
         try:
             document = msgspec.msgpack.decode(body, type=wire.Document)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ManifestError(f"{self.url} answered with something that is no manifest document") from error
         manifest = await asyncio.to_thread(_open_manifest, document.manifest, used_base, id)
         return ManifestDocument(manifest, document.signature)
@@ -208,7 +211,7 @@ class RelayClient:
         document = wire.Document(
             await asyncio.to_thread(manifests.to_wire, manifest.canonical, base.canonical if base else None), signature
         )
-        return await self._json(
+        answer = await self._json(
             "PUT",
             wire.manifest_path(manifest.id),
             wire.OfferAnswer,
@@ -216,6 +219,8 @@ class RelayClient:
             content_type=wire.DOCUMENT_TYPE,
             params={"base": f"sha256:{base.id}"} if base else {},
         )
+        check(answer.missing, len(manifest.chunks))
+        return answer
 
     async def missing(self, want: Sequence[wire.ChunkRanges], lease: str | None = None) -> tuple[wire.ChunkRanges, ...]:
         request = wire.MissingRequest(want=tuple(want), lease=lease)
@@ -270,7 +275,11 @@ class RelayClient:
         ref = manifest.package
         path = wire.PACKAGE.format(id=ref.id.key, version=ref.version.url)
         body = msgspec.json.encode(wire.PublishRequest(manifest=manifest.id))
-        await self._json("PUT", path, wire.PackageAnswer, data=body)
+        try:
+            await self._json("PUT", path, wire.PackageAnswer, data=body)
+        except MissingChunksError as error:
+            check(error.missing, len(manifest.chunks))
+            raise
 
     # --- receiving
 
@@ -292,13 +301,10 @@ class RelayClient:
             if response.content_type != wire.BUNDLE_TYPE:
                 raise FrameError(f"{self.url} answered with {response.content_type[:60]!r} in place of a bundle")
             async for piece in self._pieces(response):
-                try:
-                    await asyncio.to_thread(decoder.feed, piece)
-                finally:
-                    for event in decoder.events():
+                batches = decoder.feed(piece)
+                while events := await asyncio.to_thread(next, batches, None):
+                    for event in events:
                         yield event
-                if decoder.ended:
-                    break
         decoder.finish()
         if decoder.named < len(asked):
             raise FrameError(f"{self.url} left out {len(asked) - decoder.named} chunks without a word")

@@ -32,7 +32,8 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     site: str = ""
     tokens: list[Any] = msgspec.field(default_factory=list)
     tls: Tls | None = None
-    drain_seconds: float = 30.0
+    limits: dict[str, float] = msgspec.field(default_factory=dict)
+    """Named limits in place of their defaults (docs/operations.md lists them), e.g. `drain_seconds: 60`."""
 
 
 def home() -> str:

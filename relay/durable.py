@@ -13,13 +13,13 @@ def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
         OSError: nothing changed, and no temporary file is left.
     """
     temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+        os.replace(temporary, path)
     except OSError:
         os.unlink(temporary)
         raise
@@ -28,6 +28,8 @@ def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
 
 def sync_folder(folder: str) -> None:
     """Make what was renamed, created or removed in `folder` durable."""
+    if os.name == "nt":  # it has no handle of a folder to sync; its file system journals renames
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

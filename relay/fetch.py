@@ -15,7 +15,7 @@ from typing import Protocol
 
 from relay.content.frames import Aborted, Event, NotSent, Received, RunRefused
 from relay.content.manifest import Manifest
-from relay.errors import RefusedError, UnreachableError, UntrustedError, WaystationError, first_of
+from relay.errors import FrameError, RefusedError, UnreachableError, UntrustedError, WaystationError, first_of
 
 SEGMENT_BYTES = 8 << 20
 """Tree stream in one request."""
@@ -69,6 +69,14 @@ class NoSourceLeftError(UnreachableError):
             hint="What was fetched is kept: the same command goes on from there",
         )
         self.errors = errors
+
+
+class ChunksAbsentError(UnreachableError):
+    """The source does not hold all of it. An answer, not a failure of the source."""
+
+
+class _NotDeliveredError(Exception):
+    """Around what `deliver` raised: that is the caller's own trouble, and no source is left for it."""
 
 
 Deliver = Callable[[list[Received]], Awaitable[None]]
@@ -130,7 +138,8 @@ class _Fetch:
                     for _ in range(min(connections, len(self._segments))):
                         group.create_task(self._worker())
             except BaseExceptionGroup as errors:
-                raise first_of(errors) from None
+                first = first_of(errors)
+                raise (first.__cause__ or first if isinstance(first, _NotDeliveredError) else first) from None
 
     async def _worker(self) -> None:
         while self._segments:
@@ -141,7 +150,17 @@ class _Fetch:
             try:
                 await self._ask(source, segment)
             except (UntrustedError, UnreachableError, RefusedError) as error:
-                await self._give_up(source, error)
+                if self._is_busy(error):
+                    # It is well and asks for patience; the next source may stand behind a thin line.
+                    asked_for = getattr(error, "retry_after", None) or 0.0
+                    await asyncio.sleep(max(_PAUSE_SECONDS, min(asked_for, _BUSY_SECONDS)))
+                else:
+                    await self._give_up(source, error)
+            else:
+                if self._missing.issuperset(segment):
+                    # Everything is still on its way there. A relay waits itself before it says so; one that does not
+                    # must not be asked without end.
+                    await asyncio.sleep(_PAUSE_SECONDS)
             left = [index for index in segment if index in self._missing]
             if left:
                 self._segments.appendleft(left)
@@ -159,21 +178,35 @@ class _Fetch:
         meter = _Meter()
         stream = source.stream(self._manifest, segment)
         batch: list[Received] = []
+        owed = set(segment)
+
+        async def take() -> None:
+            nonlocal batch
+            taken, batch = batch, []
+            await self._take(taken, tally)
+
         try:
             async for event in stream:
                 if isinstance(event, Received):
+                    if event.index not in owed:
+                        raise FrameError(f"{source.name} sent chunk {event.index}, which was not asked for")
+                    owed.discard(event.index)
                     meter.took(event)
                     batch.append(event)
                     if sum(received.chunk.size for received in batch) >= _BATCH_BYTES:
-                        await self._take(batch, tally)
-                        batch = []
+                        await take()
                     continue
-                await self._take(batch, tally)
-                batch = []
+                await take()
                 self._heed(source, event)
+                if isinstance(event, NotSent):
+                    owed.difference_update(index for _, index in event.run)
+            if owed:
+                raise FrameError(f"{source.name} left out {len(owed)} chunks without a word")
         finally:
-            await self._take(batch, tally)
-            await stream.aclose()
+            try:
+                await take()
+            finally:
+                await stream.aclose()
         if meter.bytes:
             tally.measured.append(meter.result())
             tally.payload_bytes += meter.payload_bytes
@@ -182,7 +215,10 @@ class _Fetch:
         fresh = [received for received in batch if received.index in self._missing]
         if not fresh:
             return
-        await self._deliver(fresh)
+        try:
+            await self._deliver(fresh)
+        except WaystationError as error:
+            raise _NotDeliveredError from error
         self._missing.difference_update(received.index for received in fresh)
         self._last_progress = time.monotonic()
         tally.chunks += len(fresh)
@@ -194,19 +230,28 @@ class _Fetch:
         if isinstance(event, Aborted):
             raise UnreachableError(f"{source.name} broke off ({event.code})")
         if isinstance(event, NotSent) and event.reason != "arriving":
-            raise UnreachableError(f"{source.name} lacks {len(event.run)} chunks of {self._manifest.package}")
+            raise ChunksAbsentError(f"{source.name} lacks {len(event.run)} chunks of {self._manifest.package}")
         if isinstance(event, NotSent) and time.monotonic() - self._last_progress > self._stall_seconds:
             raise UnreachableError(f"{source.name} still waits for chunks, none came for {self._stall_seconds:.0f} s")
+
+    def _is_busy(self, error: WaystationError) -> bool:
+        asks = isinstance(error, UnreachableError) and error.retry_after is not None
+        return asks and time.monotonic() - self._last_progress <= self._stall_seconds
 
     async def _give_up(self, source: ChunkSource, error: WaystationError) -> None:
         tally = self.tallies.setdefault(source.name, Tally())
         if tally.error is None:
             tally.error = error
+            # The next source gets its own patience.
+            self._last_progress = time.monotonic()
             if self._on_failure:
                 await self._on_failure(source, error)
 
 
 _BATCH_BYTES = 2 << 20
+_BUSY_SECONDS = 5.0
+"""The longest pause before a source that asked for patience is asked again."""
+_PAUSE_SECONDS = 0.2
 
 
 class _Meter:

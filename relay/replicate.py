@@ -13,7 +13,7 @@ from relay.content import frames
 from relay.content.frames import BundleWriter, Span
 from relay.content.manifest import Manifest
 from relay.content.ranges import Ranges, count, indexes
-from relay.errors import ChunkMissing, NotFoundError, RefusedError, UnreachableError, first_of
+from relay.errors import NotFoundError, RefusedError, UnreachableError, WaystationError, first_of
 from relay.stores.contract import ChunkReader
 
 RUN_BYTES = 8 << 20
@@ -22,6 +22,8 @@ CONNECTIONS = 2
 """Bundles in flight to one relay: one is encoded while the other is sent."""
 BUNDLE_PAYLOAD = 32 << 20
 """Payload bytes after which a bundle is closed, so that its answer comes soon."""
+FRUITLESS_MAX = 3
+"""Tries in a row, after the first, that may end without the relay holding more than before."""
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
 _WRITE = 128 << 10
@@ -68,21 +70,24 @@ async def replicate(
         UnreachableError: the relay was away for longer than `patience` seconds, or comes and goes without taking more.
         ConflictError: it lists other bytes under this id and version.
         RefusedError: it refuses the token, or chunks that were sent.
-        ChunkMissing, ChunkInvalid: the source lacks or damaged what it should have.
+        ChunkMissing, ChunkInvalid, StoreError: the source lacks, or damaged, or cannot read what it should have.
     """
-    started = time.monotonic()
+    started, before = time.monotonic(), relay.traffic.total
     sender = _Sender(manifest, source, relay, progress)
-    interruptions = 0
+    interruptions = fruitless = 0
+    fewest = len(manifest.chunks) + 1
     while True:
-        before = sender.chunks_sent
         try:
             await _bring(sender, signature, known)
             break
-        except ChunkMissing:
-            raise
         except (UnreachableError, LeaseLostError) as error:
+            if sender.source_failed:
+                raise
             interruptions += 1
-            if interruptions > 3 and sender.chunks_sent == before:
+            # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
+            fruitless = 0 if sender.lacking < fewest else fruitless + 1
+            fewest = min(fewest, sender.lacking)
+            if fruitless > FRUITLESS_MAX:
                 raise
             await asyncio.sleep(min(getattr(error, "retry_after", None) or 0.0, patience))
             await relay.wait_until_ready(patience)
@@ -91,7 +96,7 @@ async def replicate(
         package_bytes=manifest.nupkg.size,
         chunks=len(manifest.chunks),
         chunks_sent=sender.chunks_sent,
-        wire_bytes=relay.traffic.total,
+        wire_bytes=relay.traffic.total - before,
         payload_bytes=sender.payload_bytes,
         seconds=time.monotonic() - started,
         interruptions=interruptions,
@@ -105,14 +110,15 @@ async def _bring(sender: _Sender, signature: bytes, known: Sequence[Manifest]) -
         return
     offer = await relay.offer(manifest, signature, await _common_base(manifest, known, relay))
     missing = offer.missing
+    sent: set[int] = set()
     while True:
-        before = sender.chunks_sent
         await sender.send(offer.lease, missing)
+        sent.update(indexes(missing))
         try:
             await relay.publish(manifest)
             return
         except MissingChunksError as error:
-            if sender.chunks_sent == before:
+            if not sent.isdisjoint(indexes(error.missing)):
                 raise RefusedError(f"relay {relay.url} does not keep the chunks that it is sent") from error
             missing = error.missing
 
@@ -141,6 +147,9 @@ class _Sender:
         self.relay = relay
         self.chunks_sent = 0
         self.payload_bytes = 0
+        self.lacking = len(manifest.chunks)
+        """Chunks that the relay lacked when it was asked last."""
+        self.source_failed = False
         self._source = source
         self._progress = progress
         self._there = 0
@@ -160,6 +169,7 @@ class _Sender:
     def report(self, missing: Ranges) -> None:
         """Tell how much is at the relay, given what it misses."""
         whole = self.manifest.stream_size
+        self.lacking = count(missing)
         self._there = whole - sum(self.manifest.chunks[i].size for i in indexes(missing))
         if self._progress:
             self._progress(self._there, whole)
@@ -180,7 +190,7 @@ class _Sender:
         payloads = 0
         while runs and payloads < BUNDLE_PAYLOAD:
             run = runs.popleft()
-            data = [(await self._source.get(self.manifest.chunk_id(i))).data for i in run]
+            data = await self._read(run)
             encoding, payload = await asyncio.to_thread(frames.encode_run, data, "zstd")
             size = sum(map(len, data))
             del data
@@ -191,6 +201,13 @@ class _Sender:
             payloads += len(payload)
             self._sent(len(run), size, len(payload))
         yield writer.end()
+
+    async def _read(self, run: Sequence[int]) -> list[bytes]:
+        try:
+            return [(await self._source.get(self.manifest.chunk_id(i))).data for i in run]
+        except WaystationError:
+            self.source_failed = True
+            raise
 
     def _sent(self, chunks: int, size: int, payload: int) -> None:
         self.chunks_sent += chunks

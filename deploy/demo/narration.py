@@ -17,6 +17,8 @@ class Narrator:
     """Writes to `out`. `step` is the last one begun, for where it failed."""
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
+    folder: str = ""
+    """Left out where it leads a path: commands run in it."""
     step: str = "the set-up"
     _number: int = 0
     _started: float = field(default_factory=time.monotonic)
@@ -28,13 +30,15 @@ class Narrator:
         self._line(f"\n{self._paint(_BOLD, f'{self._number}. {title}')}")
 
     def command(self, text: str, also: str = "") -> None:
-        """A command as it ran; `also` says where else the same ran at once."""
-        self._line(self._paint(_DIM, f"   $ {text}" + (f"    # {also}" if also else "")))
+        """A command as it ran; `also` is a remark on it, such as where else the same ran at once."""
+        self._line(self._paint(_DIM, f"   $ {text}"))
+        if also:
+            self._line(self._paint(_DIM, f"     # {also}"))
 
     def say(self, text: str) -> None:
         """What came of it. Several lines stay several."""
         for line in text.splitlines():
-            self._line(f"   {line}")
+            self._line(f"   {line}".rstrip())
 
     def verdict(self, *, held: bool, text: str) -> None:
         self._line(self._paint(f"{_BOLD};{_GREEN if held else _RED}", text))
@@ -53,7 +57,7 @@ class Narrator:
         return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
     def _line(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        print(text.replace(f"{self.folder}/", "") if self.folder else text, file=self.out, flush=True)
 
 
 def names(words: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,13 +24,15 @@ _REAL = {
 }
 _PACKED = {"web": ("Demo.Web", "1.0.0", "1.0.1"), "runtime": ("Demo.Runtime", "1.0.0", "1.0.1")}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!\.)", re.ASCII)
+_LABEL_MAX = 20
 _LEFT_OUT = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True, slots=True)
 class Nupkg:
-    """One version, and the folder that it is still to be packed from, if any."""
+    """One version. `role` is what the demo calls the package, `folder` what it is still to be packed from, if at all."""
 
+    role: str
     id: str
     version: str
     path: Path
@@ -39,6 +42,11 @@ class Nupkg:
         return f"{self.id} {self.version}"
 
     @property
+    def label(self) -> str:
+        """For tables: a long id without its beginning."""
+        return str(self) if len(self.id) <= _LABEL_MAX else f"...{self.id[-_LABEL_MAX:]} {self.version}"
+
+    @property
     def size(self) -> int:
         return self.path.stat().st_size
 
@@ -46,7 +54,7 @@ class Nupkg:
 def find(name: str, shelf: Path) -> tuple[Nupkg, Nupkg] | None:
     """Two versions of the real package `name` on `shelf`; None where they are not there."""
     id, *versions = _REAL[name]
-    first, second = (Nupkg(id, version, _on_shelf(shelf, f"{id}.{version}.nupkg")) for version in versions)
+    first, second = (Nupkg(name, id, version, _on_shelf(shelf, f"{id}.{version}.nupkg")) for version in versions)
     return (first, second) if first.path.is_file() and second.path.is_file() else None
 
 
@@ -54,23 +62,32 @@ def gather(name: str, folder: Path) -> tuple[Nupkg, Nupkg]:
     """Two folders to pack below `folder`: files of this Python, and the same with one of them changed. Blocking."""
     id, *versions = _PACKED[name]
     source = Path(sysconfig.get_path("stdlib") if name == "web" else sysconfig.get_path("purelib"))
-    first, second = (
-        Nupkg(id, version, folder / f"{id}.{version}.nupkg", folder / f"{id}-{version}") for version in versions
-    )
-    for made in (first, second):
-        assert made.folder is not None
-        changed = _copy(source, made.folder)
+    folders = [folder / f"{id}-{version}" for version in versions]
+    _copy(source, folders[0])
+    changed = _copy(source, folders[1])
     with changed.open("ab") as file:
         file.write(b"# The next version.\n")
+    first, second = (
+        Nupkg(name, id, version, folder / f"{id}.{version}.nupkg", files)
+        for version, files in zip(versions, folders, strict=True)
+    )
     return first, second
 
 
-def differences(tree: Path, nupkg: Path) -> list[str]:
-    """Paths that are not the same in an installed tree as in the nupkg, read by Python's zipfile and nothing of ours."""
+def digests_of(nupkg: Path) -> dict[str, bytes]:
+    """SHA-256 of each file that an installed tree should hold, by its path, as Python's zipfile reads the nupkg."""
     with zipfile.ZipFile(nupkg) as archive:
-        wanted = {unquote(name): name for name in archive.namelist() if not is_container(name)}
-        there = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
-        odd = [path for path in wanted.keys() & there if (tree / path).read_bytes() != archive.read(wanted[path])]
+        return {
+            unquote(name): hashlib.sha256(archive.read(name)).digest()
+            for name in archive.namelist()
+            if not is_container(name)
+        }
+
+
+def differences(tree: Path, wanted: Mapping[str, bytes]) -> list[str]:
+    """Paths that are missing in the tree, of which it knows too much, or whose bytes are others."""
+    there = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    odd = [p for p in wanted.keys() & there if hashlib.sha256((tree / p).read_bytes()).digest() != wanted[p]]
     return sorted([*odd, *(wanted.keys() ^ there)])
 
 

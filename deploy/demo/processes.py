@@ -9,7 +9,7 @@ import shlex
 import signal
 import socket
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,9 @@ class Command:
 
     def environment(self) -> dict[str, str]:
         """The surroundings without what would make the demo another one: settings of ours, and proxies."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("WAYSTATION_") and not k.lower().endswith("_proxy")}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith("WAYSTATION_") and not k.lower().endswith("_proxy")
+        }
         return kept | dict(self.variables)
 
 
@@ -74,9 +76,11 @@ class Processes:
     def is_running(self, name: str) -> bool:
         return self._services[name].returncode is None
 
-    async def kill(self, name: str) -> None:
-        """SIGKILL: nothing of it is left on return."""
-        await _end(self._services.pop(name), signal.SIGKILL)
+    async def kill(self, name: str) -> int:
+        """SIGKILL: nothing of it is left on return. Returns its process id."""
+        process = self._services.pop(name)
+        await _end(process, signal.SIGKILL)
+        return process.pid
 
     async def close(self) -> None:
         """End every service."""
@@ -116,6 +120,16 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
     return [task.result() for task in tasks]
+
+
+async def in_thread(call: Callable[..., T], *arguments: object) -> T:
+    """Run in a thread, and let it come to its end even when nobody waits for it any more: it writes in the folder."""
+    work = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
 
 
 def _first(error: BaseException) -> BaseException:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +39,10 @@ LEVEL = 3
 """zstd level where nothing else is planned."""
 _ENCODING_COST = 1 << 10
 """Bytes that an encoding may add to a run, beside 1/256 of it (zstd's own bound is n + n/256 + 64)."""
+PLACES_MAX = 300_000
+"""Chunks that the frames of one bundle may name together: more than a manifest can list."""
+BATCH_BYTES = 8 << 20
+"""Bytes of chunks that a decoder hands out at a time (and up to one chunk more): few bytes may inflate to many."""
 _LENGTH = struct.Struct("<I")
 _SLICE = 1 << 20
 
@@ -197,8 +201,7 @@ def _anything(manifest: ManifestId, index: int) -> bool:  # noqa: ARG001 - a rec
 
 
 class BundleDecoder:
-    """Feed it the body as it comes; take `events` out. What breaks the format raises `FrameError`, for good:
-    the events before it can still be taken.
+    """Feed it the body as it comes, and walk what each piece of it holds to the end before the next piece.
 
     Each chunk is named at most once in a bundle, and no payload is larger than its run can need: so a bundle ends,
     whoever sends it.
@@ -209,49 +212,64 @@ class BundleDecoder:
         self._wanted = wanted
         self._buffer = bytearray()
         self._need = len(MAGIC)
-        self._step: Callable[[bytes], None] = self._on_magic
+        self._step: Callable[[bytes], Iterable[Event]] = self._on_magic
         self._run: _RunDecoder | None = None
         self._payload_left = 0
         self._frames = 0
         self._headers = hashlib.sha256()
         self._named: set[tuple[ManifestId, int]] = set()
-        self._events: deque[Event] = deque()
+        self._broken: FrameError | None = None
         self.ended = False
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes.
+    def feed(self, data: bytes) -> Iterator[list[Event]]:
+        """What the next bytes hold: batches of events, none empty, each decoded when it is asked for.
 
         Raises:
-            FrameError: they break the format.
+            FrameError: they break the format, for good. What was found before comes before it.
         """
-        view = memoryview(data)
+        batch: list[Event] = []
+        size = 0
+        try:
+            for event in self._decode(memoryview(data)):
+                batch.append(event)
+                size += event.chunk.size if isinstance(event, Received) else 0
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        except FrameError as error:
+            self._broken = error
+        if batch:
+            yield batch
+        if self._broken is not None:
+            raise self._broken
+
+    def _decode(self, view: memoryview) -> Iterator[Event]:
+        if self._broken is not None:
+            raise self._broken
         while view:
             if self.ended:
                 raise FrameError("bytes after the end of the bundle")
             if self._run is not None:
                 taken = min(len(view), self._payload_left)
                 self._payload_left -= taken
-                self._events.extend(self._run.feed(view[:taken]))
+                yield from self._run.feed(view[:taken])
                 view = view[taken:]
-                self._end_of_payload()
+                if not self._payload_left:
+                    yield from self._run.finish()
+                    self._run = None
                 continue
             taken = min(len(view), self._need - len(self._buffer))
             self._buffer += view[:taken]
             view = view[taken:]
             if len(self._buffer) == self._need:
-                step, complete = self._step, bytes(self._buffer)
+                complete = bytes(self._buffer)
                 self._buffer.clear()
-                step(complete)
+                yield from self._step(complete)
 
     @property
     def named(self) -> int:
         """How many chunks the frames spoke of so far, sent or not."""
         return len(self._named)
-
-    def events(self) -> Iterator[Event]:
-        """What was found since the last call."""
-        while self._events:
-            yield self._events.popleft()
 
     def finish(self) -> None:
         """The body is over.
@@ -262,40 +280,41 @@ class BundleDecoder:
         if not self.ended:
             raise FrameError("the bundle was cut off before its end frame")
 
-    def _on_magic(self, data: bytes) -> None:
+    def _on_magic(self, data: bytes) -> Iterable[Event]:
         if data != MAGIC:
             raise FrameError(f"not a bundle: it starts with {data!r}")
         self._expect(_LENGTH.size, self._on_length)
+        return ()
 
-    def _on_length(self, data: bytes) -> None:
+    def _on_length(self, data: bytes) -> Iterable[Event]:
         (length,) = _LENGTH.unpack(data)
         if not 0 < length <= HEADER_MAX:
             raise FrameError(f"frame header of {length} bytes: expected 1 to {HEADER_MAX}")
         self._expect(length, self._on_header)
+        return ()
 
-    def _on_header(self, packed: bytes) -> None:
+    def _on_header(self, packed: bytes) -> Iterable[Event]:
         try:
             header = _header_decoder.decode(packed)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FrameError(f"unreadable frame header: {error}") from error
         self._expect(_LENGTH.size, self._on_length)
         if isinstance(header, End):
-            self._on_end(header)
-            return
+            return self._on_end(header)
         self._frames += 1
         self._headers.update(packed)
         if isinstance(header, Data):
             self._on_data(header)
-        elif isinstance(header, Missing):
-            self._on_missing(header)
-        else:
-            self._events.append(Aborted(header.code[:100]))
+            return ()
+        if isinstance(header, Missing):
+            return self._on_missing(header)
+        return (Aborted(header.code[:100]),)
 
-    def _on_missing(self, header: Missing) -> None:
+    def _on_missing(self, header: Missing) -> Iterable[Event]:
         run = tuple(self._walk(header.run))
         if not run:
             raise FrameError("a missing frame with an empty run")
-        self._events.append(NotSent(run, header.reason))
+        return (NotSent(run, header.reason),)
 
     def _on_data(self, header: Data) -> None:
         if not 0 < header.length <= PAYLOAD_MAX:
@@ -318,16 +337,11 @@ class BundleDecoder:
         self._run = _RunDecoder(targets, header)
         self._payload_left = header.length
 
-    def _end_of_payload(self) -> None:
-        if self._payload_left == 0 and self._run is not None:
-            self._events.extend(self._run.finish())
-            self._run = None
-
-    def _on_end(self, header: End) -> None:
+    def _on_end(self, header: End) -> Iterable[Event]:
         if header.frames != self._frames or header.sha256 != self._headers.digest():
             raise FrameError("the end frame does not match the frames before it")
-        self._events.append(Whole(self._frames))
         self.ended = True
+        return (Whole(self._frames),)
 
     def _walk(self, run: tuple[Span, ...]) -> Iterator[tuple[ManifestId, int]]:
         for span in run:
@@ -335,6 +349,8 @@ class BundleDecoder:
                 raise FrameError("a manifest digest that is not 32 bytes")
             manifest = self._manifest(span.manifest_id)
             rg.check(span.ranges, len(manifest.chunks))
+            if len(self._named) + rg.count(span.ranges) > PLACES_MAX:
+                raise FrameError(f"a bundle that names more than {PLACES_MAX} chunks")
             for index in rg.indexes(span.ranges):
                 place = (manifest.id, index)
                 if not self._wanted(*place):
@@ -350,7 +366,7 @@ class BundleDecoder:
             raise FrameError(f"a frame speaks of manifest {id[:16]}…, which is not known here")
         return manifest
 
-    def _expect(self, need: int, step: Callable[[bytes], None]) -> None:
+    def _expect(self, need: int, step: Callable[[bytes], Iterable[Event]]) -> None:
         self._need, self._step = need, step
 
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import re
 
-# A string that never ends matches to the end of the text, or each quote in it would start another long search.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
+# Possessive, and content with the end of the text instead of the closing quote: every byte is looked at once.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_TO_BRACES = bytes.maketrans(b"[]", b"{}")
+_NO_BRACES = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class JsonTooDeepError(ValueError):
-    """More nesting than agreed."""
+    """More nesting than agreed, or brackets that do not pair."""
 
 
 def check_depth(text: bytes, limit: int) -> None:
-    """Walk brackets outside of strings, in one linear pass.
+    """Refuse text that a parser might recurse into too deep; what passes need not be JSON.
+
+    Strings are taken out, and all but the brackets; then each round takes out the innermost pairs, one level.
 
     Raises:
-        JsonTooDeepError: nested deeper than `limit`.
+        JsonTooDeepError: nested deeper than `limit`, or brackets that do not pair.
     """
-    depth = 0
-    for token in _STRUCTURE.finditer(text):
-        first = token.group()[:1]
-        if first in b"[{":
-            depth += 1
-            if depth > limit:
-                raise JsonTooDeepError(f"nested deeper than {limit}")
-        elif first in b"]}":
-            depth -= 1
+    braces = _STRING.sub(b"", text).translate(_TO_BRACES, _NO_BRACES)
+    for _ in range(limit):
+        if not braces:
+            return
+        braces = braces.replace(b"{}", b"")
+    if braces:
+        raise JsonTooDeepError(f"nested deeper than {limit}, or brackets that do not pair")

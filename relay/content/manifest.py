@@ -26,7 +26,7 @@ from relay.content.identity import (
 from relay.content.json import JsonTooDeepError, check_depth
 from relay.content.nupkg import Entry, check_paths
 from relay.content.zstd import zstd
-from relay.errors import IdentityError, ManifestError, WaystationError
+from relay.errors import ManifestError, WaystationError
 
 MANIFEST_MAX = 16 << 20
 """Bytes of canonical JSON."""
@@ -223,7 +223,7 @@ def parse(canonical: bytes) -> Manifest:
     try:
         manifest = Manifest(body, canonical)
         _check(manifest)
-    except (IdentityError, ManifestError):
+    except ManifestError:
         raise
     except WaystationError as error:
         raise ManifestError(f"manifest names what no package may hold: {error}") from error

@@ -1,4 +1,4 @@
-"""The zip of a nupkg: walked defensively, read part by part, and made from a folder.
+"""The zip of a nupkg: walked defensively, and read part by part. `pack.py` makes one.
 
 The walk refuses and never repairs. It reads the structure itself, because two readers that repair differently see two
 packages: every byte of the file must belong to exactly one record, and what is said twice must be said alike.
@@ -8,7 +8,6 @@ Layouts are those of PKWARE's APPNOTE 6.3.10; part names are escaped and unescap
 
 from __future__ import annotations
 
-import html
 import os
 import re
 import stat
@@ -17,14 +16,37 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, NoReturn
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
-from relay.content.identity import NuGetVersion, PackageId
 from relay.content.nuspec import NUSPEC_MAX, Nuspec, parse_nuspec
-from relay.errors import ArchiveError, MetadataError, UsageError
-
-STORED: Final = 0
-DEFLATED: Final = 8
+from relay.content.zip_records import (
+    CENTRAL,
+    CENTRAL_MARK,
+    DEFLATED,
+    DESCRIPTOR_FLAG,
+    DESCRIPTOR_MARK,
+    DOS_FOLDER,
+    ENCRYPTED_FLAGS,
+    END,
+    END64,
+    END64_MARK,
+    END_MARK,
+    EXTRA_MAX,
+    KNOWN_FLAGS,
+    LOCAL,
+    LOCAL_MARK,
+    LOCATOR,
+    LOCATOR_MARK,
+    MAX16,
+    MAX32,
+    REPARSE_POINT,
+    STORED,
+    UNICODE_PATH_EXTRA,
+    UNIX_HOSTS,
+    ZIP64_EXTRA,
+    Directory,
+)
+from relay.errors import ArchiveError, MetadataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +90,6 @@ class WalkLimits:
 
 DEFAULT_LIMITS: Final = WalkLimits()
 
-# --- records
-
-_LOCAL: Final = struct.Struct("<4s5H3L2H")
-_CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
-_END: Final = struct.Struct("<4s4H2LH")
-_END64: Final = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR: Final = struct.Struct("<4sLQL")
-_LOCAL_MARK, _CENTRAL_MARK, _END_MARK = b"PK\3\4", b"PK\1\2", b"PK\5\6"
-_END64_MARK, _LOCATOR_MARK, _DESCRIPTOR_MARK = b"PK\6\6", b"PK\6\7", b"PK\7\x08"
-
-_MAX16: Final = 0xFFFF
-_MAX32: Final = 0xFFFFFFFF
-_ZIP64_EXTRA: Final = 0x0001
-_UNICODE_PATH_EXTRA: Final = 0x7075
-_EXTRA_MAX: Final = 1024
-"""Bytes of one record's extra fields; honest ones have some dozens. Bounds the time of a walk."""
-
-_ENCRYPTED_FLAGS: Final = 0x0001 | 0x0040 | 0x2000
-_DESCRIPTOR_FLAG: Final = 0x0008
-_UTF8_FLAG: Final = 0x0800
-_KNOWN_FLAGS: Final = 0x0006 | _DESCRIPTOR_FLAG | _UTF8_FLAG
-"""The deflate level hints, "sizes follow the data", and "the name is UTF-8"."""
-
-_UNIX_HOSTS: Final = frozenset({3, 19})
-_DOS_FOLDER: Final = 0x10
-_REPARSE_POINT: Final = 0x400
-
 
 class _Central(NamedTuple):
     """One central record, its zip64 values in place."""
@@ -109,14 +104,6 @@ class _Central(NamedTuple):
     size: int
     attributes: int
     offset: int
-
-
-class _Directory(NamedTuple):
-    """Where the central directory lies, in bytes of the file, and how many records it says it has."""
-
-    offset: int
-    size: int
-    entries: int
 
 
 def _refuse(rule: str, detail: str, member: str = "") -> NoReturn:
@@ -159,7 +146,7 @@ def walk(file: BinaryIO, limits: WalkLimits = DEFAULT_LIMITS) -> tuple[Entry, ..
     _check_sizes(members, limits)
     spans = _data_offsets(file, members, directory.offset)
     paths = [_path(member, limits) for member in members]
-    _check_collisions(paths)
+    check_collisions(paths)
     entries = tuple(
         _entry(member, path, offset)
         for member, path, offset in zip(members, paths, spans, strict=True)
@@ -175,7 +162,7 @@ def root_nuspec(entries: Iterable[Entry]) -> Entry:
     Raises:
         ArchiveError: rule nuspec, there is none or more than one.
     """
-    found = [entry for entry in entries if _is_root_nuspec(entry.path)]
+    found = [entry for entry in entries if is_root_nuspec(entry.path)]
     if len(found) != 1:
         _refuse("nuspec", f"expected one .nuspec at the root, found {len(found)}")
     return found[0]
@@ -194,30 +181,30 @@ def read_nuspec(file: BinaryIO, entries: Iterable[Entry]) -> Nuspec:
     return parse_nuspec(b"".join(read_part(file, entry)))
 
 
-def _is_root_nuspec(path: str) -> bool:
+def is_root_nuspec(path: str) -> bool:
     return "/" not in path and path.lower().endswith(".nuspec")
 
 
-def _find_directory(file: BinaryIO, file_size: int) -> _Directory:
+def _find_directory(file: BinaryIO, file_size: int) -> Directory:
     """The directory that the end record names, with nothing between it and the end.
 
     A comment is allowed; the end record is the last signature in the file, as readers that search backwards find it,
     and its comment must fill the rest exactly. A second one further in front leaves a gap, and is refused for that.
     """
-    tail_size = min(file_size, _END.size + _MAX16)
+    tail_size = min(file_size, END.size + MAX16)
     tail = _read(file, file_size - tail_size, tail_size)
-    at = tail.rfind(_END_MARK)
-    if at < 0 or len(tail) - at < _END.size:
+    at = tail.rfind(END_MARK)
+    if at < 0 or len(tail) - at < END.size:
         _refuse("end", "not a zip file: no end record")
-    _, disk, directory_disk, here, count, size, offset, comment = _END.unpack_from(tail, at)
-    if at + _END.size + comment != len(tail):
+    _, disk, directory_disk, here, count, size, offset, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail):
         _refuse("end", "bytes after the end record, or a comment that holds another one")
     end = file_size - tail_size + at
-    directory = _Directory(offset, size, count)
-    if end >= _LOCATOR.size:
-        locator = _LOCATOR.unpack(_read(file, end - _LOCATOR.size, _LOCATOR.size))
-        if locator[0] == _LOCATOR_MARK:
-            directory, end = _find_directory64(file, locator, directory, end - _LOCATOR.size)
+    directory = Directory(offset, size, count)
+    if end >= LOCATOR.size:
+        locator = LOCATOR.unpack(_read(file, end - LOCATOR.size, LOCATOR.size))
+        if locator[0] == LOCATOR_MARK:
+            directory, end = _find_directory64(file, locator, directory, end - LOCATOR.size)
     if disk or directory_disk or (here != count):
         _refuse("disks", "an archive of several disks")
     if directory.offset + directory.size != end:
@@ -226,26 +213,26 @@ def _find_directory(file: BinaryIO, file_size: int) -> _Directory:
 
 
 def _find_directory64(
-    file: BinaryIO, locator: tuple[bytes, int, int, int], short: _Directory, end: int
-) -> tuple[_Directory, int]:
+    file: BinaryIO, locator: tuple[bytes, int, int, int], short: Directory, end: int
+) -> tuple[Directory, int]:
     """The zip64 end record, which must lie right before its locator and say the same where the short one says it."""
     _, locator_disk, at, disks = locator
     if locator_disk or disks > 1:
         _refuse("disks", "an archive of several disks")
-    if at + _END64.size != end:
+    if at + END64.size != end:
         _refuse("zip64", "the zip64 end record is not where its locator says")
-    mark, length, _, _, disk, directory_disk, here, count, size, offset = _END64.unpack(_read(file, at, _END64.size))
-    if mark != _END64_MARK or length != _END64.size - 12:
+    mark, length, _, _, disk, directory_disk, here, count, size, offset = END64.unpack(_read(file, at, END64.size))
+    if mark != END64_MARK or length != END64.size - 12:
         _refuse("zip64", "the zip64 end record is damaged")
     if disk or directory_disk or here != count:
         _refuse("disks", "an archive of several disks")
-    said = zip(short, (offset, size, count), (_MAX32, _MAX32, _MAX16), strict=True)
+    said = zip(short, (offset, size, count), (MAX32, MAX32, MAX16), strict=True)
     if any(value not in {real, sentinel} for value, real, sentinel in said):
         _refuse("zip64", "the two end records disagree")
-    return _Directory(offset, size, count), at
+    return Directory(offset, size, count), at
 
 
-def _read_directory(file: BinaryIO, directory: _Directory, limits: WalkLimits) -> list[_Central]:
+def _read_directory(file: BinaryIO, directory: Directory, limits: WalkLimits) -> list[_Central]:
     """All central records, sorted by where their local records lie."""
     if directory.entries > limits.parts:
         _refuse("count", f"{directory.entries} entries, more than {limits.parts}")
@@ -266,21 +253,21 @@ def _read_directory(file: BinaryIO, directory: _Directory, limits: WalkLimits) -
 
 def _read_central(data: bytes, at: int) -> tuple[_Central, int]:
     """The record at `at` and where the next one starts."""
-    if len(data) - at < _CENTRAL.size:
+    if len(data) - at < CENTRAL.size:
         _refuse("directory", "the central directory ends inside a record")
-    fields = _CENTRAL.unpack_from(data, at)
+    fields = CENTRAL.unpack_from(data, at)
     mark, made_by, _, flags, method, _, _, crc, compressed, size, name_size, extra_size, comment_size = fields[:13]
     disk, _, attributes, offset = fields[13:]
-    name_end = at + _CENTRAL.size + name_size
+    name_end = at + CENTRAL.size + name_size
     extra_end = name_end + extra_size
     end = extra_end + comment_size
-    if mark != _CENTRAL_MARK or end > len(data):
+    if mark != CENTRAL_MARK or end > len(data):
         _refuse("directory", "a damaged record in the central directory")
-    raw_name = data[at + _CENTRAL.size : name_end]
+    raw_name = data[at + CENTRAL.size : name_end]
     name = _decode_name(raw_name)
     extra = _read_extra(data[name_end:extra_end], raw_name, name)
     size, compressed, offset, disk = _widen(
-        extra, ((size, _MAX32), (compressed, _MAX32), (offset, _MAX32), (disk, _MAX16)), name
+        extra, ((size, MAX32), (compressed, MAX32), (offset, MAX32), (disk, MAX16)), name
     )
     if disk:
         _refuse("disks", "an archive of several disks", name)
@@ -298,23 +285,23 @@ def _decode_name(raw: bytes) -> str:
 
 def _read_extra(extra: bytes, raw_name: bytes, name: str) -> bytes:
     """The zip64 field's bytes, or none. Other fields are passed over, unless one gives the entry another name."""
-    if len(extra) > _EXTRA_MAX:
-        _refuse("directory", f"extra fields of more than {_EXTRA_MAX} bytes", name)
+    if len(extra) > EXTRA_MAX:
+        _refuse("directory", f"extra fields of more than {EXTRA_MAX} bytes", name)
     found: dict[int, bytes] = {}
     at = 0
     while len(extra) - at >= 4:
         kind, size = struct.unpack_from("<2H", extra, at)
         field = extra[at + 4 : at + 4 + size]
         at += 4 + size
-        if len(field) != size or (kind in {_ZIP64_EXTRA, _UNICODE_PATH_EXTRA} and kind in found):
+        if len(field) != size or (kind in {ZIP64_EXTRA, UNICODE_PATH_EXTRA} and kind in found):
             _refuse("directory", "a damaged extra field, or one that stands twice", name)
         found[kind] = field
     # Some writers pad with fewer than four zero bytes.
     if any(extra[at:]):
         _refuse("directory", "a damaged extra field", name)
-    if found.get(_UNICODE_PATH_EXTRA, bytes(5) + raw_name)[5:] != raw_name:
+    if found.get(UNICODE_PATH_EXTRA, bytes(5) + raw_name)[5:] != raw_name:
         _refuse("name", "an extra field gives another name", name)
-    return found.get(_ZIP64_EXTRA, b"")
+    return found.get(ZIP64_EXTRA, b"")
 
 
 def _widen(zip64: bytes, fields: tuple[tuple[int, int], ...], name: str) -> list[int]:
@@ -323,7 +310,7 @@ def _widen(zip64: bytes, fields: tuple[tuple[int, int], ...], name: str) -> list
     The field holds the values that need it, in this order. Some writers put all of them there: then those that were
     not needed must say the same.
     """
-    widths = [8 if sentinel == _MAX32 else 4 for _, sentinel in fields]
+    widths = [8 if sentinel == MAX32 else 4 for _, sentinel in fields]
     values = [value for value, _ in fields]
     needed = [index for index, (value, sentinel) in enumerate(fields) if value == sentinel]
     present = needed
@@ -342,9 +329,9 @@ def _widen(zip64: bytes, fields: tuple[tuple[int, int], ...], name: str) -> list
 
 
 def _check_form(flags: int, method: int, size: int, compressed: int, name: str) -> None:
-    if flags & _ENCRYPTED_FLAGS:
+    if flags & ENCRYPTED_FLAGS:
         _refuse("encryption", "an encrypted entry", name)
-    if flags & ~_KNOWN_FLAGS:
+    if flags & ~KNOWN_FLAGS:
         _refuse("flags", f"unknown flags {flags:#06x}", name)
     if method not in {STORED, DEFLATED}:
         _refuse("method", f"compression method {method} is neither stored nor deflate", name)
@@ -380,25 +367,25 @@ def _data_offsets(file: BinaryIO, members: list[_Central], directory_offset: int
 
 def _check_local(file: BinaryIO, member: _Central, end: int) -> int:
     """Compare the local record with the central one, and its span with `end`; answer where the data starts."""
-    if member.offset + _LOCAL.size > end:
+    if member.offset + LOCAL.size > end:
         _refuse("overlap", "two entries share bytes", member.name)
-    fields = _LOCAL.unpack(_read(file, member.offset, _LOCAL.size))
+    fields = LOCAL.unpack(_read(file, member.offset, LOCAL.size))
     mark, _, flags, method, _, _, crc, compressed, size, name_size, extra_size = fields
-    if mark != _LOCAL_MARK:
+    if mark != LOCAL_MARK:
         _refuse("disagree", "no local record where the central directory says", member.name)
-    data_offset: int = member.offset + _LOCAL.size + name_size + extra_size
+    data_offset: int = member.offset + LOCAL.size + name_size + extra_size
     data_end = data_offset + member.compressed_size
     if data_end > end:
         _refuse("overlap", "two entries share bytes", member.name)
-    rest = _read(file, member.offset + _LOCAL.size, name_size + extra_size)
+    rest = _read(file, member.offset + LOCAL.size, name_size + extra_size)
     if (rest[:name_size], flags, method) != (member.raw_name, member.flags, member.method):
         _refuse("disagree", "the local record has another name, method or flags", member.name)
     zip64 = _read_extra(rest[name_size:], member.raw_name, member.name)
-    streamed = bool(flags & _DESCRIPTOR_FLAG)
-    if streamed and zip64[:16] == bytes(16) and {size, compressed} <= {0, _MAX32}:
+    streamed = bool(flags & DESCRIPTOR_FLAG)
+    if streamed and zip64[:16] == bytes(16) and {size, compressed} <= {0, MAX32}:
         size = compressed = 0
     else:
-        size, compressed = _widen(zip64, ((size, _MAX32), (compressed, _MAX32)), member.name)
+        size, compressed = _widen(zip64, ((size, MAX32), (compressed, MAX32)), member.name)
     expected = (member.crc32, member.compressed_size, member.size)
     for said, real in zip((crc, compressed, size), expected, strict=True):
         if said != real and not (streamed and said == 0):
@@ -412,14 +399,14 @@ def _check_local(file: BinaryIO, member: _Central, end: int) -> int:
 
 def _check_descriptor(found: bytes, expected: tuple[int, int, int], name: str) -> None:
     """Sizes of 32 or 64 bits, with the signature or without: the four forms differ in length."""
-    short = struct.pack("<3L", *expected) if max(expected) <= _MAX32 else b""
+    short = struct.pack("<3L", *expected) if max(expected) <= MAX32 else b""
     long = struct.pack("<L2Q", *expected)
-    if found not in {form for plain in (short, long) if plain for form in (plain, _DESCRIPTOR_MARK + plain)}:
+    if found not in {form for plain in (short, long) if plain for form in (plain, DESCRIPTOR_MARK + plain)}:
         _refuse("descriptor", "what follows the data is not its descriptor", name)
 
 
 def _entry(member: _Central, path: str, data_offset: int) -> Entry:
-    unix = member.made_by >> 8 in _UNIX_HOSTS
+    unix = member.made_by >> 8 in UNIX_HOSTS
     executable = unix and bool(member.attributes >> 16 & stat.S_IXUSR)
     return Entry(
         path, member.size, member.compressed_size, member.crc32, member.method, data_offset, executable_bit=executable
@@ -442,7 +429,7 @@ def _path(member: _Central, limits: WalkLimits) -> str:
     except UnicodeDecodeError:
         _refuse("name", "an escaped name that is not UTF-8", member.name)
     folder = path.endswith("/")
-    if fault := _path_fault(path.removesuffix("/"), limits):
+    if fault := path_fault(path.removesuffix("/"), limits):
         _refuse("name", fault, member.name)
     _check_kind(member, folder=folder)
     return path
@@ -455,12 +442,12 @@ def check_paths(paths: list[str], limits: WalkLimits = DEFAULT_LIMITS) -> None:
         ArchiveError: rules name, duplicate or collision.
     """
     for path in paths:
-        if fault := _path_fault(path, limits):
+        if fault := path_fault(path, limits):
             _refuse("name", fault, path)
-    _check_collisions(paths)
+    check_collisions(paths)
 
 
-def _path_fault(path: str, limits: WalkLimits) -> str:
+def path_fault(path: str, limits: WalkLimits) -> str:
     """Why this relative path with '/' cannot be a part's, or ''."""
     if not path:
         return "an empty name"
@@ -491,16 +478,16 @@ def _component_fault(component: str, limits: WalkLimits) -> str:
 def _check_kind(member: _Central, *, folder: bool) -> None:
     """Files and empty folder entries only. The Unix type is looked at whoever wrote it: some readers trust it so."""
     kind = stat.S_IFMT(member.attributes >> 16)
-    if kind not in {0, stat.S_IFREG, stat.S_IFDIR} or member.attributes & _REPARSE_POINT:
+    if kind not in {0, stat.S_IFREG, stat.S_IFDIR} or member.attributes & REPARSE_POINT:
         _refuse("link", "a link, a device or another special file", member.name)
-    marked = kind == stat.S_IFDIR or bool(member.attributes & _DOS_FOLDER)
+    marked = kind == stat.S_IFDIR or bool(member.attributes & DOS_FOLDER)
     if folder and (member.size or member.compressed_size or kind == stat.S_IFREG):
         _refuse("folder", "a folder that carries data or is marked as a file", member.name)
     if marked and not folder:
         _refuse("folder", "a file that is marked as a folder", member.name)
 
 
-def _check_collisions(paths: list[str]) -> None:
+def check_collisions(paths: list[str]) -> None:
     """No two entries may be one file where case does not count, and no file may be a folder of another's path."""
     files: dict[str, str] = {}
     for path in paths:
@@ -577,258 +564,3 @@ def _inflate(file: BinaryIO, entry: Entry, piece: int) -> Iterator[bytes]:
             _refuse("trailing", "bytes after the end of the deflate data", entry.path)
     if not engine.eof:
         _refuse("inflate", "the deflate data has no end", entry.path)
-
-
-# --- packing
-
-_COPY: Final = 256 << 10
-_DOS_DATE: Final = 1 << 5 | 1
-"""1980-01-01, the first day a zip knows."""
-_MADE_BY_UNIX: Final = 3 << 8 | 20
-_VERSION_NEEDED: Final = 20
-_LEVEL: Final = 6
-_CONTENT_TYPES: Final = "[Content_Types].xml"
-_RELATIONSHIPS: Final = "_rels/.rels"
-_CONTAINER: Final = re.compile(
-    r"\[content_types\]\.xml|\.signature\.p7s|(_rels|package)(/.*)?", re.IGNORECASE | re.DOTALL
-)
-
-
-class _Source(NamedTuple):
-    """A part to be: bytes at hand, or a file of `size` bytes."""
-
-    path: str
-    size: int
-    content: bytes | str
-    executable: bool = False
-
-    @classmethod
-    def made(cls, path: str, content: bytes) -> _Source:
-        return cls(path, len(content), content)
-
-
-def pack(
-    folder: str, output: BinaryIO, *, id: PackageId, version: NuGetVersion, authors: str, description: str
-) -> None:
-    """Make a nupkg of all files below `folder`: the same files and zlib give the same bytes, whatever their times.
-
-    A nuspec at the folder's root is used as it is and must agree with `id` and `version`; else one is made. Empty
-    folders are left out, as in every nupkg. A part that deflates better than the walk allows is stored instead.
-
-    Args:
-        folder: read without following links.
-        output: seekable, written from its position on. Nothing is written if the folder is refused; on an error while
-            copying (a file changes, the disk is full) the caller throws away what was written.
-        id: the package's id.
-        version: its version.
-        authors: for a made nuspec.
-        description: for a made nuspec.
-
-    Raises:
-        UsageError: a link, a special file, a name that a package cannot have, too much, or a file that changed.
-        MetadataError: the nuspec is invalid or says another id or version.
-        OSError: a file or folder cannot be read, or `output` cannot be written.
-    """
-    files = sorted(_scan(folder, ""), key=lambda source: source.path)
-    nuspec = _pack_nuspec(files, id, version, authors, description)
-    parts = [nuspec, *(source for source in files if source.path != nuspec.path)]
-    _check_names(parts, DEFAULT_LIMITS)
-    skeleton = [
-        _Source.made(_CONTENT_TYPES, _content_types(source.path for source in parts)),
-        _Source.made(_RELATIONSHIPS, _relationships(nuspec.path)),
-    ]
-    _check_amount(skeleton + parts, DEFAULT_LIMITS)
-    _write_zip(skeleton + parts, output)
-
-
-def _scan(folder: str, prefix: str) -> Iterator[_Source]:
-    if prefix.count("/") >= DEFAULT_LIMITS.depth:
-        raise UsageError(f"cannot pack {prefix!r}: a path of more than {DEFAULT_LIMITS.depth} components")
-    with os.scandir(folder) as children:
-        for child in children:
-            path = prefix + child.name
-            status = child.stat(follow_symlinks=False)
-            junction = getattr(status, "st_file_attributes", 0) & _REPARSE_POINT
-            if stat.S_ISDIR(status.st_mode) and not junction:
-                yield from _scan(child.path, f"{path}/")
-            elif stat.S_ISREG(status.st_mode) and not junction:
-                yield _Source(path, status.st_size, child.path, bool(status.st_mode & stat.S_IXUSR))
-            else:
-                raise UsageError(f"cannot pack {path!r}: it is a link or a special file")
-
-
-def _check_names(parts: list[_Source], limits: WalkLimits) -> None:
-    """What a walk would refuse later, in the words of somebody who can rename a file."""
-    for part in parts:
-        if fault := _path_fault(part.path, limits):
-            raise UsageError(f"cannot pack {part.path!r}: {fault}")
-        if _CONTAINER.fullmatch(part.path):
-            raise UsageError(f"cannot pack {part.path!r}: the name belongs to the package format")
-    try:
-        _check_collisions([part.path for part in parts])
-    except ArchiveError as error:
-        raise UsageError(f"cannot pack {error.member!r}: another name differs only in case, or is a folder") from error
-
-
-def _check_amount(sources: list[_Source], limits: WalkLimits) -> None:
-    """Counts what deflate and the records may add at most, so that no part and no offset can need zip64."""
-    if len(sources) > limits.parts:
-        raise UsageError(f"cannot pack {len(sources)} parts: a package has at most {limits.parts}")
-    most = sum(source.size + (source.size >> 10) + 256 + 6 * len(source.path.encode()) for source in sources)
-    if most > min(limits.package, _MAX32):
-        raise UsageError(f"cannot pack: the package might have {most} bytes, more than {limits.package}")
-
-
-def _pack_nuspec(files: list[_Source], id: PackageId, version: NuGetVersion, authors: str, description: str) -> _Source:
-    own = [source for source in files if _is_root_nuspec(source.path)]
-    if len(own) > 1:
-        raise UsageError(f"cannot pack: {len(own)} .nuspec files at the root of the folder")
-    if not own:
-        made = _made_nuspec(id, version, authors, description)
-        parse_nuspec(made)
-        return _Source.made(f"{id}.nuspec", made)
-    with open(own[0].content, "rb") as file:
-        data = file.read(NUSPEC_MAX + 1)
-    found = parse_nuspec(data)
-    if (found.id, found.version) != (id, version):
-        raise MetadataError(f"{own[0].path} says {found.id} {found.version}, not {id} {version}")
-    return _Source.made(own[0].path, data)
-
-
-def _made_nuspec(id: PackageId, version: NuGetVersion, authors: str, description: str) -> bytes:
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>\n'
-        '<package xmlns="http://schemas.microsoft.com/packaging/2013/05/nuspec.xsd">\n'
-        "  <metadata>\n"
-        f"    <id>{id}</id>\n"
-        f"    <version>{version.full}</version>\n"
-        f"    <authors>{html.escape(authors)}</authors>\n"
-        f"    <description>{html.escape(description)}</description>\n"
-        "  </metadata>\n"
-        "</package>\n"
-    ).encode("utf-8", "surrogatepass")
-
-
-def _escape(path: str) -> str:
-    """A part's name in the zip: every byte but letters, digits and `-._~` escaped, as `Uri.EscapeDataString` does.
-
-    The one exception is the name that the package format itself fixes.
-    """
-    return path if path == _CONTENT_TYPES else quote(path, safe="/")
-
-
-def _content_types(paths: Iterable[str]) -> bytes:
-    """The list that OPC asks for: every extension, and every part without one, is just bytes."""
-    extensions, bare = set(), []
-    for path in paths:
-        _, dot, extension = path.rpartition("/")[2].rpartition(".")
-        if dot and extension:
-            extensions.add(quote(extension.lower(), safe=""))
-        else:
-            bare.append(_escape(path))
-    lines = [
-        '<?xml version="1.0" encoding="utf-8"?>',
-        '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">',
-        '  <Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml" />',
-        *(
-            f'  <Default Extension="{extension}" ContentType="application/octet" />'
-            for extension in sorted(extensions - {"rels"})
-        ),
-        *(f'  <Override PartName="/{name}" ContentType="application/octet" />' for name in bare),
-        "</Types>",
-    ]
-    return "\n".join(lines).encode()
-
-
-def _relationships(nuspec_path: str) -> bytes:
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>\n'
-        '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">\n'
-        '  <Relationship Type="http://schemas.microsoft.com/packaging/2010/07/manifest" '
-        f'Target="/{_escape(nuspec_path)}" Id="R0" />\n'
-        "</Relationships>"
-    ).encode()
-
-
-def _write_zip(sources: list[_Source], output: BinaryIO) -> None:
-    """The canonical skeleton: local records in order, the same in the central directory, nothing else."""
-    base = output.tell()
-    directory = bytearray()
-    for source in sources:
-        offset = output.tell() - base
-        name = _escape(source.path).encode()
-        form = _write_part(source, name, output)
-        mode = stat.S_IFREG | (0o755 if source.executable else 0o644)
-        directory += _CENTRAL.pack(_CENTRAL_MARK, _MADE_BY_UNIX, *form, len(name), 0, 0, 0, 0, mode << 16, offset)
-        directory += name
-    offset = output.tell() - base
-    output.write(directory)
-    _write_end(_Directory(offset, len(directory), len(sources)), output)
-
-
-_Form = tuple[int, int, int, int, int, int, int, int]
-"""What local and central record share: version needed, flags, method, time, date, CRC-32, compressed size, size."""
-
-
-def _write_part(source: _Source, name: bytes, output: BinaryIO) -> _Form:
-    """Local record and data. The record is written last, into the place left for it, as the sizes are known then."""
-    header = output.tell()
-    data = header + _LOCAL.size + len(name)
-    for method in (DEFLATED, STORED) if source.size else (STORED,):
-        output.seek(data)
-        size, crc = _write_data(source, method, output)
-        compressed = output.tell() - data
-        if size <= DEFAULT_LIMITS.ratio_total * compressed:
-            break
-    form = (_VERSION_NEEDED, 0, method, 0, _DOS_DATE, crc, compressed, size)
-    end = output.tell()
-    output.seek(header)
-    output.write(_LOCAL.pack(_LOCAL_MARK, *form, len(name), 0) + name)
-    output.seek(end)
-    return form
-
-
-def _write_data(source: _Source, method: int, output: BinaryIO) -> tuple[int, int]:
-    """Size and CRC-32 of what was read.
-
-    Raises:
-        UsageError: a file has another size than when the folder was read.
-    """
-    engine = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 8)
-    encode, finish = (engine.compress, engine.flush) if method == DEFLATED else (bytes, bytes)
-    size = crc = 0
-    for piece in _pieces(source):
-        size += len(piece)
-        crc = zlib.crc32(piece, crc)
-        output.write(encode(piece))
-        if size > source.size:
-            break
-    if size != source.size:
-        raise UsageError(f"cannot pack {source.path!r}: it changed while it was read")
-    output.write(finish())
-    return size, crc
-
-
-def _pieces(source: _Source) -> Iterator[bytes]:
-    if isinstance(source.content, bytes):
-        yield source.content
-        return
-    with open(source.content, "rb", opener=_open_plain) as file:
-        while piece := file.read(_COPY):
-            yield piece
-
-
-def _open_plain(path: str, flags: int) -> int:
-    """Without following a link that took the file's place since it was seen."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-
-
-def _write_end(directory: _Directory, output: BinaryIO) -> None:
-    """The end record, with the zip64 one before it where the count of parts needs it."""
-    offset, size, count = directory
-    if count >= _MAX16:
-        at = offset + size
-        output.write(_END64.pack(_END64_MARK, _END64.size - 12, 45, 45, 0, 0, count, count, size, offset))
-        output.write(_LOCATOR.pack(_LOCATOR_MARK, 0, at, 1))
-        count = _MAX16
-    output.write(_END.pack(_END_MARK, 0, 0, count, count, size, offset, 0))

@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import fields, replace
 from typing import TypeVar
 
 import msgspec
@@ -35,6 +36,7 @@ from relay.server.guards import (
     start_guarded,
     write_guarded,
 )
+from relay.server.memory import tame_malloc
 from relay.server.problems import HttpRefusal, problem
 from relay.server.rates import measure_rates
 from relay.server.tokens import parse_tokens
@@ -213,7 +215,8 @@ async def serve(config: RelayConfig, on_ready: Callable[[str], None], *, limits:
         LockedError: another relay serves this store.
         StoreError: the store cannot be opened.
     """
-    limits = limits or Limits(drain_seconds=config.drain_seconds)
+    limits = limits or limits_of(config)
+    tame_malloc()
     raise_open_files(limits)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -238,6 +241,18 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> R
     running = await start_guarded(app, host, port, limits, ssl_context=_tls(config))
     stack.push_async_callback(running.stop)
     return running
+
+
+def limits_of(config: RelayConfig) -> Limits:
+    """The default limits with what relay.yaml names. Raises `UsageError` for a name or value that cannot be."""
+    defaults = Limits()
+    names = {field.name: type(getattr(defaults, field.name)) for field in fields(defaults)}
+    for name, value in config.limits.items():
+        if name not in names or value <= 0:
+            raise UsageError(
+                f"limits: {name!r}: {value!r} is not one of the limits above 0", hint=f"There are: {', '.join(names)}"
+            )
+    return replace(defaults, **{name: names[name](value) for name, value in config.limits.items()})
 
 
 def _tls(config: RelayConfig) -> ssl.SSLContext | None:

@@ -18,6 +18,7 @@ import socket
 import ssl
 import struct
 import sys
+from asyncio.sslproto import SSLProtocol
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -206,6 +207,8 @@ class Ledger:
         self.polling = 0
         self.by_address: Counter[str] = Counter()
         self.by_identity: Counter[str] = Counter()
+        self.handshakes: set[GuardedHandler] = set()
+        """Connections whose TLS handshake is not done."""
         self._meters: dict[str, Meter] = {}
 
     def admit(self, address: str) -> Ticket | None:
@@ -303,12 +306,11 @@ class GuardedHandler(web.RequestHandler):
         self,
         server: web.Server,
         ledger: Ledger,
-        ticket: Ticket | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **settings)
         self.ledger = ledger
-        self.ticket = ticket
+        self.ticket: Ticket | None = None
         self.draining = False
         self._wire: asyncio.Transport | None = None
         self._stall = StallWatch(ledger.limits)
@@ -322,10 +324,27 @@ class GuardedHandler(web.RequestHandler):
             transport.abort()
             return
         self._wire = transport
+        self.ledger.handshakes.discard(self)
         super().connection_made(transport)
         limits = self.ledger.limits
         self._timers["header"] = self._loop.call_later(limits.header_seconds, self._end_of_header_time)
         self._watch_writing()
+
+    def begin_handshake(self, raw: asyncio.Transport) -> bool:
+        """Take a place for a connection that is to become ours after its TLS handshake; False where there is none."""
+        self.ticket = self.ledger.admit(_address_of(raw))
+        if self.ticket is None:
+            raw.abort()
+            return False
+        self._wire = raw
+        self.ledger.handshakes.add(self)
+        return True
+
+    def end_handshake(self) -> None:
+        """The TCP connection is gone, before or after the handshake was done."""
+        self.ledger.handshakes.discard(self)
+        if self.ticket is not None:
+            self.ticket.release()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         for timer in self._timers.values():
@@ -400,62 +419,33 @@ def _address_of(transport: asyncio.BaseTransport) -> str:
     return str(peer[0]) if isinstance(peer, tuple) and peer else "local"
 
 
-class TlsDoor(asyncio.Protocol):
-    """A TCP connection before its TLS handshake is done. asyncio tells a protocol of a connection only after the
-    handshake, which is too late to count it; so the handshake is started here, once there is a place for it.
+class CountedTls(SSLProtocol):
+    """The TLS layer of one connection, counted from its first byte on.
+
+    asyncio tells a protocol of its connection after the handshake only, which is too late to count those who never
+    finish one. `loop.start_tls` from a plain protocol would do, but uvloop may deliver the handshake's first bytes to
+    that protocol before.
     """
 
-    def __init__(
-        self, ledger: Ledger, context: ssl.SSLContext, make_handler: Callable[[Ticket], asyncio.Protocol]
-    ) -> None:
-        self._ledger = ledger
-        self._context = context
-        self._make_handler = make_handler
-        self._early = bytearray()
-        self._lost = False
-        self._task: asyncio.Task[None] | None = None
+    def __init__(self, handler: GuardedHandler, context: ssl.SSLContext) -> None:
+        self._handler = handler
+        super().__init__(
+            asyncio.get_running_loop(),
+            handler,
+            context,
+            waiter=None,  # type: ignore[arg-type] # nobody waits; the code allows it, its types do not
+            server_side=True,
+            ssl_handshake_timeout=handler.ledger.limits.tls_handshake_seconds,  # type: ignore[arg-type]
+            ssl_shutdown_timeout=handler.ledger.limits.tls_shutdown_seconds,
+        )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
-        ticket = self._ledger.admit(_address_of(transport))
-        if ticket is None:
-            transport.abort()
-            return
-        transport.pause_reading()
-        self._task = asyncio.get_running_loop().create_task(self._shake_hands(transport, ticket))
+        if self._handler.begin_handshake(cast("asyncio.Transport", transport)):
+            super().connection_made(transport)
 
-    def data_received(self, data: bytes) -> None:
-        """A client may send its request with its last handshake message, before the handler is in place."""
-        self._early += data
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._lost = True
-
-    async def _shake_hands(self, raw: asyncio.Transport, ticket: Ticket) -> None:
-        limits = self._ledger.limits
-        handed_over = False
-        try:
-            tls = await asyncio.get_running_loop().start_tls(
-                raw,
-                self,
-                self._context,
-                server_side=True,
-                ssl_handshake_timeout=limits.tls_handshake_seconds,
-                ssl_shutdown_timeout=limits.tls_shutdown_seconds,
-            )
-            if tls is not None and not (self._lost or raw.is_closing()):
-                handler = self._make_handler(ticket)
-                handed_over = True
-                tls.set_protocol(handler)
-                handler.connection_made(tls)
-                if self._early:
-                    handler.data_received(bytes(self._early))
-        except OSError:
-            log.debug("a TLS handshake failed")
-        finally:
-            if not handed_over:
-                ticket.release()
-                raw.abort()
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._handler.end_handshake()
+        super().connection_lost(exc)
 
 
 # --- the request
@@ -883,6 +873,8 @@ class Running:
         """Take no new connection, let running requests end for `drain_seconds`, then cut what is left. Twice is once."""
         self._listener.close()
         self._draining.set()
+        for handler in list(self.ledger.handshakes):
+            handler.abort()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.ledger.limits.drain_seconds
         while (handlers := self._handlers()) and clock() < deadline:
@@ -953,14 +945,13 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _connection_factory(
     server: web.Server, ledger: Ledger, context: ssl.SSLContext | None
-) -> Callable[[], asyncio.Protocol]:
+) -> Callable[[], asyncio.BaseProtocol]:
     limits = ledger.limits
 
-    def handler(ticket: Ticket | None = None) -> GuardedHandler:
+    def handler() -> GuardedHandler:
         return GuardedHandler(
             server,
             ledger,
-            ticket,
             keepalive_timeout=limits.keepalive_seconds,
             lingering_time=limits.linger_seconds,
             max_line_size=limits.line_bytes,
@@ -970,4 +961,4 @@ def _connection_factory(
             access_log=None,
         )
 
-    return handler if context is None else lambda: TlsDoor(ledger, context, handler)
+    return handler if context is None else lambda: CountedTls(handler(), context)

@@ -13,7 +13,6 @@ import hmac
 import os
 import re
 import secrets
-import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from urllib.parse import unquote_plus
 
 import msgspec
 
+from relay.durable import write_durably
 from relay.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -315,24 +315,7 @@ def _item(entry: dict[str, Any], indent: int) -> str:
 
 
 def _write_durably(path: str, text: str) -> None:
-    """Temporary file beside it, fsync, rename, fsync of the folder. A new file is for its owner alone."""
+    """In place of what is there, with its mode; a new file is for its owner alone."""
     target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".relay-yaml-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            if os.path.exists(target):
-                os.chmod(temporary, os.stat(target).st_mode & 0o7777)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        place = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(place)
-        finally:
-            os.close(place)
+    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o600
+    write_durably(target, text.encode(), mode=mode)

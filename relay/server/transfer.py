@@ -15,10 +15,12 @@ from relay.catalog import Catalog, Pointer, Provenance
 from relay.content import manifest as manifests
 from relay.content.chunk import Chunk
 from relay.content.frames import (
+    PLACES_MAX,
     Aborted,
     BundleDecoder,
     BundleWriter,
     Data,
+    Event,
     Missing,
     NotSent,
     Received,
@@ -27,7 +29,7 @@ from relay.content.frames import (
 )
 from relay.content.identity import ChunkId, ManifestId, PackageRef
 from relay.content.manifest import Manifest
-from relay.content.ranges import Ranges, check, from_indexes, indexes
+from relay.content.ranges import Ranges, check, count, from_indexes, indexes
 from relay.errors import ChunkInvalid, ChunkMissing, ConflictError, FrameError, NotFoundError, UntrustedError
 from relay.server.arrivals import Arrivals, Landing
 from relay.server.leases import Leases
@@ -118,19 +120,15 @@ class Transfer:
         outcome = _Outcome()
         async with Landing(self._store, self._arrivals) as landing:
             async for piece in body:
-                try:
-                    await asyncio.to_thread(decoder.feed, piece)
-                finally:
-                    await self._take_events(decoder, landing, outcome)
-                if decoder.ended:
-                    break
+                batches = decoder.feed(piece)
+                while events := await asyncio.to_thread(next, batches, None):
+                    await self._take_events(events, landing, outcome)
             decoder.finish()
             await landing.flush()
         await self.leases.use(lease_id)
         return wire.BundleAnswer(landing.stored, outcome.held, tuple(outcome.refused))
 
-    async def _take_events(self, decoder: BundleDecoder, landing: Landing, outcome: _Outcome) -> None:
-        events = list(decoder.events())
+    async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome) -> None:
         arrived = [event.chunk for event in events if isinstance(event, Received)]
         here = await self._store.has_many(chunk.id for chunk in arrived) if arrived else set()
         for chunk in _each_once(arrived):
@@ -175,9 +173,12 @@ class Transfer:
     async def wanted(self, request: wire.BundleRequest) -> list[tuple[Manifest, tuple[int, ...]]]:
         """Check a request for chunks before the answer starts. Raises `UnknownManifestError`, `FrameError`."""
         found = []
+        asked = 0
         for want in request.want:
             manifest = await self._manifest(ManifestId(want.manifest))
-            check(want.ranges, len(manifest.chunks))
+            asked += count(check(want.ranges, len(manifest.chunks)))
+            if asked > PLACES_MAX:
+                raise FrameError(f"one request for more than {PLACES_MAX} chunks")
             found.append((manifest, tuple(indexes(want.ranges))))
         return found
 

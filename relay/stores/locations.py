@@ -74,12 +74,13 @@ def parse_location(text: str) -> Location:
     raise UsageError(f"{text!r} is no store location", hint=_EXPECTED)
 
 
-async def open_store(location: str, *, free_floor: int | None = None) -> Store:
+async def open_store(location: str, *, free_floor: int | None = None, read_only: bool = False) -> Store:
     """Open what `location` names, for reading, writing and sweeping; a folder that is not there yet is made.
 
     Args:
         location: See the head of this module.
         free_floor: Bytes of the file system that a disk store keeps free; by default the larger of 1 % and 1 GiB.
+        read_only: Nothing is made, locked or moved, and the folder may appear later (a share that gets mounted).
 
     Raises:
         UsageError: no such kind, or the folder holds something else.
@@ -88,7 +89,7 @@ async def open_store(location: str, *, free_floor: int | None = None) -> Store:
     parsed = parse_location(location)
     if parsed.kind == "memory":
         return Store(MemoryChunks(), MemoryDocuments(), MemoryBlobs(), str(parsed), MemoryLocks().exclusive)
-    volume = await open_disk(parsed.path, free_floor=free_floor)
+    volume = await open_disk(parsed.path, free_floor=free_floor, read_only=read_only)
     return Store(DiskStore(volume), DiskDocuments(volume), DiskBlobs(volume), str(parsed), volume.exclusive)
 
 

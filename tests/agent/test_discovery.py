@@ -525,12 +525,3 @@ def test_a_failed_write_leaves_the_old_state_and_no_rubbish(tmp_path, monkeypatc
     assert caught.value.full
     assert load_state(path) == some_state()
     assert [one.name for one in tmp_path.iterdir()] == ["relays.json"]
-
-
-def test_the_new_state_is_synced_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
-    events = []
-    fsync, move = discovery.os.fsync, Path.replace
-    monkeypatch.setattr(discovery.os, "fsync", lambda handle: (events.append("sync"), fsync(handle)))
-    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append("rename"), move(self, target))[1])
-    save_state(tmp_path / "relays.json", some_state())
-    assert events == ["sync", "rename", "sync"]

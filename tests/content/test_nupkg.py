@@ -22,9 +22,10 @@ from crafted import NUSPEC, Member, central_record, craft, deflate, descriptor, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.content import nupkg
+from relay.content import pack as pack_module
 from relay.content.identity import NuGetVersion, PackageId
-from relay.content.nupkg import Entry, WalkLimits, pack, read_nuspec, read_part, walk
+from relay.content.nupkg import Entry, WalkLimits, read_nuspec, read_part, walk
+from relay.content.pack import pack
 from relay.errors import ArchiveError, MetadataError, UsageError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -926,7 +927,7 @@ def test_a_folder_that_is_too_large_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_grows_while_it_is_packed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tree(tmp_path, TREE)
-    write = nupkg._write_zip
+    write = pack_module._write_zip
     grown = []
 
     def grow_and_write(sources: Any, output: BinaryIO) -> None:
@@ -934,7 +935,7 @@ def test_a_file_that_grows_while_it_is_packed_is_noticed(tmp_path: Path, monkeyp
             grown.append(file.write(b"more"))
         write(sources, output)
 
-    monkeypatch.setattr(nupkg, "_write_zip", grow_and_write)
+    monkeypatch.setattr(pack_module, "_write_zip", grow_and_write)
     with pytest.raises(UsageError, match="changed"):
         packed(tmp_path)
     assert grown == [4]
@@ -946,14 +947,14 @@ def test_a_link_that_takes_a_files_place_while_packing_is_not_followed(
     make_tree(tmp_path / "in", TREE)
     secret = tmp_path / "secret"
     secret.write_bytes(TREE["app.dll"][0])
-    write = nupkg._write_zip
+    write = pack_module._write_zip
 
     def swap_and_write(sources: Any, output: BinaryIO) -> None:
         (tmp_path / "in" / "app.dll").unlink()
         (tmp_path / "in" / "app.dll").symlink_to(secret)
         write(sources, output)
 
-    monkeypatch.setattr(nupkg, "_write_zip", swap_and_write)
+    monkeypatch.setattr(pack_module, "_write_zip", swap_and_write)
     with pytest.raises(OSError, match="symbolic links"):
         packed(tmp_path / "in")
     assert (tmp_path / "in" / "app.dll").is_symlink()
@@ -977,10 +978,10 @@ def test_packing_holds_only_pieces_in_memory(tmp_path: Path) -> None:
 
 
 def test_more_parts_than_16_bits_can_count_are_packed_as_zip64() -> None:
-    sources = [nupkg._Source.made("A.nuspec", NUSPEC)]
-    sources += [nupkg._Source.made(f"{number:x}", b"") for number in range(0xFFFF)]
+    sources = [pack_module._Source.made("A.nuspec", NUSPEC)]
+    sources += [pack_module._Source.made(f"{number:x}", b"") for number in range(0xFFFF)]
     output = io.BytesIO()
-    nupkg._write_zip(sources, output)
+    pack_module._write_zip(sources, output)
     assert len(walk(output)) == 0x10000
     with zipfile.ZipFile(output) as archive:
         assert len(archive.namelist()) == 0x10000

@@ -169,54 +169,73 @@ class Step:
             assert held & self.changed or all(map(chunking.is_container, held)), f"{held} moved for nothing"
 
 
-def next_version(tmp_path: Path, origin: OriginHome, step: Step, old: str, new: str) -> dict[str, Any]:
-    """Replicate and pull `old`, then `new`, and hold the ledgers of the second against the step between them."""
-    id = str(step.new.package.id)
-    machine = Machine.made(tmp_path / "machine", origin.pins)
-    with sites(tmp_path, "fra") as [site]:
-        origin.replicate(id, old, site.url)
-        machine.pull(id, old, site.relay.url)
-        before = site.line.counts
-        sent = origin.replicate(id, new, site.url)[site.url]
-        crossed = site.line.counts.total - before.total
-        pulled = machine.pull(id, new, site.relay.url)
+class Road:
+    """One site and one machine, over which versions go one after another."""
 
-    assert sent["chunks_sent"] == len(step.new_chunks)
-    assert sent["wire_bytes"] == pytest.approx(crossed, rel=0.01)
-    from_relay = pulled["from_relays"][site.relay.url]
-    assert from_relay["chunks"] == len(step.new_tree_chunks)
-    assert from_relay["bytes"] == sum(step.new_tree_chunks.values())
-    assert pulled["from_disk_bytes"] == tree_bytes(step.new) - sum(step.new_tree_chunks.values())
-    assert sorted(machine.verified()) == sorted([f"{id} {old}", f"{id} {new}"])
-    print(f"{id} {old} -> {new}: {sent}, crossed {crossed}, {pulled}")
-    return sent
+    def __init__(self, origin: OriginHome, site: Site, machine: Machine) -> None:
+        self.origin = origin
+        self.site = site
+        self.machine = machine
+
+    def bring(self, id: str, version: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Replicate and pull; both ledgers, and the bytes that really crossed the line to the site."""
+        before = self.site.line.counts.total
+        sent = self.origin.replicate(id, version, self.site.url)[self.site.url]
+        crossed = self.site.line.counts.total - before
+        return sent, self.machine.pull(id, version, self.site.relay.url), crossed
+
+    def bring_next(self, step: Step) -> None:
+        """The new version of `step`, its ledgers held against what should have moved."""
+        step.check_that_only_changed_chunks_are_new()
+        sent, pulled, crossed = self.bring(str(step.new.package.id), str(step.new.package.version))
+        print(f"{step.new.package}: changed {sorted(step.changed)}, crossed {crossed}, {sent}, {pulled}")
+        assert sent["chunks_sent"] == len(step.new_chunks)
+        assert sent["wire_bytes"] == pytest.approx(crossed, rel=0.01)
+        # Beside the chunks themselves: the manifest as a difference, and a few questions.
+        assert crossed < sent["payload_bytes"] + (8 << 10)
+        from_relay = pulled["from_relays"][self.site.relay.url]
+        assert from_relay["chunks"] == len(step.new_tree_chunks)
+        assert from_relay["bytes"] == sum(step.new_tree_chunks.values())
+        assert pulled["wire_bytes"] < from_relay["payload_bytes"] + (8 << 10)
+        assert pulled["from_disk_bytes"] == tree_bytes(step.new) - from_relay["bytes"]
 
 
-LARGE, SMALL = "lib/net8.0/Large.dll", "content/page7.html"
+@contextmanager
+def road(folder: Path, origin: OriginHome) -> Iterator[Road]:
+    with sites(folder, "fra") as [site]:
+        yield Road(origin, site, Machine.made(folder / "machine", origin.pins))
+
+
+ONE_CHANGED = ("lib/net8.0/Large.dll", "content/page7.html", "data/model.bin")
+"""What differs from one made version to the next: a part that is one chunk, one of many in a chunk, one of several."""
 
 
 def made_files() -> dict[str, bytes]:
     """Large parts that are chunks of their own, one that is several, and small ones that are gathered."""
     files = {f"lib/net8.0/Library{n}.dll": noise(n, 200_000 + 1000 * n) for n in range(12)}
     files |= {f"content/page{n}.html": noise(f"page {n}", 9_000) for n in range(80)}
-    return files | {LARGE: noise("large", 300_000), "data/model.bin": noise("model", 9 << 20)}
+    return files | {"lib/net8.0/Large.dll": noise("large", 300_000), "data/model.bin": noise("model", 9 << 20)}
 
 
-@pytest.mark.parametrize("path", [LARGE, SMALL, "data/model.bin"])
-async def test_of_a_next_version_with_one_changed_file_only_its_chunks_move(tmp_path: Path, path: str) -> None:
-    files = made_files()
-    data = bytearray(files[path])
-    data[len(data) // 2 : len(data) // 2 + 100] = noise("edit", 100)
+async def test_of_a_next_version_with_one_changed_file_only_its_chunks_move(tmp_path: Path) -> None:
     origin = OriginHome(tmp_path / "origin")
-    origin.add(make_nupkg(tmp_path, files), make_nupkg(tmp_path, files | {path: bytes(data)}, version="1.0.1"))
-    step = Step(await origin.manifest("Acme.Web", "1.0.0"), await origin.manifest("Acme.Web", "1.0.1"))
+    files, nupkgs = made_files(), []
+    for number, path in enumerate([None, *ONE_CHANGED]):
+        if path is not None:
+            data = files[path]
+            files[path] = data[: len(data) // 2] + noise(f"edit {path}", 100) + data[len(data) // 2 + 100 :]
+        nupkgs.append(make_nupkg(tmp_path, files, version=f"1.0.{number}"))
+    origin.add(*nupkgs)
+    versions = [await origin.manifest("Acme.Web", f"1.0.{number}") for number in range(len(nupkgs))]
 
-    assert step.changed == {path, "Acme.Web.nuspec"}
-    step.check_that_only_changed_chunks_are_new()
-    assert len(step.new_tree_chunks) == 1
-    sent = next_version(tmp_path, origin, step, "1.0.0", "1.0.1")
-    # The manifest as a difference, and a few questions, beside the chunks themselves.
-    assert sent["wire_bytes"] < sum(step.new_tree_chunks.values()) + (16 << 10)
+    with road(tmp_path, origin) as way:
+        way.bring("Acme.Web", "1.0.0")
+        for path, old, new in zip(ONE_CHANGED, versions, versions[1:], strict=False):
+            step = Step(old, new)
+            assert step.changed == {path, "Acme.Web.nuspec"}
+            assert len(step.new_tree_chunks) == 1
+            way.bring_next(step)
+        assert len(way.machine.verified()) == len(versions)
 
 
 async def test_of_a_real_next_version_only_the_changed_files_move(tmp_path: Path) -> None:
@@ -226,8 +245,9 @@ async def test_of_a_real_next_version_only_the_changed_files_move(tmp_path: Path
     origin = OriginHome(tmp_path / "origin")
     origin.add(*[nupkg for nupkg in nupkgs if nupkg])
     step = Step(await origin.manifest("Shop.Web", "1.0.0"), await origin.manifest("Shop.Web", "1.0.1"))
-
     assert "Shop.Web.dll" in step.changed
-    step.check_that_only_changed_chunks_are_new()
-    sent = next_version(tmp_path, origin, step, "1.0.0", "1.0.1")
-    assert sent["wire_bytes"] < step.new.nupkg.size / 10
+
+    with road(tmp_path, origin) as way:
+        way.bring("Shop.Web", "1.0.0")
+        way.bring_next(step)
+        assert sorted(way.machine.verified()) == ["Shop.Web 1.0.0", "Shop.Web 1.0.1"]

@@ -9,6 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from relay.durable import sync_folder
 from relay.errors import NotFoundError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def write_new_file(path: str, data: bytes, *, mode: int) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(os.path.dirname(path) or ".")
+        sync_folder(os.path.dirname(path) or ".")
     except OSError as error:
         os.unlink(path)
         raise RefusedError(f"cannot write {path}: {error.strerror}") from error
@@ -134,11 +135,3 @@ def _read_private_file(path: str) -> bytes:
         if status.st_uid not in {os.geteuid(), 0}:
             raise RefusedError(f"the private key {path} belongs to another user (uid {status.st_uid})")
         return file.read(_KEY_FILE_MAX)
-
-
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

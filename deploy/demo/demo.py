@@ -1,0 +1,380 @@
+"""The road in under a minute: two sites, two relays, six machines, a real package, and a relay that dies in mid-pull.
+
+Everything runs on loopback in a temporary folder, with the real command, a real name server and proxies that count
+every byte between them; nothing is left behind. The exit code is 0 only if everything that was promised held.
+Usage: deploy/demo/demo.py [--packages DIR] [--report FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import ledger as books
+import packages
+from ledger import Added, Delivery, Kill, Ledger, Pull, Sent
+from narration import Narrator, names
+from packages import Nupkg
+from processes import DemoError, in_thread, together
+from town import DOMAIN, SITES, Machine, Town, missing
+
+from benchmarks.network import Line
+from relay.console import size
+
+SHELF = Path(__file__).parents[3] / "shared" / "data" / "packages"
+"""Where real packages lie beside a checkout, if they do."""
+KILLED = "fra"
+KILL_AT = 0.45
+"""Of what the machines of that site want, on the line to its relay."""
+MIDDLE_SECONDS = 2.5
+"""How long that line takes for all of it: on loopback there would be no middle to kill in."""
+LOG_LINES = 12
+
+
+async def play(town: Town, shelf: Path, tell: Narrator) -> Ledger:
+    """The story, one step after another."""
+    book = Ledger()
+
+    tell.begin("Two sites, a relay in each, and DNS records that lead to the closest")
+    await open_relays(town, tell)
+
+    tell.begin("The origin makes its keys and takes a package in")
+    await make_keys(town, tell)
+    web, next_web = await choose("web", town, shelf, tell)
+    added = await take_in(web, town, tell)
+
+    tell.begin("It goes to both sites at once, each byte of it one time")
+    sent = await replicate(web, town, tell)
+
+    tell.begin("Six machines find their relay by DNS, pull and verify")
+    await set_up_machines(town, tell)
+    book.deliveries.append(await deliver(web, added, sent, town, tell))
+    await verify(town, tell)
+
+    tell.begin("The next version: only what changed moves")
+    added = await take_in(next_web, town, tell)
+    sent = await replicate(next_web, town, tell)
+    book.deliveries.append(await deliver(next_web, added, sent, town, tell, one_file_changed=True))
+
+    tell.begin(f"Another package, and relay {KILLED} is killed in mid-pull")
+    runtime, next_runtime = await choose("runtime", town, shelf, tell)
+    added = await take_in(runtime, town, tell)
+    sent = await replicate(runtime, town, tell)
+    book.deliveries.append(await deliver_and_kill(runtime, added, sent, town, tell))
+
+    tell.begin(f"Relay {KILLED} comes back, and so do its machines")
+    await bring_back(KILLED, town, tell)
+    added = await take_in(next_runtime, town, tell)
+    sent = await replicate(next_runtime, town, tell)
+    book.deliveries.append(await deliver(next_runtime, added, sent, town, tell, returned=KILLED))
+
+    tell.begin("Every tree on every machine is compared with what was packed")
+    await verify(town, tell)
+    await compare([web, next_web, runtime, next_runtime], book, town, tell)
+    return book
+
+
+# --- the set-up
+
+
+async def open_relays(town: Town, tell: Narrator) -> None:
+    for scope, name in (("write", "the origin"), ("read", "the machines")):
+        # The relays share what says who may do what; site, store and port are given to each by option.
+        command = town.at_relay("token", scope, "--config", "relays/relay.yaml", "--name", name)
+        tell.command(f"{command} > tokens/{scope}")
+        token = town.folder / "tokens" / scope
+        token.touch(mode=0o600)
+        token.write_text(await town.processes.run(command))
+    for relay in SITES:
+        tell.command(f"{town.serve(relay)} &")
+    await together([town.start_relay(relay) for relay in SITES])
+    tell.command(str(await town.start_dns()))
+    tell.say("\n".join(line for line in town.zone().splitlines() if line.startswith("srv-host")))
+    tell.say("Each port there is a line that counts; those between sites carry 100 Mbit/s.")
+
+
+async def bring_back(relay: str, town: Town, tell: Narrator) -> None:
+    tell.command(f"{town.serve(relay)} &")
+    await town.start_relay(relay)
+    town.plug_in(relay)
+
+
+async def make_keys(town: Town, tell: Narrator) -> None:
+    command = town.at_origin("trust", "init")
+    tell.command(str(command))
+    tell.say(await town.processes.run(command))
+
+
+async def set_up_machines(town: Town, tell: Narrator) -> None:
+    commands = [town.init(machine) for machine in town.machines]
+    tell.command(str(commands[0]), others(town.machines))
+    outputs = await together([town.processes.run(command) for command in commands])
+    tell.say(outputs[0])
+
+
+# --- a package and its road
+
+
+async def choose(name: str, town: Town, shelf: Path, tell: Narrator) -> tuple[Nupkg, Nupkg]:
+    """Two versions: real ones if they are at hand, else packed here and now."""
+    found = packages.find(name, shelf)
+    if found:
+        return found
+    tell.say("There is no real package at hand; files of this Python make one.")
+    made = await in_thread(packages.gather, name, town.folder)
+    commands = [
+        town.at_origin(
+            *("package", "pack", str(nupkg.folder), "--id", nupkg.id, "--version", nupkg.version),
+            *("--output", nupkg.path.name),
+        )
+        for nupkg in made
+    ]
+    for command in commands:
+        tell.command(str(command))
+    for output in await together([town.processes.run(command) for command in commands]):
+        tell.say(output)
+    return made
+
+
+async def take_in(nupkg: Nupkg, town: Town, tell: Narrator) -> Added:
+    chunks, manifests = town.kept_bytes("chunks"), town.kept_bytes("manifests")
+    command = town.at_origin("package", "add", str(nupkg.path), "--json")
+    tell.command(str(command).replace(str(nupkg.path), nupkg.path.name))
+    [entry] = (await town.json(command))["packages"]
+    added = Added(
+        package=nupkg.label,
+        nupkg_bytes=nupkg.size,
+        new_chunks=entry["chunks_stored"],
+        new_bytes=town.kept_bytes("chunks") - chunks,
+        manifest_bytes=town.kept_bytes("manifests") - manifests,
+    )
+    tell.say(
+        f"{size(added.nupkg_bytes)} in {entry['chunks']} chunks; {added.new_chunks} of them are new, "
+        f"{size(added.new_bytes)} at zstd level 3. Signed."
+    )
+    return added
+
+
+async def replicate(nupkg: Nupkg, town: Town, tell: Narrator) -> tuple[Sent, ...]:
+    tell.command(str(town.replicate(nupkg)))
+    sent = await town.send(nupkg)
+    for one in sent:
+        tell.say(
+            f"relay {one.relay}: {one.chunks} chunks, {size(one.counted)} over the WAN (its own count: {size(one.told)})"
+        )
+    return sent
+
+
+async def deliver(
+    nupkg: Nupkg,
+    added: Added,
+    sent: tuple[Sent, ...],
+    town: Town,
+    tell: Narrator,
+    *,
+    one_file_changed: bool = False,
+    returned: str | None = None,
+) -> Delivery:
+    """Pull onto every machine, and read the counters."""
+    before = town.received()
+    tell.command(str(town.pull(town.machines[0], nupkg)), others(town.machines))
+    pulls = await town.pull_everywhere(nupkg)
+    tell.say(told(pulls))
+    local, across = carried(before, town)
+    return Delivery(added, sent, pulls, local, across, one_file_changed=one_file_changed, returned=returned)
+
+
+async def deliver_and_kill(nupkg: Nupkg, added: Added, sent: tuple[Sent, ...], town: Town, tell: Narrator) -> Delivery:
+    """The same, with one relay killed where its machines are in the middle."""
+    before = town.received()
+    own = [machine for machine in town.machines if machine.site == KILLED]
+    wanted = len(own) * added.new_bytes
+    rate = wanted / MIDDLE_SECONDS
+    town.lines[KILLED, KILLED].shape(down=Line(rate=rate))
+    tell.say(f"The line to relay {KILLED} is held at {size(rate)}/s, so that there is a middle to kill in.")
+    tell.command(str(town.pull(town.machines[0], nupkg)), others(town.machines))
+    killing = asyncio.create_task(kill_at(KILL_AT, wanted, town, tell))
+    try:
+        pulls = await town.pull_everywhere(nupkg)
+        share = await killing
+    finally:
+        killing.cancel()
+        town.lines[KILLED, KILLED].shape(down=Line())
+    tell.say(told(pulls))
+    local, across = carried(before, town)
+    # The machines of the other site were not disturbed: what they needed is what is needed.
+    needed = local[other(KILLED)] * len(own) // (len(town.machines) - len(own))
+    twice = local[KILLED] + across[other(KILLED)] - needed
+    return Delivery(added, sent, pulls, local, across, kill=Kill(KILLED, share, twice))
+
+
+async def kill_at(share: float, wanted: int, town: Town, tell: Narrator) -> float:
+    """SIGKILL the relay, and pull its plug, once `share` of `wanted` bytes has come from it; returns the real share."""
+    line = town.lines[KILLED, KILLED]
+    start = line.counts.down
+    try:
+        await asyncio.wait_for(line.wait_for(start + int(share * wanted), direction="down"), 30)
+    except TimeoutError as error:
+        raise DemoError(f"the machines of {KILLED} never came to the middle of their pull") from error
+    id = await town.processes.kill(f"relay-{KILLED}")
+    # What the kernel still held of it would arrive; a machine that dies takes that along.
+    await town.pull_plug(KILLED)
+    share = (line.counts.down - start) / wanted
+    tell.command(
+        f"kill -KILL {id}", f"relay {KILLED}, when {100 * share:.0f} % had come from it; its lines are cut too"
+    )
+    return share
+
+
+def other(site: str) -> str:
+    return next(name for name in SITES if name != site)
+
+
+def carried(before: dict[tuple[str, str], int], town: Town) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes since `before`, by relay: to machines of its own site, and to those of others."""
+    since = {ends: count - before[ends] for ends, count in town.received().items()}
+    local = {relay: count for (site, relay), count in since.items() if site == relay}
+    across = {relay: sum(c for (s, r), c in since.items() if r == relay != s) for relay in SITES}
+    return local, across
+
+
+async def verify(town: Town, tell: Narrator) -> None:
+    """By the product's own command, which ends with 1 where a byte differs."""
+    commands = [town.on(machine, "agent", "verify") for machine in town.machines]
+    tell.command(str(commands[0]), others(town.machines))
+    outputs = await together([town.processes.run(command) for command in commands])
+    tell.say(outputs[0])
+    tell.say(f"Exit code 0 on all {len(outputs)}.")
+
+
+async def compare(nupkgs: Sequence[Nupkg], book: Ledger, town: Town, tell: Narrator) -> None:
+    """Without the product: files against what Python's zipfile reads in the nupkg."""
+    for nupkg in nupkgs:
+        wanted = await in_thread(packages.digests_of, nupkg.path)
+        for machine in town.machines:
+            [tree] = (town.folder / machine.root(nupkg) / "releases").glob(f"{nupkg.version}-*")
+            wrong = await in_thread(packages.differences, tree, wanted)
+            book.trees_checked += 1
+            book.trees_wrong += [f"{machine.name}, {nupkg}: {path}" for path in wrong]
+    tell.say(
+        f"Without Waystation, by SHA-256 of what zipfile reads in the nupkgs: {book.trees_checked} trees compared."
+    )
+
+
+def others(machines: Sequence[Machine]) -> str:
+    return f"the same at once on {names([machine.name for machine in machines[1:]])}"
+
+
+def told(pulls: Sequence[Pull]) -> str:
+    """One line for each machine: where its bytes came from."""
+    lines = []
+    for pull in pulls:
+        parts = [f"{size(pull.disk_bytes)} from its own disk"] if pull.disk_bytes else []
+        parts += [f"{size(taken.tree_bytes)} from relay {relay}" for relay, taken in pull.relays.items()]
+        lines.append(f"{pull.machine}: {names(parts)}")
+    return "\n".join(lines)
+
+
+# --- the end
+
+
+def close_the_books(book: Ledger, tell: Narrator) -> bool:
+    """Print the ledger and the promises; whether all of them held."""
+    tell.begin("The ledger")
+    for table in (books.by_package(book), books.by_relay(book), books.by_machine(book)):
+        tell.say(table)
+        tell.say("\n")
+    judged = books.promises(book)
+    width = max(len(promise.text) for promise in judged)
+    for promise in judged:
+        tell.say(f"{tell.mark(held=promise.held)}  {promise.text:{width}}  {promise.seen}")
+    held = all(promise.held for promise in judged)
+    saved = 100 * (1 - book.wan_bytes / book.each_bytes)
+    tell.verdict(
+        held=held,
+        text=f"\n{'Every promise held' if held else 'A PROMISE WAS BROKEN'}: {size(book.wan_bytes)} crossed the WAN in "
+        f"place of {size(book.each_bytes)}, {saved:.0f} % less, in {tell.seconds:.0f} s.",
+    )
+    return held
+
+
+def confess(error: BaseException, town: Town, tell: Narrator) -> None:
+    """Say where it failed, and what the relays said last."""
+    tell.verdict(held=False, text=f"\nThe demo failed in {tell.step}.")
+    tell.say(str(error) if isinstance(error, DemoError) else "".join(traceback.format_exception(error)))
+    for relay in SITES:
+        log = town.processes.log(f"relay-{relay}")
+        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
+        tell.say("\n".join([f"The last lines of relay {relay}:", *(f"  {line}" for line in lines or ["none"])]))
+
+
+class Stop:
+    """SIGINT, SIGTERM or SIGHUP end the story, once; what is then tidied up cannot be hurried."""
+
+    def __init__(self) -> None:
+        self.number: signal.Signals | None = None
+        self._story: asyncio.Task[Ledger] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
+
+    def ends(self, story: asyncio.Task[Ledger]) -> None:
+        self._story = story
+        if self.number is not None:
+            story.cancel()
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self.number is None and not (self._story and self._story.done()):
+            self.number = number
+            if self._story is not None:
+                self._story.cancel()
+
+
+async def perform(shelf: Path, report: Path | None, tell: Narrator) -> int:
+    """Play it in a folder of its own, and leave nothing behind, however it ends. Returns the exit code."""
+    stop = Stop()
+    with tempfile.TemporaryDirectory(prefix="waystation-demo-") as name:
+        folder = Path(name).resolve()
+        tell.folder = str(folder)
+        async with Town(folder) as town:
+            story = asyncio.create_task(play(town, shelf, tell))
+            stop.ends(story)
+            await asyncio.wait({story})
+            error = None if story.cancelled() else story.exception()
+            if error is not None:
+                confess(error, town, tell)
+    if stop.number is not None:
+        tell.say(f"\nStopped in {tell.step}. What ran is ended, and the folder is gone.")
+        return 128 + stop.number
+    if error is not None:
+        return 1
+    book = story.result()
+    held = close_the_books(book, tell)
+    if report is not None:
+        document = books.report(book, books.promises(book), tell.seconds)
+        report.write_text(json.dumps(document, indent=2) + "\n")
+    return 0 if held else 1
+
+
+def main() -> int:
+    """Exit code: 0 every promise held, 1 one did not or the demo failed, 2 something is missing, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--packages", type=Path, default=SHELF, metavar="DIR", help="real packages, if there are any")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the ledger there, as JSON")
+    arguments = parser.parse_args()
+    lacking = missing()
+    if lacking:
+        print("The demo needs what is not here:", *(f"  {what}" for what in lacking), sep="\n", file=sys.stderr)
+        return 2
+    print(f"Waystation's road on loopback: {names(SITES)} are sites of {DOMAIN}, the rest is real.")
+    return asyncio.run(perform(arguments.packages.resolve(), arguments.report, Narrator()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

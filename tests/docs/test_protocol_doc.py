@@ -1,0 +1,283 @@
+"""docs/protocol.md says what the code does: its routes, limits and problems, and examples that decode."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import dataclasses
+import functools
+import importlib
+import json
+import re
+from datetime import UTC, datetime
+from types import ModuleType
+
+import msgspec
+import pytest
+import yaml
+from pages import DOCS, ROOT, block, rows, section
+
+from relay import wire
+from relay.client import ClientLimits
+from relay.config import RelayConfig
+from relay.content import frames, manifest
+from relay.content.chunk import Chunk
+from relay.content.frames import BundleDecoder, NotSent, Received, Whole
+from relay.content.nupkg import WalkLimits
+from relay.server.app import RelayApp
+from relay.server.guards import Limits, iter_routes
+from relay.server.problems import TITLES, verdict_of
+from relay.server.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
+from relay.server.transfer import Transfer
+from relay.stores.locations import open_store
+from relay.stores.stored import decode_stored
+from relay.trust.envelopes import check_manifest_signature
+from relay.trust.keys import parse_pins
+
+PAGE = (DOCS / "protocol.md").read_text(encoding="utf-8")
+EXAMPLE = manifest.parse(block(PAGE, "json manifest").strip().encode())
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "KiB/s": 1 << 10,
+    "s": 1,
+    "days": 1,
+}
+
+
+def _bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+def _hex(text: str) -> bytes:
+    """The bytes of a hex block; a note begins with #."""
+    return bytes.fromhex("".join(line.partition("#")[0] for line in text.splitlines()))
+
+
+# --- routes
+
+
+async def test_every_route_of_the_relay_is_in_the_table_with_its_scope_and_no_other_is() -> None:
+    store = await open_store("memory:")
+    app = RelayApp(Transfer(store), RelayConfig(), Limits(), None).build()
+    registered = {(route.method, route.path, route.scope) for route in iter_routes(app)}
+    methods = {method for method, _, _ in registered}
+    told = {tuple(map(_bare, row[:3])) for row in rows(section(PAGE, "## The wire")) if _bare(row[0]) in methods}
+    assert told == registered
+
+
+def test_media_types_are_told() -> None:
+    for name in (wire.JSON, wire.BUNDLE_TYPE, wire.DOCUMENT_TYPE, wire.CHUNK_TYPE):
+        assert f"`{name}`" in PAGE, name
+
+
+@pytest.mark.parametrize(
+    ("heading", "types"),
+    [
+        ("### Health", (wire.HealthAnswer, wire.CpuRates)),
+        ("### The manifest document", (wire.Document,)),
+        ("### Offering", (wire.OfferAnswer,)),
+        ("### Asking what is missing", (wire.MissingRequest, wire.ChunkRanges, wire.MissingAnswer)),
+        ("### Sending chunks", (wire.BundleAnswer, wire.RefusedRun)),
+        ("### Publishing", (wire.PublishRequest,)),
+        ("### What is there", (wire.PackageAnswer, wire.PackagesAnswer)),
+        ("### Asking for chunks", (wire.BundleRequest,)),
+    ],
+)
+def test_every_field_of_a_body_is_told_where_the_body_is(heading: str, types: tuple[type[msgspec.Struct], ...]) -> None:
+    text = section(PAGE, heading)
+    for type in types:
+        for field in type.__struct_fields__:
+            assert re.search(rf'["`]{field}["`]', text), f"{type.__name__}.{field} is not under {heading!r}"
+
+
+def test_every_type_of_frame_is_told() -> None:
+    for type in (frames.Data, frames.Missing, frames.Failed, frames.End):
+        assert f"| `{type.__struct_config__.tag}` |" in PAGE
+
+
+def test_every_field_of_the_manifest_is_told() -> None:
+    text = section(PAGE, "## The manifest")
+    fields = {_bare(row[0]) for row in rows(text)}
+    whole: set[str] = set()
+    for field, type in (
+        ("package", manifest.PackageName),
+        ("nupkg", manifest.NupkgDigests),
+        ("parts[]", manifest.Part),
+    ):
+        whole |= {f"{field}.{name}" for name in type.__struct_fields__}
+    whole |= set(manifest.ManifestBody.__struct_fields__) - {"package", "nupkg"}
+    assert fields - {"field", "---"} == whole
+
+
+# --- limits
+
+
+def _limit_rows() -> dict[str, str]:
+    return {_bare(row[0]): row[1] for row in rows(section(PAGE, "## Limits")) if "." in row[0]}
+
+
+def _value(text: str) -> float:
+    number, _, unit = text.partition(" ")
+    return float(number.replace(",", "")) * UNITS[unit]
+
+
+def _default(type: type, name: str) -> object:
+    return next(field.default for field in dataclasses.fields(type) if field.name == name)
+
+
+def _in_code(path: str) -> object:
+    module_name, _, name = path.rpartition(".")
+    try:
+        module: ModuleType = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        module_name, _, type_name = module_name.rpartition(".")
+        return _default(getattr(importlib.import_module(module_name), type_name), name)
+    return getattr(module, name)
+
+
+@pytest.mark.parametrize(("path", "told"), sorted(_limit_rows().items()))
+def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) -> None:
+    assert _value(told) == pytest.approx(_in_code(path))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "type"),
+    [
+        ("relay.server.guards.Limits", Limits),
+        ("relay.client.ClientLimits", ClientLimits),
+        ("relay.content.nupkg.WalkLimits", WalkLimits),
+    ],
+)
+def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
+    assert {f"{prefix}.{field.name}" for field in dataclasses.fields(type)} <= set(_limit_rows())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relay.wire",
+        "relay.content.chunk",
+        "relay.content.chunking",
+        "relay.content.frames",
+        "relay.content.identity",
+        "relay.content.manifest",
+        "relay.content.nuspec",
+        "relay.content.ranges",
+        "relay.fetch",
+        "relay.replicate",
+        "relay.server.arrivals",
+        "relay.stores.disk",
+        "relay.trust.envelopes",
+        "relay.trust.keys",
+    ],
+)
+def test_no_named_number_of_these_modules_is_left_out(name: str) -> None:
+    source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    named = set()
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if hasattr(node, "target") else []
+        for target in targets:
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            named |= {one.id for one in names if isinstance(one, ast.Name)}
+    module = importlib.import_module(name)
+    numbers = {one for one in named if one.isupper() and not one.startswith("_")}
+    numbers = {one for one in numbers if isinstance(getattr(module, one), int | float)}
+    assert numbers, "the scan finds nothing: it is broken"
+    assert {f"{name}.{one}" for one in numbers} <= set(_limit_rows())
+
+
+# --- problems
+
+
+@functools.cache
+def _answered() -> set[tuple[int, str]]:
+    """Every (status, code) that the relay's source can answer with."""
+    found = set()
+    for path in (ROOT / "relay/server").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or len(node.args) < 2:
+                continue
+            status, code = (getattr(arg, "value", None) for arg in node.args[:2])
+            if isinstance(status, int) and code in TITLES:
+                found.add((status, str(code)))
+    return found | {(type.status, type.code) for type in (ForbiddenError, MisplacedTokenError, UnauthenticatedError)}
+
+
+def test_every_problem_code_is_told_with_its_title_and_no_other_is() -> None:
+    told = {_bare(row[1]): row[2] for row in rows(section(PAGE, "## Problems"))[2:]}
+    assert told == dict(TITLES)
+
+
+def test_problems_are_told_with_a_status_that_the_relay_answers() -> None:
+    told = {(int(row[0]), _bare(row[1])) for row in rows(section(PAGE, "## Problems"))[2:]}
+    assert {pair for pair in _answered() if pair not in told} == set()
+    # These come from aiohttp's own refusals, by their status alone.
+    from aiohttp import web
+
+    own = {web.HTTPMethodNotAllowed("GET", []), web.HTTPBadRequest()}
+    by_status = {(verdict.status, verdict.code) for verdict in map(verdict_of, own)}
+    assert told - _answered() == by_status - _answered()
+
+
+# --- examples
+
+
+def test_the_manifest_example_is_canonical_and_has_the_digest_that_the_page_says() -> None:
+    assert f"`sha256:{EXAMPLE.id}`" in PAGE
+    assert manifest.encode(EXAMPLE.body) == EXAMPLE.canonical
+    assert EXAMPLE.tree_parts == 2
+    assert EXAMPLE.tree_chunks == 1
+
+
+def test_the_stored_chunk_example_decodes_to_the_first_chunk_of_the_example() -> None:
+    chunk = decode_stored(EXAMPLE.chunk_id(0), _hex(block(PAGE, "hex stored")))
+    assert chunk.data == b"Hello, site!\n#!/bin/sh\necho hello\n"
+    assert chunk.size == EXAMPLE.chunks[0].size
+
+
+def test_the_bundle_example_decodes_to_what_its_notes_say() -> None:
+    decoder = BundleDecoder(lambda id: EXAMPLE if id == EXAMPLE.id else None)
+    received, not_sent, whole = (event for batch in decoder.feed(_hex(block(PAGE, "hex bundle"))) for event in batch)
+    decoder.finish()
+    assert isinstance(received, Received)
+    assert isinstance(received.chunk, Chunk)
+    assert received.chunk.id == EXAMPLE.chunk_id(0)
+    assert not_sent == NotSent(((EXAMPLE.id, 1),), "arriving")
+    assert whole == Whole(2)
+
+
+def test_a_flipped_byte_of_the_bundle_example_is_seen() -> None:
+    good = _hex(block(PAGE, "hex bundle"))
+    at = good.index(b"Hello")
+    decoder = BundleDecoder(lambda id: EXAMPLE if id == EXAMPLE.id else None)
+    found = [event for batch in decoder.feed(good[:at] + b"J" + good[at + 1 :]) for event in batch]
+    assert not any(isinstance(event, Received) for event in found)
+
+
+def test_the_envelope_example_is_signed_by_the_key_of_the_trust_example() -> None:
+    envelope = block(PAGE, "json envelope").strip().encode()
+    said = check_manifest_signature(
+        envelope,
+        parse_pins(block(PAGE, "json trust").encode()),
+        id_key="demo.tiny",
+        version="1.0.0",
+        manifest_id=EXAMPLE.id,
+        nupkg_sha256=EXAMPLE.nupkg.sha256,
+    )
+    assert said.name == "Demo.Tiny 1.0.0"
+    payload = json.loads(base64.b64decode(json.loads(envelope)["payload"]))
+    assert json.loads(block(PAGE, "json statement")) == payload
+
+
+def test_the_token_example_is_the_one_of_the_record_example() -> None:
+    (text,) = re.findall(r"`(wst_[0-9a-f]{8}_[\w-]{43}_[0-9a-f]{8})`", PAGE)
+    tokens = parse_tokens(yaml.safe_load(block(PAGE, "yaml tokens"))["tokens"])
+    identity = tokens.check(text, datetime(2026, 2, 1, tzinfo=UTC))
+    assert identity.name == "fra agents"
+    assert identity.scopes == {"read"}
+    with pytest.raises(UnauthenticatedError):
+        tokens.check(text, datetime(2026, 4, 1, tzinfo=UTC))

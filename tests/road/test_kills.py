@@ -1,0 +1,243 @@
+"""SIGKILL in mid-transfer, of each process of the road: what was verified stays, and the rest goes on from there.
+
+A hundred megabytes that do not compress go over a slow line. The moment of each kill is drawn between 20 and 80 % of
+what an undisturbed run takes, and held against the proxy's count afterwards. WAYSTATION_SEED repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from processes import RUN_SECONDS, Command, Machine, OriginHome, RelayProcess, check_store, wait_until
+from support import make_nupkg, noise
+
+from benchmarks.network import Line, ThreadedProxy
+from relay.client import RelayClient
+from relay.content.manifest import Manifest
+
+ID, VERSION = "Acme.Heavy", "1.0.0"
+RATE = 40_000_000
+"""Bytes a second: slower than the programs, so that the line is what a transfer waits for."""
+TWICE_SHARE, TWICE_BYTES = 0.05, 8 << 20
+"""What may cross the line twice: of an undisturbed run, and beside it."""
+AWAY_SECONDS = 1.0
+"""How long the receiving relay stays away."""
+
+SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
+_once_more = [
+    pytest.param(n, marks=[pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="set WAYSTATION_SOAK=1")])
+    for n in range(1, 11)
+]
+points = pytest.mark.parametrize("point", [0, *_once_more])
+"""One random moment each time, and ten more on demand."""
+
+
+def heavy_files() -> dict[str, bytes]:
+    """105 MB of noise: parts of the largest chunk there is, small ones, and two that are cut by content."""
+    files = {f"data/block{n}.bin": noise(f"block {n}", 4 << 20) for n in range(8)}
+    files |= {f"data/piece{n}.bin": noise(f"piece {n}", 700_000) for n in range(30)}
+    files |= {f"data/leaf{n}.txt": noise(f"leaf {n}", 20_000) for n in range(100)}
+    return files | {"data/model1.bin": noise("model1", 24_000_000), "data/model2.bin": noise("model2", 24_000_000)}
+
+
+@dataclass
+class Lines:
+    """The lines that one transfer may take, and what crosses them from now on."""
+
+    proxies: list[ThreadedProxy]
+    _before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = self._total
+
+    @property
+    def crossed(self) -> int:
+        return self._total - self._before
+
+    @property
+    def _total(self) -> int:
+        return sum(proxy.counts.total for proxy in self.proxies)
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """The package at the origin and at two relays, and what bringing it there and onto a machine costs undisturbed."""
+
+    origin: OriginHome
+    manifest: Manifest
+    relays: list[RelayProcess]
+    folder: Path
+    replicate_bytes: int
+    pull_bytes: int
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heavy]:
+    folder = tmp_path_factory.mktemp("heavy")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        origin = OriginHome(folder / "origin")
+        nupkg = make_nupkg(folder, heavy_files(), ID, VERSION)
+        origin.add(nupkg)
+        os.unlink(nupkg)
+        relays = [RelayProcess(folder / name) for name in ("fra", "iad")]
+        costs = []
+        for relay in relays:
+            relay.start()
+            stack.callback(relay.stop)
+            with slow_line(relay, up=True) as line:
+                origin.replicate(ID, VERSION, url_of(line))
+                costs.append(line.counts.total)
+        with slow_line(relays[0]) as line:
+            machine = Machine.made(folder / "undisturbed", origin.pins)
+            machine.pull(ID, VERSION, url_of(line))
+            pull_bytes = line.counts.total
+        import asyncio
+
+        manifest = asyncio.run(origin.manifest(ID, VERSION))
+        assert min(*costs, pull_bytes) > 100_000_000
+        print(f"undisturbed: replicate {costs}, pull {pull_bytes}")
+        yield Heavy(origin, manifest, relays, folder, min(costs), pull_bytes)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    seed = os.environ.get("WAYSTATION_SEED") or f"{time.time_ns():x}"
+    print(f"WAYSTATION_SEED={seed}")
+    return random.Random(f"{seed} {request.node.name}")
+
+
+def slow_line(relay: RelayProcess, *, up: bool = False) -> ThreadedProxy:
+    line = Line(rate=RATE)
+    return ThreadedProxy("127.0.0.1", relay.port, **({"up": line} if up else {"down": line}))
+
+
+def url_of(line: ThreadedProxy) -> str:
+    return f"http://127.0.0.1:{line.port}"
+
+
+def kill_in_mid_transfer(
+    rng: random.Random, whole: int, lines: Lines, running: Command, kill: Callable[[], None]
+) -> None:
+    """Call `kill` when a random share of `whole` has crossed, and prove that it fell into the transfer."""
+    # A little inside of 20 to 80 %, as the line goes on while we look.
+    point = int(whole * rng.uniform(0.21, 0.77))
+    wait_until(lambda: lines.crossed >= point or not running.is_alive, RUN_SECONDS)
+    was_alive, crossed = running.is_alive, lines.crossed
+    kill()
+    print(f"killed at {crossed} of {whole} bytes ({crossed / whole:.1%})")
+    assert was_alive, "it had ended before the kill"
+    assert 0.2 * whole <= crossed <= 0.8 * whole
+
+
+def check_twice(whole: int, lines: Lines) -> None:
+    twice = lines.crossed - whole
+    print(f"{twice} bytes crossed twice")
+    assert twice <= whole * TWICE_SHARE + TWICE_BYTES
+
+
+@points
+async def test_a_pull_goes_on_at_the_next_relay_when_its_relay_is_killed(
+    point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
+) -> None:
+    machine = Machine.made(tmp_path / "machine", heavy.origin.pins)
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(slow_line(relay)) for relay in heavy.relays]
+        lines = Lines(proxies)
+        pulling = stack.enter_context(machine.pulling(ID, VERSION, *map(url_of, proxies)))
+        asked: list[int] = []
+
+        def kill_the_one_that_sends() -> None:
+            asked.append(max(range(2), key=lambda n: proxies[n].counts.down))
+            heavy.relays[asked[0]].kill()
+
+        try:
+            kill_in_mid_transfer(rng, heavy.pull_bytes, lines, pulling, kill_the_one_that_sends)
+            pulled = pulling.result()
+        finally:
+            heavy.relays[asked[0]].start()
+        dead, living = url_of(proxies[asked[0]]), url_of(proxies[1 - asked[0]])
+    assert list(pulled["failed"]) == [dead]
+    assert set(pulled["from_relays"]) == {dead, living}
+    assert sum(tally["bytes"] for tally in pulled["from_relays"].values()) == pulled["tree_bytes"]
+    check_twice(heavy.pull_bytes, lines)
+    assert machine.verified() == [f"{ID} {VERSION}"]
+    await check_store(heavy.relays[asked[0]].store, heavy.manifest)
+    shutil.rmtree(machine.folder)
+
+
+@points
+async def test_a_killed_pull_goes_on_where_it_was(
+    point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
+) -> None:
+    machine = Machine.made(tmp_path / "machine", heavy.origin.pins)
+    with slow_line(heavy.relays[0]) as proxy:
+        lines = Lines([proxy])
+        with machine.pulling(ID, VERSION, url_of(proxy)) as pulling:
+            kill_in_mid_transfer(rng, heavy.pull_bytes, lines, pulling, pulling.kill)
+        assert machine.verified() == [], "a half tree is not installed"
+        again = machine.pull(ID, VERSION, url_of(proxy))
+    assert again["resumed_bytes"] > 0
+    assert again["resumed_bytes"] + again["from_relays"][url_of(proxy)]["bytes"] == again["tree_bytes"]
+    check_twice(heavy.pull_bytes, lines)
+    assert machine.verified() == [f"{ID} {VERSION}"]
+    await check_store(heavy.relays[0].store, heavy.manifest)
+    shutil.rmtree(machine.folder)
+
+
+@points
+async def test_a_killed_replication_goes_on_where_it_was(
+    point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
+) -> None:
+    relay = RelayProcess(tmp_path / "relay")
+    with relay, slow_line(relay, up=True) as proxy:
+        lines = Lines([proxy])
+        with heavy.origin.replicating(ID, VERSION, url_of(proxy)) as replicating:
+            kill_in_mid_transfer(rng, heavy.replicate_bytes, lines, replicating, replicating.kill)
+        assert not await listed(relay), "a package that is not whole is not listed"
+        again = heavy.origin.replicate(ID, VERSION, url_of(proxy))[url_of(proxy)]
+        assert again["chunks_sent"] < again["chunks"]
+        check_twice(heavy.replicate_bytes, lines)
+        await check_arrived(relay, heavy)
+    relay.wipe()
+
+
+@points
+async def test_a_replication_goes_on_when_the_killed_relay_comes_back(
+    point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
+) -> None:
+    relay = RelayProcess(tmp_path / "relay")
+    with relay, slow_line(relay, up=True) as proxy:
+        lines = Lines([proxy])
+        with heavy.origin.replicating(ID, VERSION, url_of(proxy)) as replicating:
+            kill_in_mid_transfer(rng, heavy.replicate_bytes, lines, replicating, relay.kill)
+            time.sleep(AWAY_SECONDS)
+            assert replicating.is_alive, "it waits for the relay"
+            relay.start()
+            [done] = replicating.result()["relays"]
+        assert done["interruptions"] >= 1
+        check_twice(heavy.replicate_bytes, lines)
+        assert heavy.origin.replicate(ID, VERSION, url_of(proxy))[url_of(proxy)]["chunks_sent"] == 0
+        await check_arrived(relay, heavy)
+    relay.wipe()
+
+
+async def listed(relay: RelayProcess) -> bool:
+    async with RelayClient(relay.url) as client:
+        return bool(await client.packages())
+
+
+async def check_arrived(relay: RelayProcess, heavy: Heavy) -> None:
+    assert await listed(relay)
+    await check_store(relay.store, heavy.manifest)
+    machine = Machine.made(relay.folder / "machine", heavy.origin.pins)
+    machine.pull(ID, VERSION, relay.url)
+    assert machine.verified() == [f"{ID} {VERSION}"]

@@ -1,0 +1,63 @@
+"""What a start costs: `waystation --help` and each house's command load nothing that they do not use.
+
+Modules are counted, not milliseconds: a clock on a shared machine proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"aiohttp", "boto3", "cryptography", "dns", "prometheus_client", "rich", "securesystemslib", "uvloop", "yaml"}
+OURS = {"agent", "benchmarks", "orchestrator"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter holds after `code`."""
+    told = "import json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{told}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def help_of(*words: str) -> str:
+    return f"from relay.main import waystation\nwaystation.main([*{words!r}, '--help'], standalone_mode=False)"
+
+
+def test_the_scan_sees_what_is_loaded() -> None:
+    assert "yaml" in loaded_by("import yaml")
+
+
+def test_help_loads_nothing_heavy_and_no_command() -> None:
+    loaded = loaded_by(help_of())
+    assert "click" in loaded
+    assert loaded & (HEAVY | OURS) == set()
+
+
+@pytest.mark.parametrize("command", ["package", "relay", "agent", "trust"])
+def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
+    assert loaded_by(help_of(command)) & HEAVY == set()
+
+
+def test_the_agents_commands_do_not_load_the_orchestrator() -> None:
+    loaded = loaded_by("import agent.cli")
+    assert "agent" in loaded
+    assert loaded & {"orchestrator", "benchmarks"} == set()
+
+
+def test_an_agent_that_pulls_loads_neither_orchestrator_nor_server() -> None:
+    """Its memory at rest is a promise; what it never calls should not be in it."""
+    code = (
+        "import agent.pull, agent.sources, agent.discovery, agent.tree, sys\nassert 'relay.server' not in sys.modules"
+    )
+    loaded = loaded_by(code)
+    assert loaded & {"orchestrator", "benchmarks", "prometheus_client"} == set()
+
+
+def test_a_relay_loads_neither_agent_nor_orchestrator() -> None:
+    loaded = loaded_by("import relay.cli, relay.server.app")
+    assert "aiohttp" in loaded
+    assert loaded & OURS == set()
