@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relay.config import home
-from relay.console import json_option, print_json, progress_bars, run, size, table, token_file_option
+from relay.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
 from relay.errors import UsageError
+
+if TYPE_CHECKING:
+    from agent.pull import Pulled
+    from agent.sources import Sources
+    from agent.state import AgentState
 
 _home_option = click.option(
     "--home", "home_folder", metavar="DIR", help="The agent's own folder. [default: agent in $WAYSTATION_HOME]"
@@ -35,22 +40,24 @@ def agent() -> None:
 @click.option("--scheme", type=click.Choice(["https", "http"]), help="How relays found by SRV are spoken to.")
 @click.option("--relay", "relays", multiple=True, metavar="URL", help="A relay for where there is no DNS.")
 @json_option
-def init(home_folder: str | None, trust_file: str | None, as_json: bool, **settings: Any) -> None:
+def init(
+    home_folder: str | None, trust_file: str | None, as_json: bool, **settings: str | tuple[str, ...] | None
+) -> None:
     """Make this agent's keys and its configuration; prints the fingerprint that the environment file names."""
     import socket
 
+    import msgspec
     import yaml
 
     from agent.keys import make_agent_keys
+    from agent.state import AgentConfig
     from relay.durable import write_durably
-    from relay.trust.keys import parse_pins
 
     folder = _home(home_folder)
-    pins = _read(trust_file) if trust_file else None
-    if pins is not None:
-        parse_pins(pins)
+    pins = _read_pins(trust_file) if trust_file else None
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value}
     values.setdefault("name", socket.gethostname())
+    msgspec.convert(values, AgentConfig).discovery()
     identity = make_agent_keys(folder)
     write_durably(os.path.join(folder, "agent.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
     if pins is not None:
@@ -171,7 +178,7 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
     from agent.tree import check_tree
 
     state = AgentState(_home(home_folder))
-    trees = []
+    trees: list[dict[str, Any]] = []
     for record in state.trees():
         if root is not None and record.root != os.path.abspath(root):
             continue
@@ -192,19 +199,21 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
             f"{'differs' if tree['differences'] else 'whole'}  {tree['package']} {tree['version']}  {tree['tree']}"
         )
         for difference in tree["differences"]:
-            click.echo(f"    {difference['path']}: {difference['problem']}")
+            click.echo(f"    {printable(difference['path'])}: {difference['problem']}")
+    if bad:
+        click.echo("Pull it again: a whole tree is then built beside the one that differs", err=True)
     if not trees:
         click.echo("no tree is installed")
     return 1 if bad else 0
 
 
-def _sources(state: Any, relays: tuple[str, ...], token_file: str | None) -> Any:
+def _sources(state: AgentState, relays: tuple[str, ...], token_file: str | None) -> Sources:
     from agent.sources import Sources
 
     return Sources(state.config(), Path(state.home) / "relays.json", relays=relays, token_file=token_file)
 
 
-def _origin_of(result: Any) -> str:
+def _origin_of(result: Pulled) -> str:
     told = [f"{size(result.from_disk_bytes)} from trees already here"] if result.from_disk_bytes else []
     if result.resumed_bytes:
         told.append(f"{size(result.resumed_bytes)} from the interrupted pull")
@@ -216,9 +225,19 @@ def _home(given: str | None) -> str:
     return os.path.abspath(given) if given else os.path.join(home(), "agent")
 
 
-def _read(path: str) -> bytes:
+def _read_pins(path: str) -> bytes:
+    """A trust.json that holds what it should. Raises `UsageError`."""
+    from relay.errors import WaystationError
+    from relay.trust.keys import parse_pins
+
+    expected = "Expected the trust.json that 'waystation trust init' made"
     try:
         with open(path, "rb") as file:
-            return file.read(1 << 20)
+            pins = file.read(1 << 20)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+        raise UsageError(f"{path}: {error.strerror}", hint=expected) from error
+    try:
+        parse_pins(pins)
+    except WaystationError as error:
+        raise UsageError(f"{path}: {error.message}", hint=expected) from error
+    return pins

@@ -13,7 +13,7 @@ from ulid import ULID
 from agent import platform
 from agent.sources import AnySource, Sources
 from agent.state import AgentState, TreeRecord
-from agent.tree import IncomingTree, take_from
+from agent.tree import IncomingTree, clear_leftovers, is_whole, take_from
 from relay.client import ManifestDocument, RelayClient
 from relay.content.chunk import Chunk
 from relay.content.frames import Received
@@ -24,11 +24,12 @@ from relay.errors import (
     NotFoundError,
     RefusedError,
     SignatureError,
+    StoreError,
     UnreachableError,
     UntrustedError,
     WaystationError,
 )
-from relay.fetch import ChunkSource, NoSourceLeftError, Tally, fetch
+from relay.fetch import STALL_SECONDS, ChunksAbsentError, ChunkSource, NoSourceLeftError, Tally, fetch
 from relay.trust.keys import TrustPins
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,7 @@ async def pull(
     pins: TrustPins | None,
     *,
     progress: Progress | None = None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> Pulled:
     """Bring the package, verified and durable, to `<root>/releases/<version>-<ulid>`. Goes on where a crash left it.
 
@@ -82,14 +84,16 @@ async def pull(
         UntrustedError: the only relays that have it serve other bytes.
         UnreachableError: no relay could give all of it; what came is kept.
         LockedError: another process builds the same tree.
-        StoreError: the disk is full or failed.
+        StoreError: this machine's disk is full or failed. What was built is removed: it takes no room, and what a
+            failed disk says it holds is not to be built upon.
     """
     started = time.monotonic()
-    root = os.path.abspath(request.root)
-    await sources.measure()
+    root = os.path.abspath(request.root)  # noqa: ASYNC240 - contacts no disk
+    _require_trust(request, pins)
+    unwell = await sources.measure()
     finder = _Finder(request, state, sources, pins)
     manifest = await finder.manifest()
-    record = await asyncio.to_thread(state.installed, root, manifest.id)
+    record = await asyncio.to_thread(_whole_tree, state, root, manifest)
     result = Pulled(
         package=str(manifest.package.id),
         version=manifest.package.version.normalized,
@@ -97,10 +101,13 @@ async def pull(
         tree="",
         already=record is not None,
         tree_bytes=manifest.tree_size,
-        failed=finder.failed,
+        failed=unwell | finder.failed,
     )
     if record is None:
-        record = await _build(manifest, root, state, finder.remaining(), sources, result, progress)
+        build = _Build(manifest, root, state, sources, result, progress)
+        record = await build.run(finder.remaining(), stall_seconds)
+    else:
+        await asyncio.to_thread(clear_leftovers, root, manifest)
     result.tree = record.path
     if request.switch:
         result.switched = await asyncio.to_thread(_switch, root, record)
@@ -109,88 +116,117 @@ async def pull(
     return result
 
 
-async def _build(
-    manifest: Manifest,
-    root: str,
-    state: AgentState,
-    order: list[AnySource],
-    sources: Sources,
-    result: Pulled,
-    progress: Progress | None,
-) -> TreeRecord:
-    label = manifest.package.version.normalized
-    tree = await asyncio.to_thread(IncomingTree, root, manifest, f"{label}-{ULID()}")
-    told = _Told(tree, progress)
-    try:
-        result.resumed_bytes = told.done
-        result.from_disk_bytes = await asyncio.to_thread(_take_installed, tree, state, told)
-        await _fetch_missing(tree, order, sources, result, told)
-        path = await asyncio.to_thread(tree.finish)
-        ulid = tree.target.rpartition("-")[2]
-        record = await asyncio.to_thread(lambda: state.record(manifest, ulid=ulid, root=root, path=path, label=label))
-        await asyncio.to_thread(tree.clear)
-        return record
-    finally:
-        tree.close()
+def _require_trust(request: PullRequest, pins: TrustPins | None) -> None:
+    if request.digest is None and pins is None:
+        raise SignatureError(
+            "this agent has no trust.json, so nothing can vouch for a package",
+            hint="Put the origin's trust.json into the agent's home ('agent init --trust FILE'), or give --digest",
+        )
 
 
-class _Told:
-    """Counts verified bytes on disk, and tells whoever watches."""
+def _whole_tree(state: AgentState, root: str, manifest: Manifest) -> TreeRecord | None:
+    """The installed tree, every byte checked; one that was edited or damaged does not count."""
+    record = state.installed(root, manifest.id)
+    return record if record is not None and is_whole(record.path, manifest) else None
 
-    def __init__(self, tree: IncomingTree, progress: Progress | None) -> None:
-        self._whole = sum(tree.manifest.chunks[i].size for i in set(tree.missing_indexes()))
-        self.done = sum(tree.manifest.chunks[i].size for i in tree.have)
+
+class _Build:
+    """One tree on its way from sources to the disk, and the tally of it in `result`."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        root: str,
+        state: AgentState,
+        sources: Sources,
+        result: Pulled,
+        progress: Progress | None,
+    ) -> None:
+        self._manifest = manifest
+        self._root = root
+        self._state = state
+        self._sources = sources
+        self._result = result
         self._progress = progress
+        self._done = self._whole = 0
 
-    def more(self, size: int) -> None:
-        self.done += size
-        if self._progress:
-            self._progress(self.done, self._whole)
+    async def run(self, order: list[AnySource], stall_seconds: float) -> TreeRecord:
+        label = self._manifest.package.version.normalized
+        tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{label}-{ULID()}")
+        try:
+            path = await self._fill(tree, order, stall_seconds)
+            ulid = tree.target.rpartition("-")[2]
+            record = await asyncio.to_thread(
+                lambda: self._state.record(self._manifest, ulid=ulid, root=self._root, path=path, label=label)
+            )
+            await asyncio.to_thread(tree.clear)
+            return record
+        finally:
+            tree.close()
 
+    async def _fill(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> str:
+        """Every chunk from wherever it is nearest: the interrupted build, trees already here, the relays."""
+        try:
+            self._whole = sum(self._manifest.chunks[i].size for i in tree.wanted)
+            self._result.resumed_bytes = self._done = sum(self._manifest.chunks[i].size for i in tree.have)
+            await asyncio.to_thread(self._take_installed, tree)
+            await self._fetch(tree, order, stall_seconds)
+            return await asyncio.to_thread(tree.finish)
+        except StoreError:
+            await asyncio.to_thread(tree.clear)
+            raise
 
-def _take_installed(tree: IncomingTree, state: AgentState, told: _Told) -> int:
-    """Chunks that an installed tree still has, hashed as they are read. Returns bytes."""
-    taken = 0
-    wanted = {tree.manifest.chunk_id(i) for i in tree.missing}
-    for record in state.newest_of(tree.manifest.package):
-        if not wanted:
-            break
-        held = state.manifest(record)
-        if held is None:
-            continue
-        for chunk in take_from(record.path, held, wanted):
-            tree.write(chunk)
-            wanted.discard(chunk.id)
-            taken += chunk.size
-            told.more(chunk.size)
-    return taken
+    def _take_installed(self, tree: IncomingTree) -> None:
+        """Chunks that an installed tree still has, hashed as they are read."""
+        wanted = {self._manifest.chunk_id(i) for i in tree.missing}
+        for record in self._state.newest_of(self._manifest.package):
+            if not wanted:
+                return
+            held = self._state.manifest(record)
+            if held is None:
+                continue
+            for chunk in take_from(record.path, held, wanted):
+                tree.write(chunk)
+                wanted.discard(chunk.id)
+                self._result.from_disk_bytes += chunk.size
+                self._tell(chunk.size)
 
+    async def _fetch(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> None:
+        async def deliver(batch: list[Received]) -> None:
+            await asyncio.to_thread(_write_all, tree, [received.chunk for received in batch])
+            self._tell(sum(received.chunk.size for received in batch))
 
-async def _fetch_missing(
-    tree: IncomingTree, order: list[AnySource], sources: Sources, result: Pulled, told: _Told
-) -> None:
-    async def deliver(batch: list[Received]) -> None:
-        await asyncio.to_thread(_write_all, tree, [received.chunk for received in batch])
-        told.more(sum(received.chunk.size for received in batch))
+        async def on_failure(source: ChunkSource, error: WaystationError) -> None:
+            self._result.failed[source.name] = error.message
+            if not isinstance(error, ChunksAbsentError):
+                self._sources.failed(source.name, error)
 
-    async def on_failure(source: ChunkSource, error: WaystationError) -> None:
-        result.failed[source.name] = error.message
-        sources.failed(source.name, error)
+        try:
+            tallies = await fetch(
+                self._manifest, tree.missing, order, deliver, on_failure=on_failure, stall_seconds=stall_seconds
+            )
+        except NoSourceLeftError as error:
+            raise _sharpest(error, self._result.failed, self._manifest) from error
+        for name, tally in tallies.items():
+            self._count(name, tally)
 
-    tallies: dict[str, Tally] = {}
-    try:
-        tallies = await fetch(tree.manifest, tree.missing, order, deliver, on_failure=on_failure)
-    except NoSourceLeftError as error:
-        raise _sharpest(error, result.failed, tree.manifest) from error
-    for name, tally in tallies.items():
+    def _count(self, name: str, tally: Tally) -> None:
         if tally.chunks:
-            result.from_relays[name] = {
+            self._result.from_relays[name] = {
                 "chunks": tally.chunks,
                 "bytes": tally.bytes,
                 "payload_bytes": tally.payload_bytes,
             }
-        for measured in tally.measured:
-            sources.succeeded(name, measured)
+        if tally.error is None:
+            self._result.failed.pop(name, None)
+            # What went well before a source failed must not wash the failure away.
+            for measured in tally.measured:
+                self._sources.succeeded(name, measured)
+
+    def _tell(self, size: int) -> None:
+        self._done += size
+        if self._progress:
+            self._progress(self._done, self._whole)
 
 
 def _write_all(tree: IncomingTree, chunks: list[Chunk]) -> None:
@@ -211,7 +247,13 @@ def _switch(root: str, record: TreeRecord) -> bool:
     target = os.path.relpath(record.path, root)
     if platform.current_target(root) == target:
         return False
-    platform.point_current(root, target)
+    try:
+        platform.point_current(root, target)
+    except OSError as error:
+        raise StoreError(
+            f"{os.path.join(root, 'current')} cannot name the new tree: {error.strerror or error}",
+            hint="Expected a link, or nothing, under that name; the tree itself is installed",
+        ) from error
     return True
 
 
@@ -229,11 +271,6 @@ class _Finder:
             raise UnreachableError(
                 "no relay is known" + "".join(f"; {note}" for note in sources.notes),
                 hint="Name one with --relay, or set site and domain in agent.yaml",
-            )
-        if request.digest is None and pins is None:
-            raise SignatureError(
-                "this agent has no trust.json, so nothing can vouch for a package",
-                hint="Put the origin's trust.json into the agent's home ('agent init --trust FILE'), or give --digest",
             )
 
     def remaining(self) -> list[AnySource]:
@@ -255,7 +292,7 @@ class _Finder:
     async def _ask(self, source: AnySource) -> Manifest:
         if self._request.digest is not None:
             return (await self._document(source, self._request.digest)).manifest
-        assert self._pins is not None
+        assert self._pins is not None  # noqa: S101 - `_require_trust` was asked first
         from relay.trust.envelopes import check_manifest_signature, verify_package
 
         ref = self._request.package

@@ -27,6 +27,8 @@ from relay.content.manifest import Extent, Manifest
 from relay.durable import sync_folder, write_durably
 from relay.errors import ChunkInvalid, LockedError, StoreError, UntrustedError
 
+EXTRA = "not part of the package"
+"""What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
 _INDEX = struct.Struct("<I")
 _ROOM_TO_SPARE = 16 << 20
 """Bytes that must stay free beside the tree itself, for folders and the agent's own state."""
@@ -335,7 +337,12 @@ def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield part.path, "not executable" if part.executable else "executable"
     for path in _files_below(tree):
         if path not in expected:
-            yield path, "not part of the package"
+            yield path, EXTRA
+
+
+def is_whole(tree: str, manifest: Manifest) -> bool:
+    """Whether every file of the package is in the installed tree as it should be; others may lie beside them."""
+    return all(problem == EXTRA for _, problem in check_tree(tree, manifest))
 
 
 def _blame(tree: str, manifest: Manifest, index: int) -> Iterable[str]:

@@ -19,7 +19,7 @@ import msgspec
 from relay.content import manifest as manifests
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.manifest import Manifest
-from relay.errors import ConflictError, IdentityError, ManifestError, NotFoundError, UntrustedError
+from relay.errors import ConflictError, IdentityError, ManifestError, NotFoundError
 from relay.stores.contract import Documents
 
 log = logging.getLogger(__name__)
@@ -103,16 +103,12 @@ class Catalog:
         """One pointer, straight from the store: for who asks once and has not scanned.
 
         Raises:
-            NotFoundError: no such package.
-            UntrustedError: the pointer is damaged.
+            NotFoundError: no such package, or its pointer is damaged.
         """
-        raw = await self._documents.read(_pointer_name(ref))
-        if raw is None:
+        pointer = await self._read_pointer(_pointer_name(ref))
+        if pointer is None:
             raise NotFoundError(f"{ref} is not here")
-        try:
-            return msgspec.json.decode(raw, type=Pointer)
-        except (ValueError, RecursionError) as error:
-            raise UntrustedError(f"the pointer of {ref} is damaged: {error}") from error
+        return pointer
 
     def check_free(self, manifest: Manifest) -> Pointer | None:
         """The pointer that says the same already, or None where the name is free. Raises as `check_name`."""

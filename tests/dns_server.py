@@ -76,12 +76,14 @@ class DnsServer:
 
 
 @contextmanager
-def dns_server(srv: Sequence[Srv] = (), hosts: Mapping[str, Sequence[str]] | None = None) -> Iterator[DnsServer]:
-    """Start dnsmasq with SRV records, and addresses by host name; skip the test where there is no dnsmasq."""
+def dns_server(
+    srv: Sequence[Srv] = (), hosts: Mapping[str, Sequence[str]] | None = None, options: Sequence[str] = ()
+) -> Iterator[DnsServer]:
+    """Start dnsmasq with SRV records, addresses by host name and further options; skip where there is no dnsmasq."""
     program = shutil.which("dnsmasq") or shutil.which("dnsmasq", path="/usr/sbin:/usr/local/sbin")
     if program is None:
         pytest.skip("dnsmasq is not installed: look-ups against a real name server are NOT tested")
-    records = [one.option() for one in srv]
+    records = [*options, *(one.option() for one in srv)]
     records += [f"--host-record={name},{address}" for name, some in (hosts or {}).items() for address in some]
     with tempfile.TemporaryDirectory() as folder:
         server = _start(program, records, Path(folder) / "log")

@@ -18,9 +18,10 @@ from typing import Final
 
 from relay.errors import UsageError
 from relay.stores.contract import Blobs, ChunkReader, ChunkSweeper, Documents, LockName
-from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore, open_disk
+from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
 from relay.stores.layers import Failover
 from relay.stores.memory import MemoryBlobs, MemoryChunks, MemoryDocuments, MemoryLocks
+from relay.stores.volume import open_disk
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
 _EXPECTED: Final = "expected disk:/absolute/path, a path, or memory:"

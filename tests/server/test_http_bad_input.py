@@ -220,7 +220,8 @@ async def exchange(port: int, *parts: bytes, pause: float = 0.0, eof: bool = Fal
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         reading = asyncio.create_task(read_to_end(reader))
-        with contextlib.suppress(ConnectionError):
+        # uvloop says RuntimeError where asyncio says ConnectionError: the server has closed.
+        with contextlib.suppress(ConnectionError, RuntimeError):
             for part in parts:
                 writer.write(part)
                 await writer.drain()
@@ -386,7 +387,7 @@ SLOW = replace(
 
 
 async def drip(writer: asyncio.StreamWriter, data: bytes, pause: float) -> None:
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, RuntimeError):
         while True:
             writer.write(data)
             await writer.drain()

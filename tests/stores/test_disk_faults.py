@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import pytest
 
 from relay.content.chunk import Chunk
-from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore, open_disk
+from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
+from relay.stores.volume import open_disk
 
 SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
 SEED = int(os.environ.get("WAYSTATION_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
@@ -33,7 +34,8 @@ CHILD = """
 import asyncio, json, os, random, sys
 from relay.content.chunk import Chunk
 from relay.errors import StoreError
-from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore, open_disk
+from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
+from relay.stores.volume import open_disk
 
 root, source, blob = sys.argv[1:4]
 
@@ -335,7 +337,8 @@ NO_DESCRIPTORS = """
 import asyncio, json, os, resource, sys
 from store_contract import some_chunks
 from relay.errors import StoreError
-from relay.stores.disk import DiskStore, open_disk
+from relay.stores.disk import DiskStore
+from relay.stores.volume import open_disk
 
 async def main():
     volume = await open_disk(sys.argv[1], free_floor=0)
@@ -370,7 +373,8 @@ import asyncio, os, subprocess, sys
 from store_contract import some_chunks
 from relay.content.chunk import Chunk
 from relay.errors import StoreError
-from relay.stores.disk import DiskDocuments, DiskStore, open_disk
+from relay.stores.disk import DiskDocuments, DiskStore
+from relay.stores.volume import open_disk
 
 folder, options = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)

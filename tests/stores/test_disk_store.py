@@ -27,9 +27,10 @@ from store_contract import (
 
 from relay.content.chunk import CHUNK_MAX, Chunk
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
-from relay.stores import disk
+from relay.stores import volume as volume_module
 from relay.stores.contract import PIECE
-from relay.stores.disk import FORMAT, DiskBlobs, DiskDocuments, DiskStore, open_disk
+from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
+from relay.stores.volume import FORMAT, open_disk
 
 
 @pytest.fixture
@@ -455,7 +456,7 @@ async def test_a_lock_file_cannot_forge_the_terminal(volume):
 
 HOLDER = """
 import asyncio, sys, time
-from relay.stores.disk import open_disk
+from relay.stores.volume import open_disk
 async def main():
     volume = await open_disk(sys.argv[1])
     with volume.exclusive("serve"):
@@ -606,38 +607,38 @@ async def test_a_removed_document_stays_removed_after_a_power_cut(volume, docume
 
 
 def sync_nothing(monkeypatch):
-    monkeypatch.setattr(disk, "_fsync", lambda fd: None)
+    monkeypatch.setattr(volume_module, "_fsync", lambda fd: None)
 
 
 def sync_no_folder(monkeypatch):
-    monkeypatch.setattr(disk, "_sync_folder", lambda path: None)
+    monkeypatch.setattr(volume_module, "_sync_folder", lambda path: None)
 
 
 def sync_no_way_down(monkeypatch):
     monkeypatch.setattr(
-        disk.Volume,
+        volume_module.Volume,
         "_ensure_folders",
         lambda self, folders: [os.makedirs(self.path(folder), exist_ok=True) for folder in folders],
     )
 
 
 def sync_after_the_name(monkeypatch):
-    real = disk.Volume._sync_placed
+    real = volume_module.Volume._sync_placed
     late = []
 
     def postpone(self):
         late.append(self)
 
-    monkeypatch.setattr(disk._Temp, "sync", postpone)
+    monkeypatch.setattr(volume_module._Temp, "sync", postpone)
     monkeypatch.setattr(
-        disk.Volume,
+        volume_module.Volume,
         "_sync_placed",
         lambda self, folders, undo: ([os.fsync(temp._fd) for temp in late], late.clear(), real(self, folders, undo)),
     )
 
 
 def sync_before_the_bytes(monkeypatch):
-    real = disk._Temp.write
+    real = volume_module._Temp.write
 
     def write(self, pieces):
         real(self, lambda: [b"first"])
@@ -645,7 +646,7 @@ def sync_before_the_bytes(monkeypatch):
         for piece in pieces():
             os.write(self._fd, piece)
 
-    monkeypatch.setattr(disk._Temp, "write", write)
+    monkeypatch.setattr(volume_module._Temp, "write", write)
 
 
 @pytest.mark.parametrize(
