@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import signal
 import sys
 from typing import Any, NoReturn
 
@@ -58,8 +57,7 @@ def main() -> NoReturn:
     """Run the command; errors are told in one sentence, exit codes are those of docs/commands.md."""
     # What libraries log is for `relay serve` to show; elsewhere an error is told once, by us.
     logging.getLogger().addHandler(logging.NullHandler())
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # SIGPIPE stays ignored: by its default, a relay would end with the first reader that goes away in mid-answer.
     try:
         result: Any = waystation.main(standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)

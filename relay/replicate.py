@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
+from relay import wire
 from relay.client import LeaseLostError, MissingChunksError, RelayClient
 from relay.content import frames
 from relay.content.frames import BundleWriter, Span
@@ -105,7 +106,7 @@ async def replicate(
 
 async def _bring(sender: _Sender, signature: bytes, known: Sequence[Manifest]) -> None:
     manifest, relay = sender.manifest, sender.relay
-    if await _is_published(manifest, signature, relay):
+    if await _is_published(manifest, signature, relay) and await _is_whole(manifest, relay):
         sender.report(())
         return
     offer = await relay.offer(manifest, signature, await _common_base(manifest, known, relay))
@@ -129,6 +130,12 @@ async def _is_published(manifest: Manifest, signature: bytes, relay: RelayClient
     except NotFoundError:
         return False
     return pointer.manifest == manifest.id and pointer.signature == signature
+
+
+async def _is_whole(manifest: Manifest, relay: RelayClient) -> bool:
+    """Whether the relay still has all of it: a chunk that was found damaged there is put aside, and sent again."""
+    every = wire.ChunkRanges(manifest=manifest.id, ranges=((0, len(manifest.chunks)),))
+    return not manifest.chunks or not await relay.missing((every,))
 
 
 async def _common_base(manifest: Manifest, known: Sequence[Manifest], relay: RelayClient) -> Manifest | None:

@@ -27,7 +27,7 @@ from relay.content.identity import ChunkId, NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.content.nupkg import Entry
 from relay.server.app import start
-from relay.server.guards import Limits
+from relay.server.connection import Limits
 from relay.server.tokens import TokenRecord, make_token
 
 if TYPE_CHECKING:

@@ -45,12 +45,16 @@ def test_the_example_relay_yaml_is_one_that_a_relay_takes():
 
 def test_the_example_relay_yaml_names_every_setting():
     text = (EXAMPLES / "relay.yaml").read_text()
-    assert [name for name in RelayConfig.__struct_fields__ if not re.search(rf"^(# )?{name}:", text, re.M)] == []
+    assert [
+        name for name in RelayConfig.__struct_fields__ if not re.search(rf"^(# )?{name}:", text, re.MULTILINE)
+    ] == []
 
 
 def test_the_example_agent_yaml_names_every_setting():
     text = (EXAMPLES / "agent.yaml").read_text()
-    assert [name for name in AgentConfig.__struct_fields__ if not re.search(rf"^(# )?{name}:", text, re.M)] == []
+    assert [
+        name for name in AgentConfig.__struct_fields__ if not re.search(rf"^(# )?{name}:", text, re.MULTILINE)
+    ] == []
 
 
 def test_what_the_example_agent_yaml_leaves_as_it_is_are_the_defaults():
@@ -86,8 +90,8 @@ def tier(source: Source) -> tuple[int, int]:
 
 def test_the_zone_file_holds_the_same_records_as_the_dnsmasq_configuration():
     text = (EXAMPLES / "dnsmasq.conf").read_text()
-    srv = {tuple(line.split(",")) for line in re.findall(r"^srv-host=(.*)$", text, re.M)}
-    hosts = {tuple(line.split(",")) for line in re.findall(r"^host-record=(.*)$", text, re.M)}
+    srv = {tuple(line.split(",")) for line in re.findall(r"^srv-host=(.*)$", text, re.MULTILINE)}
+    hosts = {tuple(line.split(",")) for line in re.findall(r"^host-record=(.*)$", text, re.MULTILINE)}
     zone = dns.zone.from_file(str(EXAMPLES / "example.net.zone"), relativize=False)
     assert srv == {
         (absolute(name), absolute(r.target), str(r.port), str(r.priority), str(r.weight))

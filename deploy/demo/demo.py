@@ -25,7 +25,7 @@ from packages import Nupkg
 from processes import DemoError, in_thread, together
 from town import DOMAIN, SITES, Machine, Town, missing
 
-from benchmarks.network import Line
+from benchmarks.network import CountingProxy, Line
 from relay.console import size
 
 SHELF = Path(__file__).parents[3] / "shared" / "data" / "packages"
@@ -35,6 +35,7 @@ KILL_AT = 0.45
 """Of what the machines of that site want, on the line to its relay."""
 MIDDLE_SECONDS = 2.5
 """How long that line takes for all of it: on loopback there would be no middle to kill in."""
+CALL_SECONDS = 20
 LOG_LINES = 12
 
 
@@ -197,22 +198,43 @@ async def deliver_and_kill(nupkg: Nupkg, added: Added, sent: tuple[Sent, ...], t
     own = [machine for machine in town.machines if machine.site == KILLED]
     wanted = len(own) * added.new_bytes
     rate = wanted / MIDDLE_SECONDS
-    town.lines[KILLED, KILLED].shape(down=Line(rate=rate))
-    tell.say(f"The line to relay {KILLED} is held at {size(rate)}/s, so that there is a middle to kill in.")
+    line = town.lines[KILLED, KILLED]
+    line.shape(down=Line(rate=rate))
+    tell.say(f"The line to relay {KILLED} is held at {size(rate)}/s and opens when all its machines have called:")
+    tell.say("so there is a middle to kill in.")
     tell.command(str(town.pull(town.machines[0], nupkg)), others(town.machines))
-    killing = asyncio.create_task(kill_at(KILL_AT, wanted, town, tell))
+    disturbing = asyncio.create_task(disturb(wanted, len(own), town, tell))
     try:
         pulls = await town.pull_everywhere(nupkg)
-        share = await killing
+        share = await disturbing
     finally:
-        killing.cancel()
-        town.lines[KILLED, KILLED].shape(down=Line())
+        disturbing.cancel()
+        line.shape(down=Line())
     tell.say(told(pulls))
     local, across = carried(before, town)
     # The machines of the other site were not disturbed: what they needed is what is needed.
     needed = local[other(KILLED)] * len(own) // (len(town.machines) - len(own))
     twice = local[KILLED] + across[other(KILLED)] - needed
     return Delivery(added, sent, pulls, local, across, kill=Kill(KILLED, share, twice))
+
+
+async def disturb(wanted: int, machines: int, town: Town, tell: Narrator) -> float:
+    await start_level(town.lines[KILLED, KILLED], machines)
+    return await kill_at(KILL_AT, wanted, town, tell)
+
+
+async def start_level(line: CountingProxy, machines: int) -> None:
+    """Hold the line until every machine has called, so that none is done before another begins."""
+    before = len(line.connections)
+    line.pause()
+    try:
+        async with asyncio.timeout(CALL_SECONDS):
+            while len(line.connections) < before + machines:
+                await asyncio.sleep(0.01)
+    except TimeoutError as error:
+        raise DemoError("a machine did not call its relay") from error
+    finally:
+        line.resume()
 
 
 async def kill_at(share: float, wanted: int, town: Town, tell: Narrator) -> float:

@@ -53,7 +53,7 @@ class Narrator:
         return self._paint(_GREEN, "held  ") if held else self._paint(_RED, "BROKEN")
 
     def _paint(self, code: str, text: str) -> str:
-        plain = "NO_COLOR" in os.environ or not self.out.isatty()
+        plain = bool(os.environ.get("NO_COLOR")) or not self.out.isatty()
         return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
     def _line(self, text: str) -> None:

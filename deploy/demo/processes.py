@@ -10,7 +10,7 @@ import signal
 import socket
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,17 +136,19 @@ def _first(error: BaseException) -> BaseException:
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1, free for TCP and UDP, that stays free while its owner is away.
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1, free for TCP and UDP, that stay free while their owner is away.
 
-    It lies below those that the kernel hands to outgoing connections (32768 and up, ip(7)).
+    They lie below those that the kernel hands to outgoing connections (32768 and up, ip(7)).
     """
-    while True:
-        port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
-        with socket.socket(type=socket.SOCK_STREAM) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            try:
+    ports: list[int] = []
+    with ExitStack() as held:
+        while len(ports) < count:
+            port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
+            tcp = held.enter_context(socket.socket(type=socket.SOCK_STREAM))
+            udp = held.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+            with suppress(OSError):
                 tcp.bind(("127.0.0.1", port))
                 udp.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+                ports.append(port)
+    return ports

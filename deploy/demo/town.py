@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ledger import Pull, Sent, Taken
 from packages import Nupkg
-from processes import Command, DemoError, Processes, free_port, together
+from processes import Command, DemoError, Processes, free_ports, together
 
 from benchmarks.network import CountingProxy, Line
 
@@ -68,7 +68,7 @@ class Town:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.machines = tuple(Machine(f"{site}-{n + 1}", site) for site in SITES for n in range(MACHINES_PER_SITE))
-        self.relay_ports = {site: free_port() for site in SITES}
+        self.relay_ports = dict(zip(SITES, free_ports(len(SITES)), strict=True))
         self.processes = Processes(folder)
         self.origin_lines: dict[str, CountingProxy] = {}
         self.lines: dict[tuple[str, str], CountingProxy] = {}
@@ -135,7 +135,7 @@ class Town:
 
     async def start_dns(self) -> Command:
         """Start a name server on a port of its own. Returns the command once it answers."""
-        program, port = _dnsmasq(), free_port()
+        program, [port] = _dnsmasq(), free_ports(1)
         if program is None:
             raise DemoError("dnsmasq is gone")
         self.resolver = f"127.0.0.1:{port}"

@@ -244,7 +244,7 @@ def _check(manifest: Manifest) -> None:
     if any(before >= after for before, after in pairwise(keys)):
         raise ManifestError("parts are not in stream order, or one is named twice")
     check_paths([part.path for part in body.parts])
-    if manifest.tree_chunks < len(body.chunks) and manifest.chunk_starts[manifest.tree_chunks] != manifest.tree_size:
+    if manifest.tree_size != manifest.stream_size and manifest.tree_size not in manifest.chunk_at:
         raise ManifestError("a chunk holds both files of the tree and parts of the container")
     sizes: dict[str, int] = {}
     for entry in body.chunks:

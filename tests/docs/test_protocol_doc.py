@@ -24,8 +24,9 @@ from relay.content import frames, manifest
 from relay.content.chunk import Chunk
 from relay.content.frames import BundleDecoder, NotSent, Received, Whole
 from relay.content.nupkg import WalkLimits
+from relay.server.access import iter_routes
 from relay.server.app import RelayApp
-from relay.server.guards import Limits, iter_routes
+from relay.server.connection import Limits
 from relay.server.problems import TITLES, verdict_of
 from relay.server.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
 from relay.server.transfer import Transfer
@@ -147,7 +148,7 @@ def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) ->
 @pytest.mark.parametrize(
     ("prefix", "type"),
     [
-        ("relay.server.guards.Limits", Limits),
+        ("relay.server.connection.Limits", Limits),
         ("relay.client.ClientLimits", ClientLimits),
         ("relay.content.nupkg.WalkLimits", WalkLimits),
     ],
@@ -170,7 +171,7 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.fetch",
         "relay.replicate",
         "relay.server.arrivals",
-        "relay.stores.disk",
+        "relay.stores.volume",
         "relay.trust.envelopes",
         "relay.trust.keys",
     ],

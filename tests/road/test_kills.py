@@ -6,6 +6,7 @@ what an undisturbed run takes, and held against the proxy's count afterwards. WA
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -100,8 +101,6 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heavy]:
             machine = Machine.made(folder / "undisturbed", origin.pins)
             machine.pull(ID, VERSION, url_of(line))
             pull_bytes = line.counts.total
-        import asyncio
-
         manifest = asyncio.run(origin.manifest(ID, VERSION))
         assert min(*costs, pull_bytes) > 100_000_000
         print(f"undisturbed: replicate {costs}, pull {pull_bytes}")
@@ -185,8 +184,9 @@ async def test_a_killed_pull_goes_on_where_it_was(
             kill_in_mid_transfer(rng, heavy.pull_bytes, lines, pulling, pulling.kill)
         assert machine.verified() == [], "a half tree is not installed"
         again = machine.pull(ID, VERSION, url_of(proxy))
-    assert again["resumed_bytes"] > 0
-    assert again["resumed_bytes"] + again["from_relays"][url_of(proxy)]["bytes"] == again["tree_bytes"]
+        assert again["resumed_bytes"] > 0
+        assert again["resumed_bytes"] + again["from_relays"][url_of(proxy)]["bytes"] == again["tree_bytes"]
+    assert heavy.relays[0].is_alive, "a reader that goes away takes no relay with it"
     check_twice(heavy.pull_bytes, lines)
     assert machine.verified() == [f"{ID} {VERSION}"]
     await check_store(heavy.relays[0].store, heavy.manifest)

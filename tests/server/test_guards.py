@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from relay.content.json import repeats_a_key
 from relay.errors import (
     ArchiveError,
     ChunkInvalid,
@@ -30,27 +31,20 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
-from relay.server.guards import (
+from relay.server.access import (
     OPEN,
     Access,
-    Budget,
-    Ledger,
-    Limits,
-    Meter,
     RouteInfo,
-    StallWatch,
     add,
-    address_key,
     check_routes,
-    deeper_than,
     guarded_app,
     host_name,
     is_loopback,
     iter_routes,
-    parse_json,
-    repeats_a_key,
-    start_guarded,
 )
+from relay.server.bodies import parse_json
+from relay.server.connection import Budget, Ledger, Limits, Meter, StallWatch, address_key
+from relay.server.guards import start_guarded
 from relay.server.problems import PROBLEM_TYPE, TITLES, HttpRefusal, problem, problem_of, verdict_of
 from relay.server.tokens import TokenSet, make_token
 
@@ -136,30 +130,6 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-
-
-def depth_of(value: object) -> int:
-    match value:
-        case dict():
-            return 1 + max((depth_of(item) for item in value.values()), default=0)
-        case list():
-            return 1 + max((depth_of(item) for item in value), default=0)
-        case _:
-            return 0
-
-
-@given(json_values, st.booleans())
-def test_depth_is_measured_exactly_whatever_stands_in_strings(value: object, ascii_only: bool) -> None:
-    raw = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
-    depth = depth_of(value)
-    assert not deeper_than(raw, depth)
-    if depth:
-        assert deeper_than(raw, depth - 1)
-
-
-@given(st.binary())
-def test_the_depth_scan_takes_any_bytes(raw: bytes) -> None:
-    assert deeper_than(raw, 16) in {True, False}
 
 
 @given(
@@ -465,7 +435,8 @@ def test_without_the_c_parser_the_relay_refuses_to_start() -> None:
 async def test_a_small_limit_of_open_files_is_raised() -> None:
     program = (
         "import resource\n"
-        "from relay.server.guards import Limits, raise_open_files\n"
+        "from relay.server.connection import Limits\n"
+        "from relay.server.guards import raise_open_files\n"
         "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
         "raised = raise_open_files(Limits())\n"

@@ -22,22 +22,10 @@ from aiohttp import web
 
 from relay.content.identity import parse_digest
 from relay.errors import NotFoundError
-from relay.server.guards import (
-    DRAINING,
-    OPEN,
-    Access,
-    Limits,
-    Running,
-    add,
-    body_pieces,
-    guarded_app,
-    identity_of,
-    iter_routes,
-    long_poll,
-    read_json,
-    start_guarded,
-    write_guarded,
-)
+from relay.server.access import DRAINING, OPEN, Access, add, guarded_app, identity_of, iter_routes, long_poll
+from relay.server.bodies import body_pieces, read_json, write_guarded
+from relay.server.connection import Limits
+from relay.server.guards import Running, start_guarded
 from relay.server.problems import PROBLEM_TYPE, TITLES
 from relay.server.tokens import TokenSet, make_token
 
@@ -694,7 +682,7 @@ async def test_a_token_taken_away_ends_its_use_on_an_open_connection() -> None:
     question = head(f"GET /v1/chunks/{'a' * 64}", close=False)
     writer.write(question)
     assert b" 404 " in await reader.readuntil(b"\r\n")
-    from relay.server.guards import ACCESS
+    from relay.server.access import ACCESS
 
     app[ACCESS].tokens = TokenSet([])
     writer.write(question)
@@ -982,6 +970,15 @@ async def test_stopping_cuts_what_does_not_end_in_time() -> None:
     assert running.ledger.total == 0
     for sock in deaf:
         sock.close()
+
+
+async def test_stopping_cuts_a_tls_handshake_that_is_not_done(contexts) -> None:
+    async with serving(replace(LIMITS, tls_handshake_seconds=PATIENCE * 2), context=contexts[0]) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await until(lambda: server.running.ledger.total == 1)
+        await server.running.stop()
+        assert await read_to_end(reader) == b""
+        writer.close()
 
 
 # --- the other event loop

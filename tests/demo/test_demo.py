@@ -1,0 +1,274 @@
+"""`deploy/demo/demo.py` as a user runs it: it tells the truth, and leaves nothing behind, however it ends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "demo.py"
+MIB = 1 << 20
+RUN_SECONDS = 300
+
+needs_dnsmasq = pytest.mark.skipif(
+    shutil.which("dnsmasq", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/sbin") is None,
+    reason="dnsmasq is not installed: the demo is NOT run",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the demo makes its own; named in the environment of everything that it starts."""
+    made = tmp_path / "tmp"
+    made.mkdir()
+    return made
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, DEMO, *arguments],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def processes_of(folder: Path) -> set[int]:
+    """Every process that was started with this folder in its environment."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # Gone, or somebody else's.
+            continue
+        if f"TMPDIR={folder}".encode() in variables:
+            found.add(int(entry.name))
+    return found
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    assert processes_of(folder) == set()
+    assert list(folder.iterdir()) == []
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:
+        told += line
+        if text in line:
+            return told
+    raise AssertionError(f"the demo ended before it said {text!r}:\n{told}")
+
+
+# --- the whole
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize(
+    "shelf", ["as it is", pytest.param("empty", marks=pytest.mark.soak)], ids=["packages-as-found", "packages-packed"]
+)
+def test_the_demo_keeps_every_promise_and_leaves_nothing(folder: Path, tmp_path: Path, shelf: str):
+    if shelf == "empty" and not os.environ.get("WAYSTATION_SOAK"):
+        pytest.skip("the second form of the demo runs in `make soak`")
+    report = tmp_path / "ledger.json"
+    chosen = ["--packages", str(tmp_path / "nothing")] if shelf == "empty" else []
+    with running(folder, *chosen, "--report", str(report)) as process:
+        told, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, told
+    assert_nothing_is_left(folder)
+    assert "Every promise held" in told
+    assert "\x1b[" not in told
+    check_numbers(json.loads(report.read_text()))
+
+
+def check_numbers(ledger: dict) -> None:
+    """The ledger again, by what the issue asks and not by the demo's own judgement."""
+    assert ledger["held"] is True
+    assert ledger["seconds"] < 90
+    first, update, killed, after = ledger["deliveries"]
+    for delivery in (first, update, killed, after):
+        assert sorted(sent["relay"] for sent in delivery["sent"]) == ["fra", "iad"]
+        assert len({pull["machine"] for pull in delivery["pulls"]}) == 6
+        counted, told = (sum(sent[what] for sent in delivery["sent"]) for what in ("counted", "told"))
+        assert abs(counted - told) <= 0.01 * counted
+        assert delivery["each_bytes"] == 6 * delivery["added"]["nupkg_bytes"]
+    once = first["added"]["new_bytes"] + first["added"]["manifest_bytes"]
+    assert sum(sent["counted"] for sent in first["sent"]) <= 2 * once * 1.01
+    assert first["added"]["nupkg_bytes"] > 2 * MIB
+    assert sum(sent["counted"] for sent in update["sent"]) < 0.1 * sum(sent["counted"] for sent in first["sent"])
+    assert all(pull["disk_bytes"] > 0.8 * pull["tree_bytes"] for pull in update["pulls"])
+    assert 0.2 <= killed["kill"]["share"] <= 0.8
+    assert all(set(p["relays"]) == {"fra", "iad"} for p in killed["pulls"] if p["site"] == "fra")
+    assert all(set(p["relays"]) == {p["site"]} for p in after["pulls"])
+    assert ledger["trees_checked"] == 24
+    assert ledger["wan_bytes"] < ledger["nupkg_to_each_machine_bytes"]
+
+
+# --- however it ends
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "agent pull"), (signal.SIGTERM, "There is no real package")],
+    ids=["ctrl-c-in-a-pull", "sigterm-while-packing"],
+)
+def test_a_demo_that_is_stopped_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals, moment: str):
+    with running(folder, "--packages", str(tmp_path / "nothing")) as process:
+        read_until(process, moment)
+        assert len(processes_of(folder)) >= 4, "the demo, two relays and a name server are running"
+        assert len(list(folder.iterdir())) == 1
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 128 + number
+    assert "Stopped in step" in told
+    assert "Traceback" not in told
+    assert_nothing_is_left(folder)
+
+
+@needs_dnsmasq
+def test_a_demo_that_fails_says_where_shows_the_logs_and_leaves_nothing(folder: Path, tmp_path: Path):
+    for version in ("1.0.0", "1.0.1"):
+        (tmp_path / f"Shop.Web.{version}.nupkg").write_bytes(b"not a package")
+    with running(folder, "--packages", str(tmp_path)) as process:
+        told, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 1
+    assert "The demo failed in step 2" in told
+    assert "error (refused)" in told or "not a zip" in told
+    assert "relay ready at" in told
+    assert "Traceback" not in told
+    assert_nothing_is_left(folder)
+
+
+# --- what it judges by
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    return importlib.import_module
+
+
+def test_a_demo_that_lacks_a_program_names_it_and_starts_nothing(module, monkeypatch, capsys):
+    town, demo = module("town"), module("demo")
+    monkeypatch.setattr(town, "_dnsmasq", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert demo.main() == 2
+    assert "dnsmasq (Debian: apt-get install dnsmasq-base)" in capsys.readouterr().err
+
+
+def good_ledger(books):
+    """What the demo sees when all is well: 10 MiB once to each of two relays, to three machines at each."""
+    added = books.Added("Demo 1.0.0", 10 * MIB, 100, 10 * MIB, 1000)
+    sent = tuple(books.Sent(relay, 100, 9 * MIB, 9 * MIB) for relay in ("fra", "iad"))
+    pulls = tuple(
+        books.Pull(f"{site}-{n}", site, 30 * MIB, 20 * MIB, {site: books.Taken(99, 10 * MIB, 4 * MIB)})
+        for site in ("fra", "iad")
+        for n in (1, 2, 3)
+    )
+    plain = books.Delivery(added, sent, pulls, {"fra": 12 * MIB, "iad": 12 * MIB}, {"fra": 0, "iad": 0})
+    both = {relay: books.Taken(50, 5 * MIB, 2 * MIB) for relay in ("fra", "iad")}
+    went_on = tuple(replace(pull, relays=both) if pull.site == "fra" else pull for pull in pulls)
+    killed = replace(plain, pulls=went_on, kill=books.Kill("fra", 0.45, MIB))
+    return books.Ledger([plain, killed, replace(plain, returned="fra")], trees_checked=18)
+
+
+def test_good_numbers_keep_every_promise(module):
+    books = module("ledger")
+    assert [promise for promise in books.promises(good_ledger(books)) if not promise.held] == []
+
+
+def sent_twice(delivery):
+    return replace(delivery, sent=tuple(replace(s, counted=2 * s.counted, told=2 * s.told) for s in delivery.sent))
+
+
+def told_less(delivery):
+    return replace(delivery, sent=tuple(replace(s, told=int(0.98 * s.told)) for s in delivery.sent))
+
+
+def pulled_all(delivery):
+    return replace(
+        delivery,
+        pulls=tuple(
+            replace(p, relays={r: replace(t, chunks=101) for r, t in p.relays.items()}) for p in delivery.pulls
+        ),
+    )
+
+
+def pulled_elsewhere(delivery):
+    return replace(delivery, pulls=tuple(replace(p, relays={"iad": p.relays[p.site]}) for p in delivery.pulls))
+
+
+def killed_at(share: float):
+    return lambda delivery: replace(delivery, kill=replace(delivery.kill, share=share))
+
+
+def crossed_twice(delivery):
+    return replace(delivery, kill=replace(delivery.kill, twice_bytes=40 * MIB))
+
+
+def changed_much(delivery):
+    return replace(delivery, one_file_changed=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "harm", "broken"),
+    [
+        (0, sent_twice, "crosses once per site"),
+        (0, told_less, "own count"),
+        (0, pulled_all, "only what they lack"),
+        (0, changed_much, "moves little"),
+        (1, killed_at(0.1), "between 20 and 80 %"),
+        (1, killed_at(0.9), "between 20 and 80 %"),
+        (1, pulled_elsewhere, "go on at the other relay"),
+        (1, crossed_twice, "crosses twice"),
+        (2, pulled_elsewhere, "returns to relay fra"),
+    ],
+)
+def test_each_bad_number_breaks_the_promise_that_it_belongs_to(module, number, harm, broken):
+    books = module("ledger")
+    ledger = good_ledger(books)
+    ledger.deliveries[number] = harm(ledger.deliveries[number])
+    assert [broken in promise.text for promise in books.promises(ledger) if not promise.held] == [True]
+
+
+@pytest.mark.parametrize("harm", [{"trees_checked": 17}, {"trees_wrong": ["fra-1, Demo 1.0.0: a.dll"]}])
+def test_a_tree_that_is_wrong_or_was_not_compared_breaks_the_first_promise(module, harm):
+    books = module("ledger")
+    ledger = replace(good_ledger(books), **harm)
+    assert [promise.held for promise in books.promises(ledger)].index(False) == 0
+
+
+def test_a_tree_differs_when_a_file_is_missing_altered_or_too_many(module, tmp_path):
+    import zipfile
+
+    packages = module("packages")
+    nupkg, tree = tmp_path / "a.nupkg", tmp_path / "tree"
+    with zipfile.ZipFile(nupkg, "w") as archive:
+        for name in ("a.nuspec", "[Content_Types].xml", "_rels/.rels", "lib/one.dll", "lib/two%20.dll", "same.txt"):
+            archive.writestr(name, name)
+    (tree / "lib").mkdir(parents=True)
+    (tree / "same.txt").write_text("same.txt")
+    (tree / "lib" / "one.dll").write_text("altered")
+    (tree / "extra.txt").write_text("")
+    assert packages.differences(tree, packages.digests_of(nupkg)) == ["extra.txt", "lib/one.dll", "lib/two .dll"]
