@@ -74,6 +74,7 @@ async def replicate(
         ChunkMissing, ChunkInvalid, StoreError: the source lacks, or damaged, or cannot read what it should have.
     """
     started, before = time.monotonic(), relay.traffic.total
+    gained = started
     sender = _Sender(manifest, source, relay, progress)
     interruptions = fruitless = 0
     fewest = len(manifest.chunks) + 1
@@ -86,11 +87,15 @@ async def replicate(
                 raise
             interruptions += 1
             # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
-            fruitless = 0 if sender.lacking < fewest else fruitless + 1
-            fewest = min(fewest, sender.lacking)
-            if fruitless > FRUITLESS_MAX:
+            if sender.lacking < fewest:
+                gained, fewest, fruitless = time.monotonic(), sender.lacking, 0
+            else:
+                fruitless += 1
+            pause = getattr(error, "retry_after", None)
+            is_busy = pause is not None and time.monotonic() - gained < patience
+            if fruitless > FRUITLESS_MAX and not is_busy:
                 raise
-            await asyncio.sleep(min(getattr(error, "retry_after", None) or 0.0, patience))
+            await asyncio.sleep(min(pause or 0.0, patience))
             await relay.wait_until_ready(patience)
     return Replicated(
         relay=relay.url,

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from relay.content.chunking import is_container
 
-PACKED_BYTES = 40 << 20
+PACKED_BYTES = 32 << 20
 """Of files in a package that the demo packs itself, at most."""
 
 _REAL = {

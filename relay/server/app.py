@@ -22,7 +22,7 @@ from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId,
 from relay.errors import IdentityError, UntrustedError, UsageError
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
-from relay.server.bodies import body_pieces, read_body, read_json, write_guarded
+from relay.server.bodies import body_pieces, budget_of, read_body, read_json, write_guarded
 from relay.server.connection import Limits
 from relay.server.guards import Running, raise_open_files, start_guarded
 from relay.server.memory import tame_malloc
@@ -35,6 +35,8 @@ from relay.stores.locations import Store, open_store
 T = TypeVar("T")
 
 _IMMUTABLE = "public, max-age=31536000, immutable"
+_BUNDLE_MEMORY = 24 << 20
+"""Bytes that one incoming bundle may hold: a zstd window, verified chunks that wait to be written, a batch under way."""
 _LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
@@ -100,7 +102,8 @@ class RelayApp:
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
         pieces = metrics.counted(body_pieces(request, self._limits, wire.BUNDLE_BODY_MAX), metrics.RECEIVED)
-        answer = await self._transfer.take_bundle(lease, pieces)
+        with budget_of(request, self._limits).reserve(_BUNDLE_MEMORY):
+            answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
         return _json(answer)
 

@@ -24,7 +24,7 @@ HEADINGS = re.findall(r"^## waystation (\w+ \w+)(.*)$", PAGE, re.MULTILINE)
 
 def _commands() -> dict[str, click.Command]:
     context = click.Context(waystation)
-    found = {}
+    found: dict[str, click.Command] = {}
     for name in waystation.list_commands(context):
         group = waystation.get_command(context, name)
         assert isinstance(group, click.Group)
@@ -90,7 +90,7 @@ class _Session:
     def __init__(self, folder: Path, relay: str) -> None:
         self.folder = folder
         self.relay = relay
-        self.printed: dict[str, object] = {}
+        self.printed: dict[str, dict[str, object]] = {}
 
     def run(self, command: str, *words: str) -> None:
         done = CliRunner().invoke(waystation, [*command.split(), *words, "--json"], catch_exceptions=False)
@@ -132,7 +132,7 @@ def _relay(store: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, object]]:
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, dict[str, object]]]:
     folder = tmp_path_factory.mktemp("commands")
     with pytest.MonkeyPatch.context() as patch, _relay(f"disk:{folder / 'relay'}") as url:
         patch.setenv("WAYSTATION_HOME", str(folder / "home"))
@@ -167,7 +167,7 @@ def _shape(value: object) -> object:
 
 
 @pytest.mark.parametrize("name", sorted(n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)))
-def test_the_json_on_the_page_is_what_the_command_prints(name: str, printed: Mapping[str, object]) -> None:
+def test_the_json_on_the_page_is_what_the_command_prints(name: str, printed: Mapping[str, dict[str, object]]) -> None:
     told = json.loads(block(PAGE, f"json {name}"))
     assert _shape(told) == _shape(printed[name])
-    assert told["format"] == printed[name]["format"]  # type: ignore[index] - the line above says that it is there
+    assert printed[name]["format"] == told["format"]
