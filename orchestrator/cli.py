@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import click
 
 from relay.config import home
-from relay.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
+from relay.console import (
+    ca_file_option,
+    json_option,
+    print_json,
+    printable,
+    progress_bars,
+    run,
+    size,
+    table,
+    token_file_option,
+)
 from relay.errors import RefusedError, UsageError, WaystationError
 
 if TYPE_CHECKING:
@@ -287,6 +297,7 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
 @_depot_option
 @token_file_option
+@ca_file_option
 @json_option
 def replicate(
     id: str,
@@ -295,10 +306,11 @@ def replicate(
     patience: float,
     depot: str | None,
     token_file: str | None,
+    ca_file: str | None,
     as_json: bool,
 ) -> int:
     """Send a package to relays, each only what it lacks, all at once. Running it again sends nothing."""
-    results, errors = run(_replicate_all(id, version, relays, patience, depot, token_file))
+    results, errors = run(_replicate_all(id, version, relays, patience, depot, token_file, ca_file))
     if as_json:
         failed = [{"relay": url, "error": error.message} for url, error in errors.items()]
         print_json({"format": 1, "id": id, "version": version, "relays": results, "failed": failed})
@@ -323,15 +335,21 @@ def replicate(
 
 
 async def _replicate_all(
-    id: str, version: str, urls: tuple[str, ...], patience: float, depot: str | None, token_file: str | None
+    id: str,
+    version: str,
+    urls: tuple[str, ...],
+    patience: float,
+    depot: str | None,
+    token_file: str | None,
+    ca_file: str | None,
 ) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
     from orchestrator.depot import open_depot
-    from relay.client import RelayClient, token_from
+    from relay.client import RelayClient, tls_from, token_from
     from relay.replicate import replicate as send
 
     if len(set(urls)) != len(urls):
         raise UsageError("a relay is named twice")
-    token = token_from(token_file)
+    token, tls = token_from(token_file), tls_from(ca_file)
     results: list[dict[str, Any]] = []
     errors: dict[str, WaystationError] = {}
     with progress_bars() as bar:
@@ -345,7 +363,7 @@ async def _replicate_all(
 
             async def to(url: str) -> None:
                 try:
-                    async with RelayClient(url, token=token) as client:
+                    async with RelayClient(url, token=token, tls=tls) as client:
                         done = await send(
                             manifest,
                             signature,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from relay.config import RelayConfig, home, load_yaml
-from relay.console import json_option, print_json, run, size, token_file_option
+from relay.console import ca_file_option, json_option, print_json, run, size, token_file_option
 from relay.errors import UsageError
 
 
@@ -78,10 +78,11 @@ def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str
 @relay.command(epilog="Example: waystation relay status --relay https://relay.fra.example:7443")
 @click.option("--relay", "url", required=True, metavar="URL")
 @token_file_option
+@ca_file_option
 @json_option
-def status(url: str, token_file: str | None, as_json: bool) -> None:
+def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool) -> None:
     """Ask a relay how it is, and what it holds."""
-    document = run(_status(url, token_file))
+    document = run(_status(url, token_file, ca_file))
     if as_json:
         print_json(document)
         return
@@ -90,10 +91,10 @@ def status(url: str, token_file: str | None, as_json: bool) -> None:
         click.echo(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
 
 
-async def _status(url: str, token_file: str | None) -> dict[str, Any]:
-    from relay.client import RelayClient, token_from
+async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict[str, Any]:
+    from relay.client import RelayClient, tls_from, token_from
 
-    async with RelayClient(url, token=token_from(token_file)) as client:
+    async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         health = await client.health()
         packages = await client.packages()
     return {

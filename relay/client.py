@@ -513,6 +513,20 @@ def _pointer(answer: wire.PackageAnswer) -> PackagePointer:
     return PackagePointer(package, ManifestId(parse_digest(answer.manifest)), answer.signature, answer.size)
 
 
+def tls_from(ca_file: str | None) -> ssl.SSLContext | None:
+    """How to trust a relay's certificate: by the authorities in `ca_file` (PEM), or None for the system's.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"CA file {ca_file!r} cannot be used: {error}") from error
+
+
 def token_from(file: str | None, environment: Callable[[str], str | None] = os.environ.get) -> str | None:
     """The bearer token: from `--token-file`, else from WAYSTATION_TOKEN, else none.
 

@@ -16,6 +16,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 token_file_option = click.option(
     "--token-file", metavar="FILE", help="File with the relay's bearer token (or WAYSTATION_TOKEN).", default=None
 )
+ca_file_option = click.option(
+    "--ca-file", metavar="FILE", help="Authority that signs the relays' certificates (PEM).", default=None
+)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

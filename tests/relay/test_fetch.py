@@ -67,9 +67,9 @@ class Source:
             if isinstance(trouble, BaseException):
                 raise trouble
             rest = tuple((manifest.id, index) for index in list(indexes)[served:])
-            if trouble == "arriving" or trouble == "absent":
+            if isinstance(trouble, str):
                 if rest:
-                    yield NotSent(rest, str(trouble))
+                    yield NotSent(rest, trouble)
             elif isinstance(trouble, list):
                 for event in trouble:
                     yield event
@@ -286,7 +286,7 @@ async def test_a_batch_that_could_not_be_delivered_is_not_delivered_again():
     assert sink.calls == 1
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
 
 
@@ -297,10 +297,10 @@ async def test_a_worker_that_dies_of_something_else_ends_the_fetch_and_hangs_nob
             if len(self.asked) == 1:
                 yield got(indexes[0])
                 await asyncio.sleep(3600)
-            raise Boom
+            raise BoomError
 
     source, sink = Hanging(), Sink()
-    with pytest.raises(Boom):
+    with pytest.raises(BoomError):
         await run(source, sink=sink)
     assert len(source.asked) == 2
     assert sink.taken == [source.asked[0][0]]  # what had come was kept all the same
