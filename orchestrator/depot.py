@@ -80,14 +80,15 @@ class Depot:
             if expected is not None and ref != expected:
                 raise MetadataError(f"the file is {ref}, where {expected} was expected")
             there = self.catalog.check_name(ref, digests.sha256)
-            if there is not None:
+            if there is not None and not await self._lost_chunks(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
                 return Added(there, manifest, new=False, chunks_stored=0)
             manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, progress)
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
-        return Added(await self.catalog.publish(manifest, provenance), manifest, new=True, chunks_stored=stored)
+        pointer = await self.catalog.publish(manifest, provenance)
+        return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
     async def manifest(self, pointer: Pointer) -> Manifest:
         """The manifest behind a pointer. Raises `NotFoundError` where the store lost it."""
@@ -110,6 +111,14 @@ class Depot:
         if not any(other.nupkg_sha256 == pointer.nupkg_sha256 for other in self.catalog.all()):
             await self.store.blobs.remove(pointer.nupkg_sha256)
         return pointer
+
+    async def _lost_chunks(self, pointer: Pointer) -> bool:
+        """Whether the depot lost chunks (or the manifest) of what it lists: adding the nupkg again brings them back."""
+        manifest = await self.catalog.manifest(pointer.manifest_id)
+        if manifest is None:
+            return True
+        ids = set(manifest.chunk_ids())
+        return await self.store.chunks.has_many(ids) != ids
 
     async def _sign(self, manifest: Manifest, signer: CryptoSigner) -> None:
         statement = PackageStatement(

@@ -58,7 +58,7 @@ class ClientLimits:
 
     connect_seconds: float = 5.0
     answer_seconds: float = 60.0
-    """From the request to the head of its answer."""
+    """From the request, or the last piece of an upload that was taken, to the head of the answer or the next piece."""
     window_seconds: float = 30.0
     """A body must bring `window_bytes` in every such stretch of time."""
     window_bytes: int = 30 << 10
@@ -235,19 +235,24 @@ class RelayClient:
             WaystationError: whatever `body` raises.
         """
         own: list[WaystationError] = []
+        loop, patience = asyncio.get_running_loop(), asyncio.timeout(self.limits.answer_seconds)
 
         async def counted() -> AsyncIterator[bytes]:
             try:
                 async for piece in body:
                     self.traffic.sent += len(piece)
                     yield piece
+                    patience.reschedule(loop.time() + self.limits.answer_seconds)
             except WaystationError as error:
                 # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
                 own.append(error)
                 raise
 
         try:
-            return await self._put_bundle(lease, counted())
+            async with patience:
+                return await self._put_bundle(lease, counted())
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} takes no more of what it is sent") from error
         except UnreachableError:
             if own:
                 raise own[0] from None
@@ -488,11 +493,11 @@ def _may_help(error: Exception) -> bool | float:
     return min(error.retry_after, 30.0) if error.retry_after else True
 
 
-def _parse_problem(body: bytes) -> wire.ConflictAnswer:
+def _parse_problem(body: bytes) -> wire.ProblemAnswer:
     try:
-        return msgspec.json.decode(body, type=wire.ConflictAnswer)
+        return msgspec.json.decode(body, type=wire.ProblemAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return wire.ConflictAnswer()
+        return wire.ProblemAnswer()
 
 
 def _retry_after(text: str | None) -> float | None:

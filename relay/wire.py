@@ -13,6 +13,7 @@ from msgspec import Meta
 from relay.content.frames import Span
 from relay.content.identity import ManifestId
 from relay.content.ranges import Ranges
+from relay.trust.envelopes import ENVELOPE_MAX
 
 VERSION = 1
 
@@ -40,7 +41,7 @@ CHUNK_TYPE = "application/zstd"
 
 DOCUMENT_MAX = 18 << 20
 """Bytes of an offer or manifest document: a manifest that does not compress, and its signature."""
-SIGNATURE_MAX = 64 << 10
+SIGNATURE_MAX = ENVELOPE_MAX
 """Bytes of one DSSE envelope."""
 JSON_MAX = 16 << 20
 JSON_DEPTH = 16
@@ -120,7 +121,6 @@ class BundleAnswer(Answer, frozen=True):
 
 class PublishRequest(Body, frozen=True):
     manifest: _Hex
-    feeds: tuple[str, ...] = ()
 
 
 class PackageAnswer(Answer, frozen=True):
@@ -139,7 +139,7 @@ class PackagesAnswer(Answer, frozen=True):
     packages: tuple[PackageAnswer, ...]
 
 
-class ConflictAnswer(Answer, frozen=True):
+class ProblemAnswer(Answer, frozen=True):
     """A refused publish: which ranges are missing, where that is why."""
 
     code: str = ""
@@ -147,11 +147,10 @@ class ConflictAnswer(Answer, frozen=True):
 
 
 class BundleRequest(Body, frozen=True):
-    """Which chunks to stream, in this order; the bases that the reader holds; the encodings it can decode."""
+    """Which chunks to stream, in this order, and the encodings that the reader can decode."""
 
     want: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)]
     encodings: Annotated[tuple[str, ...], Meta(max_length=16)] = ("raw", "zstd")
-    bases: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)] = ()
 
 
 class CpuRates(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from relay import wire
 from relay.catalog import Pointer
 from relay.config import RelayConfig, split_listen
 from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
@@ -68,12 +69,13 @@ class RelayApp:
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         draining = request.app[DRAINING].is_set()
+        read_only = self._transfer.closed_to_writes()
         answer = wire.HealthAnswer(
-            status="draining" if draining else "ok",
+            status="draining" if draining else "read-only" if read_only else "ok",
             versions=(wire.VERSION,),
             time=time.time(),
             site=self._config.site,
-            reason="this relay is about to stop" if draining else "",
+            reason="this relay is about to stop" if draining else read_only,
             cpu=self._rates,
         )
         return _json(answer, status=503 if draining else 200)
@@ -105,6 +107,8 @@ class RelayApp:
         with budget_of(request, self._limits).reserve(_BUNDLE_MEMORY):
             answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
+        metrics.CHUNKS.labels("held").inc(answer.held)
+        metrics.CHUNKS.labels("refused").inc(sum(count(run.ranges) for run in answer.refused))
         return _json(answer)
 
     async def publish(self, request: web.Request) -> web.StreamResponse:

@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 import msgspec
 from aiohttp import web
 
+from relay import wire
 from relay.content.json import JsonTooDeepError, check_depth, repeats_a_key
 from relay.server.access import IDENTITY
 from relay.server.connection import (
@@ -26,7 +27,6 @@ from relay.server.problems import HttpRefusal
 
 T = TypeVar("T")
 
-JSON_TYPE: Final = "application/json"
 PIECE: Final = 256 << 10
 """Bytes. What is written is handed on in pieces of at most this size."""
 
@@ -109,7 +109,7 @@ async def read_json(request: web.Request, limits: Limits, type: type[T]) -> T:
         HttpRefusal: 415 for another media type, 400 for malformed JSON or for fields that `type` does not take; and as
             `body_pieces`.
     """
-    if request.content_type != JSON_TYPE:
+    if request.content_type != wire.JSON:
         raise HttpRefusal(415, "media_type")
     raw = await read_body(request, limits, limits.json_bytes)
     # Large documents take long enough to be felt by everybody else on this thread.

@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from relay import wire
 from relay.errors import UnreachableError
 from relay.server.problems import HttpRefusal, log, problem_of
 
@@ -60,8 +61,8 @@ class Limits:
     connections_per_identity: int = 64
     """Long polls apart."""
     long_polls: int = 10_000
-    json_bytes: int = 16 << 20
-    json_depth: int = 16
+    json_bytes: int = wire.JSON_MAX
+    json_depth: int = wire.JSON_DEPTH
     bytes_in_flight: int = 256 << 20
     """Bytes of bodies held in memory at one time, over all requests."""
     line_bytes: int = 8190

@@ -30,7 +30,15 @@ from relay.content.frames import (
 from relay.content.identity import ChunkId, ManifestId, PackageRef
 from relay.content.manifest import Manifest
 from relay.content.ranges import Ranges, check, count, from_indexes, indexes
-from relay.errors import ChunkInvalid, ChunkMissing, ConflictError, FrameError, NotFoundError, UntrustedError
+from relay.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    ConflictError,
+    FrameError,
+    NotFoundError,
+    UnreachableError,
+    UntrustedError,
+)
 from relay.server.arrivals import Arrivals, Landing
 from relay.server.leases import Leases
 from relay.stores.contract import StoredChunk
@@ -66,6 +74,7 @@ class Transfer:
     def __init__(self, store: Store, *, arriving_seconds: float = wire.ARRIVING_SECONDS) -> None:
         self.catalog = Catalog(store.documents)
         self.leases = Leases(store.documents)
+        self.closed_to_writes = store.closed_to_writes
         self._store = store.chunks
         self._arrivals = Arrivals()
         self._arriving_seconds = arriving_seconds
@@ -208,8 +217,27 @@ class Transfer:
         yield writer.end()
 
     async def chunk(self, id: ChunkId) -> StoredChunk:
-        """One chunk. Raises `ChunkMissing`, `ChunkInvalid`."""
+        """One chunk, awaited where it is on its way here.
+
+        Raises:
+            ChunkMissing: not here, and nobody brings it.
+            ChunkInvalid: damaged.
+            UnreachableError: it has not arrived yet: ask again.
+        """
+        for offered in self.leases.offered():
+            manifest = await self.catalog.manifest(offered)
+            if manifest is not None and id in manifest.index_of:
+                return await self._arriving_chunk(manifest, id)
         return await self._store.open(id)
+
+    async def _arriving_chunk(self, manifest: Manifest, id: ChunkId) -> StoredChunk:
+        try:
+            found = await self._open(manifest, manifest.index_of[id])
+        except TimeoutError as error:
+            raise UnreachableError("this chunk is still on its way here", retry_after=1.0) from error
+        if found is None:
+            raise ChunkMissing(id)
+        return found
 
     # --- the ground
 

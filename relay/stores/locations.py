@@ -48,6 +48,8 @@ class Store:
     location: str
     exclusive: Callable[[LockName], AbstractContextManager[None]]
     """Hold this lock while the context lasts. Entering raises `LockedError`, which names the holder."""
+    closed_to_writes: Callable[[], str] = lambda: ""
+    """Why nothing can be written any more (after fsync failed, say); empty while all is well."""
 
     async def close(self) -> None:
         """Give back handles, threads and locks. Twice is once."""
@@ -91,7 +93,14 @@ async def open_store(location: str, *, free_floor: int | None = None, read_only:
     if parsed.kind == "memory":
         return Store(MemoryChunks(), MemoryDocuments(), MemoryBlobs(), str(parsed), MemoryLocks().exclusive)
     volume = await open_disk(parsed.path, free_floor=free_floor, read_only=read_only)
-    return Store(DiskStore(volume), DiskDocuments(volume), DiskBlobs(volume), str(parsed), volume.exclusive)
+    return Store(
+        DiskStore(volume),
+        DiskDocuments(volume),
+        DiskBlobs(volume),
+        str(parsed),
+        volume.exclusive,
+        volume.closed_to_writes,
+    )
 
 
 async def open_reader(locations: str) -> ChunkReader:

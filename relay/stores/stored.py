@@ -21,7 +21,7 @@ import xxhash
 from relay.content.chunk import CHUNK_MAX, Chunk
 from relay.content.identity import ChunkId
 from relay.content.zstd import zstd
-from relay.errors import ChunkInvalid, WaystationError
+from relay.errors import ChunkInvalid, UntrustedError
 
 LEVEL: Final = 3
 """zstd level of the stored form: about 400 MB/s a core, so that taking a package in is not bound by it."""
@@ -44,7 +44,7 @@ _WINDOW_LOG_MAX: Final = 22
 """2^22 = CHUNK_MAX: a frame that wants a larger window is not one of ours."""
 
 
-class DamageError(WaystationError):
+class DamageError(UntrustedError):
     """These bytes are not a sound stored form. `found` says in a few words what they are instead."""
 
     def __init__(self, found: str) -> None:

@@ -294,6 +294,10 @@ class Volume:
         """
         return self._exclusive(name)
 
+    def closed_to_writes(self) -> str:
+        """Why nothing is written any more until the store is opened again; empty while all is well."""
+        return self._closed_to_writes
+
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a job that writes on one of the writers' threads; reads never queue behind it."""
         self._require_open()

@@ -7,7 +7,6 @@ import random
 import socket
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Self
 
 import msgspec

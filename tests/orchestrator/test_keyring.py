@@ -11,8 +11,8 @@ from orchestrator import keyring
 from orchestrator.keyring import init_trust, load_signer
 from relay.content.identity import manifest_id
 from relay.errors import NotFoundError, RefusedError, SignatureError, UsageError
-from relay.trust.envelopes import PackageStatement, sign_package, verify_package
 from relay.keyfiles import write_new_file
+from relay.trust.envelopes import PackageStatement, sign_package, verify_package
 from relay.trust.keys import parse_pins
 
 STATEMENT = PackageStatement(id="A", version="1.0.0", manifest=manifest_id(b""), nupkg_sha256="00" * 32)

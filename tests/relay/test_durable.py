@@ -13,18 +13,18 @@ from relay.durable import write_durably
 
 def test_a_file_is_synced_before_its_name_and_its_folder_after(tmp_path, monkeypatch):
     events = []
-    fsync, rename = os.fsync, os.rename
+    fsync, replace = os.fsync, os.replace
 
     def recorded_fsync(descriptor: int) -> None:
         events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
         fsync(descriptor)
 
-    def recorded_rename(source: str, target: str) -> None:
+    def recorded_replace(source: str, target: str) -> None:
         events.append("rename")
-        rename(source, target)
+        replace(source, target)
 
     monkeypatch.setattr(durable.os, "fsync", recorded_fsync)
-    monkeypatch.setattr(durable.os, "rename", recorded_rename)
+    monkeypatch.setattr(durable.os, "replace", recorded_replace)
     write_durably(str(tmp_path / "small"), b"new")
     assert events == ["file", "rename", "folder"]
 

@@ -25,8 +25,17 @@ from relay.content.frames import (
     data_header,
     encode_run,
 )
+from relay.content.identity import chunk_id
 from relay.content.ranges import from_indexes, indexes
-from relay.errors import ChunkMissing, ConflictError, FrameError, ManifestError, StoreError, UntrustedError
+from relay.errors import (
+    ChunkMissing,
+    ConflictError,
+    FrameError,
+    ManifestError,
+    StoreError,
+    UnreachableError,
+    UntrustedError,
+)
 from relay.server import transfer as transferring
 from relay.server.leases import UnknownLeaseError
 from relay.server.transfer import ChunksMissingError, Transfer, UnknownManifestError
@@ -563,7 +572,20 @@ async def test_one_chunk_by_its_name(transfer):
     await send(transfer, (await offered(transfer)).lease, [0])
     assert (await transfer.chunk(MANIFEST.chunk_id(0))).size == MANIFEST.chunks[0].size
     with pytest.raises(ChunkMissing):
+        await transfer.chunk(chunk_id(b"nobody offered this"))
+
+
+async def test_one_chunk_that_is_on_its_way_is_awaited_and_then_the_reader_is_told_to_ask_again(transfer):
+    lease = (await offered(transfer)).lease
+    with pytest.raises(UnreachableError) as caught:
         await transfer.chunk(MANIFEST.chunk_id(1))
+    assert caught.value.retry_after
+    transfer._arriving_seconds = 30.0
+    waiting = asyncio.create_task(transfer.chunk(MANIFEST.chunk_id(1)))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await send(transfer, lease, [1])
+    assert (await waiting).id == MANIFEST.chunk_id(1)
 
 
 async def test_a_relay_that_was_restarted_goes_on_with_the_lease_and_the_chunks(transfer, store):
