@@ -136,7 +136,8 @@ class IncomingTree:
     # --- beginning
 
     def _open(self) -> None:
-        os.makedirs(self.releases, exist_ok=True)
+        os.makedirs(os.path.dirname(self.releases), mode=0o755, exist_ok=True)
+        os.makedirs(self.releases, mode=0o755, exist_ok=True)
         _make_private(self.folder)
         self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
         if self._lock is None:
@@ -366,18 +367,18 @@ def _files_below(tree: str) -> Iterator[str]:
 
 
 def _make_private(folder: str) -> None:
+    parent = os.path.dirname(folder)
+    if platform.is_open_to_all(parent):
+        raise UntrustedError(
+            f"everybody can write to {parent}, and so replace what is installed there",
+            hint=f"Run 'chmod o-w {parent}'",
+        )
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     if not platform.is_private(folder):
         raise UntrustedError(
             f"{folder} is not a folder that only this user can write to",
             hint="Somebody else made it: look at it, then remove it",
-        )
-    parent = os.path.dirname(folder)
-    if platform.is_open_to_all(parent):
-        raise UntrustedError(
-            f"everybody can write to {parent}, and so replace what is installed there",
-            hint=f"Run 'chmod o-w {parent}'",
         )
 
 

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import msgspec
@@ -124,11 +124,7 @@ class RelayClient:
         Raises:
             UsageError: `url` is not such a URL.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-            raise UsageError(f"{url!r} is not a relay's URL", hint="Expected for example https://relay.example:7443")
-        if parts.username or parts.password:
-            raise UsageError("a relay's URL carries no credentials", hint="Give the token by file or environment")
+        parts = _split_url(url)
         self.url = f"{parts.scheme}://{parts.netloc}"
         self.traffic = Traffic()
         self.limits = limits or ClientLimits()
@@ -455,6 +451,20 @@ class RelayClient:
         raise RefusedError(f"{where} refuses the request ({status} {code})")
 
 
+def _split_url(url: str) -> SplitResult:
+    """Raises `UsageError`, which never shows credentials."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.scheme in {"http", "https"} and parts.hostname and parts.path in {"", "/"} and parts.port != 0
+    except ValueError:
+        plain = False
+    if "@" in url:
+        raise UsageError("a relay's URL carries no credentials", hint="Give the token by file or environment")
+    if not plain or parts.query or parts.fragment:
+        raise UsageError(f"{url!r} is not a relay's URL", hint="Expected for example https://relay.example:7443")
+    return parts
+
+
 class _FixedResolver(AbstractResolver):
     """Answers every question with the one address that the configured resolver gave."""
 
@@ -508,8 +518,12 @@ def _retry_after(text: str | None) -> float | None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
-        return error.os_error.strerror
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        failed = error.os_error
+        # A name that cannot be looked up has no errno of the system's, but words of its own.
+        return (failed.strerror if isinstance(failed, socket.gaierror) else os.strerror(failed.errno or 0)) or str(
+            error
+        )
     return str(error) or type(error).__name__
 
 

@@ -21,6 +21,7 @@ from relay.content.frames import (
     BundleWriter,
     Data,
     Event,
+    Failed,
     Missing,
     NotSent,
     Received,
@@ -36,6 +37,7 @@ from relay.errors import (
     ConflictError,
     FrameError,
     NotFoundError,
+    StoreError,
     UnreachableError,
     UntrustedError,
 )
@@ -192,7 +194,10 @@ class Transfer:
         return found
 
     async def give(self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]]) -> AsyncIterator[bytes]:
-        """One bundle: each chunk in its stored form as a frame of its own. Chunks on their way here are awaited."""
+        """One bundle: each chunk in its stored form as a frame of its own. Chunks on their way here are awaited.
+
+        Where the store's medium fails before a chunk has begun, the bundle says so and ends.
+        """
         writer = BundleWriter()
         yield writer.start()
         for manifest, places in wanted:
@@ -204,6 +209,11 @@ class Transfer:
                     # Not here yet: the reader asks again, and so learns of what came in between.
                     yield writer.frame(Missing((Span.of(manifest.id, places[position:]),), "arriving"))
                     break
+                except StoreError as error:
+                    log.warning("store: %s", error)
+                    yield writer.frame(Failed("store_failed"))
+                    yield writer.end()
+                    return
                 if stored is None:
                     absent.append(index)
                     continue
@@ -224,13 +234,12 @@ class Transfer:
             ChunkInvalid: damaged.
             UnreachableError: it has not arrived yet: ask again.
         """
-        for offered in self.leases.offered():
-            manifest = await self.catalog.manifest(offered)
-            if manifest is not None and id in manifest.index_of:
-                return await self._arriving_chunk(manifest, id)
-        return await self._store.open(id)
-
-    async def _arriving_chunk(self, manifest: Manifest, id: ChunkId) -> StoredChunk:
+        try:
+            return await self._store.open(id)
+        except ChunkMissing:
+            manifest = await self._offered_with(id)
+            if manifest is None:
+                raise
         try:
             found = await self._open(manifest, manifest.index_of[id])
         except TimeoutError as error:
@@ -238,6 +247,14 @@ class Transfer:
         if found is None:
             raise ChunkMissing(id)
         return found
+
+    async def _offered_with(self, id: ChunkId) -> Manifest | None:
+        """A manifest that holds this chunk, and that somebody is bringing."""
+        for offered in self.leases.offered():
+            manifest = await self.catalog.manifest(offered)
+            if manifest is not None and id in manifest.index_of:
+                return manifest
+        return None
 
     # --- the ground
 

@@ -68,11 +68,8 @@ async def bring(client, cut=CUT, base=None):
 
 
 async def received(client, indexes, manifest=MANIFEST):
-    events = []
     async with asyncio.timeout(PATIENCE):
-        async for event in client.stream(manifest, indexes):
-            events.append(event)
-    return events
+        return [event async for event in client.stream(manifest, indexes)]
 
 
 @pytest.fixture
@@ -180,7 +177,7 @@ async def test_an_error_of_the_bundles_own_source_comes_out_as_itself(client):
 
 async def test_what_the_client_counts_is_what_crossed_the_line(client):
     await bring(client)
-    assert client.traffic.sent > sum(entry.size for entry in MANIFEST.chunks)
+    assert client.traffic.sent > 4 * 70_000
     before = client.traffic.received
     await received(client, list(CUT.indexes))
     payloads = len(bundle(run_of(list(CUT.indexes))))
@@ -569,12 +566,11 @@ async def test_a_bundle_that_breaks_the_protocol_is_refused(body, match):
 
 
 async def test_chunks_before_the_lie_are_handed_out():
-    seen = []
     async with misbehaving(wire.BUNDLE_OUT, bundle_server(bundle(run_of([0]))[:-1])) as client:
+        stream = client.stream(MANIFEST, [0])
+        assert (await anext(stream)).index == 0
         with pytest.raises(FrameError):
-            async for event in client.stream(MANIFEST, [0]):
-                seen.append(event)
-    assert [event.index for event in seen] == [0]
+            await anext(stream)
 
 
 async def test_an_endless_payload_is_refused():
@@ -685,7 +681,11 @@ async def test_a_package_answer_with_impossible_names_is_untrusted():
         "http://",
         "http://relay.example/path",
         "http://relay.example/?token=x",
+        "http://relay.example/#part",
         "http://user:secret@relay.example",
+        "http://user:secret@relay.example/path",
+        "http://user:secret@[::1",
+        "ftp://user:secret@relay.example",
         "http://relay.example:port",
         "http://[::1",
         "",

@@ -568,6 +568,26 @@ async def test_a_document_is_made_against_a_base_where_that_is_here(transfer):
     assert not (await transfer.document(NEXT.manifest.id, NEXT.manifest.id))[1]
 
 
+async def test_a_medium_that_fails_is_told_in_the_bundle(transfer, monkeypatch):
+    await send(transfer, (await offered(transfer)).lease, range(COUNT))
+    opened, asked = transfer._store.open, []
+
+    async def fails_at_the_third(id):
+        asked.append(id)
+        if len(asked) == 3:
+            raise StoreError("the disk is gone")
+        return await opened(id)
+
+    monkeypatch.setattr(transfer._store, "open", fails_at_the_third)
+    wanted = await transfer.wanted(wire.BundleRequest(want=(wire.ChunkRanges(manifest=MANIFEST.id, ranges=((0, 4),)),)))
+    decoder = frames.BundleDecoder({MANIFEST.id: MANIFEST}.get)
+    pieces = [piece async for piece in transfer.give(wanted)]
+    events = [event for piece in pieces for batch in decoder.feed(piece) for event in batch]
+    assert [event.index for event in events if isinstance(event, frames.Received)] == [0, 1]
+    assert frames.Aborted("store_failed") in events
+    assert decoder.ended
+
+
 async def test_one_chunk_by_its_name(transfer):
     await send(transfer, (await offered(transfer)).lease, [0])
     assert (await transfer.chunk(MANIFEST.chunk_id(0))).size == MANIFEST.chunks[0].size

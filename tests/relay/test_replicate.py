@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import msgspec
+import pytest
+from aiohttp import web
+from support import CLIENT_LIMITS, cut_package, depot_with, make_nupkg, noise, running_relay, small_server, token
+
+from relay import replicate as replicating
+from relay import wire
+from relay.client import LeaseLostError, RelayClient, TokenRefusedError
+from relay.content.frames import Received
+from relay.errors import ChunkInvalid, ChunkMissing, ConflictError, RefusedError, StoreError, UnreachableError
+from relay.replicate import replicate
+from relay.server.leases import Leases, UnknownLeaseError
+from relay.stores.locations import open_store
+from relay.stores.memory import MemoryChunks
+
+PATIENCE = 60.0
+FILES = {f"lib/{i:02}.dll": noise(i, 200_000 + i) for i in range(20)} | {"readme.txt": b"text " * 500}
+CUT = cut_package(FILES)
+MANIFEST = CUT.manifest
+COUNT = len(MANIFEST.chunks)
+NEXT = cut_package({**FILES, "lib/07.dll": noise("new", 190_000)}, version="1.0.1")
+REBUILT = cut_package({**FILES, "lib/07.dll": noise("rebuilt", 190_000)})
+
+
+@pytest.fixture(autouse=True)
+def small_bundles(monkeypatch):
+    """Several runs and bundles from a small package."""
+    monkeypatch.setattr(replicating, "RUN_BYTES", 500_000)
+    monkeypatch.setattr(replicating, "BUNDLE_PAYLOAD", 600_000)
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    async with running_relay(tmp_path / "relay") as running:
+        yield running
+
+
+async def source_of(*cuts, store=None):
+    store = store or MemoryChunks()
+    for cut in cuts:
+        await store.put_many(list(cut.chunks.values()))
+    return store
+
+
+async def bring(relay, cut=CUT, source=None, signature=b"envelope", **options):
+    source = source or await source_of(cut)
+    async with asyncio.timeout(PATIENCE), relay.client() as client:
+        return await replicate(cut.manifest, signature, source, client, **options)
+
+
+async def whole(relay, cut=CUT):
+    """The package as a reader gets it from the relay."""
+    async with relay.client() as client:
+        pointer = await client.package(cut.manifest.package.id, cut.manifest.package.version)
+        assert pointer.manifest == cut.manifest.id
+        events = [event async for event in client.stream(cut.manifest, list(cut.indexes))]
+    data = b"".join(event.chunk.data for event in events if isinstance(event, Received))
+    return data == cut.stream
+
+
+# --- when all is well
+
+
+async def test_a_package_is_at_the_relay_and_listed_when_it_ends(relay):
+    done = await bring(relay)
+    assert await whole(relay)
+    assert (done.chunks, done.chunks_sent, done.interruptions) == (COUNT, COUNT, 0)
+    assert done.package_bytes == MANIFEST.nupkg.size
+    assert done.payload_bytes < done.wire_bytes < done.payload_bytes * 1.01 + 10_000
+    assert done.relay == relay.url
+
+
+async def test_again_sends_nothing(relay):
+    await bring(relay)
+    again = await bring(relay)
+    assert (again.chunks_sent, again.payload_bytes) == (0, 0)
+    assert again.wire_bytes < 2000
+
+
+async def test_with_one_client_each_replication_counts_its_own_bytes(relay):
+    source = await source_of(CUT)
+    async with relay.client() as client:
+        first = await replicate(MANIFEST, b"", source, client)
+        second = await replicate(MANIFEST, b"", source, client)
+    assert first.wire_bytes > first.payload_bytes
+    assert second.wire_bytes < 2000
+
+
+async def test_the_next_version_sends_only_the_chunks_that_changed(relay):
+    await bring(relay)
+    fresh = {NEXT.manifest.chunk_id(i) for i in NEXT.indexes} - set(MANIFEST.chunk_ids())
+    done = await bring(relay, NEXT)
+    assert done.chunks_sent == len(fresh) == 2  # the changed file, and the container's parts
+    assert await whole(relay, NEXT)
+    assert await whole(relay)
+
+
+async def test_a_chunk_that_stands_twice_is_sent_once(relay):
+    same = noise("same", 100_000)
+    twice = cut_package({"a/x.dll": same, "b/x.dll": same, "c/x.dll": same})
+    done = await bring(relay, twice)
+    assert done.chunks_sent == len(twice.manifest.chunks) - 2
+    assert await whole(relay, twice)
+
+
+async def test_the_manifest_travels_as_a_difference_against_a_version_that_both_hold(relay, tmp_path):
+    many = {f"content/{i}.txt": noise(i, 100) for i in range(500)} | {f"{i}.dll": noise(i, 66_000) for i in range(30)}
+    old, new = cut_package(many), cut_package({**many, "content/7.txt": noise("x", 100)}, version="1.0.1")
+    source = await source_of(old, new)
+    await bring(relay, old, source)
+    difference = await bring(relay, new, source, known=[NEXT.manifest, old.manifest])
+    async with running_relay(tmp_path / "other") as other:
+        await bring(other, old, source)
+        plain = await bring(other, new, source)
+    assert difference.payload_bytes == plain.payload_bytes
+    assert difference.wire_bytes - difference.payload_bytes < (plain.wire_bytes - plain.payload_bytes) / 3
+
+
+async def test_progress_starts_at_what_is_there_and_ends_at_the_whole(relay):
+    told: list[tuple[int, int]] = []
+    await bring(relay)
+    await bring(relay, NEXT, progress=lambda there, all: told.append((there, all)))
+    size = NEXT.manifest.stream_size
+    assert [there for there, _ in told] == sorted(there for there, _ in told)
+    assert 0 < told[0][0] < size
+    assert told[-1] == (size, size)
+    assert {all for _, all in told} == {size}
+
+
+async def test_two_replications_of_one_package_at_the_same_time_both_end_well(relay):
+    results = await asyncio.gather(bring(relay), bring(relay), bring(relay))
+    assert all(done.interruptions == 0 for done in results)
+    assert await whole(relay)
+
+
+async def test_one_package_goes_to_several_relays_at_the_same_time(tmp_path):
+    source = await source_of(CUT)
+    async with contextlib.AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(running_relay(tmp_path / f"relay{i}")) for i in range(3)]
+        await asyncio.gather(*(bring(each, CUT, source) for each in relays))
+        for each in relays:
+            assert await whole(each)
+
+
+async def test_a_new_signature_reaches_a_relay_that_holds_the_package_and_no_chunk_does(relay):
+    await bring(relay)
+    done = await bring(relay, signature=b"another envelope")
+    assert done.chunks_sent == 0
+    async with relay.client() as client:
+        assert (await client.manifest(MANIFEST.id)).signature == b"another envelope"
+
+
+async def test_a_real_nupkg_goes_from_a_depot_to_a_relay(relay, tmp_path):
+    nupkg = make_nupkg(tmp_path, FILES)
+    async with depot_with(tmp_path / "origin", nupkg) as origin:
+        manifest = origin.added[0].manifest
+        async with relay.client() as client:
+            await replicate(manifest, await origin.signature(manifest), origin.depot.store.chunks, client)
+            events = [event async for event in client.stream(manifest, range(len(manifest.chunks)))]
+    assert b"".join(e.chunk.data for e in events if isinstance(e, Received)) == CUT.stream
+
+
+# --- what a rule refuses
+
+
+async def test_other_bytes_under_a_listed_name_are_a_conflict_and_change_nothing(relay):
+    await bring(relay)
+    with pytest.raises(ConflictError):
+        await bring(relay, REBUILT)
+    assert await whole(relay)
+
+
+async def test_of_two_builds_at_the_same_time_one_is_listed_and_the_other_refused(relay):
+    results = await asyncio.gather(bring(relay), bring(relay, REBUILT), return_exceptions=True)
+    assert sorted(isinstance(result, ConflictError) for result in results) == [False, True]
+    assert await whole(relay, CUT if isinstance(results[1], ConflictError) else REBUILT)
+
+
+async def test_without_the_right_token_nothing_is_tried_again(tmp_path):
+    text, record = token("read")
+    async with running_relay(tmp_path / "relay", tokens=[record]) as relay:
+        for bearer in (None, text):
+            async with relay.client(bearer) as client:
+                with pytest.raises(TokenRefusedError):
+                    await replicate(MANIFEST, b"", await source_of(CUT), client)
+
+
+# --- what the source cannot give
+
+
+async def test_a_chunk_that_the_depot_lost_is_told_as_such(relay):
+    source = await source_of(CUT)
+    await source.remove(MANIFEST.chunk_id(3))
+    with pytest.raises(ChunkMissing) as caught:
+        await bring(relay, CUT, source)
+    assert caught.value.id == MANIFEST.chunk_id(3)
+
+
+async def test_a_chunk_that_the_depot_damaged_is_told_as_such(relay):
+    source = await source_of(CUT)
+    id = MANIFEST.chunk_id(3)
+    source.stored[id] = source.stored[id][:-1] + bytes([source.stored[id][-1] ^ 1])
+    with pytest.raises(ChunkInvalid):
+        await bring(relay, CUT, source)
+
+
+async def test_a_depot_that_cannot_be_read_is_not_held_against_the_relay(relay):
+    class Broken(MemoryChunks):
+        reads = 0
+
+        async def get(self, id):
+            self.reads += 1
+            raise StoreError("the depot's disk")
+
+    source = await source_of(store=Broken())
+    with pytest.raises(StoreError, match="the depot's disk"):
+        await bring(relay, CUT, source)
+    assert source.reads <= replicating.CONNECTIONS
+
+
+# --- what comes in between
+
+
+class Gate(MemoryChunks):
+    """A depot that does something when a number of chunks has been read."""
+
+    def __init__(self, after, action):
+        super().__init__()
+        self.reads = 0
+        self._after = after
+        self._action = action
+
+    async def get(self, id):
+        self.reads += 1
+        if self.reads == self._after:
+            await self._action()
+        return await super().get(id)
+
+
+async def test_a_relay_that_restarts_in_mid_transfer_gets_the_rest_and_little_twice(tmp_path):
+    async with contextlib.AsyncExitStack() as outer:
+        first = contextlib.AsyncExitStack()
+        relay = await first.enter_async_context(running_relay(tmp_path / "relay"))
+
+        async def restart():
+            await first.aclose()
+            await outer.enter_async_context(running_relay(tmp_path / "relay", port=relay.port))
+
+        source = await source_of(CUT, store=Gate(COUNT // 2, restart))
+        done = await bring(relay, CUT, source)
+        assert source.reads >= COUNT
+        assert done.interruptions >= 1
+        assert await whole(relay)
+        # What was in flight may cross twice: each of the connections had one bundle.
+        twice = done.payload_bytes - sum(MANIFEST.chunks[i].size for i in range(COUNT))
+        assert twice < replicating.CONNECTIONS * (replicating.BUNDLE_PAYLOAD + replicating.RUN_BYTES)
+
+
+async def test_a_lease_that_is_lost_in_mid_transfer_is_taken_anew(relay, monkeypatch):
+    lost = []
+    use = Leases.use
+
+    async def forgetful(self, id, also=()):
+        if len(lost) < 2:
+            lost.append(id)
+            raise UnknownLeaseError
+        return await use(self, id, also)
+
+    monkeypatch.setattr(Leases, "use", forgetful)
+    done = await bring(relay)
+    assert len(lost) == 2
+    assert done.interruptions >= 1
+    assert await whole(relay)
+
+
+async def test_a_lease_that_never_lives_ends_the_replication(relay, monkeypatch):
+    tries = []
+
+    async def never(self, id, also=()):
+        tries.append(id)
+        raise UnknownLeaseError
+
+    monkeypatch.setattr(Leases, "use", never)
+    with pytest.raises(LeaseLostError):
+        await bring(relay)
+    assert len(tries) <= (replicating.FRUITLESS_MAX + 2) * replicating.CONNECTIONS
+
+
+async def test_a_chunk_that_vanishes_before_publishing_is_sent_again(relay, tmp_path):
+    """Another process swept it, say: the relay's answer to the publish says so."""
+    publish = RelayClient.publish
+    removed = []
+
+    async def robbed(self, manifest):
+        if not removed:
+            removed.append(manifest.chunk_id(5))
+            store = await open_store(relay.store)
+            await store.chunks.remove(manifest.chunk_id(5))
+            await store.close()
+        await publish(self, manifest)
+
+    await bring(relay, NEXT)
+    source = await source_of(CUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RelayClient, "publish", robbed)
+        done = await bring(relay, CUT, source)
+    assert removed
+    assert done.chunks_sent >= 1
+    assert await whole(relay)
+
+
+async def test_a_relay_that_does_not_come_back_is_unreachable_after_our_patience(tmp_path):
+    async with contextlib.AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(running_relay(tmp_path / "relay"))
+        source = await source_of(CUT, store=Gate(COUNT // 2, stack.aclose))
+        with pytest.raises(UnreachableError):
+            await bring(relay, CUT, source, patience=0.5)
+        assert source.reads >= COUNT // 2
+
+
+async def test_a_relay_that_nobody_started_is_unreachable():
+    async with RelayClient("http://127.0.0.1:1", limits=replace(CLIENT_LIMITS, attempts=1)) as client:
+        with pytest.raises(UnreachableError):
+            await replicate(MANIFEST, b"", await source_of(CUT), client, patience=0.2)
+
+
+# --- relays that take and do not keep
+
+
+class BadRelay:
+    """Takes offers and bundles, and answers as it is told."""
+
+    def __init__(self, bundle_status=200, missing=((0, COUNT),), refused=(), retry_after="0"):
+        self.bundles = self.offers = 0
+        self.bytes = 0
+        self._status = bundle_status
+        self._missing = missing
+        self._refused = refused
+        self._retry_after = retry_after
+
+    def routes(self):
+        return [
+            web.get(wire.HEALTH, self.health),
+            web.get("/v1/packages", self.nothing),
+            web.get("/v1/packages/{id}", self.nothing),
+            web.get("/v1/packages/{id}/{version}", self.not_found),
+            web.put("/v1/manifests/{name}", self.offer),
+            web.put(wire.BUNDLE_IN, self.bundle),
+            web.put("/v1/packages/{id}/{version}", self.publish),
+        ]
+
+    async def health(self, request):
+        return self._json(wire.HealthAnswer(status="ok", versions=(1,), time=0.0))
+
+    async def nothing(self, request):
+        return self._json(wire.PackagesAnswer(()))
+
+    async def not_found(self, request):
+        return web.Response(status=404)
+
+    async def offer(self, request):
+        await request.read()
+        self.offers += 1
+        return self._json(wire.OfferAnswer("0" * 32, 3600.0, self._missing))
+
+    async def bundle(self, request):
+        self.bundles += 1
+        self.bytes += len(await request.read())
+        if self._status != 200:
+            return web.Response(status=self._status, headers={"Retry-After": self._retry_after})
+        return self._json(wire.BundleAnswer(1, 0, self._refused))
+
+    async def publish(self, request):
+        await request.read()
+        answer = {"code": "missing_chunks", "missing": [[0, 1]]}
+        return web.Response(status=409, body=msgspec.json.encode(answer))
+
+    def _json(self, answer):
+        return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON)
+
+
+@contextlib.asynccontextmanager
+async def bad(**how):
+    made = BadRelay(**how)
+    async with small_server(made.routes()) as url, RelayClient(url, limits=CLIENT_LIMITS) as client:
+        async with asyncio.timeout(PATIENCE):
+            yield made, client
+
+
+@pytest.mark.parametrize("status", [507, 500, 503])
+async def test_a_relay_that_takes_bundles_and_keeps_nothing_is_given_up(status):
+    """A full disk, say: what was sent is no progress, what the relay says it lacks is."""
+    async with bad(bundle_status=status) as (relay, client):
+        with pytest.raises(UnreachableError):
+            await replicate(MANIFEST, b"", await source_of(CUT), client)
+    assert relay.offers == replicating.FRUITLESS_MAX + 2
+    assert relay.bytes <= relay.offers * replicating.CONNECTIONS * (MANIFEST.stream_size + 10_000)
+
+
+async def test_a_relay_that_says_it_stored_but_lacks_the_same_again_is_refused():
+    async with bad() as (relay, client):
+        with pytest.raises(RefusedError, match="does not keep"):
+            await replicate(MANIFEST, b"", await source_of(CUT), client)
+    assert relay.bytes <= MANIFEST.stream_size + 10_000
+
+
+async def test_chunks_that_the_relay_refuses_end_the_replication_with_its_reason():
+    refused = (wire.RefusedRun(MANIFEST.id, ((0, 2),), "wrong_bytes"),)
+    async with bad(refused=refused) as (_, client):
+        with pytest.raises(RefusedError, match="2 chunks of Acme.Web 1.0.0: wrong_bytes"):
+            await replicate(MANIFEST, b"", await source_of(CUT), client)
+
+
+async def test_a_relay_that_lacks_what_does_not_exist_is_not_believed():
+    async with bad(missing=((0, 10**12),)) as (relay, client):
+        with pytest.raises(Exception, match="does not lie in"):
+            await replicate(MANIFEST, b"", await source_of(CUT), client)
+    assert relay.bundles == 0
