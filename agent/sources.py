@@ -76,7 +76,7 @@ class StoreSource:
                 continue
             yield Received(manifest.id, index, chunk, chunk.size)
 
-    async def health(self) -> None:
+    async def health(self, *, attempts: int = 1) -> None:  # noqa: ARG002 - as a relay's
         # Reading what nobody wrote is enough: a share that is not mounted says so.
         await (await self._open()).documents.read("packages/none")
 
@@ -217,7 +217,8 @@ class Sources:
 
     async def _check(self, source: Source) -> float:
         started = time.monotonic()
-        await self._opened(source).health()
+        # Once: one refused connection moves a pull on, and a pause between tries would be taken for a slow answer.
+        await self._opened(source).health(attempts=1)
         return time.monotonic() - started
 
     def _keep(self, healths: dict[str, Health], current: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from relay.config import RelayConfig, home, load_yaml
-from relay.console import ca_file_option, json_option, print_json, run, size, token_file_option
+from relay.console import ca_file_option, json_option, print_json, printable, run, size, token_file_option
 from relay.errors import UsageError
 
 
@@ -86,7 +86,9 @@ def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool)
     if as_json:
         print_json(document)
         return
-    click.echo(f"{document['relay']}: {document['status']}{', site ' + document['site'] if document['site'] else ''}")
+    site = f", site {document['site']}" if document["site"] else ""
+    reason = f" ({document['reason']})" if document["reason"] else ""
+    click.echo(printable(f"{document['relay']}: {document['status']}{reason}{site}"))
     for entry in document["packages"]:
         click.echo(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
 
@@ -101,6 +103,7 @@ async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict
         "format": 1,
         "relay": client.url,
         "status": health.status,
+        "reason": health.reason,
         "site": health.site,
         "packages": [
             {

@@ -153,8 +153,9 @@ class RelayClient:
 
     # --- questions
 
-    async def health(self) -> wire.HealthAnswer:
-        return await self._json("GET", wire.HEALTH, wire.HealthAnswer)
+    async def health(self, *, attempts: int | None = None) -> wire.HealthAnswer:
+        """How it is; `attempts` in place of the limits' own. Raises `UnreachableError` while it drains, too."""
+        return await self._json("GET", wire.HEALTH, wire.HealthAnswer, attempts=attempts)
 
     async def wait_until_ready(self, patience: float) -> None:
         """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""

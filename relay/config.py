@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """HOST:PORT; port 0 takes a free one and prints it."""
     store: str = ""
     """Location, e.g. disk:/var/lib/waystation; by default the folder `relay` in Waystation's home."""
+    free_floor: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Bytes of the store's file system that are kept free; by default the larger of 1 % and 1 GiB."""
     site: str = ""
     tokens: list[Any] = msgspec.field(default_factory=list)
     tls: Tls | None = None

@@ -48,7 +48,7 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -57,14 +57,15 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def bar(name: str) -> Callable[[int, int], None]:
-            task = progress.add_task(name, total=None)
+            task = progress.add_task(printable(name), total=None)
             return lambda done, whole: progress.update(task, completed=done, total=whole)
 
         yield bar
 
 
 def table(headers: list[str], rows: list[list[str]], *, right: frozenset[int] = frozenset()) -> str:
-    """Plain columns, for people and for `grep`."""
+    """Plain columns, for people and for `grep`. Cells are made printable."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = []
     for row in [headers, *rows]:

@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from relay import wire
 from relay.client import LeaseLostError, MissingChunksError, RelayClient
 from relay.content import frames
-from relay.content.frames import BundleWriter, Span
+from relay.content.frames import BundleWriter, Encoding, Span
 from relay.content.manifest import Manifest
 from relay.content.ranges import Ranges, count, indexes
 from relay.errors import NotFoundError, RefusedError, UnreachableError, WaystationError, first_of
 from relay.stores.contract import ChunkReader
+from relay.wire import BundleAnswer
 
 RUN_BYTES = 8 << 20
-"""Tree stream in one run as sent here: longer ones win little at level 3, and what is in flight is what a crash costs."""
+"""Tree stream in one run as sent here, at most: longer ones win little at level 3."""
 CONNECTIONS = 2
-"""Bundles in flight to one relay: one is encoded while the other is sent."""
-BUNDLE_PAYLOAD = 32 << 20
-"""Payload bytes after which a bundle is closed, so that its answer comes soon."""
+"""Bundles in flight to one relay: one is made durable there while the other is on the line."""
+BUNDLE_PAYLOAD = 4 << 20
+"""Payload bytes of a bundle, which is one run; a run that stays larger is split, down to one chunk. A bundle that was
+answered is durable at the relay: those in flight are all that can cross twice, whoever is killed."""
 FRUITLESS_MAX = 3
 """Tries in a row, after the first, that may end without the relay holding more than before."""
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
+_PAUSE = 0.2
+"""Seconds before the next try, doubled with each fruitless one: what is sent in vain crosses the line all the same."""
 _WRITE = 128 << 10
 
 Progress = Callable[[int, int], None]
@@ -95,7 +99,7 @@ async def replicate(
             is_busy = pause is not None and time.monotonic() - gained < patience
             if fruitless > FRUITLESS_MAX and not is_busy:
                 raise
-            await asyncio.sleep(min(pause or 0.0, patience))
+            await asyncio.sleep(min(max(pause or 0.0, _PAUSE * 2**fruitless), patience))
             await relay.wait_until_ready(patience)
     return Replicated(
         relay=relay.url,
@@ -151,6 +155,16 @@ async def _common_base(manifest: Manifest, known: Sequence[Manifest], relay: Rel
     return max((m for m in known if m.id in listed), key=lambda m: m.package.version, default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A run that is ready to be sent."""
+
+    run: list[int]
+    size: int
+    encoding: Encoding
+    payload: bytes
+
+
 class _Sender:
     """Encodes and sends chunks of one package to one relay, several bundles at once."""
 
@@ -165,6 +179,8 @@ class _Sender:
         self._source = source
         self._progress = progress
         self._there = 0
+        self._dense = False
+        """Whether runs compress so little that a whole one is too much for a bundle."""
 
     async def send(self, lease: str, missing: Ranges) -> None:
         """Everything in `missing`, in tree order, or the first error."""
@@ -187,32 +203,36 @@ class _Sender:
             self._progress(self._there, whole)
 
     async def _send_bundles(self, lease: str, runs: deque[list[int]]) -> None:
-        while runs:
-            answer = await self.relay.put_bundle(lease, self._bundle(runs))
-            refused = sum(count(run.ranges) for run in answer.refused)
-            if refused:
-                raise RefusedError(
-                    f"relay {self.relay.url} refuses {refused} chunks of {self.manifest.package}: "
-                    f"{answer.refused[0].reason}"
-                )
+        """One bundle after another; while one is on its way, the next one's run is encoded."""
+        async with asyncio.TaskGroup() as group:
+            ahead = group.create_task(self._encode_next(runs))
+            while (encoded := await ahead) is not None:
+                ahead = group.create_task(self._encode_next(runs))
+                answer = await self.relay.put_bundle(lease, self._bundle(encoded))
+                self._check_taken(answer)
 
-    async def _bundle(self, runs: deque[list[int]]) -> AsyncIterator[bytes]:
-        writer = BundleWriter()
-        yield writer.start()
-        payloads = 0
-        while runs and payloads < BUNDLE_PAYLOAD:
+    async def _encode_next(self, runs: deque[list[int]]) -> _Encoded | None:
+        while runs:
             run = runs.popleft()
-            data = await self._read(run)
-            encoding, payload = await asyncio.to_thread(frames.encode_run, data, "zstd")
-            size = sum(map(len, data))
-            del data
-            yield writer.frame(frames.data_header((Span.of(self.manifest.id, run),), encoding, payload))
-            view = memoryview(payload)
-            for start in range(0, len(view), _WRITE):
-                yield bytes(view[start : start + _WRITE])
-            payloads += len(payload)
-            self._sent(len(run), size, len(payload))
-        yield writer.end()
+            size = self._size(run)
+            if self._dense and size > BUNDLE_PAYLOAD and len(run) > 1:
+                runs.extendleft(self._halves(run))
+                continue
+            encoding, payload = await asyncio.to_thread(frames.encode_run, await self._read(run), "zstd")
+            # What comes next is probably like this: it need not be encoded to learn that it has to be split.
+            self._dense = len(payload) > size // 2
+            if len(payload) <= BUNDLE_PAYLOAD or len(run) == 1:
+                return _Encoded(run, size, encoding, payload)
+            runs.extendleft(self._halves(run))
+        return None
+
+    def _halves(self, run: list[int]) -> list[list[int]]:
+        """The run in two or three, as `extendleft` wants them: the last one first."""
+        sizes = [(index, self.manifest.chunks[index].size) for index in run]
+        return frames.plan_runs(sizes, -(-self._size(run) // 2))[::-1]
+
+    def _size(self, run: list[int]) -> int:
+        return sum(self.manifest.chunks[index].size for index in run)
 
     async def _read(self, run: Sequence[int]) -> list[bytes]:
         try:
@@ -220,6 +240,24 @@ class _Sender:
         except WaystationError:
             self.source_failed = True
             raise
+
+    async def _bundle(self, encoded: _Encoded) -> AsyncIterator[bytes]:
+        writer = BundleWriter()
+        span = Span.of(self.manifest.id, encoded.run)
+        yield writer.start() + writer.frame(frames.data_header((span,), encoded.encoding, encoded.payload))
+        view = memoryview(encoded.payload)
+        for start in range(0, len(view), _WRITE):
+            yield bytes(view[start : start + _WRITE])
+        self._sent(len(encoded.run), encoded.size, len(encoded.payload))
+        yield writer.end()
+
+    def _check_taken(self, answer: BundleAnswer) -> None:
+        refused = sum(count(run.ranges) for run in answer.refused)
+        if refused:
+            raise RefusedError(
+                f"relay {self.relay.url} refuses {refused} chunks of {self.manifest.package}: "
+                f"{answer.refused[0].reason}"
+            )
 
     def _sent(self, chunks: int, size: int, payload: int) -> None:
         self.chunks_sent += chunks

@@ -37,7 +37,7 @@ GATHER_EVERY = 8
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 _CONTAINER_FOLDERS = ("_rels/", "package/")
 _CONTAINER_FILES = ("[content_types].xml", ".signature.p7s")
-_CDC_BUFFER = 4 * CDC_MAX
+_CDC_BUFFER = 2 * CDC_MAX
 
 P = TypeVar("P")
 

@@ -88,7 +88,7 @@ class RelayApp:
         body = await read_body(request, self._limits, wire.DOCUMENT_MAX)
         try:
             document = msgspec.msgpack.decode(body, type=wire.Document)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UntrustedError(f"not a manifest document: {error}") from error
         if len(document.signature) > wire.SIGNATURE_MAX:
             raise HttpRefusal(413, "too_large")
@@ -227,7 +227,7 @@ async def serve(config: RelayConfig, on_ready: Callable[[str], None], *, limits:
 async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> Running:
     """A relay that answers; leaving `stack` drains it and gives everything back. Raises as `serve`."""
     host, port = split_listen(config.listen)
-    store: Store = await open_store(config.store)
+    store: Store = await open_store(config.store, free_floor=config.free_floor)
     stack.push_async_callback(store.close)
     stack.enter_context(store.exclusive("serve"))
     transfer = Transfer(store)
