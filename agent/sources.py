@@ -31,7 +31,7 @@ from agent.nearest import (
 )
 from agent.state import AgentConfig
 from relay.catalog import Catalog
-from relay.client import ClientLimits, ManifestDocument, PackagePointer, RelayClient, token_from
+from relay.client import ClientLimits, ManifestDocument, PackagePointer, RelayClient, tls_from, token_from
 from relay.content.frames import Event, NotSent, Received
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest
@@ -243,7 +243,7 @@ class Sources:
         return opened
 
     def _tls(self) -> ssl.SSLContext | None:
-        return ssl.create_default_context(cafile=self._config.ca_file) if self._config.ca_file else None
+        return tls_from(self._config.ca_file or None)
 
     def _url_of(self, name: str) -> str:
         return next((url for url, opened in self._open.items() if opened.name == name), name)

@@ -22,7 +22,7 @@ from relay.console import (
     table,
     token_file_option,
 )
-from relay.errors import RefusedError, UsageError, WaystationError
+from relay.errors import IdentityError, RefusedError, UsageError, WaystationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,21 +89,20 @@ def pack(
     folder: str, id_text: str, version_text: str, authors: str, description: str, output: str | None, as_json: bool
 ) -> None:
     """Make a nupkg of FOLDER. The same files give the same bytes, whenever and wherever."""
-    from relay.content.identity import NuGetVersion, PackageId
     from relay.content.pack import pack as pack_folder
 
-    id, version = PackageId.parse(id_text), NuGetVersion.parse(version_text)
-    target = os.path.abspath(output or f"{id}.{version.normalized}.nupkg")
+    ref = _ref(id_text, version_text)
+    target = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")
     try:
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), prefix=".pack-", delete=False) as temporary:
             try:
                 pack_folder(
                     folder,
                     cast("BinaryIO", temporary),
-                    id=id,
-                    version=version,
-                    authors=authors or str(id),
-                    description=description or str(id),
+                    id=ref.id,
+                    version=ref.version,
+                    authors=authors or str(ref.id),
+                    description=description or str(ref.id),
                 )
                 os.fchmod(temporary.fileno(), 0o644)
                 os.rename(temporary.name, target)
@@ -111,7 +110,7 @@ def pack(
                 os.unlink(temporary.name)
                 raise
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {error.strerror}") from error
+        raise UsageError(f"cannot pack: {error.filename or target}: {error.strerror}") from error
     if as_json:
         print_json({"format": 1, "file": target, "size": os.path.getsize(target)})
     else:
@@ -141,41 +140,60 @@ def add(
     depot: str | None,
     trust_folder: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
+    from relay.server.memory import share_arenas
+
     if feed and len(names) != 2:
         raise UsageError("with --feed, name ID and VERSION", hint="For example: --feed URL Acme.Web 1.4.2")
     if not feed and (sha512 or hosts or allow_http or allow_private):
         raise UsageError("--sha512 and the --allow options go with --feed")
+    for path in () if feed else names:
+        if not os.path.isfile(path):
+            raise UsageError(f"{path} is not a file", hint="Expected the path of a .nupkg file; nothing was added")
 
-    async def take() -> list[dict[str, Any]]:
+    async def take() -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
         from orchestrator.depot import open_depot
         from orchestrator.feed import FeedPolicy
         from orchestrator.keyring import load_signer
-        from relay.catalog import Provenance
 
         signer = load_signer(_trust_folder(trust_folder), "package")
-        added = []
         with progress_bars() as bar:
             async with open_depot(_depot_location(depot)) as opened:
-                if feed:
-                    policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
-                    added.append(
-                        await _add_from_feed(opened, signer, feed, names, sha512, policy, bar(" ".join(names)))
-                    )
-                for path in () if feed else names:
-                    provenance = Provenance("added", os.path.basename(path))
-                    result = await opened.add(path, signer, provenance, progress=bar(os.path.basename(path)))
-                    added.append(_added(result))
-        return added
+                if not feed:
+                    return await _add_files(opened, signer, names, bar)
+                policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
+                return [await _add_from_feed(opened, signer, feed, names, sha512, policy, bar(" ".join(names)))], {}
 
-    added = run(take())
+    share_arenas()
+    added, errors = run(take())
     if as_json:
-        print_json({"format": 1, "packages": added})
-        return
+        failed = [{"file": path, "error": error.message} for path, error in errors.items()]
+        print_json({"format": 1, "packages": added, "failed": failed})
+        return 1 if errors else 0
     for entry in added:
         what = "added" if entry["new"] else "was there"
         click.echo(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
+    for path, error in errors.items():
+        click.echo(printable(f"{path}: {error}"), err=True)
+    return 1 if errors else 0
+
+
+async def _add_files(
+    depot: Depot, signer: CryptoSigner, paths: tuple[str, ...], bar: Callable[[str], Callable[[int, int], None]]
+) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    """What was added, and what was refused: one bad file does not keep the others out."""
+    from relay.catalog import Provenance
+
+    added: list[dict[str, Any]] = []
+    errors: dict[str, WaystationError] = {}
+    for path in paths:
+        name = os.path.basename(path)
+        try:
+            added.append(_added(await depot.add(path, signer, Provenance("added", name), progress=bar(name))))
+        except WaystationError as error:
+            errors[path] = error
+    return added, errors
 
 
 async def _add_from_feed(
@@ -189,9 +207,8 @@ async def _add_from_feed(
 ) -> dict[str, Any]:
     from orchestrator.feed import download
     from relay.catalog import Provenance
-    from relay.content.identity import NuGetVersion, PackageId, PackageRef
 
-    ref = PackageRef(PackageId.parse(names[0]), NuGetVersion.parse(names[1]))
+    ref = _ref(*names)
     with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
         path = os.path.join(folder, "package.nupkg")
         got = await download(feed, ref.id, ref.version, path, sha512=sha512, policy=policy)
@@ -347,9 +364,11 @@ async def _replicate_all(
     from relay.client import RelayClient, tls_from, token_from
     from relay.replicate import replicate as send
 
-    if len(set(urls)) != len(urls):
-        raise UsageError("a relay is named twice")
     token, tls = token_from(token_file), tls_from(ca_file)
+    clients = [RelayClient(url, token=token, tls=tls) for url in urls]
+    order = [client.url for client in clients]
+    if len(set(order)) != len(order):
+        raise UsageError("a relay is named twice")
     results: list[dict[str, Any]] = []
     errors: dict[str, WaystationError] = {}
     with progress_bars() as bar:
@@ -361,24 +380,24 @@ async def _replicate_all(
                 raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
             known = await opened.other_versions(ref)
 
-            async def to(url: str) -> None:
+            async def to(relay: RelayClient) -> None:
                 try:
-                    async with RelayClient(url, token=token, tls=tls) as client:
+                    async with relay:
                         done = await send(
                             manifest,
                             signature,
                             opened.store.chunks,
-                            client,
+                            relay,
                             known=known,
-                            progress=bar(url),
+                            progress=bar(relay.url),
                             patience=patience,
                         )
                     results.append(asdict(done))
                 except WaystationError as error:
-                    errors[url] = error
+                    errors[relay.url] = error
 
-            await asyncio.gather(*(to(url) for url in urls))
-    return sorted(results, key=lambda r: urls.index(r["relay"]) if r["relay"] in urls else 0), errors
+            await asyncio.gather(*(to(client) for client in clients))
+    return sorted(results, key=lambda r: order.index(r["relay"])), errors
 
 
 def _added(result: Added) -> dict[str, Any]:
@@ -406,9 +425,13 @@ def _pointer(pointer: Pointer) -> dict[str, Any]:
 
 
 def _ref(id: str, version: str) -> PackageRef:
+    """What was typed as ID VERSION. Raises `UsageError`."""
     from relay.content.identity import NuGetVersion, PackageId, PackageRef
 
-    return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+    try:
+        return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+    except IdentityError as error:
+        raise UsageError(error.message) from error
 
 
 def _depot_location(given: str | None) -> str:

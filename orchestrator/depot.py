@@ -64,7 +64,8 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed. Adding the same one again changes nothing but a missing signature.
+        """Take a nupkg in, chunked and signed. Adding the same one again changes nothing, but brings
+        back what the depot lost, and signs anew where the key is another one.
 
         Raises:
             MetadataError: also where it is another package than `expected`.
@@ -80,7 +81,7 @@ class Depot:
             if expected is not None and ref != expected:
                 raise MetadataError(f"the file is {ref}, where {expected} was expected")
             there = self.catalog.check_name(ref, digests.sha256)
-            if there is not None and not await self._lost_chunks(there):
+            if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
                 return Added(there, manifest, new=False, chunks_stored=0)
@@ -112,13 +113,13 @@ class Depot:
             await self.store.blobs.remove(pointer.nupkg_sha256)
         return pointer
 
-    async def _lost_chunks(self, pointer: Pointer) -> bool:
-        """Whether the depot lost chunks (or the manifest) of what it lists: adding the nupkg again brings them back."""
+    async def _is_whole(self, pointer: Pointer) -> bool:
+        """Whether the depot still has all of what it lists; adding the nupkg again brings back what it lost."""
         manifest = await self.catalog.manifest(pointer.manifest_id)
-        if manifest is None:
-            return True
+        if manifest is None or not await self.store.blobs.has(pointer.nupkg_sha256):
+            return False
         ids = set(manifest.chunk_ids())
-        return await self.store.chunks.has_many(ids) != ids
+        return await self.store.chunks.has_many(ids) == ids
 
     async def _sign(self, manifest: Manifest, signer: CryptoSigner) -> None:
         statement = PackageStatement(

@@ -110,6 +110,12 @@ class Catalog:
             raise NotFoundError(f"{ref} is not here")
         return pointer
 
+    async def look_up_versions(self, id: PackageId) -> list[Pointer]:
+        """Every version of one id, straight from the store, in order."""
+        names = await self._documents.list(f"packages/{id.key}")
+        found = [await self._read_pointer(name) for name in names]
+        return sorted((p for p in found if p is not None), key=lambda p: p.ref.version)
+
     def check_free(self, manifest: Manifest) -> Pointer | None:
         """The pointer that says the same already, or None where the name is free. Raises as `check_name`."""
         return self.check_name(manifest.package, manifest.nupkg.sha256)

@@ -308,8 +308,6 @@ class RelayClient:
                     for event in events:
                         yield event
         decoder.finish()
-        if decoder.named < len(asked):
-            raise FrameError(f"{self.url} left out {len(asked) - decoder.named} chunks without a word")
 
     # --- the ground
 
@@ -369,6 +367,14 @@ class RelayClient:
                     if response.status >= 300:
                         await self._raise_problem(response)
                     yield response
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise UntrustedError(
+                f"relay {self.url} shows a certificate that is not trusted: {_verdict(error.certificate_error)}",
+                hint="Name the authority that signs it with --ca-file, or with ca_file in agent.yaml",
+            ) from error
+        except aiohttp.ServerDisconnectedError as error:
+            hint = "If it speaks TLS, its URL begins with https" if self.url.startswith("http:") else ""
+            raise UnreachableError(f"relay {self.url} closed the connection without an answer", hint=hint) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
             raise UnreachableError(f"relay {self.url} cannot be reached: {_reason(error)}") from error
         except TimeoutError as error:
@@ -448,7 +454,8 @@ class RelayClient:
             raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
         if status in (408, 429) or status >= 500:
             retry_after = _retry_after(response.headers.get("Retry-After"))
-            raise UnreachableError(f"{where} cannot serve now ({status} {code})", retry_after=retry_after)
+            trouble = "has no space left" if status == 507 else "cannot serve now"
+            raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
         raise RefusedError(f"{where} refuses the request ({status} {code})")
 
 
@@ -526,6 +533,11 @@ def _reason(error: BaseException) -> str:
             error
         )
     return str(error) or type(error).__name__
+
+
+def _verdict(error: Exception) -> str:
+    """What is wrong with a certificate, without the library's own framing."""
+    return str(getattr(error, "verify_message", "")) or str(error)
 
 
 def _pointer(answer: wire.PackageAnswer) -> PackagePointer:

@@ -13,12 +13,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from relay.content.frames import Aborted, Event, NotSent, Received, RunRefused
+from relay.content.frames import Aborted, Event, NotSent, Received, RunRefused, plan_runs
 from relay.content.manifest import Manifest
 from relay.errors import FrameError, RefusedError, UnreachableError, UntrustedError, WaystationError, first_of
 
-SEGMENT_BYTES = 8 << 20
-"""Tree stream in one request."""
+SEGMENT_BYTES = 6 << 20
+"""Tree stream in one request, at most (or one chunk). Requests in flight are all that can cross twice if this process is
+killed: what else came is on the disk."""
 CONNECTIONS = 2
 """Requests at a time. Each can lose at most one chunk in flight when its source dies."""
 STALL_SECONDS = 60.0
@@ -272,12 +273,4 @@ class _Meter:
 
 
 def _segments(manifest: Manifest, missing: set[int]) -> list[list[int]]:
-    segments: list[list[int]] = []
-    filled = SEGMENT_BYTES
-    for index in sorted(missing):
-        if filled >= SEGMENT_BYTES:
-            segments.append([])
-            filled = 0
-        segments[-1].append(index)
-        filled += manifest.chunks[index].size
-    return segments
+    return plan_runs([(index, manifest.chunks[index].size) for index in sorted(missing)], SEGMENT_BYTES)

@@ -83,7 +83,7 @@ def cut(
 ) -> Iterator[Chunk | PartDigest]:
     """Cut `parts`, given in stream order, into chunks. Each part's `PartDigest` follows the last chunk that holds it.
 
-    Holds at most 16 MiB at a time. Errors of `read` pass through.
+    Holds at most 16 MiB at a time, twice the buffer that cutting by content needs. Errors of `read` pass through.
     """
     waiting: list[PartDigest] = []
     gathered = bytearray()

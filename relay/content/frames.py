@@ -266,11 +266,6 @@ class BundleDecoder:
                 self._buffer.clear()
                 yield from self._step(complete)
 
-    @property
-    def named(self) -> int:
-        """How many chunks the frames spoke of so far, sent or not."""
-        return len(self._named)
-
     def finish(self) -> None:
         """The body is over.
 

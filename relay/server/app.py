@@ -122,13 +122,18 @@ class RelayApp:
     # --- giving
 
     async def packages(self, request: web.Request) -> web.StreamResponse:
+        """From the store, not from the cache: another process may have added to it (`package add` into a depot)."""
         catalog = self._transfer.catalog
         id = request.match_info.get("id")
-        found = catalog.all() if id is None else catalog.of_id(_or_404(PackageId.parse, id))
+        if id is None:
+            await catalog.load()
+            found = catalog.all()
+        else:
+            found = await catalog.look_up_versions(_or_404(PackageId.parse, id))
         return _json(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
 
     async def package(self, request: web.Request) -> web.StreamResponse:
-        return _json(await self._package_answer(self._transfer.catalog.get(_package_ref(request))))
+        return _json(await self._package_answer(await self._transfer.catalog.look_up(_package_ref(request))))
 
     async def manifest(self, request: web.Request) -> web.StreamResponse:
         document, used_base = await self._transfer.document(_manifest_id(request), _base(request))

@@ -1,8 +1,9 @@
-"""Keep a long-lived process small: freed buffers go back to the system."""
+"""Keep a process small that passes large buffers between threads."""
 
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
@@ -16,9 +17,19 @@ def tame_malloc() -> None:
     buffer ever freed, and each thread keeps an arena with such holes: replicating 300 MB left 200 MB resident, with
     these two settings 97. Elsewhere than on glibc this does nothing.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_ARENA_MAX, 2)
-    mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+    share_arenas()
+    _mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+
+
+def share_arenas() -> None:
+    """Tell glibc to keep two arenas: what one thread freed serves the next.
+
+    For commands that move much and then end: adding 500 MB peaks at 135 MB in place of 170, and is none the slower.
+    Mapping every buffer on its own would save 20 MB more and cost a third of the speed.
+    """
+    _mallopt(_M_ARENA_MAX, 2)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(parameter, value)

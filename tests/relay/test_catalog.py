@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from support import cut_package, noise
+from support import cut_package, depot_with, make_nupkg, noise, running_relay
 
 from relay.catalog import Catalog, Pointer, Provenance
 from relay.content.identity import NuGetVersion, PackageId, PackageRef
@@ -258,3 +258,19 @@ async def test_manifests_kept_parsed_stay_below_their_bound(monkeypatch):
     assert sum(len(each.canonical) for each in catalog._parsed.values()) <= 3 * len(ONE.canonical)
     for manifest in made:
         assert (await catalog.manifest(manifest.id)).id == manifest.id
+
+
+async def test_what_another_process_added_or_removed_is_seen_without_a_restart(tmp_path):
+    async with depot_with(tmp_path / "origin", make_nupkg(tmp_path, {"a": b"1"})) as origin:
+        location = origin.depot.store.location
+        async with running_relay(location) as relay, relay.client() as client:
+            late = make_nupkg(tmp_path, {"a": b"2"}, version="2.0.0")
+            await origin.depot.add(late, origin.keys.signer, Provenance("added"))
+            id = origin.added[0].manifest.package.id
+            assert [str(p.package.version) for p in await client.packages(id)] == ["1.0.0", "2.0.0"]
+            assert len(await client.packages()) == 2
+            found = await client.package(id, NuGetVersion.parse("2.0.0"))
+            assert found.manifest == (await client.manifest(found.manifest)).manifest.id
+            await origin.depot.remove(found.package)
+            with pytest.raises(NotFoundError):
+                await client.package(id, NuGetVersion.parse("2.0.0"))

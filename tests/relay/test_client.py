@@ -33,6 +33,7 @@ from relay.errors import (
     UntrustedError,
     UsageError,
 )
+from relay.stores.memory import MemoryChunks
 
 CUT = cut_package({f"lib/{i}.dll": noise(i, 70_000 + i) for i in range(4)} | {"readme.txt": b"text " * 500})
 MANIFEST = CUT.manifest
@@ -173,6 +174,29 @@ async def test_an_error_of_the_bundles_own_source_comes_out_as_itself(client):
 
     with pytest.raises(StoreError, match="the depot's disk"):
         await client.put_bundle(offer.lease, failing())
+
+
+@pytest.mark.parametrize("full", [True, False])
+async def test_a_store_that_fails_under_an_upload_is_told_and_reading_goes_on(monkeypatch, full):
+    """507 asks to come back much later; 500 is the medium. Nobody who reads meanwhile is stuck."""
+    failed = []
+
+    async def put_many(self, chunks):
+        failed.append(len(chunks))
+        raise StoreError("the medium", full=full)
+
+    async with running_relay("memory:") as relay, relay.client() as client:
+        await bring(client, NEXT)
+        lease = (await client.offer(MANIFEST, b"")).lease
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryChunks, "put_many", put_many)
+            with pytest.raises(UnreachableError) as caught:
+                await client.put_bundle(lease, pieces(bundle(run_of([4]))))
+            assert failed
+            assert len(await received(client, [0, 1], NEXT.manifest)) == 3
+        assert (caught.value.retry_after or 0.0) >= 60.0 or not full
+        await bring(client)
+        assert len(await received(client, list(CUT.indexes))) == len(CUT.indexes) + 1
 
 
 async def test_what_the_client_counts_is_what_crossed_the_line(client):
@@ -552,12 +576,12 @@ async def test_a_bundle_of_another_media_type_is_refused():
         (bundle(run_of([0]))[:30_000], "cut off"),
         (bundle(run_of([1])), "not asked for"),
         (bundle(run_of([0]), run_of([0])), "twice"),
-        (bundle(), "without a word"),
         (bundle(run_of([0])) + b"more", "after the end"),
         (b"<html>", "not a bundle|cut off"),
         (b"", "cut off"),
         (bundle(run_of([0], NEXT)), "not known"),
     ],
+    ids=["no end", "cut", "unasked", "twice", "a tail", "a page", "empty", "another package"],
 )
 async def test_a_bundle_that_breaks_the_protocol_is_refused(body, match):
     async with misbehaving(wire.BUNDLE_OUT, bundle_server(body)) as client:

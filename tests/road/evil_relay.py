@@ -513,6 +513,8 @@ BUNDLE_ATTACKS = [
     Attack("a redirect", "bundle", in_place_of("text/html", b"", 307, ("Location", "http://127.0.0.1:9/"))),
     Attack("no content", "bundle", in_place_of(wire.BUNDLE_TYPE, b"", 204)),
     Attack("an inner error", "bundle", in_place_of("application/problem+json", b'{"code":"internal"}', 500)),
+    Attack("busy for ever", "bundle", in_place_of("application/problem+json", b"{}", 503, ("Retry-After", "0")), slow=True),
+    Attack("busy for a year", "bundle", in_place_of("application/problem+json", b"{}", 503, ("Retry-After", "31536000")), slow=True),
     Attack("a close in place of an answer", "bundle", no_answer),
     Attack("another protocol", "bundle", not_http),
 ]  # fmt: skip
