@@ -270,13 +270,15 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
         print_json({"format": 1} | document)
         return
     click.echo(f"{document['id']} {document['version']}")
+    provenance = document["provenance"]
     rows = [
         ["manifest", document["manifest"]],
         ["signed", "yes" if document["signed"] else "no"],
         ["nupkg", f"{size(document['size'])}  sha256:{document['nupkg_sha256']}"],
         ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
         ["since", document["published"]],
-        ["from", f"{document['provenance']['how']} {document['provenance']['source']}".strip()],
+        ["from", f"{provenance['how']} {provenance['source']}".strip()],
+        ["vouched by", provenance["verified_by"] or "whoever added it"],
         ["description", str(document["metadata"].get("description", ""))[:200]],
     ]
     for name, value in rows:

@@ -98,8 +98,9 @@ class Transfer:
         prefix = (await self._manifest(base)).canonical if base else None
         manifest = await asyncio.to_thread(_open_document, document, prefix, id)
         self.catalog.check_free(manifest)
-        await self.catalog.keep_manifest(manifest, document.signature)
+        # The lease first: who finds the manifest here is to find its chunks on their way, not absent.
         lease = await self.leases.open("offer", [id])
+        await self.catalog.keep_manifest(manifest, document.signature)
         return wire.OfferAnswer(lease.id, wire.LEASE_SECONDS, await self._missing(manifest))
 
     async def missing(self, request: wire.MissingRequest) -> wire.MissingAnswer:
@@ -261,8 +262,10 @@ class Transfer:
     async def _open(self, manifest: Manifest, index: int) -> StoredChunk | None:
         """The chunk; None where it is not here and nobody brings it; TimeoutError where it has not arrived yet."""
         id = manifest.chunk_id(index)
+        # Asked before looking: while we look, the last chunks may land and the package be published.
+        is_arriving = self._is_arriving(manifest)
         found = await self._open_here(id)
-        if found is not None or not self._is_arriving(manifest):
+        if found is not None or not is_arriving:
             return found
         flight = self._arrivals.flight(id)
         found = await self._open_here(id)

@@ -17,7 +17,7 @@ import pytest
 from commands import WAYSTATION, begin, environment, finish, run, wait_for
 from support import depot_with, make_nupkg, noise, nuspec, trust_keys
 
-from orchestrator.depot import Depot, open_depot
+from orchestrator.depot import BATCH_BYTES, Depot, open_depot
 from relay.catalog import Provenance
 from relay.content.identity import NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest
@@ -182,8 +182,8 @@ async def test_a_removed_version_leaves_the_others_whole(tmp_path: Path) -> None
 
 
 def damaged(folder: Path) -> str:
-    """One bit of the last part is another one; what stands before it is whole, and large enough to be stored."""
-    path = make_nupkg(folder, FILES | {"lib/z.dll": noise("z", 100_000)})
+    """One bit of the last part is another one; what stands before it is whole, and more than one batch."""
+    path = make_nupkg(folder, FILES | {"lib/a.dll": noise("a", BATCH_BYTES), "lib/z.dll": noise("z", 100_000)})
     data = bytearray(Path(path).read_bytes())
     data[data.index(noise("z", 100_000)) + 50_000] ^= 1
     Path(path).write_bytes(data)

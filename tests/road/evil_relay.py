@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
@@ -109,6 +109,7 @@ class EvilRelay:
         self.asked: list[Kind] = []
         self.authorizations: list[str] = []
         self.url = ""
+        self.broken: Exception | None = None
         self._transfer = Transfer(scene.origin.depot.store)
         self._app = RelayApp(self._transfer, RelayConfig(), Limits(), None)
 
@@ -120,10 +121,16 @@ class EvilRelay:
             writer.write(data)
             await writer.drain()
 
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 await self._answer(head, reader, send)
-        writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except Exception as error:
+            # A mistake of ours must not pass for an attack that was refused.
+            self.broken = error
+        finally:
+            writer.close()
 
     async def _answer(self, head: bytes, reader: asyncio.StreamReader, send: Wire) -> None:
         first, *lines = head.decode().split("\r\n")
@@ -183,6 +190,8 @@ async def evil_relay(scene: Scene, attack: Attack | None) -> AsyncIterator[EvilR
         yield relay
     finally:
         server.close()
+    if relay.broken is not None:
+        raise relay.broken
 
 
 async def make_scene(origin: Origin, forged: Cut, thief: Signer, order_key: Signer) -> Scene:

@@ -47,6 +47,7 @@ from relay.config import RelayConfig
 from relay.content.frames import Data
 from relay.content.identity import NuGetVersion, PackageId, PackageRef
 from relay.errors import UnreachableError, UntrustedError, WaystationError
+from relay.fetch import SEGMENT_BYTES
 from relay.server.app import RelayApp
 from relay.server.guards import Running, start_guarded
 from relay.server.transfer import Transfer
@@ -59,7 +60,7 @@ FILES = {
     "bin/app": b"\x7fELF" + noise("app", 300_000),
     "bin/lib.dll": noise("lib", 150_000),
     "net8/lib.dll": noise("lib", 150_000),
-    "data/big.bin": noise("big", 5_000_000),
+    "data/big.bin": noise("big", 3_000_000),
     "data/zeros.bin": bytes(1 << 20),
     "data/empty": b"",
     "a/b/c/d/e/deep.txt": b"deep",
@@ -160,6 +161,11 @@ async def stage(prepared: Path, tmp_path: Path) -> AsyncIterator[Stage]:
 
 def test_the_attacks_have_names_of_their_own() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 80
+
+
+def test_the_package_comes_in_one_request() -> None:
+    """So that an attack on a bundle meets all the chunks that it needs."""
+    assert sum(map(len, FILES.values())) < SEGMENT_BYTES
 
 
 async def test_without_an_attack_this_relay_is_a_good_one(stage: Stage) -> None:

@@ -89,14 +89,10 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heavy]:
         nupkg = make_nupkg(folder, heavy_files(), ID, VERSION)
         origin.add(nupkg)
         os.unlink(nupkg)
-        relays = [RelayProcess(folder / name) for name in ("fra", "iad")]
-        costs = []
-        for relay in relays:
-            relay.start()
-            stack.callback(relay.stop)
-            with slow_line(relay, up=True) as line:
-                origin.replicate(ID, VERSION, url_of(line))
-                costs.append(line.counts.total)
+        relays = [stack.enter_context(RelayProcess(folder / name)) for name in ("fra", "iad")]
+        with slow_line(relays[0], up=True) as one, slow_line(relays[1], up=True) as other:
+            origin.replicate(ID, VERSION, url_of(one), url_of(other))
+            costs = [one.counts.total, other.counts.total]
         with slow_line(relays[0]) as line:
             machine = Machine.made(folder / "undisturbed", origin.pins)
             machine.pull(ID, VERSION, url_of(line))
@@ -174,9 +170,7 @@ async def test_a_pull_goes_on_at_the_next_relay_when_its_relay_is_killed(
 
 
 @points
-async def test_a_killed_pull_goes_on_where_it_was(
-    point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
-) -> None:
+async def test_a_killed_pull_goes_on_where_it_was(point: int, heavy: Heavy, rng: random.Random, tmp_path: Path) -> None:
     machine = Machine.made(tmp_path / "machine", heavy.origin.pins)
     with slow_line(heavy.relays[0]) as proxy:
         lines = Lines([proxy])
