@@ -12,7 +12,7 @@ from relay.content.identity import ChunkId
 from relay.stores.contract import ChunkWriter
 
 BATCH_BYTES = 4 << 20
-"""Chunks made durable in one go. What one crash can cost of each sender lies below this."""
+"""Chunks made durable in one go: few enough that readers who wait for them wait briefly."""
 QUEUE_BYTES = 8 << 20
 """Verified chunks of one sender that wait to be written; more make the sender wait."""
 

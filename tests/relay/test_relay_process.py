@@ -110,7 +110,7 @@ def test_status_says_how_a_relay_is_and_what_it_holds(origin: Origin, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("listen: 127.0.0.1:0\n", ["relay.yaml", "`listen`"]),
+        ("lisen: 127.0.0.1:0\n", ["relay.yaml", "`lisen`"]),
         ("limits: {drian_seconds: 5}\n", ["'drian_seconds'", "drain_seconds"]),
         ("limits: {drain_seconds: -1}\n", ["'drain_seconds'"]),
         ("free_floor: -1\n", ["relay.yaml", "$.free_floor"]),
