@@ -25,6 +25,7 @@ lint:
 types:
 	@deploy/setup.sh
 	@.venv/bin/mypy
+	@.venv/bin/mypy deploy/demo/*.py
 
 bench:
 	@deploy/setup.sh nginx curl unzip

@@ -142,7 +142,7 @@ def add(
     as_json: bool,
 ) -> int:
     """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
-    from relay.server.memory import share_arenas
+    from relay.memory import share_arenas
 
     if feed and len(names) != 2:
         raise UsageError("with --feed, name ID and VERSION", hint="For example: --feed URL Acme.Web 1.4.2")

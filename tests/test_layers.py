@@ -113,7 +113,9 @@ def test_errors_stand_on_nothing_of_ours() -> None:
 
 def test_the_protocols_text_needs_no_server_and_no_client() -> None:
     """Both sides read relay/wire.py; it may stand on the ground and on nothing that speaks."""
-    foreign = {name for name in ours(imports(ROOT / "relay/wire.py")) if not within(name, "relay.content", "relay.trust")}
+    foreign = {
+        name for name in ours(imports(ROOT / "relay/wire.py")) if not within(name, "relay.content", "relay.trust")
+    }
     assert foreign == set()
     assert {name for name in imports(ROOT / "relay/wire.py") if within(name, *ROADS)} == set()
 

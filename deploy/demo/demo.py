@@ -22,7 +22,7 @@ import packages
 from ledger import Added, Delivery, Kill, Ledger, Pull, Sent
 from narration import Narrator, names
 from packages import Nupkg
-from processes import DemoError, in_thread, together
+from programs import DemoError, in_thread, together
 from town import DOMAIN, SITES, Machine, Town, missing
 
 from benchmarks.network import CountingProxy, Line

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ledger import Pull, Sent, Taken
 from packages import Nupkg
-from processes import Command, DemoError, Processes, free_ports, together
+from programs import Command, DemoError, Processes, free_ports, together
 
 from benchmarks.network import CountingProxy, Line
 

@@ -21,12 +21,12 @@ from relay.config import RelayConfig, split_listen
 from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.memory import tame_malloc
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
 from relay.server.bodies import body_pieces, budget_of, read_body, read_json, write_guarded
 from relay.server.connection import Limits
 from relay.server.guards import Running, raise_open_files, start_guarded
-from relay.server.memory import tame_malloc
 from relay.server.problems import HttpRefusal, problem
 from relay.server.rates import measure_rates
 from relay.server.tokens import parse_tokens

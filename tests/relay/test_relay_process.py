@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,21 +11,32 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Done, Serving, begin, finish, run, serving, wait_for
-from support import depot_with, make_nupkg, noise
+from commands import Done, Serving, begin, finish, run, serving
+from support import depot_with, eventually, make_nupkg, noise
 
 from benchmarks.network import Line, ThreadedProxy
+from orchestrator.depot import open_depot
 from relay import wire
-from relay.client import LeaseLostError, RelayClient
+from relay.client import ClientLimits, LeaseLostError, RelayClient
+from relay.content.chunk import Chunk
+from relay.content.frames import BundleWriter, Received, Span, data_header
+from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from relay.content.manifest import Manifest
+from relay.errors import UnreachableError
+from relay.replicate import replicate
 
 FILES = {"lib/web.dll": noise("web", 300_000), "readme.txt": b"hello\n" * 100}
 ID = "Acme.Web"
+
+
+def ref(version: str) -> PackageRef:
+    return PackageRef(PackageId.parse(ID), NuGetVersion.parse(version))
 
 
 @dataclass(frozen=True)
@@ -163,35 +175,59 @@ def refuses(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_sigterm_lets_an_upload_and_a_download_end_and_nobody_new_in(origin: Origin, tmp_path: Path) -> None:
+async def test_sigterm_lets_an_upload_and_a_download_end_and_nobody_new_in(origin: Origin, tmp_path: Path) -> None:
     slow = Line(rate=8_000_000)
+    async with open_depot(f"disk:{origin.home / 'depot'}") as depot:
+        held, coming = [await depot.manifest(depot.catalog.get(ref(version))) for version in ("3.0.0", "3.1.0")]
+        signature = await depot.catalog.signature(coming.id)
+        chunks = [await depot.store.chunks.get(id) for id in coming.chunk_ids()]
     with contextlib.ExitStack() as stack:
         relay = stack.enter_context(serving(tmp_path))
         port = relay.port
         assert origin.replicate(relay.url, "3.0.0").code == 0
+        async with RelayClient(relay.url) as client:
+            offer = await client.offer(coming, signature)
         sends = stack.enter_context(ThreadedProxy("127.0.0.1", port, up=slow))
         reads = stack.enter_context(ThreadedProxy("127.0.0.1", port, down=slow))
-        to, by = f"http://127.0.0.1:{sends.port}", f"http://127.0.0.1:{reads.port}"
-        pulling = begin(origin.home, "agent", "pull", ID, "3.0.0", "--root", tmp_path / "root", "--relay", by, "--json")
-        sending = begin(origin.home, "package", "replicate", ID, "3.1.0", "--relay", to, "--json")
-        sends.wait_for(3_000_000, direction="up")
-        reads.wait_for(3_000_000, direction="down")
+        uploading = asyncio.create_task(upload(url_of(sends), coming, chunks, offer.lease))
+        downloading = asyncio.create_task(download(url_of(reads), held))
+        await eventually(lambda: min(sends.counts.up, reads.counts.down) > 3_000_000)
         relay.terminate()
-        wait_for(lambda: refuses(port))
-        before = (sends.counts.up, reads.counts.down)
+        await eventually(lambda: refuses(port))
+        assert max(sends.counts.up, reads.counts.down) < 15_000_000, "the signal fell into both transfers"
         assert relay.is_alive
-        assert max(before) < 15_000_000, "the signal fell into both transfers"
-        pulled = finish(pulling).json
-        assert relay.end().code == 0
-        assert (pulled["failed"], pulled["tree_bytes"]) == ({}, 16_000_000)
-        assert sends.counts.up > 16_000_000, "the upload ended before the relay did"
-        assert sending.poll() is None, "it waits for the relay, to publish"
-        stack.enter_context(serving(tmp_path, "--listen", f"127.0.0.1:{port}"))
-        (sent,) = finish(sending).json["relays"]
-        assert sent["interruptions"] >= 1
-        assert sent["chunks_sent"] == sent["chunks"]
-        assert sends.counts.up < 17_000_000, "nothing crossed twice"
+        assert await downloading == held.stream_size
+        assert await uploading == len(set(coming.chunk_ids()) - set(held.chunk_ids()))
+        assert await asyncio.to_thread(relay.end) == Done(0, relay.said, "")
+        again = stack.enter_context(serving(tmp_path))
+        (sent,) = origin.replicate(again.url, "3.1.0", "--json").json["relays"]
+        assert sent["chunks_sent"] == 0, "what was answered is there"
     shutil.rmtree(tmp_path)
+
+
+def url_of(line: ThreadedProxy) -> str:
+    return f"http://127.0.0.1:{line.port}"
+
+
+async def upload(url: str, manifest: Manifest, chunks: list[Chunk], lease: str) -> int:
+    """The whole package in one bundle; how many of its chunks the relay stored."""
+
+    async def bundle() -> AsyncIterator[bytes]:
+        writer = BundleWriter()
+        yield writer.start()
+        for index, chunk in enumerate(chunks):
+            yield writer.frame(data_header((Span.of(manifest.id, [index]),), "raw", chunk.data)) + chunk.data
+        yield writer.end()
+
+    async with RelayClient(url) as client:
+        return (await client.put_bundle(lease, bundle())).stored
+
+
+async def download(url: str, manifest: Manifest) -> int:
+    """The whole package in one request; how many bytes of it came."""
+    async with RelayClient(url) as client:
+        events = [event async for event in client.stream(manifest, range(len(manifest.chunks)))]
+    return sum(event.chunk.size for event in events if isinstance(event, Received))
 
 
 def test_a_reader_that_takes_nothing_does_not_keep_a_relay_from_stopping(origin: Origin, tmp_path: Path) -> None:
@@ -200,8 +236,8 @@ def test_a_reader_that_takes_nothing_does_not_keep_a_relay_from_stopping(origin:
     with serving(tmp_path, "--config", config) as relay:
         assert origin.replicate(relay.url, "3.0.0").code == 0
         with ThreadedProxy("127.0.0.1", relay.port, down=Line(rate=8_000_000)) as line:
-            url = f"http://127.0.0.1:{line.port}"
-            pulling = begin(origin.home, "agent", "pull", ID, "3.0.0", "--root", tmp_path / "root", "--relay", url)
+            words = ("agent", "pull", ID, "3.0.0", "--root", tmp_path / "root", "--relay", url_of(line))
+            pulling = begin(origin.home, *words)
             line.wait_for(2_000_000, direction="down")
             line.pause()
             assert relay.stop().code == 0
@@ -334,28 +370,37 @@ def failing_fsync(relay: Serving, log: Path) -> subprocess.Popen[str]:
     return strace
 
 
-def test_a_relay_whose_disk_fails_says_so_and_goes_on_serving(origin: Origin, tmp_path: Path) -> None:
+async def test_a_relay_whose_disk_fails_says_so_and_goes_on_serving(origin: Origin, tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         pytest.skip("needs strace to make fsync fail: a failing disk under a whole relay is NOT tested")
     log = tmp_path / "strace.log"
     with serving(tmp_path) as relay:
         assert origin.replicate(relay.url).code == 0
         with failing_fsync(relay, log) as strace:
-            refused = origin.replicate(relay.url, "2.0.0", "--patience", "0.2")
+            with pytest.raises(UnreachableError, match="500 store_failed"):
+                await send(origin, relay, "2.0.0")
             strace.terminate()
         assert "(INJECTED)" in log.read_text()
-        assert refused.code == 1
-        assert "500 store_failed" in refused.err
         # The disk is well again, but what it lost cannot be known.
+        with pytest.raises(UnreachableError, match="500 store_failed"):
+            await send(origin, relay, "2.0.0")
         shown = run(tmp_path, "relay", "status", "--relay", relay.url)
         assert shown.out.startswith(f"{relay.url}: read-only (fsync failed 2 times in a row (Input/output error)")
         assert status(tmp_path, relay.url)["status"] == "read-only"
         assert origin.pull(relay.url, tmp_path / "root").code == 0
-        assert origin.replicate(relay.url, "2.0.0", "--patience", "0.2").code == 1
         assert relay.stop().code == 0
     with serving(tmp_path) as relay:
         assert status(tmp_path, relay.url)["status"] == "ok"
         assert origin.replicate(relay.url, "2.0.0").code == 0
+
+
+async def send(origin: Origin, relay: Serving, version: str) -> None:
+    """Replicate from this process, which has less patience than the command."""
+    async with open_depot(f"disk:{origin.home / 'depot'}") as depot:
+        manifest = await depot.manifest(depot.catalog.get(ref(version)))
+        signature = await depot.catalog.signature(manifest.id)
+        async with RelayClient(relay.url, limits=ClientLimits(attempts=1)) as client:
+            await replicate(manifest, signature, depot.store.chunks, client, patience=0.1)
 
 
 # In a mount namespace of its own, so that nothing stays behind whatever happens; then the relay takes its place.
