@@ -23,6 +23,8 @@ _home_option = click.option(
 _relay_option = click.option(
     "--relay", "relays", multiple=True, metavar="URL", help="Ask only this relay (may be repeated), in place of DNS."
 )
+# Kept in agent.yaml, so it must not depend on where `init` was called.
+_A_FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
 
 
 @click.group()
@@ -39,6 +41,8 @@ def agent() -> None:
 @click.option("--resolver", metavar="HOST:PORT", help="DNS server to ask in place of the system's.")
 @click.option("--scheme", type=click.Choice(["https", "http"]), help="How relays found by SRV are spoken to.")
 @click.option("--relay", "relays", multiple=True, metavar="URL", help="A relay for where there is no DNS.")
+@click.option("--token-file", type=_A_FILE, metavar="FILE", help="File with the relays' bearer token.")
+@click.option("--ca-file", type=_A_FILE, metavar="FILE", help="Authority that signs the relays' certificates (PEM).")
 @json_option
 def init(
     home_folder: str | None, trust_file: str | None, as_json: bool, **settings: str | tuple[str, ...] | None

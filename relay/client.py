@@ -526,6 +526,9 @@ def _retry_after(text: str | None) -> float | None:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ssl.SSLError):
+        # Its errno is the TLS library's own, which the system would name "Operation not permitted".
+        return f"it does not answer in TLS ({error.os_error.reason or error.os_error})"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
         failed = error.os_error
         # A name that cannot be looked up has no errno of the system's, but words of its own.

@@ -19,6 +19,8 @@ import pytest
 import yaml
 from support import depot_with, make_nupkg, noise, running_relay
 
+from agent.state import AgentState
+
 WAYSTATION = Path(sys.executable).with_name("waystation")
 FILES = {"bin/app": b"#!/bin/sh\nexit 0\n", "lib.dll": noise("lib", 300_000), "empty": b""}
 NEWER = {**FILES, "readme.txt": b"New."}
@@ -401,3 +403,16 @@ def test_every_command_has_a_help_with_an_example() -> None:
     for command in ("init", "pull", "relays", "verify"):
         done = subprocess.run([WAYSTATION, "agent", command, "--help"], capture_output=True, text=True, timeout=60)
         assert f"Example: waystation agent {command}" in done.stdout
+
+
+def test_init_keeps_where_the_token_is_whatever_folder_it_was_called_in(tmp_path):
+    (tmp_path / "token").write_text("wst_x\n")
+    home = tmp_path / "home"
+    words = ["agent", "init", "--home", str(home), "--token-file", "token", "--name", "web7"]
+    done = subprocess.run([WAYSTATION, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert AgentState(str(home)).config().token_file == str(tmp_path / "token")
+    words[3] = str(tmp_path / "other")
+    refused = subprocess.run([WAYSTATION, *words], cwd="/", capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert not (tmp_path / "other").exists()
