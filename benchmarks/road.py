@@ -56,10 +56,14 @@ def measure(package: Package, home: str, folder: str, runs: int) -> None:
     with relay(os.path.join(folder, "relay")) as served, nginx(folder, folder) as peer:
         waystation("package", "add", package.file, home=home)
         waystation("package", "replicate", package.id, package.version, "--relay", served.url, home=home)
+        inside: list[float] = []
         ours, theirs = in_turn(
-            lambda n: _pull(package, served, home, folder, n), lambda n: _classic(package, peer, folder, n), runs
+            lambda n: _pull(package, served, home, folder, n, inside),
+            lambda n: _classic(package, peer, folder, n),
+            runs,
         )
     tell("agent pull to a verified, synced tree", ours, package.content)
+    tell("  of that, inside the started process", inside[1:], package.content)
     tell("curl, sha512sum -c, unzip, sync", theirs, package.content)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     print(f"  curl's way takes {spread(ratios, '.2f')} times as long, pair by pair")
@@ -111,15 +115,16 @@ def _replicate(package: Package, home: str, folder: str) -> float:
     return float(document["relays"][0]["seconds"])
 
 
-def _pull(package: Package, served: Served, home: str, folder: str, number: int) -> float:
+def _pull(package: Package, served: Served, home: str, folder: str, number: int, inside: list[float]) -> float:
     root, agent_home = os.path.join(folder, "ours"), os.path.join(folder, f"agent-{package.id}-{number}")
     trust = os.path.join(home, "trust", "trust.json")
     words = ("--home", agent_home, "--relay", served.url)
     waystation("agent", "init", *words, "--trust", trust, home=home)
     os.sync()
-    seconds, _ = waystation("agent", "pull", package.id, package.version, "--root", root, *words, home=home)
+    seconds, document = waystation("agent", "pull", package.id, package.version, "--root", root, *words, home=home)
     shutil.rmtree(root)
     shutil.rmtree(agent_home)
+    inside.append(float(document["seconds"]))
     return seconds
 
 

@@ -72,7 +72,8 @@ async def replicate(
     difference.
 
     Raises:
-        UnreachableError: the relay was away for longer than `patience` seconds, or comes and goes without taking more.
+        UnreachableError: the relay was not there at the start, or was away for longer than `patience` seconds, or
+            comes and goes without taking more.
         ConflictError: it lists other bytes under this id and version.
         RefusedError: it refuses the token, or chunks that were sent.
         ChunkMissing, ChunkInvalid, StoreError: the source lacks, or damaged, or cannot read what it should have.
@@ -80,6 +81,8 @@ async def replicate(
     started, before = time.monotonic(), relay.traffic.total
     gained = started
     sender = _Sender(manifest, source, relay, progress)
+    # One that was never there is a wrong address, not an interruption: said at once.
+    await relay.health()
     interruptions = fruitless = 0
     fewest = len(manifest.chunks) + 1
     while True:

@@ -124,14 +124,10 @@ def test_status_says_how_a_relay_is_and_what_it_holds(origin: Origin, tmp_path: 
     [
         ("lisen: 127.0.0.1:0\n", ["relay.yaml", "`lisen`"]),
         ("limits: {drian_seconds: 5}\n", ["'drian_seconds'", "drain_seconds"]),
-        ("limits: {drain_seconds: -1}\n", ["'drain_seconds'"]),
         ("free_floor: -1\n", ["relay.yaml", "$.free_floor"]),
-        ("free_floor: lots\n", ["relay.yaml", "$.free_floor"]),
-        ("listen: 127.0.0.1\n", ["'127.0.0.1' is not HOST:PORT"]),
         ("store: ftp://x\n", ["'ftp://x' is no store location", "disk:/absolute/path"]),
         ("tokens: [{id: x}]\n", ["tokens:"]),
         ("tls: {certificate: /gone.pem, key: /gone.key}\n", ["tls:"]),
-        ("- a\n- b\n", ["relay.yaml"]),
         ("listen: [\n", ["relay.yaml is not YAML"]),
     ],
 )

@@ -29,8 +29,8 @@ class Secured:
     def plain_url(self) -> str:
         return self.relay.url.replace("https://", "http://")
 
-    def replicate(self, url: str, *more: object) -> Done:
-        return run(self.home, "package", "replicate", ID, "1.0.0", "--relay", url, "--patience", "0.2", *more)
+    def replicate(self, version: str, url: str, *more: object) -> Done:
+        return run(self.home, "package", "replicate", ID, version, "--relay", url, "--patience", "0.2", *more)
 
     def held(self) -> list[str]:
         done = run(self.home, "relay", "status", "--relay", self.relay.url, "--ca-file", self.ca, "--json")
@@ -41,26 +41,28 @@ class Secured:
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("origin")
     assert run(folder, "trust", "init").code == 0
-    nupkg = make_nupkg(folder, {"lib/web.dll": noise("web", 1_000_000)})
-    assert run(folder, "package", "add", nupkg).code == 0
+    files = {"lib/web.dll": noise("web", 1_000_000)}
+    nupkgs = [make_nupkg(folder, files, version=version) for version in ("1.0.0", "2.0.0")]
+    assert run(folder, "package", "add", *nupkgs).code == 0
     return folder
 
 
-@pytest.fixture
-def secured(origin: Path, tmp_path: Path) -> Iterator[Secured]:
+@pytest.fixture(scope="module")
+def secured(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
     authority, other = trustme.CA(), trustme.CA()
     issued = authority.issue_cert("127.0.0.1", "localhost")
-    issued.private_key_pem.write_to_path(str(tmp_path / "relay.key"))
+    issued.private_key_pem.write_to_path(str(folder / "relay.key"))
     for number, pem in enumerate(issued.cert_chain_pems):
-        pem.write_to_path(str(tmp_path / "relay.crt"), append=number > 0)
+        pem.write_to_path(str(folder / "relay.crt"), append=number > 0)
     for made, name in ((authority, "ca.pem"), (other, "other.pem")):
-        made.cert_pem.write_to_path(str(tmp_path / name))
-    config = tmp_path / "relay.yaml"
+        made.cert_pem.write_to_path(str(folder / name))
+    config = folder / "relay.yaml"
     config.write_text(
-        f"listen: 127.0.0.1:0\ntls:\n  certificate: {tmp_path / 'relay.crt'}\n  key: {tmp_path / 'relay.key'}\n"
+        f"listen: 127.0.0.1:0\ntls:\n  certificate: {folder / 'relay.crt'}\n  key: {folder / 'relay.key'}\n"
     )
-    with serving(tmp_path / "relay", "--config", config) as relay:
-        yield Secured(origin, relay, tmp_path / "ca.pem", tmp_path / "other.pem")
+    with serving(folder / "relay", "--config", config) as relay:
+        yield Secured(origin, relay, folder / "ca.pem", folder / "other.pem")
 
 
 def agent(secured: Secured, tmp_path: Path, url: str, ca: Path | None) -> Path:
@@ -84,15 +86,14 @@ def trees(home: Path) -> list[str]:
 
 def test_a_package_goes_over_tls_to_the_relay_and_to_the_machine(secured: Secured, tmp_path: Path) -> None:
     assert secured.relay.url.startswith("https://127.0.0.1:")
-    sent = secured.replicate(secured.relay.url, "--ca-file", secured.ca)
+    sent = secured.replicate("1.0.0", secured.relay.url, "--ca-file", secured.ca)
     assert sent.code == 0, sent.err
-    assert secured.held() == ["1.0.0"]
+    assert "1.0.0" in secured.held()
     home = agent(secured, tmp_path, secured.relay.url, secured.ca)
     pulled = pull(home)
     assert pulled.code == 0, pulled.err
     assert secured.relay.url in pulled.out
     assert len(trees(home)) == 1
-    assert secured.relay.stop().code == 0
 
 
 @pytest.mark.parametrize("which", ["none", "other"])
@@ -100,7 +101,7 @@ def test_a_certificate_of_an_unknown_authority_is_told_and_nothing_moves(
     secured: Secured, tmp_path: Path, which: str
 ) -> None:
     ca = secured.other_ca if which == "other" else None
-    sent = secured.replicate(secured.relay.url, *(("--ca-file", ca) if ca else ()))
+    sent = secured.replicate("2.0.0", secured.relay.url, *(("--ca-file", ca) if ca else ()))
     home = agent(secured, tmp_path, secured.relay.url, ca)
     pulled = pull(home)
     for done in (sent, pulled):
@@ -110,7 +111,7 @@ def test_a_certificate_of_an_unknown_authority_is_told_and_nothing_moves(
         )
         assert "Traceback" not in done.err
     assert "--ca-file" in sent.err
-    assert secured.held() == []
+    assert "2.0.0" not in secured.held()
     assert trees(home) == []
 
 
@@ -123,7 +124,8 @@ def test_a_certificate_of_another_name_is_told(secured: Secured) -> None:
         (secured.ca.parent / "relay.yaml").read_text().replace("listen: 127.0.0.1:0", f"listen: 127.0.0.2:{port}")
     )
     with serving(secured.ca.parent / "second", "--config", config) as relay:
-        sent = secured.replicate(relay.url, "--ca-file", secured.ca)
+        sent = secured.replicate("2.0.0", relay.url, "--ca-file", secured.ca)
+        assert relay.stop().code == 0
     assert sent.code == 1
     assert f"relay https://127.0.0.2:{port} shows a certificate that is not trusted: IP address mismatch" in sent.err
 
@@ -131,7 +133,7 @@ def test_a_certificate_of_another_name_is_told(secured: Secured) -> None:
 def test_an_authority_that_cannot_be_read_is_told(secured: Secured, tmp_path: Path) -> None:
     gone = tmp_path / "gone.pem"
     for done in (
-        secured.replicate(secured.relay.url, "--ca-file", gone),
+        secured.replicate("2.0.0", secured.relay.url, "--ca-file", gone),
         pull(agent(secured, tmp_path, secured.relay.url, gone)),
     ):
         assert done.code == 2
