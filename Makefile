@@ -15,7 +15,8 @@ test:
 
 soak:
 	@deploy/setup.sh dnsmasq nginx curl zip unzip strace
-	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -m "soak or not soak"
+	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -q -p no:cacheprovider --durations=25 >tests/soak.txt 2>&1; \
+		result=$$?; tail -n 40 tests/soak.txt; exit $$result
 
 lint:
 	@deploy/setup.sh

@@ -81,8 +81,6 @@ async def replicate(
     started, before = time.monotonic(), relay.traffic.total
     gained = started
     sender = _Sender(manifest, source, relay, progress)
-    # One that was never there is a wrong address, not an interruption: said at once.
-    await relay.health()
     interruptions = fruitless = 0
     fewest = len(manifest.chunks) + 1
     while True:
@@ -90,7 +88,8 @@ async def replicate(
             await _bring(sender, signature, known)
             break
         except (UnreachableError, LeaseLostError) as error:
-            if sender.source_failed:
+            # A relay that was never there is a wrong address, not an interruption: said at once.
+            if sender.source_failed or not sender.reached:
                 raise
             interruptions += 1
             # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
@@ -118,7 +117,9 @@ async def replicate(
 
 async def _bring(sender: _Sender, signature: bytes, known: Sequence[Manifest]) -> None:
     manifest, relay = sender.manifest, sender.relay
-    if await _is_published(manifest, signature, relay) and await _is_whole(manifest, relay):
+    is_published = await _is_published(manifest, signature, relay)
+    sender.reached = True
+    if is_published and await _is_whole(manifest, relay):
         sender.report(())
         return
     offer = await relay.offer(manifest, signature, await _common_base(manifest, known, relay))
@@ -179,6 +180,8 @@ class _Sender:
         self.lacking = len(manifest.chunks)
         """Chunks that the relay lacked when it was asked last."""
         self.source_failed = False
+        self.reached = False
+        """Whether the relay answered anything yet."""
         self._source = source
         self._progress = progress
         self._there = 0
