@@ -671,12 +671,16 @@ class FailingSync:
         self.count = 0
         self.failed = 0
         real = os.fsync
+        lock = threading.Lock()  # a batch syncs in several threads
 
         def fsync(fd):
-            if self.count and stat.S_ISDIR(os.fstat(fd).st_mode) == folders:
-                self.count -= 1
-                self.failed += 1
-                raise OSError(error, os.strerror(error))
+            if stat.S_ISDIR(os.fstat(fd).st_mode) == folders:
+                with lock:
+                    fails = self.count > 0
+                    self.count -= fails
+                    self.failed += fails
+                if fails:
+                    raise OSError(error, os.strerror(error))
             real(fd)
 
         monkeypatch.setattr(os, "fsync", fsync)
