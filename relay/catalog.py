@@ -71,18 +71,13 @@ class Catalog:
 
     async def load(self) -> None:
         """Read every pointer again. The store is the truth; this may be called at any time."""
-        found: dict[tuple[str, str], Pointer] = {}
-        for name in await self._documents.list("packages"):
-            pointer = await self._read_pointer(name)
-            if pointer is not None:
-                found[pointer.ref.key] = pointer
-        self._pointers = found
+        self._pointers = {pointer.ref.key: pointer for pointer in await self.look_up_all()}
 
     # --- packages
 
     def all(self) -> list[Pointer]:
         """Every published package, by id and then version."""
-        return sorted(self._pointers.values(), key=lambda p: (p.ref.id.key, p.ref.version))
+        return _in_order(self._pointers.values())
 
     def of_id(self, id: PackageId) -> list[Pointer]:
         return [pointer for pointer in self.all() if pointer.ref.id == id]
@@ -110,11 +105,14 @@ class Catalog:
             raise NotFoundError(f"{ref} is not here")
         return pointer
 
-    async def look_up_versions(self, id: PackageId) -> list[Pointer]:
-        """Every version of one id, straight from the store, in order."""
-        names = await self._documents.list(f"packages/{id.key}")
+    async def look_up_all(self, id: PackageId | None = None) -> list[Pointer]:
+        """Every package, or every version of one id, straight from the store; in order, as `all` gives them.
+
+        The cache stays as it is: a publish that ends while this reads must not be forgotten again.
+        """
+        names = await self._documents.list(f"packages/{id.key}" if id else "packages")
         found = [await self._read_pointer(name) for name in names]
-        return sorted((p for p in found if p is not None), key=lambda p: p.ref.version)
+        return _in_order(pointer for pointer in found if pointer is not None)
 
     def check_free(self, manifest: Manifest) -> Pointer | None:
         """The pointer that says the same already, or None where the name is free. Raises as `check_name`."""
@@ -239,6 +237,10 @@ def _parse_kept(raw: bytes, id: ManifestId) -> Manifest | None:
         return manifests.parse_named(raw, id)
     except ManifestError:
         return None
+
+
+def _in_order(pointers: Iterable[Pointer]) -> list[Pointer]:
+    return sorted(pointers, key=lambda p: (p.ref.id.key, p.ref.version))
 
 
 def _pointer_name(ref: PackageRef) -> str:

@@ -16,7 +16,6 @@ from relay.content.manifest import Manifest
 from relay.content.ranges import Ranges, count, indexes
 from relay.errors import NotFoundError, RefusedError, UnreachableError, WaystationError, first_of
 from relay.stores.contract import ChunkReader
-from relay.wire import BundleAnswer
 
 RUN_BYTES = 8 << 20
 """Tree stream in one run as sent here, at most: longer ones win little at level 3."""
@@ -257,7 +256,7 @@ class _Sender:
         self._sent(len(encoded.run), encoded.size, len(encoded.payload))
         yield writer.end()
 
-    def _check_taken(self, answer: BundleAnswer) -> None:
+    def _check_taken(self, answer: wire.BundleAnswer) -> None:
         refused = sum(count(run.ranges) for run in answer.refused)
         if refused:
             raise RefusedError(

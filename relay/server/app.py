@@ -123,13 +123,9 @@ class RelayApp:
 
     async def packages(self, request: web.Request) -> web.StreamResponse:
         """From the store, not from the cache: another process may have added to it (`package add` into a depot)."""
-        catalog = self._transfer.catalog
-        id = request.match_info.get("id")
-        if id is None:
-            await catalog.load()
-            found = catalog.all()
-        else:
-            found = await catalog.look_up_versions(_or_404(PackageId.parse, id))
+        text = request.match_info.get("id")
+        id = None if text is None else _or_404(PackageId.parse, text)
+        found = await self._transfer.catalog.look_up_all(id)
         return _json(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
 
     async def package(self, request: web.Request) -> web.StreamResponse:

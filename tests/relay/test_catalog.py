@@ -274,3 +274,13 @@ async def test_what_another_process_added_or_removed_is_seen_without_a_restart(t
             await origin.depot.remove(found.package)
             with pytest.raises(NotFoundError):
                 await client.package(id, NuGetVersion.parse("2.0.0"))
+
+
+async def test_a_listing_does_not_make_a_relay_forget_what_is_published_meanwhile():
+    catalog = Catalog(SlowDocuments())
+    await catalog.publish(ONE, HOW)
+    listing = asyncio.create_task(catalog.look_up_all())
+    await asyncio.sleep(0)
+    await catalog.publish(NEXT, HOW)
+    assert ONE.package in [pointer.ref for pointer in await listing]
+    assert catalog.find(NEXT.package) is not None
