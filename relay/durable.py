@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 
 
 def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
@@ -12,7 +11,7 @@ def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
     Raises:
         OSError: nothing changed, and no temporary file is left.
     """
-    temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -122,9 +122,9 @@ def _read_private_file(path: str) -> bytes:
         raise NotFoundError(f"there is no key file {path}") from error
     except OSError as error:
         raise RefusedError(f"cannot read {path}: {error.strerror}") from error
-    with os.fdopen(handle, "rb") as file:
-        # Of the open file, so that what was checked is what is read.
-        status = os.fstat(file.fileno())
+    try:
+        # Of the open file, so that what was checked is what is read; a folder would be no file to Python either.
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise RefusedError(f"{path} is not a regular file")
         if status.st_mode & _OTHERS:
@@ -134,4 +134,6 @@ def _read_private_file(path: str) -> bytes:
             )
         if status.st_uid not in {os.geteuid(), 0}:
             raise RefusedError(f"the private key {path} belongs to another user (uid {status.st_uid})")
-        return file.read(_KEY_FILE_MAX)
+        return os.read(handle, _KEY_FILE_MAX)
+    finally:
+        os.close(handle)
