@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -309,6 +309,85 @@ class RelayClient:
                         yield event
         decoder.finish()
 
+    # --- mail
+
+    async def post_orders(self, orders: Sequence[wire.OrderLetter]) -> wire.TakenAnswer:
+        """Hand over signed orders, any number of them; they are durable there on return. Posting again is harmless.
+
+        Raises:
+            ConflictError: the relay holds another letter under one of these operations. Nothing of the request with
+                that order was taken; orders before it may have been, where there were more than fit into one request.
+        """
+        answers = [
+            await self._post_letters(wire.ORDERS, wire.OrdersRequest(orders=part)) for part in _requests_of(orders)
+        ]
+        return wire.TakenAnswer(
+            taken=sum(answer.taken for answer in answers), known=sum(answer.known for answer in answers)
+        )
+
+    async def poll(self, name: str, request: wire.PollRequest) -> wire.PollAnswer:
+        """As the agent `name`: be there, and wait for orders. Not retried here: the next poll is the next try."""
+        return await self._json(
+            "POST",
+            wire.POLL.format(name=name),
+            wire.PollAnswer,
+            data=msgspec.json.encode(request),
+            attempts=1,
+            answer_seconds=request.wait + self.limits.answer_seconds,
+        )
+
+    async def agents(self) -> tuple[wire.AgentSeen, ...]:
+        """Who polls there, or did within a day."""
+        return (await self._json("GET", wire.AGENTS, wire.AgentsAnswer, answer_max=wire.AGENTS_BODY_MAX)).agents
+
+    async def post_reports(self, name: str, request: wire.ReportsRequest) -> wire.TakenAnswer:
+        """As the agent `name`. Durable there on return; posting again is harmless.
+
+        Raises:
+            ConflictError: the relay holds another report of this agent under one of these operations and numbers;
+                nothing of this request was taken.
+        """
+        return await self._post_letters(wire.REPORTS_IN.format(name=name), request)
+
+    async def post_logs(self, name: str, request: wire.LogsRequest) -> wire.TakenAnswer:
+        """As `post_reports`, for output. Pieces of other lengths at the same offset do not contradict each other."""
+        return await self._post_letters(wire.LOGS_IN.format(name=name), request)
+
+    async def reports(
+        self, deployment: str, after: wire.Cursor | None = None, wait: float = wire.POLL_SECONDS
+    ) -> wire.ReportsAnswer:
+        """Reports of a deployment after the cursor, oldest first; none when `wait` seconds brought none. Not retried."""
+        return await self._read_letters(wire.REPORTS_OUT, wire.ReportsAnswer, deployment, after, wait)
+
+    async def logs(
+        self, deployment: str, after: wire.Cursor | None = None, wait: float = wire.POLL_SECONDS
+    ) -> wire.LogsAnswer:
+        """As `reports`, for output."""
+        return await self._read_letters(wire.LOGS_OUT, wire.LogsAnswer, deployment, after, wait)
+
+    async def _post_letters(
+        self, path: str, request: wire.OrdersRequest | wire.ReportsRequest | wire.LogsRequest
+    ) -> wire.TakenAnswer:
+        try:
+            return await self._json("POST", path, wire.TakenAnswer, data=msgspec.json.encode(request))
+        except ConflictError:
+            raise ConflictError(
+                f"relay {self.url} holds another letter of the same operation; nothing of this request was taken"
+            ) from None
+
+    async def _read_letters(
+        self, path: str, answer: type[T], deployment: str, after: wire.Cursor | None, wait: float
+    ) -> T:
+        cursor = {} if after is None else {"epoch": after.epoch, "after": str(after.number)}
+        return await self._json(
+            "GET",
+            path,
+            answer,
+            params={"deployment": deployment, "wait": str(wait), **cursor},
+            attempts=1,
+            answer_seconds=wait + self.limits.answer_seconds,
+        )
+
     # --- the ground
 
     async def _json(
@@ -322,6 +401,7 @@ class RelayClient:
         params: dict[str, str] | None = None,
         attempts: int | None = None,
         answer_seconds: float | None = 0.0,
+        answer_max: int | None = None,
     ) -> T:
         async for attempt in stamina.retry_context(
             on=_may_help, attempts=attempts or self.limits.attempts, timeout=None, wait_initial=0.1, wait_max=2.0
@@ -330,7 +410,7 @@ class RelayClient:
                 async with self._request(
                     method, path, data=data, content_type=content_type, params=params, answer_seconds=answer_seconds
                 ) as response:
-                    body = await self._body(response, wire.JSON_MAX)
+                    body = await self._body(response, answer_max or wire.JSON_MAX)
                     return self._decode(body, answer)
         raise AssertionError("unreachable")  # pragma: no cover - the last attempt returns or raises
 
@@ -457,6 +537,20 @@ class RelayClient:
             trouble = "has no space left" if status == 507 else "cannot serve now"
             raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
         raise RefusedError(f"{where} refuses the request ({status} {code})")
+
+
+def _requests_of(orders: Sequence[wire.OrderLetter]) -> Iterator[tuple[wire.OrderLetter, ...]]:
+    """`orders` in their order, in as many requests as they need."""
+    part: list[wire.OrderLetter] = []
+    size = 0
+    for order in orders:
+        if part and (len(part) == wire.LETTERS_MAX or size + len(order.envelope) > wire.LETTERS_BYTES_MAX):
+            yield tuple(part)
+            part, size = [], 0
+        part.append(order)
+        size += len(order.envelope)
+    if part:
+        yield tuple(part)
 
 
 def _split_url(url: str) -> SplitResult:

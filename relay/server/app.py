@@ -21,12 +21,14 @@ from relay.config import RelayConfig, split_listen
 from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.mail import Mail
 from relay.memory import tame_malloc
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
 from relay.server.bodies import body_pieces, budget_of, read_body, read_json, write_guarded
 from relay.server.connection import Limits
 from relay.server.guards import Running, raise_open_files, start_guarded
+from relay.server.mail import MailRoutes, mail_limits_of
 from relay.server.problems import HttpRefusal, problem
 from relay.server.rates import measure_rates
 from relay.server.tokens import parse_tokens
@@ -42,10 +44,18 @@ _LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 class RelayApp:
-    """The handlers of /v1 over one `Transfer`."""
+    """The handlers of /v1 over one `Transfer`, and one `Mail` where the relay keeps mail."""
 
-    def __init__(self, transfer: Transfer, config: RelayConfig, limits: Limits, rates: wire.CpuRates | None) -> None:
+    def __init__(
+        self,
+        transfer: Transfer,
+        config: RelayConfig,
+        limits: Limits,
+        rates: wire.CpuRates | None,
+        mail: Mail | None = None,
+    ) -> None:
         self._transfer = transfer
+        self._mail = None if mail is None else MailRoutes(mail, limits)
         self._config = config
         self._limits = limits
         self._rates = rates
@@ -65,6 +75,8 @@ class RelayApp:
         add(app, "GET", wire.PACKAGE, self.package, "read")
         add(app, "PUT", wire.PACKAGE, self.publish, "write")
         add(app, "GET", wire.CHUNK, self.chunk, "read")
+        if self._mail is not None:
+            self._mail.add_to(app)
         return app
 
     async def health(self, request: web.Request) -> web.StreamResponse:
@@ -233,8 +245,11 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> R
     stack.enter_context(store.exclusive("serve"))
     transfer = Transfer(store)
     await transfer.load()
+    mail = Mail(store.documents, mail_limits_of(limits))
+    await mail.load()
+    stack.push_async_callback(mail.close)
     rates = await asyncio.to_thread(measure_rates)
-    app = RelayApp(transfer, config, limits, rates).build()
+    app = RelayApp(transfer, config, limits, rates, mail).build()
     running = await start_guarded(app, host, port, limits, ssl_context=_tls(config))
     stack.push_async_callback(running.stop)
     return running

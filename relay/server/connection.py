@@ -64,7 +64,18 @@ class Limits:
     json_bytes: int = wire.JSON_MAX
     json_depth: int = wire.JSON_DEPTH
     bytes_in_flight: int = 256 << 20
-    """Bytes of bodies held in memory at one time, over all requests."""
+    """Bytes of bodies held in memory at one time, over all requests but those of the next limit."""
+    mail_bytes_in_flight: int = 64 << 20
+    """The same for orders, and once more for polls and reports."""
+    mail_bytes: int = 1 << 30
+    """Of letters that are kept, 512 bytes added for each."""
+    mail_letters: int = 500_000
+    mail_bytes_per_agent: int = 16 << 20
+    """Of orders for one agent."""
+    mail_bytes_per_deployment: int = 512 << 20
+    """Of reports and logs of one deployment."""
+    agents: int = 10_000
+    """Whose presence is told."""
     line_bytes: int = 8190
     """Of the request line, and of each header."""
     headers: int = 100

@@ -1,0 +1,214 @@
+"""The handlers of mail and presence over one `Mail`: who waits, for how long, and with how many bytes in hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from relay import wire
+from relay.mail import Box, Letter, Mail, MailLimits, Numbered
+from relay.server import metrics
+from relay.server.access import DRAINING, add, long_poll
+from relay.server.bodies import body_pieces, budget_of, parse_json
+from relay.server.connection import Budget, Limits
+from relay.server.presences import Presences
+from relay.server.problems import HttpRefusal
+
+T = TypeVar("T")
+
+_AGENT_NAME = re.compile(wire.AGENT_NAME, re.ASCII)
+_PARSED_HERE = 64 << 10
+"""Bytes of JSON that are parsed on the spot; more would be felt by everybody else on this thread."""
+
+
+def mail_limits_of(limits: Limits) -> MailLimits:
+    """The limits that concern what is kept."""
+    return MailLimits(
+        bytes=limits.mail_bytes,
+        letters=limits.mail_letters,
+        bytes_per_agent=limits.mail_bytes_per_agent,
+        bytes_per_deployment=limits.mail_bytes_per_deployment,
+    )
+
+
+class MailRoutes:
+    """The handlers of mail.
+
+    Orders have bytes in flight of their own, and so have polls and reports: neither bundles nor agents that send much
+    keep an order from its way. Output counts with the bundles.
+    """
+
+    def __init__(self, mail: Mail, limits: Limits) -> None:
+        self._mail = mail
+        self._limits = limits
+        self._presences = Presences(limits.agents)
+        self._order_budget = Budget(limits.mail_bytes_in_flight)
+        self._agent_budget = Budget(limits.mail_bytes_in_flight)
+        metrics.MAIL_BYTES.set(mail.kept_bytes)
+
+    def add_to(self, app: web.Application) -> None:
+        """Register every route with its scope."""
+        add(app, "POST", wire.ORDERS, self.post_orders, "order")
+        add(app, "POST", wire.POLL, self.poll, "agent")
+        add(app, "GET", wire.AGENTS, self.agents, "order")
+        add(app, "POST", wire.REPORTS_IN, self.post_reports, "agent")
+        add(app, "GET", wire.REPORTS_OUT, self.reports, "order")
+        add(app, "POST", wire.LOGS_IN, self.post_logs, "agent")
+        add(app, "GET", wire.LOGS_OUT, self.logs, "order")
+
+    # --- posting
+
+    async def post_orders(self, request: web.Request) -> web.StreamResponse:
+        async with self._body(request, self._order_budget, wire.OrdersRequest) as body:
+            return await self._post(
+                [
+                    Letter("order", order.agent.lower(), order.agent.lower(), order.operation, 0, order.envelope)
+                    for order in body.orders
+                ]
+            )
+
+    async def post_reports(self, request: web.Request) -> web.StreamResponse:
+        agent = _agent(request)
+        async with self._body(request, self._agent_budget, wire.ReportsRequest) as body:
+            _check_operations(body.deployment, body.reports)
+            return await self._post(
+                [
+                    Letter("report", body.deployment, agent, report.operation, report.number, report.envelope)
+                    for report in body.reports
+                ]
+            )
+
+    async def post_logs(self, request: web.Request) -> web.StreamResponse:
+        agent = _agent(request)
+        async with self._body(request, budget_of(request, self._limits), wire.LogsRequest) as body:
+            _check_operations(body.deployment, body.pieces)
+            return await self._post(
+                [
+                    Letter("log", body.deployment, agent, piece.operation, piece.offset, piece.data)
+                    for piece in body.pieces
+                ]
+            )
+
+    async def _post(self, letters: Sequence[Letter]) -> web.Response:
+        taken = await self._mail.post(letters)
+        metrics.LETTERS.labels(letters[0].kind, "taken").inc(taken.taken)
+        metrics.LETTERS.labels(letters[0].kind, "known").inc(taken.known)
+        metrics.MAIL_BYTES.set(self._mail.kept_bytes)
+        return _json(taken)
+
+    # --- reading
+
+    async def poll(self, request: web.Request) -> web.StreamResponse:
+        agent = _agent(request)
+        async with self._body(request, self._agent_budget, wire.PollRequest, wire.POLL_BODY_MAX) as body:
+            pass
+        with self._presences.polling(agent, body.presence):
+            metrics.AGENTS.set(len(self._presences))
+            found = await self._wait(request, ("order", agent), body.after, body.wait)
+        orders = tuple(wire.NumberedOrder(n.number, n.letter.operation, n.letter.data) for n in found)
+        return _json(wire.PollAnswer(self._mail.epoch, orders))
+
+    async def agents(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002 - the signature of a handler
+        return _json(wire.AgentsAnswer(self._presences.all()))
+
+    async def reports(self, request: web.Request) -> web.StreamResponse:
+        query = _query(request)
+        found = await self._wait(request, ("report", query.deployment), _cursor(query), query.wait)
+        reports = tuple(
+            wire.NumberedReport(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
+            for n in found
+        )
+        return _json(wire.ReportsAnswer(self._mail.epoch, reports))
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        query = _query(request)
+        found = await self._wait(request, ("log", query.deployment), _cursor(query), query.wait)
+        pieces = tuple(
+            wire.NumberedPiece(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
+            for n in found
+        )
+        return _json(wire.LogsAnswer(self._mail.epoch, pieces))
+
+    async def _wait(self, request: web.Request, box: Box, after: wire.Cursor | None, seconds: float) -> list[Numbered]:
+        """What is in `box` after the cursor, as soon as there is something; nothing when the time is over or the relay
+        is about to stop.
+        """
+        draining = request.app[DRAINING]
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            news = self._mail.news(box)
+            found = await self._mail.read(box, after)
+            patience = deadline - asyncio.get_running_loop().time()
+            if found or patience <= 0 or draining.is_set():
+                return found
+            with long_poll(request):
+                await _first_of(patience, news, draining)
+
+    @contextlib.asynccontextmanager
+    async def _body(
+        self, request: web.Request, budget: Budget, type: type[T], cap: int | None = None
+    ) -> AsyncIterator[T]:
+        """The JSON body as a `type`, its bytes counted in `budget` until the context ends.
+
+        Raises:
+            HttpRefusal: as `read_json`.
+            UnreachableError: too much is in flight (503).
+        """
+        if request.content_type != wire.JSON:
+            raise HttpRefusal(415, "media_type")
+        most = min(self._limits.json_bytes, cap or self._limits.json_bytes)
+        raw = bytearray()
+        with budget.reserve(0) as take:
+            async for piece in body_pieces(request, self._limits, most):
+                take(len(piece))
+                raw += piece
+            if len(raw) <= _PARSED_HERE:
+                yield parse_json(bytes(raw), type, self._limits.json_depth)
+            else:
+                yield await asyncio.to_thread(parse_json, bytes(raw), type, self._limits.json_depth)
+
+
+async def _first_of(seconds: float, *events: asyncio.Event) -> None:
+    """Wait until one of `events` is set, or `seconds` have passed."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _agent(request: web.Request) -> str:
+    name = request.match_info["name"]
+    if not _AGENT_NAME.fullmatch(name):
+        raise HttpRefusal(404, "not_found")
+    return name.lower()
+
+
+def _query(request: web.Request) -> wire.ReadQuery:
+    words = dict(request.query)
+    if len(words) != len(request.query):
+        raise HttpRefusal(400, "bad_request")
+    try:
+        return msgspec.convert(words, wire.ReadQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise HttpRefusal(400, "bad_request") from error
+
+
+def _cursor(query: wire.ReadQuery) -> wire.Cursor:
+    return wire.Cursor(query.epoch, query.after)
+
+
+def _check_operations(deployment: str, letters: Sequence[wire.ReportLetter | wire.LogPiece]) -> None:
+    if not all(letter.operation.startswith(f"{deployment}/") for letter in letters):
+        raise HttpRefusal(400, "bad_fields")
+
+
+def _json(answer: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON)
