@@ -5,13 +5,11 @@ They are two because a key that both signs and decrypts ties two protocols' safe
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from agent.letters import fingerprint_of
 from relay.errors import NotFoundError, RefusedError
 from relay.keyfiles import (
     make_private_folder,
@@ -44,8 +42,7 @@ class AgentIdentity:
     @property
     def fingerprint(self) -> str:
         """`sha256:` + hex over both keys as canonical JSON: what the environment file names."""
-        both = {"sealing": self.sealing_public, "signing": self.signing_public}
-        return f"sha256:{hashlib.sha256(msgspec.json.encode(both, order='sorted')).hexdigest()}"
+        return fingerprint_of(self.signing_public, self.sealing_public)
 
 
 def make_agent_keys(folder: str) -> AgentIdentity:
