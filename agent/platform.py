@@ -5,13 +5,21 @@ A test forbids platform questions anywhere else in `agent/`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
+import signal
 import stat
 import sys
-from collections.abc import Iterable
 
 from relay.durable import sync_folder
+
+TYPE_CHECKING = False  # `typing` costs the runner's start more than all the rest of this module
+if TYPE_CHECKING:
+    import asyncio
+    import subprocess
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 IS_LINUX = sys.platform.startswith("linux")
 
@@ -176,11 +184,240 @@ def lock_file(path: str) -> int | None:
     return None
 
 
-def _load_syncfs() -> ctypes._NamedFuncPointer | None:
+def is_locked(path: str) -> bool:
+    """Whether another process has the lock on `path`, or another descriptor of this one.
+
+    To ask is to share the lock for a moment: whoever wants to take it then must try twice.
+    """
+    import fcntl
+
     try:
-        return ctypes.CDLL(None, use_errno=True).syncfs
-    except (OSError, AttributeError):
+        descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _NOT_INHERITED)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+# --- processes
+
+
+def start_detached(argv: Sequence[str], environment: Mapping[str, str], *, complaints: str) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which no signal to ours reaches; it hears nothing and says nothing.
+
+    What Python itself complains of there is appended to the file `complaints`. Raises `OSError`.
+    """
+    import subprocess
+
+    descriptor = os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK | _NOT_INHERITED, 0o600)
+    try:
+        return subprocess.Popen(
+            argv,
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=descriptor,
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+
+
+def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: int) -> int:
+    """Start `argv` as the leader of a new session and group, in this process's folder, and answer its process id.
+
+    `output` takes all that it prints; its standard input is empty, and no signal is blocked or ignored.
+
+    Raises:
+        OSError: it could not be started, and nothing ran.
+    """
+    return os.posix_spawnp(
+        argv[0],
+        list(argv),
+        environment,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ],
+        setsid=True,
+        setsigmask=(),
+        setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+    )
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose parent ends, so that none gets out of sight (Linux; else nothing)."""
+    if IS_LINUX and _libc is not None:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def ended_children() -> dict[int, int]:
+    """Every child that ended since the last call: its exit status, negative for the signal that ended it."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            child, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not child:
+            return ended
+        ended[child] = os.waitstatus_to_exitcode(status)
+
+
+def descendants(of: int) -> dict[int, int]:
+    """Every living process below the process `of`, with its group. Linux only; elsewhere none is seen."""
+    children: dict[int, list[tuple[int, int]]] = {}
+    for name in os.listdir("/proc") if IS_LINUX else ():
+        if name.isdecimal() and (fields := _process_fields(name)):
+            children.setdefault(int(fields[1]), []).append((int(name), int(fields[2])))
+    found: dict[int, int] = {}
+    below = [of]
+    while below:
+        new = dict(children.pop(below.pop(), ()))
+        found |= new
+        below += new
+    return found
+
+
+def end_tree(leader: int, *, at_once: bool = False) -> bool:
+    """Ask the group of `leader`, and every other descendant of this process, to end (or end them `at_once`).
+
+    `leader` is a child of this process that was not waited for, or 0 if it was. False if nobody is left.
+    """
+    number = signal.SIGKILL if at_once else signal.SIGTERM
+    below = descendants(os.getpid())
+    if leader:
+        _send(os.killpg, leader, number)
+    for process, group in below.items():
+        if group != leader or not leader:
+            _send(os.kill, process, number)
+    return bool(below) or bool(leader)
+
+
+def has_tree(leader: int) -> bool:
+    """Whether `leader` (0: it ended) or any descendant of this process lives."""
+    return bool(leader) or bool(descendants(os.getpid()))
+
+
+def process_mark(process: int) -> str:
+    """What tells this process from a later one with the same number; empty if it ended, or nobody can tell."""
+    fields = _process_fields(str(process)) if IS_LINUX else []
+    return f"{process} {fields[_START_TIME].decode()}" if fields else ""
+
+
+def end_marked(mark: str) -> bool:
+    """End the process with this mark, its group and all below it, at once. False if it ended before."""
+    process = int(mark.partition(" ")[0] or 0)
+    if not process or process_mark(process) != mark:
+        return False
+    for other in descendants(process):
+        _send(os.kill, other, signal.SIGKILL)
+    _send(os.killpg, process, signal.SIGKILL)
+    return True
+
+
+def signal_name(number: int) -> str:
+    """Such as "SIGKILL"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Wakes:
+    """What the system tells this process, as a descriptor to wait for: a child ended, or it is asked to end itself."""
+
+    def __init__(self) -> None:
+        """From now on this process does not end by SIGTERM or SIGINT; only its main thread may call this."""
+        self.asked_to_end = False
+        self.descriptor, told = os.pipe()
+        os.set_blocking(self.descriptor, False)
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+
+    def _end(self, *_: object) -> None:
+        self.asked_to_end = True
+
+    def wait(self, other: int | None, seconds: float | None) -> bool:
+        """Wait until something is told, `other` can be read (True) or the time is over."""
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
+        if other is not None:
+            poll.register(other, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(None if seconds is None else max(0.0, seconds) * 1000)}
+        if self.descriptor in ready:
+            os.read(self.descriptor, 4096)
+        return other in ready
+
+
+def _process_fields(name: str) -> list[bytes]:
+    """State, parent, group, … of a living process by /proc/PID/stat (proc_pid_stat(5)); none of one that ended."""
+    try:
+        with open(f"/proc/{name}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in {b"Z", b"X"} else fields
+
+
+_START_TIME = 19  # of those fields; starttime, field 22 of the file, in ticks since the machine started
+
+
+def _send(how: Callable[[int, int], None], to: int, number: int) -> None:
+    # It may have ended meanwhile, or belong to another user now.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        how(to, number)
+
+
+# --- services
+
+SERVICE_COMMAND = ("systemctl", "{action}", "{service}")
+"""The machine's own service manager; actions are start, stop, restart, reload and is-active."""
+
+
+def service_command(action: str, service: str, template: Sequence[str] = ()) -> list[str]:
+    """The command that does `action` to `service`: by `template` (words with {action} and {service}), else the usual one."""
+    return [word.replace("{action}", action).replace("{service}", service) for word in (template or SERVICE_COMMAND)]
+
+
+# --- this machine and this process
+
+
+def system_name() -> str:
+    """The operating system and the kind of processor, such as "linux x86_64": for people."""
+    machine = os.uname().machine if hasattr(os, "uname") else os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    return f"{sys.platform} {machine}".strip()
+
+
+def on_termination(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> None:
+    """Call `stop` in `loop` when this process is asked to end (SIGTERM, SIGINT), in place of ending it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # Windows' loops
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+
+
+# --- the system's own library
+
+
+def _load_libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None, use_errno=True)
+    except OSError:
         return None
 
 
-_syncfs = _load_syncfs() if IS_LINUX else None
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = _load_libc() if IS_LINUX else None
+_syncfs = getattr(_libc, "syncfs", None)
