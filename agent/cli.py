@@ -13,7 +13,9 @@ from relay.console import json_option, print_json, printable, progress_bars, run
 from relay.errors import UsageError
 
 if TYPE_CHECKING:
+    from agent.journal import Entry
     from agent.pull import Pulled
+    from agent.service import Service
     from agent.sources import Sources
     from agent.state import AgentState
 
@@ -73,6 +75,113 @@ def init(
     click.echo(f"fingerprint {identity.fingerprint}")
     if pins is None:
         click.echo("it believes no key yet: put the origin's trust.json beside agent.yaml", err=True)
+
+
+@agent.command(epilog="Example: waystation agent serve --home /var/lib/waystation/agent")
+@_relay_option
+@_home_option
+@token_file_option
+@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
+def serve(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, log_level: str) -> None:
+    """Accept signed orders from the closest relays and report what became of them, until SIGTERM.
+
+    Prints one line when the first relay has answered. Stopped or killed, it loses nothing: scripts run on, and the next
+    start collects their results.
+    """
+    import logging
+
+    from agent.service import Service
+    from relay.memory import tame_malloc
+
+    tame_malloc()
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise UsageError(f"--log-level {log_level!r}: expected debug, info, warning or error")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    service = Service(
+        _home(home_folder),
+        relays=relays,
+        token_file=token_file,
+        on_ready=lambda name, url: click.echo(f"agent {name} ready at {url}"),
+    )
+    run(_serve(service))
+
+
+async def _serve(service: Service) -> None:
+    import asyncio
+
+    from agent import platform
+
+    stop = asyncio.Event()
+    platform.on_termination(asyncio.get_running_loop(), stop.set)
+    await service.serve(stop)
+
+
+@agent.command(epilog="Example: waystation agent status")
+@click.option("--limit", default=20, show_default=True, help="Operations and refusals to show.")
+@_home_option
+@json_option
+def status(limit: int, home_folder: str | None, as_json: bool) -> None:
+    """Show what this agent was ordered, what became of it, what it refused, and who leads. Asks nobody."""
+    from agent import platform
+    from agent.journal import Journal
+    from agent.service import lock_path, name_of
+    from agent.state import AgentState
+
+    folder = _home(home_folder)
+    journal = Journal(folder)
+    document = {
+        "format": 1,
+        "name": name_of(AgentState(folder).config().name),
+        "serving": platform.is_locked(lock_path(folder)),
+        "fences": {name: _builtins(fence) for name, fence in sorted(journal.fences.items())},
+        "operations": [_operation(entry) for entry in journal.newest(limit)],
+        "refusals": [_builtins(refusal) for refusal in reversed(journal.refusals()[-limit:])],
+    }
+    if as_json:
+        print_json(document)
+        return
+    _print_status(document)
+
+
+def _operation(entry: Entry) -> dict[str, Any]:
+    report = entry.report
+    return {
+        "operation": entry.operation,
+        "action": entry.action,
+        "environment": entry.environment,
+        "state": "running" if report is None else report.state,
+        "reason": "" if report is None else report.reason,
+        "exit_status": None if report is None else report.exit_status,
+        "ordered": entry.not_before,
+        "ended": None if report is None else report.ended,
+        "acknowledged": entry.acknowledged,
+    }
+
+
+def _print_status(document: dict[str, Any]) -> None:
+    click.echo(f"agent {document['name']} " + ("is serving" if document["serving"] else "is not serving"))
+    for environment, fence in document["fences"].items():
+        open_or_not = "open" if fence["open"] else "ended"
+        click.echo(printable(f"{environment}: fence {fence['fence']}, deployment {fence['deployment']}, {open_or_not}"))
+    rows = [[_clock(o["ordered"]), o["operation"], o["state"], o["reason"]] for o in document["operations"]]
+    if rows:
+        click.echo("\n" + table(["ordered", "operation", "state", "reason"], rows))
+    rows = [[_clock(r["at"]), r["code"], r["operation"], r["text"]] for r in document["refusals"]]
+    if rows:
+        click.echo("\n" + table(["refused", "why", "operation", ""], rows))
+
+
+def _clock(seconds: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _builtins(value: object) -> Any:  # noqa: ANN401 - whatever the structure holds
+    import msgspec
+
+    return msgspec.to_builtins(value)
 
 
 @agent.command(epilog="Example: waystation agent pull Acme.Web 1.4.2 --root /srv/webshop --switch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,12 +39,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class PullRequest:
-    """What to bring, and where. `digest` names the manifest outright: then no signature is needed."""
+    """What to bring, and where.
+
+    Attributes:
+        digest: names the manifest outright: then no signature is needed, and the package may still be arriving.
+        label: of the tree's folder, `<label>-<ulid>`; by default the version.
+        signed: a pinned package key must have signed exactly this, also where `digest` is given.
+        thorough: read every byte of a tree that is here already, in place of a look at its files' sizes.
+    """
 
     package: PackageRef
     root: str
     digest: ManifestId | None = None
     switch: bool = False
+    label: str | None = None
+    signed: bool = False
+    thorough: bool = True
 
 
 @dataclass(slots=True)
@@ -93,41 +104,117 @@ async def pull(
     unwell = await sources.measure()
     finder = _Finder(request, state, sources, pins)
     manifest = await finder.manifest()
-    record = await asyncio.to_thread(_whole_tree, state, root, manifest)
-    result = Pulled(
-        package=str(manifest.package.id),
-        version=manifest.package.version.normalized,
-        manifest=f"sha256:{manifest.id}",
-        tree="",
-        already=record is not None,
-        tree_bytes=manifest.tree_size,
-        failed=unwell | finder.failed,
-    )
+    record = await asyncio.to_thread(_whole_tree, state, root, manifest, thorough=request.thorough)
+    result = _result(manifest, record, unwell | finder.failed)
     if record is None:
-        build = _Build(manifest, root, state, sources, result, progress)
+        build = _Build(manifest, root, state, sources, result, progress, request.label, finder.signature)
         record = await build.run(finder.remaining(), stall_seconds)
     else:
-        await asyncio.to_thread(clear_leftovers, root, manifest)
+        await asyncio.to_thread(_tidy_up, state, record, manifest, finder.signature)
     result.tree = record.path
     if request.switch:
-        result.switched = await asyncio.to_thread(_switch, root, record)
+        result.switched = await asyncio.to_thread(switch_to, record)
     result.wire_bytes = sum(s.traffic.total for s in sources.in_order() if isinstance(s, RelayClient))
     result.seconds = time.monotonic() - started
     return result
 
 
+def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -> Pulled | None:
+    """What the request asks for, where it stands here already and nobody needs to be asked; else None. Blocking.
+
+    Its record, the sizes of its files and (where `signed`) its kept signature count; its bytes are not read.
+    """
+    if request.digest is None:
+        return None
+    record = state.installed(os.path.abspath(request.root), request.digest)
+    manifest = state.manifest(record) if record is not None else None
+    if record is None or manifest is None or manifest.package != request.package:
+        return None
+    if request.signed and not _is_vouched_for(manifest, state.signature(manifest.id), pins):
+        return None
+    if not looks_whole(record.path, manifest):
+        return None
+    clear_leftovers(record.root, manifest)
+    return _result(manifest, record, {})
+
+
+def looks_whole(tree: str, manifest: Manifest) -> bool:
+    """Whether every file of the package stands in the tree with its size. A look, no proof: no byte is read."""
+    for part in manifest.parts[: manifest.tree_parts]:
+        try:
+            found = os.lstat(os.path.join(tree, part.path))
+        except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode) or found.st_size != part.size:
+            return False
+    return True
+
+
+def _is_vouched_for(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> bool:
+    try:
+        check_signature(manifest, signature, pins)
+    except SignatureError:
+        return False
+    return True
+
+
+def check_signature(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> None:
+    """Check that a pinned package key signed exactly this manifest.
+
+    Raises:
+        SignatureError: none did.
+    """
+    from relay.trust.envelopes import check_manifest_signature
+
+    if pins is None:
+        raise _no_pins()
+    if not signature:
+        raise SignatureError(f"nothing that is signed came with {manifest.package}")
+    check_manifest_signature(
+        signature,
+        pins,
+        id_key=manifest.package.id.key,
+        version=manifest.package.version.url,
+        manifest_id=manifest.id,
+        nupkg_sha256=manifest.nupkg.sha256,
+    )
+
+
+def _result(manifest: Manifest, record: TreeRecord | None, failed: dict[str, str]) -> Pulled:
+    return Pulled(
+        package=str(manifest.package.id),
+        version=manifest.package.version.normalized,
+        manifest=f"sha256:{manifest.id}",
+        tree="" if record is None else record.path,
+        already=record is not None,
+        tree_bytes=manifest.tree_size,
+        failed=failed,
+    )
+
+
+def _no_pins() -> SignatureError:
+    return SignatureError(
+        "this agent has no trust.json, so nothing can vouch for a package",
+        hint="Put the origin's trust.json into the agent's home ('agent init --trust FILE'), or give --digest",
+    )
+
+
 def _require_trust(request: PullRequest, pins: TrustPins | None) -> None:
-    if request.digest is None and pins is None:
-        raise SignatureError(
-            "this agent has no trust.json, so nothing can vouch for a package",
-            hint="Put the origin's trust.json into the agent's home ('agent init --trust FILE'), or give --digest",
-        )
+    if pins is None and (request.signed or request.digest is None):
+        raise _no_pins()
 
 
-def _whole_tree(state: AgentState, root: str, manifest: Manifest) -> TreeRecord | None:
-    """The installed tree, every byte checked; one that was edited or damaged does not count."""
+def _whole_tree(state: AgentState, root: str, manifest: Manifest, *, thorough: bool) -> TreeRecord | None:
+    """The installed tree; one that was edited or damaged does not count, as far as it was looked at."""
     record = state.installed(root, manifest.id)
-    return record if record is not None and is_whole(record.path, manifest) else None
+    check = is_whole if thorough else looks_whole
+    return record if record is not None and check(record.path, manifest) else None
+
+
+def _tidy_up(state: AgentState, record: TreeRecord, manifest: Manifest, signature: bytes) -> None:
+    clear_leftovers(record.root, manifest)
+    if signature and not state.signature(manifest.id):
+        state.keep_signature(manifest.id, signature)
 
 
 class _Build:
@@ -141,7 +228,11 @@ class _Build:
         sources: Sources,
         result: Pulled,
         progress: Progress | None,
+        label: str | None,
+        signature: bytes,
     ) -> None:
+        self._signature = signature
+        self._label = label or manifest.package.version.normalized
         self._manifest = manifest
         self._root = root
         self._state = state
@@ -151,13 +242,14 @@ class _Build:
         self._done = self._whole = 0
 
     async def run(self, order: list[AnySource], stall_seconds: float) -> TreeRecord:
-        label = self._manifest.package.version.normalized
-        tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{label}-{ULID()}")
+        tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{self._label}-{ULID()}")
         try:
             path = await self._fill(tree, order, stall_seconds)
-            ulid = tree.target.rpartition("-")[2]
+            label, _, ulid = tree.target.rpartition("-")
             record = await asyncio.to_thread(
-                lambda: self._state.record(self._manifest, ulid=ulid, root=self._root, path=path, label=label)
+                lambda: self._state.record(
+                    self._manifest, ulid=ulid, root=self._root, path=path, label=label, signature=self._signature
+                )
             )
             await asyncio.to_thread(tree.clear)
             return record
@@ -243,7 +335,13 @@ def _sharpest(error: NoSourceLeftError, failed: dict[str, str], manifest: Manife
     return error
 
 
-def _switch(root: str, record: TreeRecord) -> bool:
+def switch_to(record: TreeRecord) -> bool:
+    """Let `current` of its root name this tree; False where it did already. Blocking.
+
+    Raises:
+        StoreError: it names what it named before.
+    """
+    root = record.root
     target = os.path.relpath(record.path, root)
     if platform.current_target(root) == target:
         return False
@@ -267,6 +365,8 @@ class _Finder:
         self._pins = pins
         self._order = sources.in_order()
         self.failed: dict[str, str] = {}
+        self.signature = b""
+        """What was verified, of the manifest that was found."""
         if not self._order:
             raise UnreachableError(
                 "no relay is known" + "".join(f"; {note}" for note in sources.notes),
@@ -291,22 +391,20 @@ class _Finder:
 
     async def _ask(self, source: AnySource) -> Manifest:
         if self._request.digest is not None:
-            return (await self._document(source, self._request.digest)).manifest
+            document = await self._document(source, self._request.digest)
+            return self._vouched_for(document, document.signature) if self._request.signed else document.manifest
         assert self._pins is not None  # noqa: S101 - `_require_trust` was asked first
-        from relay.trust.envelopes import check_manifest_signature, verify_package
+        from relay.trust.envelopes import verify_package
 
         ref = self._request.package
         pointer = await source.package(ref.id, ref.version)
         statement = verify_package(pointer.signature, self._pins)
         document = await self._document(source, ManifestId(statement.manifest))
-        check_manifest_signature(
-            pointer.signature,
-            self._pins,
-            id_key=ref.id.key,
-            version=ref.version.url,
-            manifest_id=document.manifest.id,
-            nupkg_sha256=document.manifest.nupkg.sha256,
-        )
+        return self._vouched_for(document, pointer.signature)
+
+    def _vouched_for(self, document: ManifestDocument, signature: bytes) -> Manifest:
+        check_signature(document.manifest, signature, self._pins)
+        self.signature = signature
         return document.manifest
 
     async def _document(self, source: AnySource, id: ManifestId) -> ManifestDocument:

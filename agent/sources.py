@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from agent.discovery import DiscoveryConfig, State, find_sources, load_state, log_changes, probe, save_state
+from agent.discovery import TTL_MIN, DiscoveryConfig, State, find_sources, load_state, log_changes, probe, save_state
 from agent.nearest import (
     FAILS_OUT,
     UNKNOWN,
@@ -130,16 +130,22 @@ class Sources:
         self._open: dict[str, AnySource] = {}
         self._stack = AsyncExitStack()
         self.notes: tuple[str, ...] = ()
+        self.ttl = TTL_MIN
+        """Seconds until it is worth looking again."""
 
     async def __aenter__(self) -> Self:
         self._kept = await asyncio.to_thread(load_state, self._path)
+        await self.look_again()
+        return self
+
+    async def look_again(self) -> None:
+        """Ask DNS once more, for whoever lives longer than its answers. What is open stays open."""
         found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
-        self._found, self.notes = found.sources, found.notes
+        self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
             # What was asked by hand once must not make an agent forget its own relays.
             healths = known(self._kept.healths, self._found)
             self._kept = replace(self._kept, healths=healths, last_answers=found.last)
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()

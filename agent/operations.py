@@ -1,0 +1,465 @@
+"""What an agent does when it is told to: each kind of order, from the decision to obey to how it ended.
+
+Nothing here knows of relays' mail or of other orders: `agent/service.py` decides what runs when, and tells of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from agent import platform
+from agent.letters import open_sealed, secret_context
+from agent.orders import (
+    Acknowledge,
+    Acquire,
+    AcquireFacts,
+    CommandCheck,
+    ControlService,
+    Facts,
+    Order,
+    PackageTree,
+    RunScript,
+    Settle,
+    State,
+    Stop,
+    Survey,
+    SurveyFacts,
+    Switch,
+    SwitchFacts,
+    TimedCheck,
+    TreeFacts,
+    TreePulled,
+    Verify,
+    VerifyFacts,
+)
+from agent.state import AgentConfig, AgentState, TreeRecord
+from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
+from relay.errors import SignatureError, StoreError, UsageError, WaystationError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    from agent.pull import Pulled, PullRequest
+    from agent.runs import RunSpec
+    from relay.content.manifest import Manifest
+    from relay.trust.keys import TrustPins
+
+_REASON_CHARS = 2000
+_TEXT_CHARS = 400
+"""Of one check's words: those of 64 checks must fit into a report."""
+_log = logging.getLogger(__name__)
+
+Output = Callable[[int, bytes, str], None]
+"""Told of new output: (offset, bytes, path of the file that it is in)."""
+Progress = Callable[[int, int], None]
+"""Told of (bytes done, bytes of the whole)."""
+
+
+class NotRunError(WaystationError):
+    """A rule of this machine says no, before anything ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an operation ended; what a report says of it. Seconds since 1970; 0 where nobody knows."""
+
+    state: State
+    reason: str = ""
+    exit_status: int | None = None
+    started: float = 0.0
+    ended: float = 0.0
+    log_bytes: int = 0
+    log_sha256: str = ""
+    facts: Facts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One order to perform.
+
+    Attributes:
+        folder: the operation's own, private.
+        barred: why it must not begin any more, where it was accepted before a restart; else empty.
+    """
+
+    order: Order
+    folder: str
+    on_output: Output
+    on_progress: Progress
+    barred: str = ""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """All that operations need of this machine.
+
+    `relays`, given by hand, stand in place of DNS and the configured list; an order's own follow in any case.
+    """
+
+    state: AgentState
+    config: AgentConfig
+    pins: TrustPins | None
+    sealing: X25519PrivateKey
+    relays: Sequence[str] = field(default=())
+    token_file: str | None = None
+
+    async def perform(self, job: Job) -> Ended:
+        """Do it. Whatever goes wrong is in what is returned; only being cancelled is not."""
+        if job.barred and not isinstance(job.order.action, RunScript | ControlService):
+            return Ended("unknown", f"this agent was restarted while it was under way, and now {job.barred}")
+        try:
+            match job.order.action:
+                case Survey() as action:
+                    return Ended("done", facts=await asyncio.to_thread(self.survey, action))
+                case Acquire() as action:
+                    return await self._acquire(action, job)
+                case RunScript() as action:
+                    return await self._run(job, partial(self._script, action, job), idempotent=action.idempotent)
+                case ControlService() as action:
+                    return await self._run(job, partial(self._service, action, job), idempotent=action.idempotent)
+                case Switch() as action:
+                    return Ended("done", facts=await asyncio.to_thread(self._switch, action))
+                case Verify() as action:
+                    return await self._verify(action)
+                case Settle() as action:
+                    await asyncio.to_thread(self._settle, action)
+                    return Ended("done")
+                case Stop() | Acknowledge():
+                    raise AssertionError("about other operations: the service's own")
+        except (NotRunError, UsageError) as error:
+            return Ended("refused", str(error)[:_REASON_CHARS])
+        except WaystationError as error:
+            return Ended("failed", str(error)[:_REASON_CHARS])
+        # A mistake of ours must be told as the end of the operation, or somebody would wait for it for ever.
+        except Exception as error:
+            _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
+            return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
+
+    # --- what is here
+
+    def survey(self, action: Survey) -> SurveyFacts:
+        """What stands under each asked root. Changes nothing; blocking."""
+        return SurveyFacts(tuple(self._tree_facts(asked) for asked in action.trees))
+
+    def _tree_facts(self, asked: PackageTree) -> TreeFacts:
+        root = self._root(asked.root)
+        record = self.state.installed(root, ManifestId(asked.manifest))
+        manifest = None if record is None else self.state.manifest(record)
+        whole = record is not None and manifest is not None and _looks_whole(record, manifest)
+        current = self._current(root)
+        settled = self.state.settled(root)
+        there = _existing_parent(root)
+        facts = TreeFacts(
+            root=asked.root,
+            manifest=asked.manifest,
+            free_bytes=platform.free_bytes(there),
+            installed=whole,
+            file_system=str(os.stat(there).st_dev),
+        )
+        if current is None:
+            return facts
+        good = settled is not None and settled.path == current.path
+        return msgspec.structs.replace(
+            facts,
+            current_manifest=current.manifest,
+            current_package=current.package,
+            current_version=current.version,
+            current_path=current.path,
+            settled=settled.fingerprint if good and settled is not None else "",
+        )
+
+    def _current(self, root: str) -> TreeRecord | None:
+        """The record of the tree that `current` names; None where it names nothing of ours."""
+        path = _current_path(root)
+        return next((record for record in self.state.trees() if record.path == path), None)
+
+    # --- trees
+
+    async def _acquire(self, action: Acquire, job: Job) -> Ended:
+        wanted = [(self._request(tree), tree) for tree in action.trees]
+        pulled: list[TreePulled] = []
+        try:
+            async with asyncio.timeout(action.deadline):
+                for request, _ in wanted:
+                    before = sum(each.tree_bytes for each in pulled)
+                    pulled.append(await self._pull(request, action, job, before))
+        except TimeoutError:
+            return Ended("failed", f"not acquired within {action.deadline:g} s; what came is kept")
+        return Ended("done", facts=AcquireFacts(tuple(pulled)))
+
+    def _request(self, tree: PackageTree) -> PullRequest:
+        from agent.pull import PullRequest
+
+        package = PackageRef(PackageId.parse(tree.id), NuGetVersion.parse(tree.version))
+        return PullRequest(
+            package,
+            self._root(tree.root),
+            digest=ManifestId(tree.manifest),
+            label=tree.label,
+            signed=True,
+            thorough=False,
+        )
+
+    async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
+        from agent import pull as story
+
+        result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
+        if result is None:
+            from agent.sources import Sources
+
+            path = Path(self.state.home) / "relays.json"
+            given = (*self.relays, *job.order.relays) if self.relays else ()
+            config = msgspec.structs.replace(self.config, relays=(*self.config.relays, *job.order.relays))
+            async with Sources(config, path, relays=given, token_file=self.token_file) as sources:
+                result = await story.pull(
+                    request,
+                    self.state,
+                    sources,
+                    self.pins,
+                    progress=lambda done, whole: job.on_progress(before + done, before + whole),
+                    stall_seconds=action.stall,
+                )
+        return _tree_pulled(result)
+
+    def _switch(self, action: Switch) -> SwitchFacts:
+        from agent.pull import switch_to
+
+        root = self._root(action.root)
+        record = self._installed(root, action.manifest)
+        manifest = self.state.manifest(record)
+        if manifest is None or not _looks_whole(record, manifest):
+            raise StoreError(f"the tree {record.path} is not whole any more", hint="Acquire it again")
+        before = _current_path(root)
+        switch_to(record)
+        return SwitchFacts(before=before, after=record.path)
+
+    def _settle(self, action: Settle) -> None:
+        root = self._root(action.root)
+        record = self._installed(root, action.manifest)
+        if _current_path(root) != record.path:
+            current = _current_path(root) or "nothing"
+            raise StoreError(f"current of {root} names {current}, not {record.path}: it is not settled")
+        settled = self.state.settle(record, action.fingerprint)
+        self.state.prune(root, action.keep, {record.path, settled.before})
+
+    def _installed(self, root: str, manifest: str) -> TreeRecord:
+        record = self.state.installed(root, ManifestId(manifest))
+        if record is None:
+            raise NotRunError(f"no tree of sha256:{manifest[:16]}… is installed under {root}", hint="Acquire it first")
+        return record
+
+    def _root(self, text: str) -> str:
+        """The root that an order names, if it may name it. Raises `NotRunError`."""
+        if not text:
+            return self.state.scripts_root
+        if not os.path.isabs(text) or "\0" in text:
+            raise NotRunError(f"a root must be an absolute folder, not {text[:200]!r}")
+        root = os.path.abspath(text)
+        allowed = [os.path.realpath(folder) for folder in self.config.roots]
+        # By its real path: a link inside an allowed folder must not lead out of it.
+        if allowed and not any(_is_below(os.path.realpath(root), folder) for folder in allowed):
+            raise NotRunError(f"{root} is not under a root that this machine's agent.yaml allows")
+        return root
+
+    # --- scripts and services
+
+    async def _run(self, job: Job, prepare: Callable[[], tuple[RunSpec, dict[str, str]]], *, idempotent: bool) -> Ended:
+        """Start what `prepare` gives, at most once; or take it up where it is, if it was started before."""
+        from agent import runs
+
+        folder = last_run(job.folder)
+        state = await asyncio.to_thread(runs.state_of, folder)
+        if state == "unknown" and idempotent:
+            await asyncio.to_thread(runs.stop, folder)
+            folder, state = _next_run(folder), "new"
+        if state == "new":
+            if job.barred:
+                raise NotRunError(f"it did not begin before this agent was restarted, and now {job.barred}")
+            spec, environment = await asyncio.to_thread(prepare)
+            await asyncio.to_thread(runs.launch, folder, spec, environment)
+        return await _watch(folder, job.on_output)
+
+    def _script(self, action: RunScript, job: Job) -> tuple[RunSpec, dict[str, str]]:
+        from agent.runs import RunSpec
+        from agent.scripts import base_environment
+
+        command = self._script_command(action.package, action.path)
+        secrets = self._secrets(action, job.order.operation)
+        environment = base_environment() | action.variables | secrets
+        environment["WAYSTATION_OPERATION"] = job.order.operation
+        for name in environment:
+            if not name or "=" in name:
+                raise NotRunError(f"{name[:80]!r} is no name of a variable")
+        root = self._root(action.root) if action.root else ""
+        cwd = root if os.path.isdir(root) else job.folder
+        return RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets)), environment
+
+    def _script_command(self, package: str, path: str) -> list[str]:
+        """How a script of a signed package is started."""
+        from agent.scripts import command_for
+
+        script = self._verified_script(package, path)
+        try:
+            return command_for(script, self.config.interpreters)
+        except OSError as error:
+            raise NotRunError(f"{script} cannot be read: {error.strerror}") from error
+
+    def _verified_script(self, package: str, path: str) -> str:
+        """The script in the tree of its signed package, its bytes just compared with the manifest."""
+        from agent.pull import check_signature
+
+        record = self.state.find(package)
+        manifest = None if record is None else self.state.manifest(record)
+        if record is None or manifest is None:
+            raise NotRunError(f"the package sha256:{package[:16]}… is not installed here", hint="Acquire it first")
+        try:
+            check_signature(manifest, self.state.signature(manifest.id), self.pins)
+        except SignatureError as error:
+            raise NotRunError(f"{manifest.package} holds the script, but {error.message}") from error
+        paths = [part.path for part in manifest.parts[: manifest.tree_parts]]
+        if path not in paths:
+            raise NotRunError(f"{manifest.package} holds no {path!r}")
+        script = os.path.join(record.path, path)
+        if _sha256_of(script) != manifest.part_sha256(paths.index(path)):
+            raise NotRunError(
+                f"{script} is not as it was signed: somebody changed it", hint="Acquire its package again"
+            )
+        return script
+
+    def _secrets(self, action: RunScript, operation: str) -> dict[str, str]:
+        opened = {}
+        for name, sealed in action.secrets.items():
+            try:
+                value = open_sealed(sealed, self.sealing, secret_context(operation, name))
+            except SignatureError as error:
+                raise NotRunError(f"the secret {name} cannot be opened: {error.message}") from error
+            opened[name] = os.fsdecode(value)
+        return opened
+
+    def _service(self, action: ControlService, job: Job) -> tuple[RunSpec, dict[str, str]]:
+        from agent.runs import RunSpec
+        from agent.scripts import base_environment
+
+        command = platform.service_command(action.action, action.name, self.config.service_command)
+        return RunSpec(tuple(command), job.folder, action.timeout), base_environment()
+
+    # --- health
+
+    async def _verify(self, action: Verify) -> Ended:
+        from agent.checks import run_checks
+        from agent.scripts import base_environment
+
+        root = self._root(action.root) if action.root else ""
+        checks = [await asyncio.to_thread(self._runnable, timed) for timed in action.checks]
+        result = await run_checks(
+            checks,
+            environment=base_environment() | action.variables,
+            service_command=self.config.service_command,
+            folder=root if os.path.isdir(root) else None,  # noqa: ASYNC240 - one look at a local folder
+        )
+        texts = tuple(text[:_TEXT_CHARS] for text in result.texts)
+        return Ended(
+            "done" if result.ok else "failed", "; ".join(result.failed)[:_REASON_CHARS], facts=VerifyFacts(texts)
+        )
+
+    def _runnable(self, timed: TimedCheck) -> TimedCheck:
+        """A command as the script of its signed package; other checks as they are. Raises `NotRunError`."""
+        check = timed.check
+        if not isinstance(check, CommandCheck):
+            return timed
+        if not check.package:
+            raise NotRunError(f"{check.argv[0][:200]!r} is not of a signed package, and nothing else is run here")
+        command = self._script_command(check.package, check.argv[0])
+        return msgspec.structs.replace(timed, check=CommandCheck((*command, *check.argv[1:])))
+
+
+async def _watch(folder: str, on_output: Output) -> Ended:
+    from agent import runs
+    from agent.runner import OUTPUT
+
+    path = os.path.join(folder, OUTPUT)
+    digest, seen = hashlib.sha256(), 0
+
+    def hear(offset: int, piece: bytes) -> None:
+        nonlocal seen
+        digest.update(piece)
+        seen = offset + len(piece)
+        on_output(offset, piece, path)
+
+    outcome = await runs.watch(folder, hear)
+    return Ended(
+        outcome.state,
+        outcome.reason,
+        outcome.exit_status,
+        outcome.started,
+        outcome.ended,
+        log_bytes=seen,
+        log_sha256=digest.hexdigest() if seen else "",
+    )
+
+
+def last_run(folder: str) -> str:
+    """The runner's folder of the newest run in an operation's folder, whether it is there or not."""
+    runs = [int(name[4:]) for name in os.listdir(folder) if name.startswith("run-") and name[4:].isdecimal()]
+    return os.path.join(folder, f"run-{max(runs, default=1)}")
+
+
+def _next_run(folder: str) -> str:
+    head, _, number = folder.rpartition("-")
+    return f"{head}-{int(number) + 1}"
+
+
+def _tree_pulled(result: Pulled) -> TreePulled:
+    return TreePulled(
+        package=result.package,
+        version=result.version,
+        path=result.tree,
+        already=result.already,
+        tree_bytes=result.tree_bytes,
+        from_disk_bytes=result.from_disk_bytes,
+        resumed_bytes=result.resumed_bytes,
+        from_relays={name: tally["payload_bytes"] for name, tally in result.from_relays.items()},
+        wire_bytes=result.wire_bytes,
+        seconds=result.seconds,
+    )
+
+
+def _looks_whole(record: TreeRecord, manifest: Manifest) -> bool:
+    from agent.pull import looks_whole
+
+    return looks_whole(record.path, manifest)
+
+
+def _current_path(root: str) -> str:
+    """The folder that `current` names; empty where there is none."""
+    target = platform.current_target(root)
+    return "" if target is None else os.path.normpath(os.path.join(root, target))
+
+
+def _existing_parent(path: str) -> str:
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _sha256_of(path: str) -> str:
+    try:
+        descriptor = platform.open_for_reading(path)
+    except OSError as error:
+        raise NotRunError(f"{path} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
