@@ -25,6 +25,11 @@ class WaystationError(Exception):
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is told, line by line. One, but where several things are wrong at once."""
+        return (self.message,)
+
 
 class UntrustedError(WaystationError):
     """The bytes are not what they claim to be."""

@@ -17,6 +17,9 @@ from relay.console import printable
 from relay.errors import RefusedError, UnreachableError, WaystationError
 
 _COMMANDS = {
+    "init": ("orchestrator.release_cli", "init", "Commented files to start from."),
+    "release": ("orchestrator.release_cli", "release", "Releases, and their deployments into environments."),
+    "rotation": ("orchestrator.release_cli", "rotation", "Machines that are out of their load balancer."),
     "package": ("orchestrator.cli", "package", "Packages in the depot, and their way to the relays."),
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
@@ -83,7 +86,10 @@ def _tell(error: WaystationError) -> None:
     )
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     head = click.style("error", fg="red", bold=True) if colour else "error"
-    click.echo(f"{head}{f' ({kind})' if kind else ''}: {printable(error.message)}", err=True)
+    first, *others = error.lines
+    click.echo(f"{head}{f' ({kind})' if kind else ''}: {printable(first)}", err=True)
+    for line in others:
+        click.echo(f"  {printable(line)}", err=True)
     if error.hint:
         click.echo(f"  {printable(error.hint)}", err=True)
 
