@@ -71,6 +71,6 @@ if [ ! -x .venv/bin/waystation ] || [ "$(cat .venv/.installed 2>/dev/null)" != "
     say "installing Waystation into .venv"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[orchestrator]' --group dev
     printf '%s' "$wanted" >.venv/.installed
 fi
