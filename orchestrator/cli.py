@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from relay.console import (
     table,
     token_file_option,
 )
-from relay.errors import IdentityError, RefusedError, UsageError, WaystationError
+from relay.errors import IdentityError, UsageError, WaystationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.depot import Added, Depot
     from orchestrator.feed import FeedPolicy
     from relay.catalog import Pointer
+    from relay.client import RelayClient
     from relay.content.identity import PackageRef
 
 _depot_option = click.option(
@@ -312,7 +312,8 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
 )
 @click.argument("id")
 @click.argument("version")
-@click.option("--relay", "relays", multiple=True, required=True, metavar="URL", help="May be repeated.")
+@click.option("--relay", "relays", multiple=True, metavar="URL", help="May be repeated.")
+@click.option("--environment", "-e", metavar="NAME|FILE", help="Every relay of this environment, with its own token.")
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
 @_depot_option
 @token_file_option
@@ -322,6 +323,7 @@ def replicate(
     id: str,
     version: str,
     relays: tuple[str, ...],
+    environment: str | None,
     patience: float,
     depot: str | None,
     token_file: str | None,
@@ -329,7 +331,8 @@ def replicate(
     as_json: bool,
 ) -> int:
     """Send a package to relays, each only what it lacks, all at once. Running it again sends nothing."""
-    results, errors = run(_replicate_all(id, version, relays, patience, depot, token_file, ca_file))
+    clients = _clients(relays, environment, token_file, ca_file)
+    results, errors = run(_replicate_all(id, version, clients, patience, depot))
     if as_json:
         failed = [{"relay": url, "error": error.message} for url, error in errors.items()]
         print_json({"format": 1, "id": id, "version": version, "relays": results, "failed": failed})
@@ -353,53 +356,42 @@ def replicate(
     return 1 if errors else 0
 
 
-async def _replicate_all(
-    id: str,
-    version: str,
-    urls: tuple[str, ...],
-    patience: float,
-    depot: str | None,
-    token_file: str | None,
-    ca_file: str | None,
-) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
-    from orchestrator.depot import open_depot
+def _clients(
+    urls: tuple[str, ...], environment: str | None, token_file: str | None, ca_file: str | None
+) -> list[RelayClient]:
+    """The relays that were named, by URL or by their environment; contacts nobody."""
+    from orchestrator.environment import environment_path, load_environment
+    from orchestrator.sending import open_relay, relays_of
     from relay.client import RelayClient, tls_from, token_from
-    from relay.replicate import replicate as send
 
+    if environment is not None:
+        if urls or token_file or ca_file:
+            raise UsageError("give relays by --environment, or by --relay with its token and CA, not both")
+        return [open_relay(relay) for relay in relays_of(load_environment(environment_path(environment)))]
+    if not urls:
+        raise UsageError("no relay is named", hint="Give --relay URL, or --environment NAME")
     token, tls = token_from(token_file), tls_from(ca_file)
-    clients = [RelayClient(url, token=token, tls=tls) for url in urls]
-    order = [client.url for client in clients]
-    if len(set(order)) != len(order):
+    return [RelayClient(url, token=token, tls=tls) for url in urls]
+
+
+async def _replicate_all(
+    id: str, version: str, clients: list[RelayClient], patience: float, depot: str | None
+) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    from contextlib import AsyncExitStack
+
+    from orchestrator.depot import open_depot
+    from orchestrator.sending import parcel, send
+
+    if len({client.url for client in clients}) != len(clients):
         raise UsageError("a relay is named twice")
-    results: list[dict[str, Any]] = []
-    errors: dict[str, WaystationError] = {}
     with progress_bars() as bar:
-        async with open_depot(_depot_location(depot)) as opened:
-            ref = _ref(id, version)
-            manifest = await opened.manifest(opened.catalog.get(ref))
-            signature = await opened.catalog.signature(manifest.id)
-            if not signature:
-                raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
-            known = await opened.other_versions(ref)
-
-            async def to(relay: RelayClient) -> None:
-                try:
-                    async with relay:
-                        done = await send(
-                            manifest,
-                            signature,
-                            opened.store.chunks,
-                            relay,
-                            known=known,
-                            progress=bar(relay.url),
-                            patience=patience,
-                        )
-                    results.append(asdict(done))
-                except WaystationError as error:
-                    errors[relay.url] = error
-
-            await asyncio.gather(*(to(client) for client in clients))
-    return sorted(results, key=lambda r: order.index(r["relay"])), errors
+        async with AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(open_depot(_depot_location(depot)))
+            for client in clients:
+                await stack.enter_async_context(client)
+            what = await parcel(opened, _ref(id, version))
+            sent = await send(opened, what, clients, bar=bar, patience=patience)
+    return [asdict(done) for done in sent.replicated], sent.failed
 
 
 def _added(result: Added) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return kept | {"WAYSTATION_HOME": str(home)} | more
 
 
-def begin(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
+def begin(home: Path, *words: object, cwd: str | None = None, **more: str) -> subprocess.Popen[str]:
     """Start a command; its output goes to pipes. `more` is added to its environment."""
     return subprocess.Popen(
         [WAYSTATION, *map(str, words)],
+        cwd=cwd,
         env=environment(home, **more),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -11,7 +11,12 @@ import sys
 
 import pytest
 
-HEAVY = {"aiohttp", "boto3", "cryptography", "dns", "prometheus_client", "rich", "securesystemslib", "uvloop", "yaml"}
+from relay.main import _COMMANDS
+
+HEAVY = {
+    "aiohttp", "boto3", "cryptography", "dns", "prometheus_client", "rich", "securesystemslib", "sqlalchemy", "uvloop",
+    "yaml",
+}  # fmt: skip
 OURS = {"agent", "benchmarks", "orchestrator"}
 
 
@@ -37,7 +42,7 @@ def test_help_loads_nothing_heavy_and_no_command() -> None:
     assert loaded & (HEAVY | OURS) == set()
 
 
-@pytest.mark.parametrize("command", ["package", "relay", "agent", "trust"])
+@pytest.mark.parametrize("command", _COMMANDS)
 def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
     assert loaded_by(help_of(command)) & HEAVY == set()
 
@@ -45,7 +50,26 @@ def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
 def test_the_agents_commands_do_not_load_the_orchestrator() -> None:
     loaded = loaded_by("import agent.cli")
     assert "agent" in loaded
-    assert loaded & {"orchestrator", "benchmarks"} == set()
+    assert loaded & {"orchestrator", "benchmarks", "sqlalchemy"} == set()
+
+
+def test_an_agent_that_serves_loads_neither_orchestrator_nor_server_nor_a_database() -> None:
+    """All that it ever loads, also what it loads late: every module of the agent's."""
+    code = (
+        "import importlib, pkgutil, agent, sys\n"
+        "for module in pkgutil.iter_modules(agent.__path__):\n"
+        "    importlib.import_module(f'agent.{module.name}')\n"
+        "assert 'agent.service' in sys.modules and 'relay.server' not in sys.modules"
+    )
+    loaded = loaded_by(code)
+    assert "agent" in loaded
+    assert loaded & {"orchestrator", "benchmarks", "prometheus_client", "sqlalchemy"} == set()
+
+
+def test_a_plan_needs_no_journal() -> None:
+    """`release plan` contacts nothing and writes nothing: it opens no database either."""
+    loaded = loaded_by("import orchestrator.planning, orchestrator.forecast")
+    assert loaded & {"sqlalchemy", "aiohttp"} == set()
 
 
 def test_an_agent_that_pulls_loads_neither_orchestrator_nor_server() -> None:

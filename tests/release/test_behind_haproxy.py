@@ -1,0 +1,162 @@
+"""A web farm behind a real HAProxy that hides nothing: what its visitors see, and what its own log says, of a release.
+
+Who is in rotation is read from HAProxy's log alone, never from our journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from commands import Done
+from farm import Farm
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY / "deploy" / "demo"), str(REPOSITORY / "deploy" / "demo" / "webapp")]
+
+import folder as webapp  # noqa: E402
+import haproxy_log  # noqa: E402
+from balancer import Balancer, haproxy  # noqa: E402
+from load import Load, Summary  # noqa: E402
+from programs import end_what_is_left, free_ports  # noqa: E402
+
+MACHINES = ("web1", "web2", "web3", "web4", "web5")
+BOOT_SECONDS = {"web1": 0.9, "web2": 0.1, "web3": 0.1, "web4": 0.5, "web5": 0.0}
+"""Uneven on purpose: a window that waits for its slowest would show."""
+
+pytestmark = pytest.mark.skipif(haproxy() is None, reason="haproxy is not installed: nothing is balanced")
+
+
+@dataclass
+class Shop:
+    """The farm behind its balancer."""
+
+    farm: Farm
+    balancer: Balancer
+
+    def add(self, version: str, *, broken: bool = False) -> None:
+        made = webapp.make(self.farm.folder / f"shop-{version}", version, broken=broken)
+        nupkg = self.farm.folder / f"{webapp.ID}.{version}.nupkg"
+        self.farm.do("package", "pack", made, "--id", webapp.ID, "--version", version, "--output", nupkg)
+        self.farm.do("package", "add", nupkg)
+
+    def write_process(self, strategy: object) -> None:
+        check = {"http": "http://${machine.address}:${port}/version", "expect": "${package.version}", "deadline": "5s"}
+        self.farm.write_process(
+            packages={"web": webapp.ID},
+            steps=[
+                {
+                    "name": "web farm",
+                    "roles": ["web"],
+                    "deploy": "web",
+                    "to": str(self.farm.folder / "srv") + "/${machine.name}",
+                    "strategy": strategy,
+                    "rotation": "web",
+                    "apply": ["switch", {"name": "restart", "script": "ops/restart.py"}],
+                    "verify": [check],
+                }
+            ],
+        )
+
+    async def deploy(self, version: str, *words: str) -> Done:
+        return await asyncio.to_thread(self.farm.deploy, version, "--package", f"web={version}", *words)
+
+    async def deploy_under_load(self, version: str, *words: str) -> tuple[Done, Summary, haproxy_log.Log]:
+        """The deployment, what visitors saw from well before to well after it, and HAProxy's log of that time."""
+        await self.balancer.until_quiet()
+        before = len(self.balancer.log().requests)
+        began = datetime.now(UTC)
+        async with Load(f"{self.balancer.url}/", rate=80.0) as load:
+            await load.until(60)
+            done = await self.deploy(version, *words)
+            await load.until(load.summary().requests + 60)
+        await self.balancer.until_quiet()
+        whole = self.balancer.log()
+        assert len(whole.requests) - before == load.summary().requests, "HAProxy hung up on visitors and logged nothing"
+        return done, load.summary(), haproxy_log.since(whole, began)
+
+
+@asynccontextmanager
+async def shop_in(folder: Path) -> AsyncIterator[Shop]:
+    ports = dict(zip(MACHINES, free_ports(len(MACHINES)), strict=True))
+    async with Balancer(folder / "lb", {name: f"127.0.0.1:{port}" for name, port in ports.items()}) as balancer:
+        with Farm(folder) as farm:
+            try:
+                await asyncio.to_thread(_set_up, farm, balancer, ports)
+                yield Shop(farm, balancer)
+            finally:
+                for agent in farm.agents.values():
+                    await asyncio.to_thread(agent.stop)
+                await end_what_is_left(folder)
+
+
+def _set_up(farm: Farm, balancer: Balancer, ports: dict[str, int]) -> None:
+    farm.add_relay("fra")
+    for name in MACHINES:
+        farm.add_agent(name).start()
+    example = REPOSITORY / "deploy" / "examples" / "haproxy" / "environments" / "lb"
+    shutil.copytree(example, farm.project / "environments" / "lb")
+    (farm.project / "ops").mkdir()
+    shutil.copy(webapp.RESTART, farm.project / "ops" / "restart.py")
+    farm.write_environment(
+        rotation={"web": {"before": "lb/out.py", "after": "lb/in.py", "probe": "lb/state.py", "secrets": ["lb_token"]}},
+        secrets={"lb_token": {"file": str(balancer.token_file)}},
+        variables={"haproxy": balancer.page, "backend": "web", "work_seconds": 0.05},
+        machines={name: {"variables": {"port": ports[name], "boot_seconds": BOOT_SECONDS[name]}} for name in MACHINES},
+    )
+
+
+async def test_a_rolling_release_keeps_its_window_and_its_minimum_and_fails_no_request(tmp_path: Path) -> None:
+    async with shop_in(tmp_path) as shop:
+        shop.add("1.0.0")
+        shop.add("2.0.0")
+        shop.write_process("parallel")
+        first = await shop.deploy("1.0.0")
+        assert first.code == 0, first.out + first.err
+        await shop.balancer.until_up()
+
+        shop.write_process({"rolling": {"window": "40%", "min_in_service": 3}})
+        done, seen, log = await shop.deploy_under_load("2.0.0")
+
+        assert done.code == 0, done.out + done.err
+        assert (seen.failed, seen.kinds) == (0, {})
+        assert set(seen.versions) == {"1.0.0", "2.0.0"}
+        assert haproxy_log.most_out_at_once(log) == 2, "40 % of five are two, and both places were used"
+        assert haproxy_log.fewest_in_service(log) >= 3
+        assert haproxy_log.were_out(log) == set(MACHINES)
+
+
+async def test_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(tmp_path: Path) -> None:
+    async with shop_in(tmp_path) as shop:
+        shop.add("1.0.0")
+        shop.add("2.0.0", broken=True)
+        shop.add("3.0.0")
+        shop.write_process("parallel")
+        assert (await shop.deploy("1.0.0")).code == 0
+        await shop.balancer.until_up()
+
+        shop.write_process("rolling")
+        done, seen, log = await shop.deploy_under_load("2.0.0")
+
+        assert done.code == 1
+        assert (seen.failed, set(seen.versions)) == (0, {"1.0.0"})
+        assert haproxy_log.were_out(log) == {"web1"}, "the first machine fails, so no other is touched"
+        out = shop.farm.do("rotation", "list", "--json").json["open"]
+        assert [(bracket["machine"], bracket["label"]) for bracket in out] == [("web1", "2.0.0")]
+
+        refused = await shop.deploy("3.0.0")
+        assert (refused.code, "web1 is out of web" in refused.err) == (1, True)
+
+        done, seen, log = await shop.deploy_under_load("3.0.0", "--adopt")
+        assert done.code == 0, done.out + done.err
+        assert (seen.failed, set(seen.versions)) == (0, {"1.0.0", "3.0.0"})
+        assert haproxy_log.were_out(log) >= set(MACHINES) - {"web1"}
+        assert set((await shop.balancer.statuses()).values()) == {"UP"}
+        assert shop.farm.do("rotation", "list").out == "no machine is out\n"

@@ -1,0 +1,333 @@
+"""A deployment whose engine is killed, that is called twice at once, that a person or its deadline ends.
+
+The script on the machines waits for a word of the test, so that whatever is done to the engine is done in mid-flight.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import finish, wait_for
+from farm import Farm
+
+SECONDS = 60.0
+OPENED = ("vpn open", "vpn is there")
+
+
+class World:
+    """Two machines, one at a time; each test has an environment of its own, and folders of its own on the machines."""
+
+    def __init__(self, farm: Farm) -> None:
+        self.farm = farm
+        self.name = ""
+
+    def set_up(self, name: str, opening: str = "true", **process: object) -> None:
+        """The files of one test, whose release is called as it is. `opening` is a part of what opens the VPN."""
+        self.name = name
+        self.folder.mkdir()
+        root = f"{self.folder}/srv/${{machine.name}}"
+        words = {"go": self.folder / "go", "diary": self.diary}
+        for path, text in {
+            "environments/lb/before.sh": _waiting("before", self.folder / "go-before", self.diary),
+            "environments/lb/after.sh": f"#!/bin/sh\necho $MACHINE after $OUTCOME $DEPLOYMENT >> {self.diary}\n",
+            "deploy/configure.sh": _waiting("configure", **words),
+            "deploy/check.sh": '#!/bin/sh\ngrep -qx "$1" "$ROOT/current/version.txt"\n',
+        }.items():
+            self.farm.write_script(path, text)
+        (self.folder / "go-before").touch()
+        self.farm.write_process(
+            packages={"web": "Acme.Web"},
+            pre_acquire=[
+                {
+                    "name": "open vpn",
+                    "commands": [["sh", "-c", f"{opening}; echo vpn open >> {self.diary}"]],
+                    "undo": {"commands": [["sh", "-c", f"echo vpn closed >> {self.diary}"]]},
+                },
+                {"name": "look", "commands": [["sh", "-c", f"echo vpn is there >> {self.diary}"]]},
+            ],
+            steps=[
+                {
+                    "name": "web farm",
+                    "roles": ["web"],
+                    "deploy": "web",
+                    "to": root,
+                    "strategy": "rolling",
+                    "rotation": "web",
+                    "apply": ["switch", {"name": "configure", "script": "deploy/configure.sh", "timeout": "60s"}],
+                    "verify": [{"command": ["deploy/check.sh", "${package.version}"]}],
+                }
+            ],
+            **process,
+        )
+        self.farm.write_environment(
+            name, rotation={"web": {"before": "lb/before.sh", "after": "lb/after.sh", "timeout": "60s"}}
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.farm.folder / self.name
+
+    @property
+    def diary(self) -> Path:
+        return self.folder / "diary"
+
+    @property
+    def lines(self) -> list[str]:
+        """Of the diary, without deployments."""
+        text = self.diary.read_text() if self.diary.exists() else ""
+        return [" ".join(word for word in line.split() if len(word) != 26) for line in text.splitlines()]
+
+    def deployments(self, what: str) -> list[str]:
+        """The deployments whose scripts wrote this down."""
+        lines = [line.split() for line in self.diary.read_text().splitlines()]
+        return [line[-1] for line in lines if " ".join(line[:-1]) == what]
+
+    def begin(self) -> subprocess.Popen[str]:
+        """Make the release, and deploy it."""
+        return self.deploy("--package", "web=1.0.0")
+
+    def deploy(self, *words: object) -> subprocess.Popen[str]:
+        return self.farm.start("release", "deploy", self.name, "-e", self.name, *words)
+
+    def until(self, line: str, count: int = 1) -> None:
+        wait_for(lambda: self.lines.count(line) >= count, seconds=SECONDS)
+
+    def go(self) -> None:
+        """The scripts on the machines may end."""
+        (self.folder / "go").touch()
+
+    @property
+    def status(self) -> Any:
+        return self.farm.do("release", "status", "-e", self.name, "--json").json
+
+    @property
+    def out(self) -> list[str]:
+        open_ = self.farm.do("rotation", "list", "-e", self.name, "--json").json["open"]
+        return [bracket["machine"] for bracket in open_]
+
+
+def _waiting(what: str, go: Path, diary: Path) -> str:
+    """A script that begins, waits for the file `go`, and ends."""
+    return (
+        f"#!/bin/sh\necho $MACHINE {what} begins $DEPLOYMENT >> {diary}\n"
+        f"until [ -e {go} ]; do sleep 0.02; done\necho $MACHINE {what} ends $DEPLOYMENT >> {diary}\n"
+    )
+
+
+def turn(machine: str) -> list[str]:
+    """The whole of a turn that went well."""
+    return [
+        *(f"{machine} {what} {end}" for what in ("before", "configure") for end in ("begins", "ends")),
+        f"{machine} after deployed",
+    ]
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    with Farm(tmp_path_factory.mktemp("interrupted")) as farm:
+        farm.add_relay("fra")
+        for name in ("web1", "web2"):
+            farm.add_agent(name).start()
+        farm.add_package("Acme.Web", "1.0.0", {"version.txt": "1.0.0\n"})
+        yield farm
+
+
+@pytest.fixture
+def world(farm: Farm) -> World:
+    return World(farm)
+
+
+# --- killed
+
+
+def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting_finishes_it(world: World) -> None:
+    world.set_up("killed")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    engine.kill()
+    assert finish(engine).code == -signal.SIGKILL
+
+    status = world.status
+    first = status["summary"]["deployment"]
+    assert status["summary"]["state"] == "interrupted"
+    assert [bracket["machine"] for bracket in status["brackets"]] == ["web1"]
+    assert [machine["name"] for machine in status["machines"] if machine["stage"] == "in flight"] == ["web1"]
+    told = world.farm.do("release", "status", "-e", "killed").out
+    assert "interrupted" in told
+    assert "web1 is out of web since" in told
+    assert "opened by killed" in told
+
+    refused = finish(world.deploy())
+    assert refused.code == 1
+    assert "web1 is out of web" in refused.err
+
+    # The script of the dead deployment still runs on web1. Whoever takes over must wait for it there.
+    heir = world.deploy("--adopt")
+    world.until("web1 before ends", 2)
+    time.sleep(0.5)
+    assert world.lines.count("web1 configure begins") == 1, "two scripts at once on one machine"
+    world.go()
+    done = finish(heir)
+    assert done.code == 0, done.out + done.err
+    second = world.status["summary"]["deployment"]
+    assert world.deployments("web1 configure begins") == world.deployments("web1 configure ends") == [first, second]
+    assert [line for line in world.lines if "web1 configure" in line] == [
+        "web1 configure begins",
+        "web1 configure ends",
+    ] * 2
+    assert world.lines[-6:] == [*turn("web2"), "vpn closed"]
+    assert world.deployments("web1 after deployed") == [second]
+    assert world.lines.count("vpn closed") == 2, "what the dead deployment had opened is closed for it, too"
+
+    assert world.out == []
+    states = {
+        each["deployment"]: each["state"]
+        for each in world.farm.do("release", "history", "-e", "killed", "--json").json["deployments"]
+    }
+    assert states == {first: "failed", second: "succeeded"}
+    again = finish(world.deploy())
+    assert again.code == 0, "a lock or a bracket remained: " + again.err
+
+
+def test_closing_a_machine_waits_for_the_before_that_a_killed_engine_left_running(world: World) -> None:
+    world.set_up("orphan")
+    (world.folder / "go-before").unlink()
+    engine = world.begin()
+    world.until("web1 before begins")
+    engine.kill()
+    finish(engine)
+
+    closing = world.farm.start("rotation", "close", "web1", "-e", "orphan")
+    with pytest.raises(subprocess.TimeoutExpired):  # time enough for one that does not wait
+        closing.wait(2.0)
+    (world.folder / "go-before").touch()
+    done = finish(closing)
+    assert done.code == 0, done.err
+    assert world.lines == [*OPENED, "web1 before begins", "web1 before ends", "web1 after put_back"]
+    assert world.out == []
+
+
+def test_adopting_a_machine_waits_for_the_before_that_a_killed_engine_left_running(world: World) -> None:
+    world.set_up("heir")
+    (world.folder / "go-before").unlink()
+    world.go()
+    engine = world.begin()
+    world.until("web1 before begins")
+    engine.kill()
+    finish(engine)
+
+    heir = world.deploy("--adopt")
+    time.sleep(2.5)  # time enough for one that does not wait
+    (world.folder / "go-before").touch()
+    done = finish(heir)
+    assert done.code == 0, done.out + done.err
+    of_before = [line for line in world.lines if "web1 before" in line]
+    assert of_before == ["web1 before begins", "web1 before ends"] * 2
+
+
+# --- twice at once
+
+
+def test_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hears_who_holds(world: World) -> None:
+    world.set_up("twice")
+    world.farm.do("release", "create", "twice", "--package", "web=1.0.0")
+    both = [world.deploy(), world.deploy()]
+    wait_for(lambda: any(each.poll() is not None for each in both), seconds=SECONDS)
+    [loser] = [each for each in both if each.poll() is not None]
+    [winner] = [each for each in both if each is not loser]
+    lost = finish(loser)
+    world.until("web1 configure begins")
+    adopting = finish(world.deploy("--adopt"))
+    closing = world.farm.call("rotation", "close", "web1", "-e", "twice")
+    for refused in (lost, adopting, closing):
+        assert refused.code == 4, refused.err
+        assert f"(pid {winner.pid})" in refused.err
+        assert "deploy twice" in refused.err
+
+    world.go()
+    done = finish(winner)
+    assert done.code == 0, done.err
+    assert world.lines == [*OPENED, *turn("web1"), *turn("web2"), "vpn closed"]
+
+
+# --- cancelled
+
+
+def _interrupt(engine: subprocess.Popen[str]) -> str:
+    """Ctrl-C, and what is said of it at once."""
+    engine.send_signal(signal.SIGINT)
+    assert engine.stderr is not None
+    return engine.stderr.readline()
+
+
+def test_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(world: World) -> None:
+    world.set_up("cancelled")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    assert "come to their end" in _interrupt(engine)
+    world.go()
+    done = finish(engine)
+    assert done.code == 130, done.out + done.err
+    assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]
+    summary = world.status["summary"]
+    assert summary["state"] == "cancelled"
+    assert summary["reason"].count("cancelled by") == 1
+    assert world.out == []
+
+
+def test_ctrl_c_twice_leaves_at_once_and_says_what_is_open(world: World) -> None:
+    world.set_up("left")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    assert "once more leaves now" in _interrupt(engine)
+    engine.send_signal(signal.SIGINT)
+    done = finish(engine)  # the script still waits: who waited for it would hang here
+    assert done.code == 130, done.out + done.err
+    assert "web1 configure ends" not in world.lines
+    assert "still out of their rotation: web1" in done.out + done.err
+    assert "not undone: open vpn" in done.out + done.err
+    assert world.status["summary"]["state"] == "interrupted"
+    assert world.out == ["web1"]
+
+    world.go()
+    world.until("web1 configure ends")
+    closed = world.farm.call("rotation", "close", "web1", "-e", "left")
+    assert closed.code == 0, closed.err
+    assert world.lines[-1] == "web1 after put_back"
+
+
+def test_ctrl_c_before_acquisition_undoes_what_was_opened_and_opens_nothing_more(world: World) -> None:
+    folder = world.farm.folder / "early"
+    waits = f"echo vpn opens >> {folder}/diary; until [ -e {folder}/go ]; do sleep 0.02; done"
+    world.set_up("early", opening=waits)
+    engine = world.begin()
+    world.until("vpn opens")
+    _interrupt(engine)
+    world.go()
+    assert finish(engine).code == 130
+    assert world.lines == ["vpn opens", "vpn open", "vpn closed"]
+    assert not (world.folder / "srv").exists()
+
+
+# --- too late
+
+
+def test_after_its_deadline_nothing_starts_any_more_and_everything_is_undone(world: World) -> None:
+    world.set_up("late", deadline="5s")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    with pytest.raises(subprocess.TimeoutExpired):  # it is over by then, as it ran before
+        engine.wait(5.2)
+    world.go()
+    done = finish(engine)
+    assert done.code == 1, done.out + done.err
+    assert "deadline" in world.status["summary"]["reason"]
+    assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]
+    assert not os.path.exists(world.folder / "srv/web2/current")
