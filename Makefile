@@ -6,15 +6,15 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .PHONY: demo test soak lint types bench clean
 
 demo:
-	@deploy/setup.sh dnsmasq
+	@deploy/setup.sh dnsmasq haproxy
 	@$(PYTHON) deploy/demo/demo.py
 
 test:
-	@deploy/setup.sh dnsmasq nginx curl zip unzip strace
+	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace
 	@$(PYTHON) -m pytest
 
 soak:
-	@deploy/setup.sh dnsmasq nginx curl zip unzip strace
+	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace
 	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -q -p no:cacheprovider --durations=25 >tests/soak.txt 2>&1; \
 		result=$$?; tail -n 40 tests/soak.txt; exit $$result
 
@@ -31,6 +31,7 @@ types:
 bench:
 	@deploy/setup.sh nginx curl unzip
 	@$(PYTHON) -m benchmarks.road
+	@$(PYTHON) -m benchmarks.rollout
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo

@@ -14,16 +14,25 @@ import dns.zone
 import pytest
 from dns_server import dns_server
 
+from agent import platform
 from agent.discovery import find_sources
 from agent.nearest import Source
+from agent.scripts import command_for
 from agent.state import AgentConfig
+from orchestrator.environment import load_environment
+from orchestrator.plan import MachineStep, PlannedPackage
+from orchestrator.planning import make_plan
+from orchestrator.process import load_process, package_of
+from orchestrator.scaffold import write_scaffold
 from relay.config import RelayConfig, load_yaml
+from relay.errors import LockedError, UsageError
 from relay.server.app import limits_of
 from relay.server.tokens import parse_tokens
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 EXAMPLES = DEPLOY / "examples"
 UNIT = DEPLOY / "systemd" / "waystation-relay.service"
+AGENT_UNIT = DEPLOY / "systemd" / "waystation-agent.service"
 
 
 def relay_config() -> RelayConfig:
@@ -40,7 +49,7 @@ def test_the_example_relay_yaml_is_one_that_a_relay_takes():
     assert config.tls is not None
     assert limits_of(config).drain_seconds == 30
     parse_tokens(config.tokens)
-    assert [record["scopes"] for record in config.tokens] == [["write"], ["read"]]
+    assert [record["scopes"] for record in config.tokens] == [["order", "write"], ["agent"]]
 
 
 def test_the_example_relay_yaml_names_every_setting():
@@ -64,6 +73,28 @@ def test_what_the_example_agent_yaml_leaves_as_it_is_are_the_defaults():
         default.srv_generic,
         default.scheme,
     )
+
+
+def test_the_example_agent_yaml_takes_orders_below_srv_only():
+    assert agent_config().roots == ("/srv",)
+
+
+def test_what_the_example_agent_yaml_shows_of_interpreters_and_services_is_of_their_form(tmp_path: Path):
+    """They stand there as comments; without their marks they load."""
+    text = re.sub(
+        r"^# (interpreters:|service_command:|  \.)", r"\1", (EXAMPLES / "agent.yaml").read_text(), flags=re.MULTILINE
+    )
+    path = tmp_path / "agent.yaml"
+    path.write_text(text)
+    config = load_yaml(str(path), AgentConfig)
+    assert command_for(str(script_without_first_line(tmp_path)), config.interpreters)[0] == "/usr/bin/python3"
+    assert platform.service_command("restart", "webshop", config.service_command) == ["sv", "restart", "webshop"]
+
+
+def script_without_first_line(folder: Path) -> Path:
+    script = folder / "configure.py"
+    script.write_text("print()\n")
+    return script
 
 
 async def test_the_example_agent_finds_the_example_relays_at_a_real_dnsmasq_closest_first():
@@ -105,11 +136,52 @@ def absolute(name: dns.name.Name) -> str:
     return name.to_text(omit_final_dot=True)
 
 
-def unit() -> configparser.ConfigParser:
+def unit(path: Path = UNIT) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, delimiters=("=",), interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read(UNIT)
+    parser.read(path)
     return parser
+
+
+def test_the_unit_of_an_agent_leaves_scripts_alone_and_serves_the_home_that_it_may_write():
+    service = unit(AGENT_UNIT)["Service"]
+    # Its control group holds the runners too: whatever else would be killed with the agent is a release's script.
+    assert service["KillMode"] == "process"
+    home = f"/var/lib/{service['StateDirectory']}"
+    assert service["ExecStart"].endswith(f" agent serve --home {home}")
+    assert f"--home {home}" in AGENT_UNIT.read_text().partition("[Unit]")[0], "the set-up makes another home"
+
+
+@pytest.mark.parametrize("path", [UNIT, AGENT_UNIT], ids=lambda path: path.stem)
+def test_a_unit_does_not_start_again_what_cannot_work(path: Path):
+    wrong = {str(UsageError.exit_code), str(LockedError.exit_code)}
+    assert set(unit(path)["Service"]["RestartPreventExitStatus"].split()) == wrong
+
+
+def test_the_example_of_haproxy_can_be_planned_as_it_stands():
+    folder = EXAMPLES / "haproxy"
+    process = load_process(str(folder / "release.yaml"))
+    where = load_environment(str(folder / "environments/production.yaml"))
+    packages = {"web": PlannedPackage("Acme.Web", "1.4.2")}
+    plan = make_plan(process, where, label="1.4.2", packages=packages, scripts=None, prompts={})
+    (step,) = plan.steps
+    assert isinstance(step, MachineStep)
+    assert step.rotation is not None
+    assert step.rotation.before.secrets == ("lb_token",)
+    assert [turn.machine for turn in step.turns] == ["web1", "web2", "web3"]
+
+
+def test_what_init_writes_can_be_planned_once_the_keys_are_there(tmp_path: Path):
+    write_scaffold(str(tmp_path / "webshop"))
+    environment = tmp_path / "webshop/environments/production.yaml"
+    text = environment.read_text()
+    for number in (1, 2):
+        text = text.replace('key: ""', f'key: "sha256:{number:064}"', 1)
+    environment.write_text(text)
+    process = load_process(str(tmp_path / "webshop/release.yaml"))
+    id = package_of(process.value.packages["web"]).id
+    packages = {"web": PlannedPackage(id, "1.4.2")}
+    make_plan(process, load_environment(str(environment)), label="1.4.2", packages=packages, scripts=None, prompts={})
 
 
 def test_the_unit_gives_a_relay_more_than_twice_its_drain_time_to_stop():

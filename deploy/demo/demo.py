@@ -1,4 +1,6 @@
-"""The road in under a minute: two sites, two relays, six machines, a real package, and a relay that dies in mid-pull.
+"""Waystation in a minute or two. The road: two sites, two relays, six machines, real packages, a relay that dies in
+mid-pull, and the ledger of every byte. Then the release: the same machines behind a real HAProxy get a web application
+and its next version, machine by machine, under load and without a failed request.
 
 Everything runs on loopback in a temporary folder, with the real command, a real name server and proxies that count
 every byte between them; nothing is left behind. The exit code is 0 only if everything that was promised held.
@@ -15,8 +17,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import farm
 import ledger as books
 import packages
 from ledger import Added, Delivery, Kill, Ledger, Pull, Sent
@@ -39,8 +43,26 @@ CALL_SECONDS = 20
 LOG_LINES = 12
 
 
-async def play(town: Town, shelf: Path, tell: Narrator) -> Ledger:
-    """The story, one step after another."""
+@dataclass(frozen=True, slots=True)
+class Played:
+    """Both halves, and whether every promise of theirs held."""
+
+    book: Ledger
+    rolled: farm.Rolled
+    held: bool
+
+
+async def play(town: Town, shelf: Path, tell: Narrator) -> Played:
+    """The road and its ledger, then the release."""
+    book = await play_road(town, shelf, tell)
+    road_held = close_the_books(book, tell)
+    rolled = await farm.play(town, tell)
+    release_held = farm.close(rolled, town.machines, tell)
+    return Played(book, rolled, road_held and release_held)
+
+
+async def play_road(town: Town, shelf: Path, tell: Narrator) -> Ledger:
+    """The story of the bytes, one step after another."""
     book = Ledger()
 
     tell.begin("Two sites, a relay in each, and DNS records that lead to the closest")
@@ -86,11 +108,11 @@ async def play(town: Town, shelf: Path, tell: Narrator) -> Ledger:
 
 
 async def open_relays(town: Town, tell: Narrator) -> None:
-    for scope, name in (("write", "the origin"), ("read", "the machines")):
+    for scopes, name in ((("write", "order"), "the origin"), (("agent",), "the machines")):
         # The relays share what says who may do what; site, store and port are given to each by option.
-        command = town.at_relay("token", scope, "--config", "relays/relay.yaml", "--name", name)
-        tell.command(f"{command} > tokens/{scope}")
-        token = town.folder / "tokens" / scope
+        command = town.at_relay("token", *scopes, "--config", "relays/relay.yaml", "--name", name)
+        tell.command(f"{command} > tokens/{scopes[0]}")
+        token = town.folder / "tokens" / scopes[0]
         token.touch(mode=0o600)
         token.write_text(await town.processes.run(command))
     for relay in SITES:
@@ -116,8 +138,9 @@ async def make_keys(town: Town, tell: Narrator) -> None:
 async def set_up_machines(town: Town, tell: Narrator) -> None:
     commands = [town.init(machine) for machine in town.machines]
     tell.command(str(commands[0]), others(town.machines))
-    outputs = await together([town.processes.run(command) for command in commands])
-    tell.say(outputs[0])
+    documents = await together([town.json(command) for command in commands])
+    town.fingerprints = {document["name"]: document["fingerprint"] for document in documents}
+    tell.say(f"fingerprint {documents[0]['fingerprint']}")
 
 
 # --- a package and its road
@@ -342,11 +365,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.number: signal.Signals | None = None
-        self._story: asyncio.Task[Ledger] | None = None
+        self._story: asyncio.Task[Played] | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
 
-    def ends(self, story: asyncio.Task[Ledger]) -> None:
+    def ends(self, story: asyncio.Task[Played]) -> None:
         self._story = story
         if self.number is not None:
             story.cancel()
@@ -376,12 +399,12 @@ async def perform(shelf: Path, report: Path | None, tell: Narrator) -> int:
         return 128 + stop.number
     if error is not None:
         return 1
-    book = story.result()
-    held = close_the_books(book, tell)
+    played = story.result()
     if report is not None:
-        document = books.report(book, books.promises(book), tell.seconds)
+        document = books.report(played.book, books.promises(played.book), tell.seconds)
+        document["release"] = farm.report(played.rolled, farm.promises(played.rolled, town.machines))
         report.write_text(json.dumps(document, indent=2) + "\n")
-    return 0 if held else 1
+    return 0 if played.held else 1
 
 
 def main() -> int:

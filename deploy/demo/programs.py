@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -52,9 +53,11 @@ class Processes:
         self.folder = folder
         self._services: dict[str, Process] = {}
 
-    async def run(self, command: Command) -> str:
-        """Run to the end, in the demo's folder. Returns standard output; raises `DemoError` for an exit code not 0."""
-        process = await self._spawn(command, stdout=PIPE, stderr=PIPE)
+    async def run(self, command: Command, folder: Path | None = None) -> str:
+        """Run to the end, in the demo's folder or another. Returns standard output; raises `DemoError` for an exit code
+        not 0.
+        """
+        process = await self._spawn(command, stdout=PIPE, stderr=PIPE, folder=folder)
         try:
             output, errors = await process.communicate()
         finally:
@@ -63,6 +66,21 @@ class Processes:
             told = (errors.decode(errors="replace").strip() or output.decode(errors="replace").strip())[-2000:]
             raise DemoError(f"exit code {process.returncode}: {command}\n{told}")
         return output.decode()
+
+    async def follow(self, command: Command, say: Callable[[str], None], folder: Path) -> None:
+        """Run to the end in `folder`, and say each line as it comes. Raises `DemoError` for an exit code not 0."""
+        process = await self._spawn(command, stdout=PIPE, stderr=STDOUT, folder=folder)
+        last: deque[str] = deque(maxlen=20)
+        try:
+            assert process.stdout is not None  # noqa: S101 - it is a pipe
+            async for line in process.stdout:
+                last.append(line.decode(errors="replace").rstrip())
+                say(last[-1])
+            await process.wait()
+        finally:
+            await _end(process, signal.SIGKILL)
+        if process.returncode:
+            raise DemoError("\n".join([f"exit code {process.returncode}: {command}", *last]))
 
     async def start(self, name: str, command: Command) -> None:
         """Start a service under `name`; what it prints goes to the end of its log."""
@@ -87,17 +105,39 @@ class Processes:
         await asyncio.gather(*(_end(process, signal.SIGTERM) for process in self._services.values()))
         self._services.clear()
 
-    async def _spawn(self, command: Command, *, stdout: int, stderr: int) -> Process:
+    async def _spawn(self, command: Command, *, stdout: int, stderr: int, folder: Path | None = None) -> Process:
         return await asyncio.create_subprocess_exec(
             command.program,
             *command.arguments,
-            cwd=self.folder,
+            cwd=folder or self.folder,
             env=command.environment(),
             stdin=DEVNULL,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
         )
+
+
+async def end_what_is_left(folder: Path) -> None:
+    """End every process that names `folder` on its command line: applications that agents started live on by design."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for _ in range(int(_STOP_SECONDS / 0.05)):
+            left = _naming(folder)
+            if not left:
+                return
+            for id in left:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(id, number)
+            await asyncio.sleep(0.05)
+
+
+def _naming(folder: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int(entry.name) != os.getpid() and os.fsencode(folder) + b"/" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 async def _end(process: Process, number: signal.Signals) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from balancer import haproxy
 from ledger import Pull, Sent, Taken
 from packages import Nupkg
-from programs import Command, DemoError, Processes, free_ports, together
+from programs import Command, DemoError, Processes, end_what_is_left, free_ports, together
 
 from benchmarks.network import CountingProxy, Line
 
@@ -54,6 +55,8 @@ def missing() -> list[str]:
         wanted.append(f"the command waystation beside {sys.executable}: run 'make demo', or deploy/setup.sh")
     if _dnsmasq() is None:
         wanted.append("dnsmasq (Debian: apt-get install dnsmasq-base)")
+    if haproxy() is None:
+        wanted.append("haproxy (Debian: apt-get install haproxy)")
     return wanted
 
 
@@ -74,11 +77,15 @@ class Town:
         self.lines: dict[tuple[str, str], CountingProxy] = {}
         """By (site of the machines, relay)."""
         self.resolver = ""
+        self.fingerprints: dict[str, str] = {}
+        """Of the machines' agents, by name."""
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         for name in ("logs", "tokens", "relays", "machines"):
             (self.folder / name).mkdir()
+        (self.project / "environments").mkdir(parents=True)
+        self._stack.push_async_callback(end_what_is_left, self.folder)
         self._stack.push_async_callback(self.processes.close)
         for relay, port in self.relay_ports.items():
             line = CountingProxy("127.0.0.1", port, up=WAN, down=WAN)
@@ -90,9 +97,20 @@ class Town:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # Who still calls is ended before the lines are.
+        await self.processes.close()
         await self._stack.aclose()
 
+    @property
+    def project(self) -> Path:
+        """Where the files of a release are."""
+        return self.folder / "project"
+
     # --- commands
+
+    def at_project(self, *arguments: str) -> Command:
+        """`waystation …` of the origin, to be called where the files of a release are."""
+        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", str(self.folder / _ORIGIN)),))
 
     def at_origin(self, *arguments: str) -> Command:
         """`waystation …` where packages enter."""
@@ -106,14 +124,14 @@ class Town:
         return self.on(
             machine,
             *("agent", "init", "--name", machine.name, "--site", machine.site, "--domain", DOMAIN),
-            *("--resolver", self.resolver, "--scheme", "http", "--trust", f"{_ORIGIN}/trust/trust.json"),
+            *("--resolver", self.resolver, "--scheme", "http", "--trust", f"{_ORIGIN}/trust/trust.json", "--json"),
         )
 
     def pull(self, machine: Machine, package: Nupkg) -> Command:
         return self.on(
             machine,
             *("agent", "pull", package.id, package.version, "--root", machine.root(package), "--switch"),
-            *("--token-file", "tokens/read", "--json"),
+            *("--token-file", "tokens/agent", "--json"),
         )
 
     def replicate(self, package: Nupkg) -> Command:
@@ -171,15 +189,25 @@ class Town:
         await self._until(name, lambda: asyncio.to_thread(lambda: b"relay ready at" in log.read_bytes()[before:]))
         return command
 
-    async def _until(self, name: str, is_ready: Any) -> None:  # noqa: ANN401 - a function that gives an awaitable
+    async def until_said(self, name: str, what: bytes, seconds: float) -> None:
+        """Return once the service has printed it. Raises `DemoError`."""
+        log = self.processes.log(name)
+        await self._until(name, lambda: asyncio.to_thread(lambda: what in log.read_bytes()), seconds)
+
+    async def _until(
+        self,
+        name: str,
+        is_ready: Any,  # noqa: ANN401 - a function that gives an awaitable
+        seconds: float = _READY_SECONDS,
+    ) -> None:
         try:
-            async with asyncio.timeout(_READY_SECONDS):
+            async with asyncio.timeout(seconds):
                 while not await is_ready():
                     if not self.processes.is_running(name):
                         raise DemoError(f"{name} ended at its start")
                     await asyncio.sleep(0.02)
         except TimeoutError as error:
-            raise DemoError(f"{name} is not ready after {_READY_SECONDS:.0f} s") from error
+            raise DemoError(f"{name} is not ready after {seconds:.0f} s") from error
 
     async def pull_plug(self, relay: str) -> None:
         """Reset every connection to the relay and refuse new ones, until `plug_in`."""

@@ -1,0 +1,275 @@
+"""The second half: a web farm behind a real HAProxy gets two releases, the second one under load, machine by machine.
+
+Nothing here is a stand-in: agents wait for signed orders at the relays, the rotation scripts are those of
+deploy/examples/haproxy as users would take them, and who judges is HAProxy's own log and the visitors.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import haproxy_log
+import yaml
+from balancer import Balancer
+from load import Load, Summary
+from narration import Narrator, names
+from programs import Command, free_ports, in_thread, together
+from town import Machine, Town
+
+sys.path.insert(0, str(Path(__file__).parent / "webapp"))
+import folder as webapp  # type: ignore[import-not-found]
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "haproxy"
+FIRST, SECOND = "1.0.0", "2.0.0"
+WINDOW = 2
+IN_SERVICE = 4
+"""`min_in_service` of the second release: of six."""
+BEFORE, AFTER = 300, 300
+"""Requests before the second release starts, and after it has ended."""
+WORK_SECONDS = 0.05
+"""What the shop takes for a page: so there are requests in flight when a machine leaves."""
+READY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rolled:
+    """What came of the second release: what the visitors saw, and what HAProxy wrote down meanwhile."""
+
+    load: Summary
+    log: haproxy_log.Log
+    logged: int
+    """Requests in HAProxy's log; where a kept connection breaks, it hangs up on the visitor and logs nothing."""
+    seconds: float
+    turns: dict[str, str]
+    """Outcome by machine, from the product's own status."""
+
+    @property
+    def out_with_the_second(self) -> int:
+        """How many machines were out when the second one left for the first time: 1 where the first was back."""
+        left: set[str] = set()
+        for moment in haproxy_log.rotation(self.log):
+            if left and moment.out - left:
+                return len(moment.out)
+            left |= moment.out
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    text: str
+    held: bool
+    seen: str
+
+
+async def play(town: Town, tell: Narrator) -> Rolled:
+    """The story, one step after another."""
+    ports = dict(zip([machine.name for machine in town.machines], free_ports(len(town.machines)), strict=True))
+    servers = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+    async with Balancer(town.folder / "haproxy", servers) as balancer:
+        tell.begin("An agent on each machine waits for orders; HAProxy stands in front of all six")
+        await start_agents(town, tell)
+        write_files(town, balancer, ports)
+        tell.say(f"HAProxy with 'retries 0' at {balancer.url}: whatever fails is seen by a visitor.")
+
+        tell.begin(f"Version {FIRST} of the web shop is released, everywhere at once")
+        await take_in(FIRST, town, tell)
+        write_process(town, {"strategy": "parallel"}, tell)
+        await deploy(FIRST, town, tell)
+        await balancer.until_up()
+        tell.say(f"HAProxy says UP of all {len(servers)}.")
+
+        tell.begin(f"Version {SECOND} follows under load: first one machine, then {WINDOW} at a time")
+        await take_in(SECOND, town, tell)
+        phases = [{"machines": 1}, {"window": WINDOW}]
+        write_process(town, {"strategy": {"rolling": {"phases": phases, "min_in_service": IN_SERVICE}}}, tell)
+        rolled = await roll_under_load(balancer, town, tell)
+
+        tell.begin("What every machine runs now, and what the journal says")
+        await show_status(town, tell)
+    return rolled
+
+
+# --- the set-up
+
+
+async def start_agents(town: Town, tell: Narrator) -> None:
+    commands = {machine.name: serve(machine, town) for machine in town.machines}
+    first = town.machines[0].name
+    tell.command(f"{commands[first]} &", f"the same on {names([m.name for m in town.machines[1:]])}")
+    for name, command in commands.items():
+        await town.processes.start(f"agent-{name}", command)
+    await together([town.until_said(f"agent-{name}", b" ready at ", READY_SECONDS) for name in commands])
+    tell.say(town.processes.log(f"agent-{first}").read_text().splitlines()[0])
+
+
+def serve(machine: Machine, town: Town) -> Command:
+    return town.on(machine, "agent", "serve", "--token-file", str(town.folder / "tokens" / "agent"))
+
+
+def write_files(town: Town, balancer: Balancer, ports: dict[str, int]) -> None:
+    """What operations owns: the environment with its rotation, and the scripts of the example beside it."""
+    project = town.project
+    shutil.copytree(EXAMPLES / "environments" / "lb", project / "environments" / "lb")
+    (project / "ops").mkdir()
+    shutil.copy(webapp.RESTART, project / "ops" / "restart.py")
+    environment = {
+        "environment": "demo",
+        "relays": {
+            relay: {"url": f"http://127.0.0.1:{line.port}", "site": relay, "token": {"file": "../../tokens/write"}}
+            for relay, line in town.origin_lines.items()
+        },
+        "rotation": {
+            "web": {"before": "lb/out.py", "after": "lb/in.py", "probe": "lb/state.py", "secrets": ["lb_token"]}
+        },
+        "secrets": {"lb_token": {"file": str(balancer.token_file)}},
+        "variables": {"haproxy": balancer.page, "backend": "web", "work_seconds": WORK_SECONDS},
+        "machines": {
+            machine.name: {
+                "address": "127.0.0.1",
+                "site": machine.site,
+                "roles": ["web"],
+                "key": town.fingerprints[machine.name],
+                "variables": {"port": ports[machine.name], "srv": str(town.folder / machine.home / "srv" / "shop")},
+            }
+            for machine in town.machines
+        },
+    }
+    (project / "environments" / "demo.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
+
+
+def write_process(town: Town, strategy: dict[str, Any], tell: Narrator) -> None:
+    """What developers own: it names the rotation, and says nothing of how it is done."""
+    step = {
+        "name": "web farm",
+        "roles": ["web"],
+        "deploy": "web",
+        "to": "${srv}",
+        **strategy,
+        "rotation": "web",
+        "apply": ["switch", {"name": "restart", "script": "ops/restart.py"}],
+        "verify": [{"http": "http://${machine.address}:${port}/version", "expect": "${package.version}"}],
+    }
+    process = {"format": 1, "project": "shop", "packages": {"web": webapp.ID}, "steps": [step]}
+    (town.project / "release.yaml").write_text(yaml.safe_dump(process, sort_keys=False))
+    tell.say("in release.yaml: " + yaml.safe_dump(strategy, default_flow_style=True, width=1000).strip()[1:-1])
+
+
+# --- releases
+
+
+async def take_in(version: str, town: Town, tell: Narrator) -> None:
+    folder = await in_thread(webapp.make, town.folder / f"webshop-{version}", version)
+    pack = town.at_origin("package", "pack", folder.name, "--id", webapp.ID, "--version", version)
+    add = town.at_origin("package", "add", f"{webapp.ID}.{version}.nupkg")
+    for command in (pack, add):
+        tell.command(str(command))
+        await town.processes.run(command)
+
+
+async def deploy(version: str, town: Town, tell: Narrator) -> None:
+    command = town.at_project("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
+    tell.command(str(command))
+    await town.processes.follow(command, tell.say, town.project)
+
+
+async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rolled:
+    async with Load(f"{balancer.url}/") as load:
+        await load.until(BEFORE)
+        began = datetime.now(UTC)
+        started = time.monotonic()
+        await deploy(SECOND, town, tell)
+        seconds = time.monotonic() - started
+        await load.until(load.summary().requests + AFTER)
+    summary = load.summary()
+    for second, seen in enumerate(summary.seconds):
+        shares = "  ".join(f"{version}: {count:4}" for version, count in sorted(seen.versions.items()))
+        tell.say(f"second {second:2}  {seen.requests:4} requests  {seen.failed} failed  {shares}")
+    await balancer.until_quiet()
+    whole = balancer.log()
+    log = haproxy_log.since(whole, began)
+    status = await town.json(town.at_project("release", "status", "--json"))
+    turns = {machine["name"]: machine["outcome"] for machine in status["machines"]}
+    return Rolled(summary, log, len(whole.requests), seconds, turns)
+
+
+async def show_status(town: Town, tell: Narrator) -> None:
+    for arguments in (("release", "status"), ("rotation", "list")):
+        command = town.at_project(*arguments)
+        tell.command(str(command))
+        tell.say(await town.processes.run(command, town.project))
+
+
+# --- the end
+
+
+def promises(rolled: Rolled, machines: Sequence[Machine]) -> list[Promise]:
+    load, log = rolled.load, rolled.log
+    most, fewest = haproxy_log.most_out_at_once(log), haproxy_log.fewest_in_service(log)
+    out = {change.server for change in log.changes if change.admin in {"drain", "maint"}}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in load.kinds.items())
+    return [
+        Promise(
+            "no request failed", load.failed == 0, f"{load.failed} of {load.requests}" + (f": {kinds}" * bool(kinds))
+        ),
+        Promise(
+            "HAProxy counted as many as the visitors", rolled.logged == load.requests, f"{rolled.logged} in its log"
+        ),
+        Promise(
+            "half of them over kept connections", load.kept > 0 < load.single, f"{load.kept} kept, {load.single} not"
+        ),
+        Promise(
+            "both versions were seen on the way",
+            set(load.versions) == {FIRST, SECOND},
+            ", ".join(f"{version}: {count}" for version, count in sorted(load.versions.items())),
+        ),
+        Promise(
+            "first one machine alone",
+            rolled.out_with_the_second == 1,
+            f"{rolled.out_with_the_second} out with the second",
+        ),
+        Promise(f"never more than {WINDOW} machines out, by HAProxy's log", most <= WINDOW, f"at most {most}"),
+        Promise(
+            f"never fewer than {IN_SERVICE} in service, by HAProxy's log", fewest >= IN_SERVICE, f"at least {fewest}"
+        ),
+        Promise(
+            "every machine left its rotation, and is deployed",
+            out == {machine.name for machine in machines} and set(rolled.turns.values()) == {"deployed"},
+            f"{len(out)} of {len(machines)}",
+        ),
+    ]
+
+
+def close(rolled: Rolled, machines: Sequence[Machine], tell: Narrator) -> bool:
+    """Print the promises; whether all of them held."""
+    tell.begin("The release, judged by the visitors and by HAProxy")
+    judged = promises(rolled, machines)
+    width = max(len(promise.text) for promise in judged)
+    for promise in judged:
+        tell.say(f"{tell.mark(held=promise.held)}  {promise.text:{width}}  {promise.seen}")
+    held = all(promise.held for promise in judged)
+    load = rolled.load
+    tell.verdict(
+        held=held,
+        text=f"\n{'Released without a failed request' if held else 'THE RELEASE BROKE A PROMISE'}: "
+        f"{load.failed} failed requests of {load.requests}, versions {names(sorted(load.versions))} seen, "
+        f"{len(machines)} machines in {rolled.seconds:.1f} s.",
+    )
+    return held
+
+
+def report(rolled: Rolled, judged: Sequence[Promise]) -> dict[str, Any]:
+    """For `--report`."""
+    return {
+        "requests": rolled.load.requests,
+        "failed": rolled.load.failed,
+        "versions": rolled.load.versions,
+        "seconds": rolled.seconds,
+        "promises": [{"text": promise.text, "held": promise.held, "seen": promise.seen} for promise in judged],
+    }
