@@ -1,0 +1,166 @@
+"""The benchmark of deployments measures what it says: shown on a journal that is known, and by a tiny run of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rollout
+from benchmarks.rollout import STEPS, Deployed, Farm, StepKind, measure
+from orchestrator.events import (
+    Dispatched,
+    Entry,
+    Event,
+    Reported,
+    ServerRunDispatched,
+    ServerRunEnded,
+    StepEnded,
+    StepStarted,
+    TurnEnded,
+    TurnStarted,
+)
+
+# --- by arithmetic
+
+
+def entries_of(*told: tuple[float, Event]) -> list[Entry]:
+    return [Entry(number, "D", at, event) for number, (at, event) in enumerate(told, 1)]
+
+
+def two_turns(number: int, gap: float) -> list[Entry]:
+    """Machine a, then b, `gap` seconds later: each 1.5 s of `before` and a script."""
+    told: list[tuple[float, Event]] = [(10.0, StepStarted(number, "s"))]
+    for machine, at in (("a", 10.0), ("b", 10.0 + gap)):
+        before, script = f"D/{number}/{machine}/before/1", f"D/{number}/{machine}/1-quick.sh/1"
+        told += [
+            (at, TurnStarted(machine, number)),
+            (at + 0.1, ServerRunDispatched(before, "before", machine)),
+            (at + 0.5, ServerRunEnded(before, "done", machine)),
+            (at + 0.6, Dispatched(script, machine, "0" * 64)),
+            (at + 1.4, Reported(script, machine, "done")),
+            (at + 1.5, TurnEnded(machine, number, "deployed")),
+        ]
+    return entries_of(*told, (10.0 + gap + 1.5, StepEnded(number, ok=True)))
+
+
+def own_time_of(operation: str) -> float:
+    return 0.3 if "before" in operation else 0.5
+
+
+def test_overhead_is_the_steps_time_without_that_of_its_scripts() -> None:
+    found = measure(StepKind("s", 1), 3, two_turns(3, gap=1.5), own_time_of)
+    assert found.machines == 2
+    assert found.whole == pytest.approx(3.0)
+    assert found.scripts == pytest.approx(1.6)
+    assert found.overhead == pytest.approx(0.7)
+    assert found.turns == pytest.approx((0.7, 0.7))
+    assert found.parts == {"before": pytest.approx((0.1, 0.1)), "quick": pytest.approx((0.3, 0.3))}
+
+
+def test_in_a_window_scripts_run_beside_each_other_and_count_so() -> None:
+    found = measure(StepKind("s", 2), 3, two_turns(3, gap=0.0), own_time_of)
+    assert found.overhead == pytest.approx((1.5 - 1.6 / 2) / 2)
+    assert measure(StepKind("s", None), 3, two_turns(3, gap=0.0), own_time_of).overhead == pytest.approx(found.overhead)
+    assert found.turns == pytest.approx((0.7, 0.7))
+
+
+def test_another_steps_entries_do_not_count() -> None:
+    mixed = [*two_turns(2, gap=5.0), *two_turns(3, gap=1.5), *two_turns(4, gap=9.0)]
+    kind = StepKind("s", 1)
+    assert measure(kind, 3, mixed, own_time_of) == measure(kind, 3, two_turns(3, gap=1.5), own_time_of)
+
+
+def test_a_scripts_own_time_is_what_it_printed(tmp_path: Path) -> None:
+    (tmp_path / "3~a~before~1.log").write_text("1700000000000000000\n1700000000250000000\n")
+    assert rollout.own_time(str(tmp_path), "D/3/a/before/1") == pytest.approx(0.25)
+    assert rollout.own_time(str(tmp_path), "D/3/a/1-switch/1") == 0.0
+    assert rollout.own_time(str(tmp_path), "D/3/a/verify/1") == 0.0
+
+
+@pytest.mark.parametrize("printed", [None, "", "1700000000000000000\n", "1\n2\n3\n"])
+def test_a_script_that_did_not_say_both_times_is_an_error_and_not_overhead(tmp_path: Path, printed: str | None) -> None:
+    if printed is not None:
+        (tmp_path / "3~a~before~1.log").write_text(printed)
+    with pytest.raises(RuntimeError, match="not two"):
+        rollout.own_time(str(tmp_path), "D/3/a/before/1")
+
+
+def test_median_and_percentile_are_of_the_values_given() -> None:
+    values = [number / 1000 for number in range(100, 0, -1)]
+    assert (rollout.middle(values), rollout.p95(values)) == ("50.5", "96.0")
+    assert rollout.p95([0.002]) == "2.0"
+
+
+# --- a tiny run
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Farm, Deployed]]:
+    with rollout.farm(str(tmp_path_factory.mktemp("rollout")), 2) as farm:
+        yield farm, rollout.deploy(farm)
+
+
+def test_every_step_runs_on_every_machine_and_every_script_says_its_time(deployed: tuple[Farm, Deployed]) -> None:
+    for kind, found in zip(STEPS, rollout.measure_steps(*deployed), strict=True):
+        assert found.machines == len(found.turns) == 2
+        expected = {"long" if kind.long else "quick"}
+        expected |= {"before", "after"} if kind.bracket else set()
+        expected |= {"switch", "verify", "settle"} if kind.deploys else set()
+        assert set(found.parts) == expected
+        assert all(len(values) == 2 for values in found.parts.values())
+        # A sleep is never shorter than it was asked for: the scripts' time is not counted as ours.
+        assert found.scripts >= (2 * rollout.LONG if kind.long else 0)
+        assert all(0 < seconds < found.whole for seconds in found.turns)
+
+
+def test_a_step_with_window_one_has_one_machine_at_a_time(deployed: tuple[Farm, Deployed]) -> None:
+    farm, deployment = deployed
+    narrow = [number for number, kind in enumerate(STEPS, 1) if kind.window == 1]
+    with rollout._journal(farm) as journal:
+        events = [entry.event for entry in journal.entries(deployment.ulid)]
+    for number in narrow:
+        told = [type(e) for e in events if isinstance(e, TurnStarted | TurnEnded) and e.step == number]
+        assert told == [TurnStarted, TurnEnded] * 2
+
+
+def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(deployed: tuple[Farm, Deployed]) -> None:
+    farm, _ = deployed
+
+    async def seen() -> set[str]:
+        from relay.client import RelayClient
+
+        token = (Path(farm.folder) / "token-origin").read_text().strip()
+        async with RelayClient(farm.relay.url, token=token) as client:
+            return {agent.name for agent in await client.agents()}
+
+    assert asyncio.run(seen()) == set(farm.machines)
+    for name in farm.machines:
+        assert list((Path(farm.folder) / "agents" / name / "operations").iterdir())
+
+
+def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Deployed]) -> None:
+    single, together = asyncio.run(rollout.send_orders(*deployed, rounds=3))
+    assert (len(single), len(together)) == (3, 2)
+    for trip in (*single, *together):
+        assert 0 < trip.posted < trip.acted < trip.done
+
+
+def test_an_order_that_is_not_done_ends_the_benchmark() -> None:
+    from agent.orders import Report
+
+    report = Report(
+        format=1,
+        operation="D/1/a/quick/1",
+        deployment="D",
+        agent="a",
+        key="",
+        order="",
+        number=1,
+        state="failed",
+        reason="it ended with exit status 1",
+    )
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        asyncio.run(rollout._Marks().after_report("a", report))
