@@ -9,26 +9,30 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 from pages import DOCS, block, blocks, rows, section
 
+from orchestrator import history, release_cli
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.main import waystation
 
 PAGE = (DOCS / "commands.md").read_text(encoding="utf-8")
-HEADINGS = re.findall(r"^## waystation (\w+ \w+)(.*)$", PAGE, re.MULTILINE)
+HEADINGS = re.findall(r"^## waystation ([a-z]+(?: [a-z]+)?)(.*)$", PAGE, re.MULTILINE)
 
 
 def _commands() -> dict[str, click.Command]:
     context = click.Context(waystation)
     found: dict[str, click.Command] = {}
     for name in waystation.list_commands(context):
-        group = waystation.get_command(context, name)
-        assert isinstance(group, click.Group)
-        found |= {f"{name} {member}": command for member, command in group.commands.items()}
+        command = waystation.get_command(context, name)
+        assert command is not None
+        members = command.commands if isinstance(command, click.Group) else {}
+        found |= {f"{name} {member}": each for member, each in members.items()} or {name: command}
     return found
 
 
@@ -46,7 +50,8 @@ def test_every_command_has_a_section_and_every_section_a_command() -> None:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_options_on_the_page_are_those_of_the_command(name: str) -> None:
-    told = {re.split(r"[ `]", row[0].strip("`"))[0] for row in rows(_section_of(name)) if row[0].startswith("`--")}
+    cells = [row[0] for row in rows(_section_of(name)) if row[0].startswith("`-")]
+    told = {option for cell in cells for option in re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", cell)}
     taken = {opt for param in COMMANDS[name].params if isinstance(param, click.Option) for opt in param.opts}
     assert told == taken
 
@@ -56,7 +61,7 @@ def test_arguments_stand_in_the_heading(name: str) -> None:
     (rest,) = [rest for command, rest in HEADINGS if command == name]
     told = rest.replace("…", "...").split()
     taken = [
-        word
+        word if param.required else f"[{word}]"
         for param in COMMANDS[name].params
         if isinstance(param, click.Argument)
         for word in (param.metavar or str(param.name).upper()).split()
@@ -70,18 +75,44 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
     assert examples
     for line in "".join(examples).splitlines():
         words = line.split()
-        assert words[:3] == ["waystation", *name.split()]
+        depth = 1 + len(name.split())
+        assert words[:depth] == ["waystation", *name.split()]
         # The example's folder need not be here; everything else must parse.
-        known = ["." if word == "./publish" else word for word in words[3:]]
+        known = ["." if word == "./publish" else word for word in words[depth:]]
         COMMANDS[name].make_context(name, known)
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     told = {int(row[0]) for row in rows(section(PAGE, "## Exit codes"))[2:]}
-    assert told == {0, WaystationError.exit_code, UsageError.exit_code, LockedError.exit_code, 130}
+    of_errors = {WaystationError.exit_code, UsageError.exit_code, LockedError.exit_code}
+    of_deployments = {release_cli.DONE, release_cli.FAILED, release_cli.WITH_EXCLUSIONS, release_cli.CANCELLED}
+    assert told == of_errors | of_deployments
 
 
 # --- the JSON, by really running each
+
+
+_PROCESS = """\
+format: 1
+project: webshop
+packages: { web: Acme.Web }
+pre_acquire: [ { name: open vpn, commands: [[echo, open]] } ]
+steps:
+  - name: web farm
+    roles: [web]
+    deploy: web
+    to: "${root}"
+    strategy: rolling
+    rotation: web
+    verify: [ { command: ["${check}"], deadline: 500ms, from: server } ]
+"""
+_ENVIRONMENT = """\
+environment: production
+relays: { fra: { url: "%(relay)s", site: fra } }
+rotation: { web: { before: out.sh, after: in.sh } }
+variables: { root: "%(root)s", check: "%(check)s" }
+machines: { web1: { address: 127.0.0.1, site: fra, roles: [web], key: "%(key)s" } }
+"""
 
 
 class _Session:
@@ -92,9 +123,11 @@ class _Session:
         self.relay = relay
         self.printed: dict[str, dict[str, object]] = {}
 
-    def run(self, command: str, *words: str) -> None:
-        done = CliRunner().invoke(waystation, [*command.split(), *words, "--json"], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    def run(self, command: str, *words: str, code: int = 0) -> None:
+        done = CliRunner().invoke(
+            waystation, [*command.split(), *words, "--json"], catch_exceptions=False, standalone_mode=False
+        )
+        assert (done.return_value or 0) == code, done.output
         self.printed[command] = json.loads(done.stdout)
 
     def run_all(self) -> None:
@@ -110,40 +143,75 @@ class _Session:
         self.run("package show", "acme.web", "1.4.2")
         self.run("package replicate", "acme.web", "1.4.2", "--relay", self.relay)
         self.run("relay status", "--relay", self.relay)
-        self.run("agent init", "--trust", pins, "--relay", self.relay)
+        self.run("agent init", "--trust", pins, "--relay", self.relay, "--name", "web1")
         self.run("agent pull", "acme.web", "1.4.2", "--root", root, "--switch")
         self.run("agent relays")
         self.run("agent verify")
+        self.run("init", str(self.folder / "scaffold"))
+        with _serving("agent", "serve"):
+            self._release()
+        self.run("agent status")
         self.run("package remove", "acme.web", "1.4.2")
+
+    def _release(self) -> None:
+        """One that succeeds, and one whose machine stays out and is put back."""
+        process = self.folder / "release.yaml"
+        process.write_text(_PROCESS, encoding="utf-8")
+        for script in ("out.sh", "in.sh"):
+            (self.folder / script).write_text("echo done\n", encoding="utf-8")
+        good, bad = (self._write_environment(check) for check in ("true", "false"))
+        files = ("--process", str(process), "--package", "web=1.4.2", "--environment")
+        self.run("release plan", *files, good)
+        self.run("release create", "1.4.2", *files, good)
+        self.run("release deploy", "1.4.2", "--process", str(process), "--environment", good)
+        self.run("release log", "server")
+        self.run("release deploy", "1.4.2-again", *files, bad, code=release_cli.FAILED)
+        self.run("release status")
+        self.run("release history", "--limit", "1")
+        self.run("rotation list")
+        self.run("rotation close", "web1", "--message", "back")
+
+    def _write_environment(self, check: str) -> str:
+        path = self.folder / f"{check}.yaml"
+        values = {"relay": self.relay, "root": str(self.folder / "srv"), "check": check}
+        path.write_text(_ENVIRONMENT % (values | {"key": self.printed["agent init"]["fingerprint"]}), encoding="utf-8")
+        return str(path)
 
 
 @contextmanager
-def _relay(store: str) -> Iterator[str]:
-    """A relay in a process of its own, because each command under test runs a loop in this one; its URL."""
-    words = [sys.executable, "-m", "relay.main", "relay", "serve", "--listen", "127.0.0.1:0", "--store", store]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+def _serving(*words: str) -> Iterator[str]:
+    """A process of its own, because each command under test runs a loop in this one; the last word that it prints."""
+    with subprocess.Popen([sys.executable, "-m", "relay.main", *words], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             ready = process.stdout.readline()
-            assert ready.startswith("relay ready at "), ready
+            assert " ready at " in ready, ready
             yield ready.split()[-1]
         finally:
             process.terminate()
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, dict[str, object]]]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Session]:
     folder = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch, _relay(f"disk:{folder / 'relay'}") as url:
+    store = ("--listen", "127.0.0.1:0", "--store", f"disk:{folder / 'relay'}")
+    with pytest.MonkeyPatch.context() as patch, _serving("relay", "serve", *store) as url:
         patch.setenv("WAYSTATION_HOME", str(folder / "home"))
         patch.delenv("WAYSTATION_TOKEN", raising=False)
         session = _Session(folder, url)
         session.run_all()
-        yield session.printed
+        yield session
 
 
-_OPEN_MAPS = {"metadata", "from_relays", "failed"}
-"""Members whose keys are data: what a nuspec says, and URLs."""
+@pytest.fixture
+def printed(session: _Session) -> Mapping[str, dict[str, object]]:
+    return session.printed
+
+
+_OPEN_MAPS = {"metadata", "from_relays", "to_relays", "failed", "variables"}
+"""Members whose keys are data: what a nuspec says, URLs, names of relays and variables."""
+_AS = {"release deploy": "release status"}
+"""Commands that print what another prints."""
 
 
 def _shape(value: object) -> object:
@@ -168,6 +236,95 @@ def _shape(value: object) -> object:
 
 @pytest.mark.parametrize("name", sorted(n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)))
 def test_the_json_on_the_page_is_what_the_command_prints(name: str, printed: Mapping[str, dict[str, object]]) -> None:
-    told = json.loads(block(PAGE, f"json {name}"))
-    assert _shape(told) == _shape(printed[name])
-    assert printed[name]["format"] == told["format"]
+    told = json.loads(block(PAGE, f"json {_AS.get(name, name)}"))
+    if name in _AS:
+        assert set(told) == set(printed[name])
+    else:
+        assert _shape(told) == _shape(printed[name])
+    assert printed[name].get("format") == told.get("format")
+
+
+def _told_fields(member: str) -> set[str]:
+    """The fields that the table under `release status` names for a member of its JSON."""
+    text = _section_of("release status")
+    (cell,) = [row[1] for row in rows(text) if row[0] == f"`{member}`"]
+    return set(re.findall(r"`(\w+)(?:\[\])?`", re.sub(r"\([^)]*\)", "", cell)))
+
+
+@pytest.mark.parametrize(
+    ("member", "type"),
+    [
+        ("summary", history.DeploymentSummary),
+        ("pre_acquire[]", history.PreAcquireView),
+        ("ledger", history.LedgerView),
+        ("ledger.replicated[]", history.ReplicatedView),
+        ("steps[]", history.StepView),
+        ("steps[].turns[]", history.TurnView),
+        ("machines[]", history.MachineView),
+        ("running[]", history.OperationView),
+        ("refusals[]", history.RefusalView),
+        ("decisions[]", history.DecisionView),
+        ("notes[]", history.NoteView),
+    ],
+)
+def test_the_fields_of_a_deployment_on_the_page_are_those_of_the_code(member: str, type: type[msgspec.Struct]) -> None:
+    assert _told_fields(member) == set(type.__struct_fields__)
+
+
+def test_every_member_of_a_deployment_is_in_the_table() -> None:
+    told = {row[0].strip("`").removesuffix("[]") for row in rows(_section_of("release status"))}
+    assert set(history.DeploymentView.__struct_fields__) - {"format"} <= told
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        ("summary", history.DeploymentState),
+        ("stage", history.Stage),
+        ("pre_acquire[]", history.Progress),
+        ("pre_acquire[]", history.Undo),
+        ("machines[]", history.MachineStage),
+    ],
+)
+def test_every_state_is_told(member: str, words: object) -> None:
+    (cell,) = [row[1] for row in rows(_section_of("release status")) if row[0] == f"`{member}`"]
+    assert [word for word in get_args(words) if f"`{word}`" not in cell] == []
+
+
+# --- what all of that left on disk, beside docs/protocol.md
+
+
+def _told_names(heading: str, below: str = "") -> set[str]:
+    """First components of the paths in the table under a heading, of those below `below`."""
+    page = (DOCS / "protocol.md").read_text(encoding="utf-8")
+    paths = [path for row in rows(section(page, heading)) for path in re.findall(r"`([^`]+)`", row[0])]
+    return {path.removeprefix(below).split("/")[0] for path in paths if path.startswith(below)}
+
+
+def _names_in(folder: Path) -> set[str]:
+    found = {path.name for path in folder.iterdir()}
+    assert found, folder
+    return found
+
+
+def test_everything_in_an_agents_home_is_told(session: _Session) -> None:
+    home = session.folder / "home/agent"
+    assert _names_in(home) <= _told_names("### An agent's home")
+    operations = [_names_in(each) for each in (home / "operations").iterdir()]
+    assert set().union(*operations) <= _told_names("### An agent's home", "operations/…/")
+
+
+def test_everything_in_the_orchestrators_home_is_told(session: _Session) -> None:
+    home = session.folder / "home"
+    assert _names_in(home) - {"agent", "depot"} <= _told_names("### The orchestrator's home") | {
+        "journal.db-wal",
+        "journal.db-shm",
+    }
+    deployments = [_names_in(each) for each in (home / "deployments").iterdir()]
+    assert set().union(*deployments) <= _told_names("### The orchestrator's home", "deployments/<ulid>/")
+
+
+def test_everything_of_a_run_is_told(session: _Session) -> None:
+    runs = [each.parent for each in (session.folder / "home/deployments").rglob("spec.json")]
+    assert len(runs) > 3
+    assert set().union(*map(_names_in, runs)) <= _told_names("### A run")
