@@ -33,6 +33,8 @@ class Agent:
     key: str
     relays: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
+    under: tuple[str, ...] = ()
+    """A program and its arguments that start `agent serve` in its turn."""
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -45,7 +47,7 @@ class Agent:
         self.starts += 1
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [WAYSTATION, "agent", "serve", "--home", str(self.home)],
+                [*self.under, WAYSTATION, "agent", "serve", "--home", str(self.home)],
                 env=environment(self.home, **(self.variables | more)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
