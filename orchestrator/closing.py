@@ -12,8 +12,8 @@ from orchestrator.locks import hold
 from relay.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from orchestrator.deploying import Places
     from orchestrator.journal import Journal
+    from orchestrator.places import Places
 
 PUT_BACK = "put_back"
 
@@ -35,7 +35,7 @@ async def close_bracket(
         UsageError: it has one in several environments or rotations.
         LockedError: a deployment runs there and will close it itself.
     """
-    from orchestrator.deploying import operator
+    from orchestrator.places import operator
 
     bracket = _the_bracket(journal, machine, environment)
     with hold(

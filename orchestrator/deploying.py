@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -23,10 +21,11 @@ from orchestrator.journal import Journal
 from orchestrator.leftovers import settle
 from orchestrator.locks import hold
 from orchestrator.notify import notify
-from orchestrator.packages import build_scripts_package, ensure_packages, ref_of, server_tree
+from orchestrator.packages import build_scripts_package, ensure_packages, server_tree, wanted_packages
+from orchestrator.places import Places, operator
 from orchestrator.plan import FrozenFile, MachineStep, Plan, PlannedPackage, ServerRun
 from orchestrator.planning import make_plan
-from orchestrator.process import ProcessFile, load_process, machine_scripts, package_of, server_scripts
+from orchestrator.process import ProcessFile, load_process, machine_scripts, server_scripts
 from orchestrator.releases import Release, freeze_release, open_release, unpack_release
 from orchestrator.rollout import Result, roll_out
 from orchestrator.script_files import OnDisk
@@ -39,30 +38,6 @@ from relay.keyfiles import make_private_folder
 if TYPE_CHECKING:
     from orchestrator.depot import Depot
     from relay.trust.keys import TrustPins
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the orchestrator keeps what it has."""
-
-    home: str
-    depot: str
-    """Location of the store."""
-    trust: str
-    """Folder of the keys."""
-    journal: str
-
-    def deployment(self, ulid: str) -> str:
-        return os.path.join(self.home, "deployments", ulid)
-
-
-def operator() -> str:
-    """Who calls, for the record: user and host. The record guards nothing; keys do."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = f"uid {os.getuid()}"
-    return f"{user}@{socket.gethostname()}"
 
 
 # --- a release
@@ -121,17 +96,6 @@ async def create_release(
     )
     new = journal.add_release(process.value.project, label, frozen.document, frozen.envelope, frozen.files, operator())
     return msgspec.json.decode(frozen.document, type=Release), new
-
-
-def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[str, PlannedPackage]:
-    """The process's packages in these versions; a name that it does not know is kept, for the plan to refuse."""
-    known = {name: package_of(use) for name, use in process.value.packages.items()}
-    return {
-        name: PlannedPackage(known[name].id if name in known else name, version, feed=known[name].feed or "")
-        if name in known
-        else PlannedPackage(name, version)
-        for name, version in versions.items()
-    }
 
 
 async def _those_here(
@@ -333,20 +297,3 @@ def _pins(places: Places) -> TrustPins:
             return parse_pins(file.read(1 << 20))
     except OSError as error:
         raise NotFoundError(f"{path}: {error.strerror}", hint="'waystation trust init' makes it") from error
-
-
-async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) -> dict[str, PlannedPackage]:
-    """Fill in what the depot knows of these; one that it lacks stays as it is."""
-    from orchestrator.depot import open_depot
-
-    found: dict[str, PlannedPackage] = {}
-    async with open_depot(location) as depot:
-        for name, package in packages.items():
-            pointer = depot.catalog.find(ref_of(package))
-            if pointer is None:
-                found[name] = package
-                continue
-            manifest = await depot.manifest(pointer)
-            sizes = {"tree_bytes": manifest.tree_size, "nupkg_bytes": manifest.nupkg.size}
-            found[name] = msgspec.structs.replace(package, manifest=manifest.id, **sizes)
-    return found

@@ -22,8 +22,8 @@ from orchestrator.server_runs import ServerRuns
 from relay.errors import NotFoundError, RefusedError, WaystationError
 
 if TYPE_CHECKING:
-    from orchestrator.deploying import Places
     from orchestrator.journal import Journal
+    from orchestrator.places import Places
 
 
 async def settle(places: Places, journal: Journal, environment: str, *, adopt: bool) -> list[OpenBracket]:

@@ -17,6 +17,7 @@ import msgspec
 
 from orchestrator.feed_policy import FeedCredentials, FeedPolicy
 from orchestrator.plan import PlannedFeed, PlannedPackage
+from orchestrator.process import ProcessFile, package_of
 from orchestrator.script_files import read_script
 from relay.catalog import Pointer, Provenance
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
@@ -39,6 +40,37 @@ _FEED_USER: Final = "waystation"
 def ref_of(package: PlannedPackage) -> PackageRef:
     """Raises `IdentityError`."""
     return PackageRef(PackageId.parse(package.id), NuGetVersion.parse(package.version))
+
+
+# --- what is meant
+
+
+def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[str, PlannedPackage]:
+    """The process's packages in these versions; a name that it does not know is kept, for the plan to refuse."""
+    known = {name: package_of(use) for name, use in process.value.packages.items()}
+    return {
+        name: PlannedPackage(known[name].id if name in known else name, version, feed=known[name].feed or "")
+        if name in known
+        else PlannedPackage(name, version)
+        for name, version in versions.items()
+    }
+
+
+async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) -> dict[str, PlannedPackage]:
+    """Fill in what the depot knows of these; one that it lacks stays as it is."""
+    from orchestrator.depot import open_depot
+
+    found: dict[str, PlannedPackage] = {}
+    async with open_depot(location) as depot:
+        for name, package in packages.items():
+            pointer = depot.catalog.find(ref_of(package))
+            if pointer is None:
+                found[name] = package
+                continue
+            manifest = await depot.manifest(pointer)
+            sizes = {"tree_bytes": manifest.tree_size, "nupkg_bytes": manifest.nupkg.size}
+            found[name] = msgspec.structs.replace(package, manifest=manifest.id, **sizes)
+    return found
 
 
 # --- into the depot

@@ -19,11 +19,11 @@ from relay.console import json_option, print_json, printable, progress_bars, run
 from relay.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from orchestrator.deploying import Places
     from orchestrator.environment import EnvironmentFile
     from orchestrator.events import Event
     from orchestrator.history import DeploymentView, OpenBracket
     from orchestrator.journal import Journal
+    from orchestrator.places import Places
     from orchestrator.plan import Plan
     from orchestrator.process import ProcessFile
     from orchestrator.rollout import Result
@@ -95,8 +95,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
-    from orchestrator.deploying import wanted_packages
     from orchestrator.forecast import describe, document
+    from orchestrator.packages import wanted_packages
     from orchestrator.planning import make_plan
 
     process, where = _files(process_path, environment)
@@ -137,6 +137,7 @@ def create(
     as_json: bool,
 ) -> None:
     """Freeze and sign the process, its scripts and package versions as LABEL."""
+    _check_installed()
     from orchestrator.deploying import create_release
     from orchestrator.environment import environment_path, load_environment
     from orchestrator.process import load_process
@@ -218,6 +219,7 @@ def deploy(
     Ctrl-C once: nothing new starts, machines in flight come to their end. Twice: leave now; what is open is listed.
     Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
     """
+    _check_installed()
     from orchestrator.deploying import Wish, create_release
     from orchestrator.environment import environment_path, load_environment
     from orchestrator.process import load_process
@@ -242,7 +244,7 @@ def deploy(
 async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json: bool) -> tuple[str, Result]:  # noqa: ANN401 - lazily imported types
     """Run it in the foreground; a signal is a decision like any other."""
     from orchestrator.deploying import deploy as start
-    from orchestrator.deploying import operator
+    from orchestrator.places import operator
     from orchestrator.rollout import CANCEL
 
     began = time.monotonic()
@@ -340,6 +342,7 @@ def status(deployment: str | None, environment: str | None, watch: bool, journal
 @json_option
 def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
     """List deployments, the newest first."""
+    _check_installed()
     import msgspec
 
     from orchestrator.history import summary
@@ -434,6 +437,7 @@ def close(
     machine: str, environment: str | None, by_hand: bool, message: str, journal: str | None, as_json: bool
 ) -> int:
     """Put MACHINE back: run its rotation's `after` with OUTCOME=put_back, and note that it is in again."""
+    _check_installed()
     from orchestrator.closing import close_bracket
 
     places = _places(None, None, journal)
@@ -452,7 +456,7 @@ def close(
 
 
 def _places(depot: str | None, trust_folder: str | None, journal: str | None) -> Places:
-    from orchestrator.deploying import Places
+    from orchestrator.places import Places
 
     base = home()
     return Places(
@@ -464,13 +468,20 @@ def _places(depot: str | None, trust_folder: str | None, journal: str | None) ->
 
 
 def _journal(places: Places) -> Journal:
-    try:
-        from orchestrator.journal import Journal
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"releases need {error.name}, which is not installed", hint="pip install 'waystation[orchestrator]'"
-        ) from error
+    _check_installed()
+    from orchestrator.journal import Journal
+
     return Journal.open(places.journal)
+
+
+def _check_installed() -> None:
+    """Raises `UsageError` where only what agents and relays need is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("sqlalchemy") is None:
+        raise UsageError(
+            "releases need SQLAlchemy, which is not installed", hint="pip install 'waystation[orchestrator]'"
+        )
 
 
 def _files(process_path: str, environment: str) -> tuple[ProcessFile, EnvironmentFile]:
@@ -510,7 +521,7 @@ def _label_of(versions: dict[str, str]) -> str:
 
 def _with_sizes(depot: str | None, packages: Any) -> Any:  # noqa: ANN401 - lazily imported types
     """Fill in what the depot knows of these packages; one that it lacks stays as it is."""
-    from orchestrator.deploying import known_packages
+    from orchestrator.packages import known_packages
 
     location = _places(depot, None, None).depot
     folder = location.removeprefix("disk:")

@@ -217,3 +217,29 @@ def test_a_relay_that_is_not_there_ends_a_deployment_before_any_step(origin: Des
     status = origin.call("release", "status", "--json").json
     assert status["summary"]["state"] == "failed"
     assert all(step["state"] == "waiting" for step in status["steps"])
+
+
+def test_without_sqlalchemy_a_release_says_what_to_install_and_help_works(desk: Desk, tmp_path: Path) -> None:
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "sitecustomize.py").write_text(
+        "import sys\nclass Gone:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'sqlalchemy': raise ModuleNotFoundError(name)\nsys.meta_path.insert(0, Gone())\n"
+        "import importlib.util\nreal = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'sqlalchemy' else real(name, *a)\n"
+    )
+
+    def call(*words: str) -> Done:
+        return finish(begin(desk.home, *words, cwd=str(desk.project), PYTHONPATH=str(shadow)))
+
+    for words in (
+        ("release", "deploy", "1.0.0", "-e", "production"),
+        ("release", "status"),
+        ("release", "history"),
+        ("rotation", "close", "web1"),
+    ):
+        done = call(*words)
+        assert (done.code, "waystation[orchestrator]" in done.err) == (2, True), done.err
+    assert call("release", "deploy", "--help").code == 0
+    assert call("release", "plan", "-e", "production", "--package", "web=1.0.0").code == 0
+    assert call("agent", "--help").code == 0

@@ -1,0 +1,33 @@
+"""Where the orchestrator keeps what it has, and who calls it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Folders and files of one orchestrator."""
+
+    home: str
+    depot: str
+    """Location of the store."""
+    trust: str
+    """Folder of the keys."""
+    journal: str
+
+    def deployment(self, ulid: str) -> str:
+        """The folder of one deployment."""
+        return os.path.join(self.home, "deployments", ulid)
+
+
+def operator() -> str:
+    """Who calls, for the record: user and host. The record guards nothing; keys do."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
