@@ -15,11 +15,15 @@ import sys
 
 from relay.durable import sync_folder
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
+
 TYPE_CHECKING = False  # `typing` costs the runner's start more than all the rest of this module
 if TYPE_CHECKING:
     import asyncio
     import subprocess
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import NoReturn
 
 IS_LINUX = sys.platform.startswith("linux")
 
@@ -167,8 +171,6 @@ def lock_file(path: str) -> int | None:
 
     The lock goes with the returned descriptor, also when its process is killed.
     """
-    import fcntl
-
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | _NOT_INHERITED, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,8 +191,6 @@ def is_locked(path: str) -> bool:
 
     To ask is to share the lock for a moment: whoever wants to take it then must try twice.
     """
-    import fcntl
-
     try:
         descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _NOT_INHERITED)
     except FileNotFoundError:
@@ -207,26 +207,99 @@ def is_locked(path: str) -> bool:
 # --- processes
 
 
-def start_detached(argv: Sequence[str], environment: Mapping[str, str], *, complaints: str) -> subprocess.Popen[bytes]:
+def start_detached(
+    argv: Sequence[str], environment: Mapping[str, str], *, complaints: str = os.devnull, hears: int | None = None
+) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which no signal to ours reaches; it hears nothing and says nothing.
 
-    What Python itself complains of there is appended to the file `complaints`. Raises `OSError`.
+    What Python itself complains of there is appended to the file `complaints`. The descriptor `hears`, if there is one,
+    is its standard input. Raises `OSError`.
     """
     import subprocess
 
-    descriptor = os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK | _NOT_INHERITED, 0o600)
+    descriptor = _open_complaints(complaints)
     try:
         return subprocess.Popen(
             argv,
             env=environment,
             cwd="/",
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if hears is None else hears,
             stdout=subprocess.DEVNULL,
             stderr=descriptor,
             start_new_session=True,
         )
     finally:
         os.close(descriptor)
+
+
+CAN_FORK = IS_LINUX
+"""Whether `fork_detached` works. Other systems have fork as well; what their libraries make of it was never tried."""
+
+
+def fork_detached(work: Callable[[], object], wakes: Wakes, *, complaints: str) -> int:
+    """Do `work` in a fork of this process, and answer its process id: it ends with the work, and comes back never.
+
+    Only for a process that `start_detached` started, that has one thread, and no descriptors but its standard ones and
+    `wakes`. The fork then is what `start_detached` would make: a session of its own, no signal handled or blocked that
+    was not at the start, nothing to hear, nobody to say anything to, complaints in their file.
+
+    Raises:
+        OSError: there is no fork.
+    """
+    descriptor = _open_complaints(complaints)
+    try:
+        # A signal to the new process must not meet the handlers of this one: it waits until they are gone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            return os.fork() or _work_detached(work, wakes, descriptor, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        os.close(descriptor)
+
+
+def _work_detached(work: Callable[[], object], wakes: Wakes, complaints: int, mask: Iterable[int]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        os.dup2(1, 0)  # standard output leads nowhere, and so does its twin for reading
+        os.dup2(complaints, 2)
+        os.close(complaints)
+        wakes.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        work()
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
+
+
+def _open_complaints(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK | _NOT_INHERITED, 0o600)
+
+
+class LastArgument:
+    """The last argument of this process as `ps` and others see it: what forks do can be written there (Linux; else not).
+
+    It lies in our own memory, where the kernel reads it each time that somebody asks (proc_pid_cmdline(5)); there is
+    as much room as it had at the start.
+    """
+
+    def __init__(self) -> None:
+        """Find it, and make it empty."""
+        given = os.fsencode(sys.argv[-1])
+        self._room, self._at = len(given), 0
+        if IS_LINUX and (fields := _process_fields("self")):
+            at = int(fields[_ARGUMENTS_END]) - 1 - self._room
+            if at > 0 and ctypes.string_at(at, self._room) == given:
+                self._at = at
+        self.show("")
+
+    def show(self, text: str) -> None:
+        """From now on it is `text`, or as much of that as there is room for."""
+        if self._at:
+            ctypes.memmove(self._at, os.fsencode(text)[: self._room].ljust(self._room, b"\0"), self._room)
 
 
 def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: int) -> int:
@@ -337,16 +410,25 @@ class Wakes:
     def __init__(self) -> None:
         """From now on this process does not end by SIGTERM or SIGINT; only its main thread may call this."""
         self.asked_to_end = False
-        self.descriptor, told = os.pipe()
+        self.descriptor, self._told = os.pipe()
         os.set_blocking(self.descriptor, False)
-        os.set_blocking(told, False)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        os.set_blocking(self._told, False)
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
 
     def _end(self, *_: object) -> None:
         self.asked_to_end = True
+
+    def close(self) -> None:
+        """From now on signals do what they do in a Python that was just started."""
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.descriptor)
+        os.close(self._told)
 
     def wait(self, other: int | None, seconds: float | None) -> bool:
         """Wait until something is told, `other` can be read (True) or the time is over."""
@@ -371,6 +453,7 @@ def _process_fields(name: str) -> list[bytes]:
 
 
 _START_TIME = 19  # of those fields; starttime, field 22 of the file, in ticks since the machine started
+_ARGUMENTS_END = 46  # arg_end, field 49: the address behind the last argument's final null
 
 
 def _send(how: Callable[[int, int], None], to: int, number: int) -> None:

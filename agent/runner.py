@@ -1,7 +1,8 @@
 """One script, run at most once, by a small process of its own that outlives whoever started it.
 
-The process is `python -I -S -c …` on `main(FOLDER)` below; `agent.runs` starts and watches it. All that it knows and
-says stands in the folder, so it needs nobody: agent and orchestrator may be killed and come back.
+The process is `main(FOLDER)` below, forked off by `agent.nursery` or else `python -I -S -c …`; `agent.runs` starts and
+watches it. All that it knows and says stands in the folder, so it needs nobody: agent and orchestrator may be killed and
+come back.
 
     spec.json    what to run (`agent.runs.RunSpec`); names of secrets, never a value
     lock         held (flock) while the runner lives
@@ -14,8 +15,9 @@ says stands in the folder, so it needs nobody: agent and orchestrator may be kil
 The end is the end of the script's own process. A daemon that it left behind lives on, and the runner stays to read what
 it still prints, so that it never meets a closed pipe.
 
-Start-up time is paid by every script of every deployment: only cheap modules of the standard library are imported, and
-all of them at the start, because an update may replace the files of a runner that lives for hours.
+Start-up time is paid by every script of every deployment (without a nursery by all, else by the first of a process): only
+cheap modules of the standard library are imported, and all of them at the start, because an update may replace the files
+of a runner that lives for hours.
 """
 
 from __future__ import annotations

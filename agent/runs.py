@@ -12,19 +12,17 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from agent import platform
 from agent.masking import SHORTEST
+from agent.nursery import Nursery
 from agent.runner import BEGUN, COMPLAINTS, EXIT, LEADER, LOCK, OUTPUT, SPEC, STOP
 from relay.durable import sync_folder, write_durably
 from relay.errors import StoreError, UsageError
-
-if TYPE_CHECKING:
-    import subprocess
 
 _LOOK_FIRST, _LOOK_SHARE, _LOOK_MAX = 0.001, 0.05, 0.01
 """Seconds between two looks at a folder, hence how late an end is seen, and output: a share of the time that was waited,
@@ -101,9 +99,7 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
         written = {**msgspec.to_builtins(spec), "environment": sorted(environment)}
         _write_spec(os.path.join(folder, SPEC), msgspec.json.encode(written))
         _forget_ended()
-        command = [sys.executable, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
-        complaints = os.path.join(folder, COMPLAINTS)
-        _children.append((folder, platform.start_detached(command, environment, complaints=complaints)))
+        _children.append((folder, _start(folder, environment)))
     except ValueError as error:
         raise UsageError(f"this cannot be run: {error}") from error
     except OSError as error:
@@ -180,8 +176,27 @@ _START: Final = (
     "import sys; sys.path.append(sys.argv[1]); from agent.runner import main; main(sys.argv[2]); import os; os._exit(0)"
 )
 
-_children: list[tuple[str, subprocess.Popen[bytes]]] = []
-"""Runners that this process started: somebody must take their exit status, or they stay as zombies."""
+
+class _Child(Protocol):
+    """A runner that this process started."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """None while it lives. Somebody must ask, or it stays as a zombie."""
+
+
+_children: list[tuple[str, _Child]] = []
+_nursery: Final = Nursery(_CODE_FOLDER)
+
+
+def _start(folder: str, environment: Mapping[str, str]) -> _Child:
+    """A runner for the folder: forked off by the nursery, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
+    if runner := _nursery.start(folder, environment):
+        return runner
+    command = [sys.executable, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
+    return platform.start_detached(command, environment, complaints=os.path.join(folder, COMPLAINTS))
 
 
 def _forget_ended() -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
+from agent import platform
 from benchmarks.agents import make_agent
 from benchmarks.programs import WAYSTATION, Served, relay, run, waystation
 
@@ -242,7 +243,8 @@ def _processor(made: Farm) -> dict[str, float]:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "the command and its scripts": children.ru_utime + children.ru_stime,
-        "the agents and their scripts": cpu_seconds(made.agents),
+        # Runners are waited for by their nursery, which lives on.
+        "the agents and their scripts": sum(map(cpu_seconds, (made.agents, *platform.descendants(made.agents)))),
         "the relay": cpu_seconds(made.relay.pid),
     }
 

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import farm
 import ledger as books
 import packages
+import webfarm
 from ledger import Added, Delivery, Kill, Ledger, Pull, Sent
 from narration import Narrator, names
 from packages import Nupkg
@@ -48,7 +48,7 @@ class Played:
     """Both halves, and whether every promise of theirs held."""
 
     book: Ledger
-    rolled: farm.Rolled
+    rolled: webfarm.Rolled
     held: bool
 
 
@@ -56,8 +56,8 @@ async def play(town: Town, shelf: Path, tell: Narrator) -> Played:
     """The road and its ledger, then the release."""
     book = await play_road(town, shelf, tell)
     road_held = close_the_books(book, tell)
-    rolled = await farm.play(town, tell)
-    release_held = farm.close(rolled, town.machines, tell)
+    rolled = await webfarm.play(town, tell)
+    release_held = webfarm.close(rolled, town.machines, tell)
     return Played(book, rolled, road_held and release_held)
 
 
@@ -402,7 +402,7 @@ async def perform(shelf: Path, report: Path | None, tell: Narrator) -> int:
     played = story.result()
     if report is not None:
         document = books.report(played.book, books.promises(played.book), tell.seconds)
-        document["release"] = farm.report(played.rolled, farm.promises(played.rolled, town.machines))
+        document["release"] = webfarm.report(played.rolled, webfarm.promises(played.rolled, town.machines))
         report.write_text(json.dumps(document, indent=2) + "\n")
     return 0 if played.held else 1
 

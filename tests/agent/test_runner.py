@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -178,28 +180,29 @@ async def test_a_script_runs_once_however_often_it_is_launched(folder: Path) -> 
 async def test_launched_by_several_at_the_same_time_it_runs_once(tmp_path: Path) -> None:
     """The race is real: for most folders, more than one runner was started."""
     code = (
-        "import os, sys, time\nfrom agent import runs\nimport agent.platform\n"
-        "started = 0\nreal = agent.platform.start_detached\n"
-        "def start(*a, **k):\n    global started\n    started += 1\n    return real(*a, **k)\n"
-        "agent.platform.start_detached = start\n"
-        "open(f'{sys.argv[1]}/ready-{os.getpid()}', 'w').close()\n"
-        "while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.001)\n"
-        "begin = os.stat(sys.argv[1] + '/go').st_mtime + 0.2\n"
+        "import os, sys, time\nfrom agent import runs\n"
+        "started = 0\nreal = runs._start\n"
+        "def start(*a):\n    global started\n    started += 1\n    return real(*a)\n"
+        "runs._start = start\n"
+        "real(sys.argv[1], {})\n"  # whatever the first one has to do is done
+        "print(flush=True)\nbegin = float(input())\n"
         "for n in range(10):\n"
-        "    time.sleep(max(0.0, begin + 0.1 * n - time.time()))\n"
+        "    while time.time() < begin + n / 50: pass\n"
         "    counter = f'{sys.argv[1]}/counter-{n}'\n"
         "    spec = runs.RunSpec(('sh', '-c', f'echo run >> {counter}'), '/', 60.0)\n"
         "    runs.launch(f'{sys.argv[1]}/{n}', spec, {'PATH': os.environ['PATH']})\n"
         "print(started)\n"
     )
     launchers = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
-    while len(list(tmp_path.glob("ready-*"))) < len(launchers):
-        await asyncio.sleep(0.01)
-    (tmp_path / "go").touch()
-    started = [int(launcher.communicate()[0]) for launcher in launchers]
+    assert [launcher.stdout.readline() for launcher in launchers if launcher.stdout] == ["\n"] * 3
+    begin = f"{time.time() + 0.1}\n"
+    with ThreadPoolExecutor() as threads:
+        started = [int(said) for said, _ in threads.map(lambda launcher: launcher.communicate(begin), launchers)]
     assert sum(started) > 10, "nobody raced"
     for number in range(10):
         assert (await watch(str(tmp_path / str(number)))).state == "done"
@@ -210,7 +213,7 @@ async def test_launched_by_several_at_the_same_time_it_runs_once(tmp_path: Path)
 async def test_a_runner_that_is_killed_at_any_moment_leaves_the_truth(tmp_path: Path) -> None:
     """SIGKILL at moments from before its start to after its end: the script ran at most once, and "done" means done."""
     seen = []
-    for number in range(30):
+    for number in range(40):
         one, counter, finished = (tmp_path / f"{name}-{number}" for name in ("run", "counter", "finished"))
         in_the_middle = number % 5 == 4
         run = spec(f"echo run >> {counter}; sleep {1 if in_the_middle else 0.02}; touch {finished}")
@@ -218,8 +221,9 @@ async def test_a_runner_that_is_killed_at_any_moment_leaves_the_truth(tmp_path: 
         if in_the_middle:
             await eventually(counter.exists)
         else:
-            await asyncio.sleep(number * 0.003)
-        os.kill(runner_of(one), signal.SIGKILL)
+            await asyncio.sleep(max(0, number - 15) * 0.002)
+        with suppress(ProcessLookupError):  # it may have come to its end
+            os.kill(runner_of(one), signal.SIGKILL)
         await eventually(lambda at=one: not platform.is_locked(str(at / "lock")))
         state = state_of(str(one))
         launch(str(one), run, base_environment())

@@ -312,7 +312,7 @@ def test_a_tree_differs_when_a_file_is_missing_altered_or_too_many(module, tmp_p
 
 def good_roll(module):
     """What visitors and HAProxy see when all is well: six machines leave and return, first one, then two at a time."""
-    farm, log, load = module("farm"), module("haproxy_log"), module("load")
+    farm, log, load = module("webfarm"), module("haproxy_log"), module("load")
     names = [f"web{n}" for n in range(6)]
     changes = []
 
@@ -338,7 +338,7 @@ def machines_of(rolled):
 
 def test_a_good_roll_keeps_every_promise(module):
     rolled = good_roll(module)
-    assert [p.text for p in module("farm").promises(rolled, machines_of(rolled)) if not p.held] == []
+    assert [p.text for p in module("webfarm").promises(rolled, machines_of(rolled)) if not p.held] == []
 
 
 def one_failed(rolled, module):
@@ -388,13 +388,13 @@ def two_began(rolled, module):
 )
 def test_each_fault_of_a_roll_breaks_its_promise(module, harm, broken):
     rolled = harm(good_roll(module), module)
-    assert [broken in p.text for p in module("farm").promises(rolled, machines_of(rolled)) if not p.held] == [True]
+    assert [broken in p.text for p in module("webfarm").promises(rolled, machines_of(rolled)) if not p.held] == [True]
 
 
 def test_three_machines_out_at_once_break_window_and_minimum(module):
     rolled = good_roll(module)
     changes = [change for change in rolled.log.changes if change.admin == "drain"][:3]
     rolled = replace(rolled, log=replace(rolled.log, changes=tuple(changes) + rolled.log.changes))
-    texts = [p.text for p in module("farm").promises(rolled, machines_of(rolled)) if not p.held]
+    texts = [p.text for p in module("webfarm").promises(rolled, machines_of(rolled)) if not p.held]
     assert any("never more than 2" in text for text in texts)
     assert any("never fewer than 4" in text for text in texts)
