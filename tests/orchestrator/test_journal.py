@@ -637,7 +637,9 @@ def test_what_was_acknowledged_before_a_kill_is_there(path: str) -> None:
         acknowledged += [int(process.stdout.readline()) for _ in range(chance.randrange(1, 150))]
         time.sleep(chance.random() * 0.004)
         process.kill()
-        rest, _ = process.communicate(timeout=30)
+        # By the same reader: `communicate` would leave behind what this one has read ahead.
+        rest = process.stdout.read()
+        process.wait(timeout=30)
         acknowledged += [int(line) for line in rest.splitlines(keepends=True) if line.endswith("\n")]
         assert process.returncode == -signal.SIGKILL, "it must have been hit while it wrote"
         with Journal.open(path) as journal:
