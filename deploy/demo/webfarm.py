@@ -31,7 +31,7 @@ FIRST, SECOND = "1.0.0", "2.0.0"
 WINDOW = 2
 IN_SERVICE = 4
 """`min_in_service` of the second release: of six."""
-BEFORE, AFTER = 300, 300
+BEFORE, AFTER = 400, 400
 """Requests before the second release starts, and after it has ended."""
 WORK_SECONDS = 0.05
 """What the shop takes for a page: so there are requests in flight when a machine leaves."""

@@ -140,7 +140,7 @@ def check_release(release: dict) -> None:
     """What the visitors saw, by what the issue asks."""
     assert release["failed"] == 0
     assert set(release["versions"]) == {"1.0.0", "2.0.0"}
-    assert sum(release["versions"].values()) == release["requests"] > 1000
+    assert sum(release["versions"].values()) == release["requests"] >= 800
     assert all(promise["held"] for promise in release["promises"])
 
 
