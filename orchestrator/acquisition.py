@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, cast
 
 from agent.orders import Acquire, AcquireFacts, Report, Survey, SurveyFacts
 from orchestrator.engine import DeploymentFailedError, Engine, together
 from orchestrator.events import Acquired, Barrier, Replicated, Surveyed
 from orchestrator.needs import packages_at, relays_to_fill, short_of_room, trees_of
+from orchestrator.packages import ref_of
 from orchestrator.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
-from orchestrator.sending import parcel, send
-from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from orchestrator.sending import parcel, send_to
 from relay.errors import StoreError, WaystationError
-
-if TYPE_CHECKING:
-    from relay.replicate import Progress
 
 
 async def acquire(engine: Engine) -> dict[str, SurveyFacts]:
@@ -116,7 +112,7 @@ async def _replicate_to(relay: PlannedRelay, engine: Engine, arriving: _Arriving
     async with AsyncExitStack() as stack:
 
         async def one(package: PlannedPackage) -> None:
-            ref = PackageRef(PackageId.parse(package.id), NuGetVersion.parse(package.version))
+            ref = ref_of(package)
             client = await stack.enter_async_context(engine.open_relay(relay))
             show = engine.bar(f"{relay.name} {ref}")
 
@@ -124,11 +120,7 @@ async def _replicate_to(relay: PlannedRelay, engine: Engine, arriving: _Arriving
                 arriving.offered(relay.name, package.manifest)
                 show(done, whole)
 
-            what = await parcel(engine.depot, ref)
-            sent = await send(engine.depot, what, [client], bar=lambda _name: cast("Progress", progress))
-            for error in sent.failed.values():
-                raise error
-            [done] = sent.replicated
+            done = await send_to(engine.depot, await parcel(engine.depot, ref), client, progress)
             arriving.offered(relay.name, package.manifest)
             await engine.note(
                 Replicated(

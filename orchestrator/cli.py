@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
-from relay.config import home
+from orchestrator import options
+from orchestrator.options import depot_location, depot_option, trust_option
 from relay.console import (
     ca_file_option,
     json_option,
@@ -34,13 +35,6 @@ if TYPE_CHECKING:
     from relay.client import RelayClient
     from relay.content.identity import PackageRef
 
-_depot_option = click.option(
-    "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
-)
-_trust_option = click.option(
-    "--trust", "trust_folder", metavar="DIR", help="Folder of the keys. [default: trust in $WAYSTATION_HOME]"
-)
-
 
 @click.group()
 def trust() -> None:
@@ -48,13 +42,13 @@ def trust() -> None:
 
 
 @trust.command(epilog="Example: waystation trust init")
-@_trust_option
+@trust_option
 @json_option
 def init(trust_folder: str | None, as_json: bool) -> None:
     """Make the package key, the order key, and trust.json, which every agent pins. Never overwrites a key."""
     from orchestrator.keyring import PINS_FILE, init_trust
 
-    folder = _trust_folder(trust_folder)
+    folder = options.trust_folder(trust_folder)
     pins = init_trust(folder)
     path = os.path.join(folder, PINS_FILE)
     if as_json:
@@ -127,8 +121,8 @@ def pack(
 @click.option("--allow-host", "hosts", multiple=True, metavar="HOST", help="With --feed: the feed may lead there too.")
 @click.option("--allow-http", is_flag=True, help="With --feed: allow plain http beyond loopback.")
 @click.option("--allow-private", is_flag=True, help="With --feed: its name may resolve to a private address.")
-@_depot_option
-@_trust_option
+@depot_option
+@trust_option
 @json_option
 def add(
     names: tuple[str, ...],
@@ -157,9 +151,9 @@ def add(
         from orchestrator.feed import FeedPolicy
         from orchestrator.keyring import load_signer
 
-        signer = load_signer(_trust_folder(trust_folder), "package")
+        signer = load_signer(options.trust_folder(trust_folder), "package")
         with progress_bars() as bar:
-            async with open_depot(_depot_location(depot)) as opened:
+            async with open_depot(depot_location(depot)) as opened:
                 if not feed:
                     return await _add_files(opened, signer, names, bar)
                 policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
@@ -218,7 +212,7 @@ async def _add_from_feed(
 
 
 @package.command("list", epilog="Example: waystation package list --json")
-@_depot_option
+@depot_option
 @json_option
 def list_(depot: str | None, as_json: bool) -> None:
     """Show the packages in the depot."""
@@ -226,7 +220,7 @@ def list_(depot: str | None, as_json: bool) -> None:
     async def look() -> list[dict[str, Any]]:
         from orchestrator.depot import open_depot
 
-        async with open_depot(_depot_location(depot)) as opened:
+        async with open_depot(depot_location(depot)) as opened:
             return [_pointer(pointer) for pointer in opened.catalog.all()]
 
     packages = run(look())
@@ -242,7 +236,7 @@ def list_(depot: str | None, as_json: bool) -> None:
 @package.command(epilog="Example: waystation package show Acme.Web 1.4.2")
 @click.argument("id")
 @click.argument("version")
-@_depot_option
+@depot_option
 @json_option
 def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
     """Show one package: digests, parts, chunks, and what its nuspec says."""
@@ -250,7 +244,7 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
     async def look() -> dict[str, Any]:
         from orchestrator.depot import open_depot
 
-        async with open_depot(_depot_location(depot)) as opened:
+        async with open_depot(depot_location(depot)) as opened:
             pointer = opened.catalog.get(_ref(id, version))
             manifest = await opened.manifest(pointer)
             return _pointer(pointer) | {
@@ -288,7 +282,7 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
 @package.command(epilog="Example: waystation package remove Acme.Web 1.4.2")
 @click.argument("id")
 @click.argument("version")
-@_depot_option
+@depot_option
 @json_option
 def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
     """Take a package out of the depot. Relays and machines keep what they have."""
@@ -296,7 +290,7 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
     async def take_out() -> dict[str, Any]:
         from orchestrator.depot import open_depot
 
-        async with open_depot(_depot_location(depot)) as opened:
+        async with open_depot(depot_location(depot)) as opened:
             return _pointer(await opened.remove(_ref(id, version)))
 
     removed = run(take_out())
@@ -315,7 +309,7 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
 @click.option("--relay", "relays", multiple=True, metavar="URL", help="May be repeated.")
 @click.option("--environment", "-e", metavar="NAME|FILE", help="Every relay of this environment, with its own token.")
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
-@_depot_option
+@depot_option
 @token_file_option
 @ca_file_option
 @json_option
@@ -386,7 +380,7 @@ async def _replicate_all(
         raise UsageError("a relay is named twice")
     with progress_bars() as bar:
         async with AsyncExitStack() as stack:
-            opened = await stack.enter_async_context(open_depot(_depot_location(depot)))
+            opened = await stack.enter_async_context(open_depot(depot_location(depot)))
             for client in clients:
                 await stack.enter_async_context(client)
             what = await parcel(opened, _ref(id, version))
@@ -426,11 +420,3 @@ def _ref(id: str, version: str) -> PackageRef:
         return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
     except IdentityError as error:
         raise UsageError(error.message) from error
-
-
-def _depot_location(given: str | None) -> str:
-    return given or f"disk:{os.path.join(home(), 'depot')}"
-
-
-def _trust_folder(given: str | None) -> str:
-    return os.path.abspath(given) if given else os.path.join(home(), "trust")

@@ -21,7 +21,7 @@ from orchestrator.journal import Journal
 from orchestrator.leftovers import settle
 from orchestrator.locks import hold
 from orchestrator.notify import notify
-from orchestrator.packages import build_scripts_package, ensure_packages, server_tree, wanted_packages
+from orchestrator.packages import build_scripts_package, ensure_packages, ref_of, server_tree, wanted_packages
 from orchestrator.places import Places, operator
 from orchestrator.plan import FrozenFile, MachineStep, Plan, PlannedPackage, ServerRun
 from orchestrator.planning import make_plan
@@ -36,6 +36,8 @@ from relay.errors import NotFoundError, UsageError
 from relay.keyfiles import make_private_folder
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
     from orchestrator.depot import Depot
     from relay.trust.keys import TrustPins
 
@@ -99,7 +101,7 @@ async def create_release(
 
 
 async def _those_here(
-    depot: Depot, process: ProcessFile, packages: Mapping[str, PlannedPackage], signer: object
+    depot: Depot, process: ProcessFile, packages: Mapping[str, PlannedPackage], signer: CryptoSigner
 ) -> dict[str, PlannedPackage]:
     """Fill in what the depot has; what comes from a feed may wait for the deployment."""
     lacking = [name for name in process.value.packages if name not in packages]
@@ -108,18 +110,13 @@ async def _those_here(
         raise UsageError(
             f"a release needs a version of each of its packages: {', '.join(lacking)}", hint=f"Give {names}"
         )
-    filled: dict[str, PlannedPackage] = {}
-    for name, package in packages.items():
+    for name in packages:
         if name not in process.value.packages:
             known = ", ".join(process.value.packages)
             raise UsageError(f"--package {name}: {process.name} has no such package", hint=f"It has: {known}")
-        try:
-            filled |= await ensure_packages(depot, {name: package}, {}, SecretStore({}), signer)  # type: ignore[arg-type]
-        except NotFoundError:
-            if not package.feed:
-                raise
-            filled[name] = package
-    return filled
+    waiting = {n: p for n, p in packages.items() if p.feed and depot.catalog.find(ref_of(p)) is None}
+    here = {name: package for name, package in packages.items() if name not in waiting}
+    return waiting | await ensure_packages(depot, here, {}, SecretStore({}), signer)
 
 
 def _frozen(process: ProcessFile, paths: Iterable[str]) -> list[FrozenFile]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent.orders import Action, Report
-from orchestrator.events import Dispatched, Event, Note, Refused, Reported, ServerRunDispatched, ServerRunEnded
-from orchestrator.plan import Plan, PlannedPackage, PlannedRelay, ServerRun
+from orchestrator.events import (
+    Dispatched,
+    Event,
+    Note,
+    Refused,
+    Reported,
+    ServerRunDispatched,
+    ServerRunEnded,
+    UndoEnded,
+    UndoStarted,
+)
+from orchestrator.plan import Plan, PlannedPackage, PlannedRelay, PreAcquire, ServerRun
 from relay.errors import WaystationError, first_of
 
 if TYPE_CHECKING:
@@ -112,6 +122,18 @@ class Engine:
     async def run_here(self, run: ServerRun, step: int, who: str, name: str, extra: Mapping[str, str]) -> RunResult:
         """Run something of the plan on the server; `who` is the machine that it serves, or `server`."""
         return await self.runs.run(run, f"{self.deployment}/{step}/{who}/{name}", extra)
+
+
+async def undo_step(
+    step: PreAcquire, deployment: str, runs: ServerRuns, note: Callable[[Event], Awaitable[None]]
+) -> bool:
+    """Close what a step before acquisition opened, where it has an undo. Whether that went well."""
+    if step.undo is None:
+        return True
+    await note(UndoStarted(step.run.name))
+    result = await runs.run(step.undo, f"{deployment}/0/{SERVER}/undo-{step.run.name}", {"UNDO": "1"})
+    await note(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))
+    return result.ok
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

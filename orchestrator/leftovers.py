@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import runs as processes
-from orchestrator.engine import SERVER, JournalHooks
-from orchestrator.events import Ended, Event, Note, UndoEnded, UndoStarted
+from orchestrator.engine import SERVER, JournalHooks, undo_step
+from orchestrator.events import Ended, Event, Note
 from orchestrator.history import OpenBracket, open_brackets, operations, undos_due
 from orchestrator.order_book import file_name
 from orchestrator.plan import MachineStep, MachineTurn, Plan, RotationPlan
@@ -56,15 +56,17 @@ async def _undo(places: Places, journal: Journal, deployment: str) -> None:
     if not due:
         return
     plan, runs = of_deployment(places, journal, deployment)
+
+    async def note(event: Event) -> None:
+        journal.append(deployment, event)
+
     for name in due:
         for step in plan.pre_acquire:
             if step.run.name != name or step.undo is None:
                 continue
             try:
                 await runs.take_up(step.run, f"{deployment}/0/{SERVER}/pre-{name}", {})
-                journal.append(deployment, UndoStarted(name))
-                done = await runs.run(step.undo, f"{deployment}/0/{SERVER}/undo-{name}", {"UNDO": "1"})
-                journal.append(deployment, UndoEnded(name, ok=done.ok, reason=done.reason))
+                await undo_step(step, deployment, runs, note)
             except WaystationError as error:
                 journal.append(deployment, Note(f"{name} could not be undone: {error}"))
 

@@ -49,7 +49,7 @@ def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[s
     """The process's packages in these versions; a name that it does not know is kept, for the plan to refuse."""
     known = {name: package_of(use) for name, use in process.value.packages.items()}
     return {
-        name: PlannedPackage(known[name].id if name in known else name, version, feed=known[name].feed or "")
+        name: PlannedPackage(known[name].id, version, feed=known[name].feed or "")
         if name in known
         else PlannedPackage(name, version)
         for name, version in versions.items()
@@ -67,9 +67,7 @@ async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) 
             if pointer is None:
                 found[name] = package
                 continue
-            manifest = await depot.manifest(pointer)
-            sizes = {"tree_bytes": manifest.tree_size, "nupkg_bytes": manifest.nupkg.size}
-            found[name] = msgspec.structs.replace(package, manifest=manifest.id, **sizes)
+            found[name] = _with_manifest(package, await depot.manifest(pointer))
     return found
 
 
@@ -167,6 +165,10 @@ async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
         )
     if not await depot.catalog.signature(manifest.id):
         raise RefusedError(f"{package.id} {package.version} is not signed", hint="Add its nupkg again to sign it")
+    return _with_manifest(package, manifest)
+
+
+def _with_manifest(package: PlannedPackage, manifest: Manifest) -> PlannedPackage:
     return msgspec.structs.replace(
         package, manifest=manifest.id, tree_bytes=manifest.tree_size, nupkg_bytes=manifest.nupkg.size
     )

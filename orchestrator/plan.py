@@ -7,11 +7,14 @@ Seconds and bytes everywhere.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from agent.orders import TimedCheck
+
+OLD_VERSION: Final = "${old.version}"
+"""Stands in the checks of an old version where `${package.version}` stood in the file."""
 
 
 class _Planned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -17,6 +17,7 @@ from orchestrator.environment import Machine, Rotation
 from orchestrator.files import Place, shown
 from orchestrator.naming import clashes, environment_name, slug
 from orchestrator.plan import (
+    OLD_VERSION,
     ApplyAction,
     MachineStep,
     MachineTurn,
@@ -35,7 +36,6 @@ from orchestrator.process import Apply, Check, Phase, Rolling, Step, rolling_of
 from orchestrator.values import part_of
 from orchestrator.variables import Scope
 
-OLD_VERSION: Final = "${old.version}"
 _SERVICE: Final = re.compile(r"[A-Za-z0-9@_][A-Za-z0-9@_.:-]{0,199}")
 _WINDOWS_ROOT: Final = re.compile(r"[A-Za-z]:[\\/].+")
 _SERVICE_SECONDS: Final = 120.0

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator import options
+from orchestrator.options import depot_option, trust_option
 from relay.config import home
 from relay.console import json_option, print_json, printable, progress_bars, run, size, table
 from relay.errors import NotFoundError, UsageError
@@ -30,12 +32,6 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WITH_EXCLUSIONS, CANCELLED = 0, 1, 5, 130
 
-_depot_option = click.option(
-    "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
-)
-_trust_option = click.option(
-    "--trust", "trust_folder", metavar="DIR", help="Folder of the keys. [default: trust in $WAYSTATION_HOME]"
-)
 _journal_option = click.option(
     "--journal", metavar="FILE", help="What happened. [default: journal.db in $WAYSTATION_HOME]"
 )
@@ -83,7 +79,7 @@ def release() -> None:
 @_package_option
 @_variable_option
 @_process_option
-@_depot_option
+@depot_option
 @json_option
 def plan(
     label: str | None,
@@ -121,8 +117,8 @@ def plan(
 @_process_option
 @click.option("--environment", "-e", metavar="NAME|FILE", help="Take packages that the depot lacks from its feeds now.")
 @_variable_option
-@_depot_option
-@_trust_option
+@depot_option
+@trust_option
 @_journal_option
 @json_option
 def create(
@@ -197,8 +193,8 @@ def schema(kind: str) -> None:
 @_process_option
 @click.option("--project", help="Where several projects have this label. [default: the process's]")
 @click.option("--adopt", is_flag=True, help="Answer for machines that an earlier deployment left out of rotation.")
-@_depot_option
-@_trust_option
+@depot_option
+@trust_option
 @_journal_option
 @json_option
 def deploy(
@@ -458,12 +454,11 @@ def close(
 def _places(depot: str | None, trust_folder: str | None, journal: str | None) -> Places:
     from orchestrator.places import Places
 
-    base = home()
     return Places(
-        home=base,
-        depot=depot or f"disk:{os.path.join(base, 'depot')}",
-        trust=os.path.abspath(trust_folder) if trust_folder else os.path.join(base, "trust"),
-        journal=journal or os.path.join(base, "journal.db"),
+        home=home(),
+        depot=options.depot_location(depot),
+        trust=options.trust_folder(trust_folder),
+        journal=journal or os.path.join(home(), "journal.db"),
     )
 
 
@@ -523,7 +518,7 @@ def _with_sizes(depot: str | None, packages: Any) -> Any:  # noqa: ANN401 - lazi
     """Fill in what the depot knows of these packages; one that it lacks stays as it is."""
     from orchestrator.packages import known_packages
 
-    location = _places(depot, None, None).depot
+    location = options.depot_location(depot)
     folder = location.removeprefix("disk:")
     if location.startswith("disk:") and not os.path.isdir(folder):
         return packages

@@ -14,7 +14,7 @@ from functools import partial
 
 from agent.orders import SurveyFacts
 from orchestrator.acquisition import acquire
-from orchestrator.engine import SERVER, DeploymentFailedError, Engine, together
+from orchestrator.engine import SERVER, DeploymentFailedError, Engine, together, undo_step
 from orchestrator.events import (
     BracketAdopted,
     DecisionTaken,
@@ -25,8 +25,6 @@ from orchestrator.events import (
     PreAcquireEnded,
     PreAcquireStarted,
     Refused,
-    UndoEnded,
-    UndoStarted,
 )
 from orchestrator.history import OpenBracket
 from orchestrator.muster import Muster
@@ -187,12 +185,7 @@ class _Undo:
     async def _undo(self, steps: Sequence[PreAcquire]) -> None:
         for step in reversed(steps):
             self.owed.remove(step)
-            if step.undo is None:
-                continue
-            await self.engine.note(UndoStarted(step.run.name))
-            result = await self.engine.run_here(step.undo, 0, SERVER, f"undo-{step.run.name}", {"UNDO": "1"})
-            await self.engine.note(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))
-            if not result.ok:
+            if not await undo_step(step, self.engine.deployment, self.engine.runs, self.engine.note):
                 self.failed.append(step.run.name)
 
 

@@ -55,6 +55,21 @@ async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
     return Parcel(ref, manifest, signature, await depot.other_versions(ref))
 
 
+async def send_to(
+    depot: Depot, what: Parcel, relay: RelayClient, progress: Progress, patience: float = PATIENCE
+) -> Replicated:
+    """To one relay. Raises as `relay.replicate.replicate`."""
+    return await replicate(
+        what.manifest,
+        what.signature,
+        depot.store.chunks,
+        relay,
+        known=what.known,
+        progress=progress,
+        patience=patience,
+    )
+
+
 async def send(
     depot: Depot, what: Parcel, relays: Sequence[RelayClient], *, bar: Bar, patience: float = PATIENCE
 ) -> Sent:
@@ -63,15 +78,7 @@ async def send(
 
     async def to(relay: RelayClient) -> Replicated | None:
         try:
-            return await replicate(
-                what.manifest,
-                what.signature,
-                depot.store.chunks,
-                relay,
-                known=what.known,
-                progress=bar(relay.url),
-                patience=patience,
-            )
+            return await send_to(depot, what, relay, bar(relay.url), patience)
         except WaystationError as error:
             sent.failed[relay.url] = error
             return None

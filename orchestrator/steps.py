@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from agent.checks import run_checks
 from agent.orders import (
     Action,
@@ -30,6 +32,7 @@ from orchestrator import rolling, turn
 from orchestrator.engine import PROBE, SERVER, Engine, together
 from orchestrator.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
 from orchestrator.plan import (
+    OLD_VERSION,
     ApplyAction,
     MachineStep,
     MachineTurn,
@@ -48,7 +51,6 @@ from relay.errors import StoreError, WaystationError
 STUCK_SECONDS = 60.0
 """How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
 _LOOK_AGAIN = 1.0
-OLD_VERSION = "${old.version}"
 
 Obey = Callable[[], Awaitable[None]]
 """Takes up what people have decided. Awaited right before anything starts, so that nothing starts after a cancel."""
@@ -350,7 +352,7 @@ def _signed(timed: TimedCheck, scripts: str) -> TimedCheck:
     """A machine's command names the package that its script is signed in."""
     if not isinstance(timed.check, CommandCheck):
         return timed
-    return TimedCheck(CommandCheck(timed.check.argv, scripts), timed.lasting, timed.deadline, timed.timeout)
+    return replace(timed, check=replace(timed.check, package=scripts))
 
 
 async def _check_here(checks: Sequence[TimedCheck]) -> Done:
@@ -379,14 +381,14 @@ def _for_old(check: TimedCheck, facts: TreeFacts | None) -> TimedCheck:
     match what:
         case HttpCheck():
             expect, contains = (None if text is None else filled(text) for text in (what.expect, what.contains))
-            what = HttpCheck(filled(what.url), expect, contains, what.status)
+            what = replace(what, url=filled(what.url), expect=expect, contains=contains)
         case TcpCheck():
-            what = TcpCheck(filled(what.host), what.port)
+            what = replace(what, host=filled(what.host))
         case CommandCheck():
-            what = CommandCheck(tuple(map(filled, what.argv)), what.package)
+            what = replace(what, argv=tuple(map(filled, what.argv)))
         case _:
             pass
-    return TimedCheck(what, check.lasting, check.deadline, check.timeout)
+    return replace(check, check=what)
 
 
 def _may_repeat(action: ApplyAction) -> bool:

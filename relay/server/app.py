@@ -25,7 +25,7 @@ from relay.mail import Mail
 from relay.memory import tame_malloc
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
-from relay.server.bodies import body_pieces, budget_of, read_body, read_json, write_guarded
+from relay.server.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded
 from relay.server.connection import Limits
 from relay.server.guards import Running, raise_open_files, start_guarded
 from relay.server.mail import MailRoutes, mail_limits_of
@@ -90,7 +90,7 @@ class RelayApp:
             reason="this relay is about to stop" if draining else read_only,
             cpu=self._rates,
         )
-        return _json(answer, status=503 if draining else 200)
+        return json_answer(answer, status=503 if draining else 200)
 
     # --- taking
 
@@ -104,10 +104,10 @@ class RelayApp:
             raise UntrustedError(f"not a manifest document: {error}") from error
         if len(document.signature) > wire.SIGNATURE_MAX:
             raise HttpRefusal(413, "too_large")
-        return _json(await self._transfer.offer(_manifest_id(request), document, _base(request)))
+        return json_answer(await self._transfer.offer(_manifest_id(request), document, _base(request)))
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
-        return _json(await self._transfer.missing(await read_json(request, self._limits, wire.MissingRequest)))
+        return json_answer(await self._transfer.missing(await read_json(request, self._limits, wire.MissingRequest)))
 
     async def take_bundle(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != wire.BUNDLE_TYPE:
@@ -121,7 +121,7 @@ class RelayApp:
         metrics.CHUNKS.labels("stored").inc(answer.stored)
         metrics.CHUNKS.labels("held").inc(answer.held)
         metrics.CHUNKS.labels("refused").inc(sum(count(run.ranges) for run in answer.refused))
-        return _json(answer)
+        return json_answer(answer)
 
     async def publish(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request, self._limits, wire.PublishRequest)
@@ -129,7 +129,7 @@ class RelayApp:
             pointer = await self._transfer.publish(_package_ref(request), body)
         except ChunksMissingError as error:
             return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
-        return _json(await self._package_answer(pointer))
+        return json_answer(await self._package_answer(pointer))
 
     # --- giving
 
@@ -138,10 +138,10 @@ class RelayApp:
         text = request.match_info.get("id")
         id = None if text is None else _or_404(PackageId.parse, text)
         found = await self._transfer.catalog.look_up_all(id)
-        return _json(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
+        return json_answer(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
 
     async def package(self, request: web.Request) -> web.StreamResponse:
-        return _json(await self._package_answer(await self._transfer.catalog.look_up(_package_ref(request))))
+        return json_answer(await self._package_answer(await self._transfer.catalog.look_up(_package_ref(request))))
 
     async def manifest(self, request: web.Request) -> web.StreamResponse:
         document, used_base = await self._transfer.document(_manifest_id(request), _base(request))
@@ -185,10 +185,6 @@ class RelayApp:
 
 
 # --- from a request to values
-
-
-def _json(answer: msgspec.Struct, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON, status=status)
 
 
 def _or_404(parse: Callable[[str], T], text: str) -> T:

@@ -112,10 +112,14 @@ async def read_json(request: web.Request, limits: Limits, type: type[T]) -> T:
     if request.content_type != wire.JSON:
         raise HttpRefusal(415, "media_type")
     raw = await read_body(request, limits, limits.json_bytes)
-    # Large documents take long enough to be felt by everybody else on this thread.
+    return await parse_json_aside(raw, type, limits.json_depth)
+
+
+async def parse_json_aside(raw: bytes, type: type[T], depth: int) -> T:
+    """As `parse_json`; large documents, which everybody else on this thread would feel, in another one."""
     if len(raw) > 64 << 10:
-        return await asyncio.to_thread(parse_json, raw, type, limits.json_depth)
-    return parse_json(raw, type, limits.json_depth)
+        return await asyncio.to_thread(parse_json, raw, type, depth)
+    return parse_json(raw, type, depth)
 
 
 def parse_json(raw: bytes, type: type[T], depth: int) -> T:
@@ -156,3 +160,8 @@ async def write_guarded(response: web.StreamResponse, data: bytes | bytearray | 
                 await response.write(view[start : start + PIECE])
         except TimeoutError as error:
             raise ConnectionResetError("the peer does not read") from error
+
+
+def json_answer(answer: msgspec.Struct, status: int = 200) -> web.Response:
+    """A struct of the protocol as an answer."""
+    return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON, status=status)

@@ -15,7 +15,7 @@ from relay import wire
 from relay.mail import Box, Letter, Mail, MailLimits, Numbered
 from relay.server import metrics
 from relay.server.access import DRAINING, add, long_poll
-from relay.server.bodies import body_pieces, budget_of, parse_json
+from relay.server.bodies import body_pieces, budget_of, json_answer, parse_json_aside
 from relay.server.connection import Budget, Limits
 from relay.server.presences import Presences
 from relay.server.problems import HttpRefusal
@@ -23,8 +23,6 @@ from relay.server.problems import HttpRefusal
 T = TypeVar("T")
 
 _AGENT_NAME = re.compile(wire.AGENT_NAME, re.ASCII)
-_PARSED_HERE = 64 << 10
-"""Bytes of JSON that are parsed on the spot; more would be felt by everybody else on this thread."""
 
 
 def mail_limits_of(limits: Limits) -> MailLimits:
@@ -100,7 +98,7 @@ class MailRoutes:
         metrics.LETTERS.labels(letters[0].kind, "taken").inc(taken.taken)
         metrics.LETTERS.labels(letters[0].kind, "known").inc(taken.known)
         metrics.MAIL_BYTES.set(self._mail.kept_bytes)
-        return _json(taken)
+        return json_answer(taken)
 
     # --- reading
 
@@ -112,10 +110,10 @@ class MailRoutes:
             metrics.AGENTS.set(len(self._presences))
             found = await self._wait(request, ("order", agent), body.after, body.wait)
         orders = tuple(wire.NumberedOrder(n.number, n.letter.operation, n.letter.data) for n in found)
-        return _json(wire.PollAnswer(self._mail.epoch, orders))
+        return json_answer(wire.PollAnswer(self._mail.epoch, orders))
 
     async def agents(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002 - the signature of a handler
-        return _json(wire.AgentsAnswer(self._presences.all()))
+        return json_answer(wire.AgentsAnswer(self._presences.all()))
 
     async def reports(self, request: web.Request) -> web.StreamResponse:
         query = _query(request)
@@ -124,7 +122,7 @@ class MailRoutes:
             wire.NumberedReport(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
             for n in found
         )
-        return _json(wire.ReportsAnswer(self._mail.epoch, reports))
+        return json_answer(wire.ReportsAnswer(self._mail.epoch, reports))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         query = _query(request)
@@ -133,7 +131,7 @@ class MailRoutes:
             wire.NumberedPiece(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
             for n in found
         )
-        return _json(wire.LogsAnswer(self._mail.epoch, pieces))
+        return json_answer(wire.LogsAnswer(self._mail.epoch, pieces))
 
     async def _wait(self, request: web.Request, box: Box, after: wire.Cursor | None, seconds: float) -> list[Numbered]:
         """What is in `box` after the cursor, as soon as there is something; nothing when the time is over or the relay
@@ -168,10 +166,7 @@ class MailRoutes:
             async for piece in body_pieces(request, self._limits, most):
                 take(len(piece))
                 raw += piece
-            if len(raw) <= _PARSED_HERE:
-                yield parse_json(bytes(raw), type, self._limits.json_depth)
-            else:
-                yield await asyncio.to_thread(parse_json, bytes(raw), type, self._limits.json_depth)
+            yield await parse_json_aside(bytes(raw), type, self._limits.json_depth)
 
 
 async def _first_of(seconds: float, *events: asyncio.Event) -> None:
@@ -208,7 +203,3 @@ def _cursor(query: wire.ReadQuery) -> wire.Cursor:
 def _check_operations(deployment: str, letters: Sequence[wire.ReportLetter | wire.LogPiece]) -> None:
     if not all(letter.operation.startswith(f"{deployment}/") for letter in letters):
         raise HttpRefusal(400, "bad_fields")
-
-
-def _json(answer: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(answer), content_type=wire.JSON)
