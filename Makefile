@@ -6,15 +6,15 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .PHONY: demo test soak lint types bench clean
 
 demo:
-	@deploy/setup.sh dnsmasq haproxy
+	@deploy/setup.sh dnsmasq haproxy --optional rdiff rsync
 	@$(PYTHON) deploy/demo/demo.py
 
 test:
-	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace
+	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace --optional 7z rsync rdiff zsync casync xdelta3 zstd ip tc
 	@$(PYTHON) -m pytest
 
 soak:
-	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace
+	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace --optional 7z rsync rdiff zsync casync xdelta3 zstd ip tc
 	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -q -p no:cacheprovider --durations=25 >tests/soak.txt 2>&1; \
 		result=$$?; tail -n 40 tests/soak.txt; exit $$result
 

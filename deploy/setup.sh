@@ -1,7 +1,8 @@
 #!/bin/sh
 # Makes .venv and installs Waystation and its tools into it; installs the programs that the demo and the tests start.
 # As root on Debian it installs what is missing with apt; otherwise it says what is missing and stops.
-# Usage: deploy/setup.sh [PROGRAM…]
+# Usage: deploy/setup.sh [PROGRAM…] [--optional PROGRAM…]
+# Optional programs are installed where that is possible; without them, what needs them is left out and says so.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -12,6 +13,8 @@ debian_package() {
     case "$1" in
         dnsmasq) echo dnsmasq-base ;;
         nginx) echo nginx-light ;;
+        7z) echo p7zip-full ;;
+        ip | tc) echo iproute2 ;;
         zip | unzip | curl | strace | haproxy) echo "$1" ;;
         *) echo "$1" ;;
     esac
@@ -42,7 +45,11 @@ can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 
 missing=
 for program in "$@"; do
-    is_there "$program" || missing="$missing $(debian_package "$program")"
+    if [ "$program" = --optional ]; then
+        can_apt || break
+    elif ! is_there "$program"; then
+        missing="$missing $(debian_package "$program")"
+    fi
 done
 if [ -n "$missing" ]; then
     if can_apt; then

@@ -23,6 +23,7 @@ from relay.config import RelayConfig
 from relay.content import chunking
 from relay.content.chunk import Chunk
 from relay.content.chunking import PartDigest
+from relay.content.encodings import Coding, Encoding, encode
 from relay.content.identity import ChunkId, NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.content.nupkg import Entry
@@ -116,6 +117,14 @@ def cut_package(files: Mapping[str, bytes], id: str = "Acme.Web", version: str =
             builder.saw_chunk(found)
             chunks[found.id] = found
     return Cut(builder.build(entries, [False] * len(entries)), chunks)
+
+
+def encode_run(chunks: Iterable[bytes], coding: str = "zstd", base: bytes = b"") -> tuple[Encoding, bytes]:
+    """The payload of a run as a sender sends it, and the encoding it has: `raw` where `coding` makes nothing smaller."""
+    run = b"".join(chunks)
+    parsed = Coding.parse(coding)
+    payload = b"".join(encode(parsed, run, base))
+    return (parsed.encoding, payload) if len(payload) < len(run) else ("raw", run)
 
 
 # --- origin

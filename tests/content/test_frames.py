@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cut_package, noise
+from support import cut_package, encode_run, noise
 
 from relay.content import frames
 from relay.content.chunk import CHUNK_MAX, Chunk
@@ -35,7 +35,6 @@ from relay.content.frames import (
     Span,
     Whole,
     data_header,
-    encode_run,
     plan_runs,
 )
 from relay.content.manifest import ChunkEntry, Manifest
