@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Final, NamedTuple
 from urllib.parse import quote
 
+from relay.content.exact import canonical_name
 from relay.content.identity import NuGetVersion, PackageId
 from relay.content.nupkg import DEFAULT_LIMITS, WalkLimits, check_collisions, is_root_nuspec, path_fault
 from relay.content.nuspec import NUSPEC_MAX, parse_nuspec
@@ -167,14 +168,6 @@ def _made_nuspec(id: PackageId, version: NuGetVersion, authors: str, description
     ).encode("utf-8", "surrogatepass")
 
 
-def _escape(path: str) -> str:
-    """A part's name in the zip: every byte but letters, digits and `-._~` escaped, as `Uri.EscapeDataString` does.
-
-    The one exception is the name that the package format itself fixes.
-    """
-    return path if path == _CONTENT_TYPES else quote(path, safe="/")
-
-
 def _content_types(paths: Iterable[str]) -> bytes:
     """The list that OPC asks for: every extension, and every part without one, is just bytes."""
     extensions, bare = set(), []
@@ -183,7 +176,7 @@ def _content_types(paths: Iterable[str]) -> bytes:
         if dot and extension:
             extensions.add(quote(extension.lower(), safe=""))
         else:
-            bare.append(_escape(path))
+            bare.append(canonical_name(path).decode())
     lines = [
         '<?xml version="1.0" encoding="utf-8"?>',
         '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">',
@@ -203,7 +196,7 @@ def _relationships(nuspec_path: str) -> bytes:
         '<?xml version="1.0" encoding="utf-8"?>\n'
         '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">\n'
         '  <Relationship Type="http://schemas.microsoft.com/packaging/2010/07/manifest" '
-        f'Target="/{_escape(nuspec_path)}" Id="R0" />\n'
+        f'Target="/{canonical_name(nuspec_path).decode()}" Id="R0" />\n'
         "</Relationships>"
     ).encode()
 
@@ -214,7 +207,7 @@ def _write_zip(sources: list[_Source], output: BinaryIO) -> None:
     directory = bytearray()
     for source in sources:
         offset = output.tell() - base
-        name = _escape(source.path).encode()
+        name = canonical_name(source.path)
         form = _write_part(source, name, output)
         mode = stat.S_IFREG | (0o755 if source.executable else 0o644)
         directory += CENTRAL.pack(CENTRAL_MARK, _MADE_BY_UNIX, *form, len(name), 0, 0, 0, 0, mode << 16, offset)
