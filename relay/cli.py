@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relay.config import RelayConfig, home, load_yaml
+from relay.config import Peer, RelayConfig, home, load_yaml
 from relay.console import ca_file_option, json_option, print_json, printable, run, size, token_file_option
 from relay.errors import UsageError
 
@@ -22,8 +22,9 @@ def relay() -> None:
 @click.option("--listen", metavar="HOST:PORT", help="Where to listen. [default: 127.0.0.1:7400]")
 @click.option("--store", metavar="LOCATION", help="Where to keep packages, e.g. disk:/var/lib/waystation.")
 @click.option("--site", metavar="NAME", help="What DNS calls this place.")
+@click.option("--parent", metavar="URL", help="The relay to take from what an identical nupkg needs and is not here.")
 @click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
-def serve(config_file: str | None, log_level: str, **options: str | None) -> None:
+def serve(config_file: str | None, log_level: str, parent: str | None, **options: str | None) -> None:
     """Serve until SIGTERM, then let running requests end.
 
     Prints one line with its URL when it is ready. Without tokens in its configuration it listens on loopback only.
@@ -41,6 +42,10 @@ def serve(config_file: str | None, log_level: str, **options: str | None) -> Non
     values.setdefault("store", config.store or f"disk:{os.path.join(home(), 'relay')}")
     import msgspec
 
+    if parent is not None:
+        # With the token and CA of the same relay, where the file names it.
+        named = [peer for peer in (config.parent, *config.peers) if peer is not None and peer.url == parent]
+        values["parent"] = named[0] if named else Peer(parent)
     config = msgspec.structs.replace(config, **values)
     run(serve_relay(config, lambda url: click.echo(f"relay ready at {url}")))
 

@@ -25,7 +25,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from relay import wire
 from relay.content import manifest as manifests
-from relay.content.frames import BundleDecoder, Event
+from relay.content.encodings import ENCODINGS
+from relay.content.exact import Recipe, encode_recipe, from_wire, parse_recipe, to_wire
+from relay.content.frames import BundleDecoder, Event, NeedsBases, Tap
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.json import JsonTooDeepError, check_depth
 from relay.content.manifest import Manifest
@@ -41,12 +43,21 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
-from relay.traffic import Traffic, header_bytes
+from relay.holdings import Holdings, answer, next_events
+from relay.noise import noise
+from relay.packing import pack_envelope
+from relay.traffic import Traffic, chunk_bytes, header_bytes
 
 # Its default hooks import a metrics library and log; what is retried here is told by whoever gives up.
 stamina.instrumentation.set_on_retry_hooks([])
 
 T = TypeVar("T")
+
+_LINE_MAX = 64 << 10
+"""Bytes of one line of progress."""
+
+_BASES_MAX = 64
+"""Manifests that one request may name bases of."""
 
 Payload = bytes | AsyncIterator[bytes]
 """What a request carries."""
@@ -76,6 +87,28 @@ class MissingChunksError(ConflictError):
     def __init__(self, missing: Ranges) -> None:
         super().__init__("the relay still lacks chunks of this package")
         self.missing = missing
+
+
+class UnknownPeerError(RefusedError):
+    """The relay does not fetch from the other relay that it was told of."""
+
+
+class NotExactError(NotFoundError):
+    """The relay has the package, but neither its nupkg nor all that it takes to make the identical one."""
+
+    def __init__(self, message: str, lacks: wire.ExactLacks) -> None:
+        told = [
+            "it has no recipe that gives it" if lacks.recipe else "",
+            f"it lacks the encoder {', '.join(lacks.encoders)[:200]}" if lacks.encoders else "",
+            f"it lacks {lacks.verbatim_bytes:,} bytes that no encoder makes" if lacks.verbatim_bytes else "",
+            "chunks are damaged or gone there" if lacks.chunks else "",
+        ]
+        why = " and ".join(filter(None, told))
+        super().__init__(
+            f"{message}: {why}" if why else message,
+            hint="Send them with 'waystation package replicate --exact', or give that relay a parent",
+        )
+        self.lacks = lacks
 
 
 class LeaseLostError(RefusedError):
@@ -157,6 +190,44 @@ class RelayClient:
         """How it is; `attempts` in place of the limits' own. Raises `UnreachableError` while it drains, too."""
         return await self._json("GET", wire.HEALTH, wire.HealthAnswer, attempts=attempts)
 
+    async def measure_up(self, size: int) -> float:
+        """Send `size` bytes that do not compress; the seconds until the relay said that it has them. Not retried."""
+        loop, patience = asyncio.get_running_loop(), asyncio.timeout(self.limits.answer_seconds)
+
+        async def body() -> AsyncIterator[bytes]:
+            for piece in noise(size):
+                self.traffic.sent += len(piece)
+                yield piece
+                patience.reschedule(loop.time() + self.limits.answer_seconds)
+
+        began = time.perf_counter()
+        try:
+            async with patience:
+                answer = await self._json(
+                    "PUT",
+                    wire.LINE,
+                    wire.LineAnswer,
+                    data=body(),
+                    content_type="application/octet-stream",
+                    attempts=1,
+                    answer_seconds=None,
+                )
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} takes no more of what it is sent") from error
+        if answer.bytes != size:
+            raise UntrustedError(f"{self.url} says that {answer.bytes} bytes came where {size} were sent")
+        return time.perf_counter() - began
+
+    async def measure_down(self, size: int) -> float:
+        """Ask for `size` bytes that do not compress; the seconds until the last has come. Not retried."""
+        began, received = time.perf_counter(), 0
+        async with self._request("GET", wire.LINE, params={"bytes": str(size)}) as response:
+            async for piece in self._pieces(response):
+                received += len(piece)
+        if received != size:
+            raise UntrustedError(f"{self.url} sent {received} bytes where {size} were asked for")
+        return time.perf_counter() - began
+
     async def wait_until_ready(self, patience: float) -> None:
         """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""
         async for attempt in stamina.retry_context(
@@ -203,10 +274,16 @@ class RelayClient:
 
     # --- sending
 
-    async def offer(self, manifest: Manifest, signature: bytes, base: Manifest | None = None) -> wire.OfferAnswer:
-        """Hand the manifest over, unlisted; learn what is missing. Chunks that are there stay while the lease lives."""
+    async def offer(
+        self, manifest: Manifest, signature: bytes, base: Manifest | None = None, recipe: bytes = b""
+    ) -> wire.OfferAnswer:
+        """Hand the manifest over, unlisted; learn what is missing. Chunks that are there stay while the lease lives.
+
+        `recipe` is how to make the nupkg again, as `Recipes.pack` gives it against `base`.
+        """
+        packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, base.canonical if base else None)
         document = wire.Document(
-            await asyncio.to_thread(manifests.to_wire, manifest.canonical, base.canonical if base else None), signature
+            packed, recipe=recipe, packed_signature=pack_envelope(signature, manifest) if signature else b""
         )
         answer = await self._json(
             "PUT",
@@ -219,10 +296,14 @@ class RelayClient:
         check(answer.missing, len(manifest.chunks))
         return answer
 
-    async def missing(self, want: Sequence[wire.ChunkRanges], lease: str | None = None) -> tuple[wire.ChunkRanges, ...]:
+    async def missing(self, want: Sequence[wire.ChunkRanges], lease: str | None = None) -> wire.MissingAnswer:
+        """Which of the ranges are not there, and which manifests it does not keep; with a lease, the rest stays."""
         request = wire.MissingRequest(want=tuple(want), lease=lease)
         answer = await self._json("POST", wire.MISSING, wire.MissingAnswer, data=msgspec.json.encode(request))
-        return answer.missing
+        last = {each.manifest: max((stop for _, stop in each.ranges), default=0) for each in want}
+        for each in answer.missing:
+            check(each.ranges, last.get(each.manifest, 0))
+        return answer
 
     async def put_bundle(self, lease: str, body: AsyncIterator[bytes]) -> wire.BundleAnswer:
         """Upload one bundle. Not retried here: ask what is missing, and send that.
@@ -231,15 +312,22 @@ class RelayClient:
             LeaseLostError: offer again first.
             WaystationError: whatever `body` raises.
         """
+        return await self._upload(wire.BUNDLE_IN, wire.BundleAnswer, body, wire.BUNDLE_TYPE, {"lease": lease})
+
+    async def _upload(
+        self, path: str, answer: type[T], body: AsyncIterator[bytes], content_type: str, params: dict[str, str]
+    ) -> T:
+        """PUT a body that is made as it goes. Not retried. Raises what `body` raises, too."""
         own: list[WaystationError] = []
         loop, patience = asyncio.get_running_loop(), asyncio.timeout(self.limits.answer_seconds)
 
         async def counted() -> AsyncIterator[bytes]:
             try:
                 async for piece in body:
-                    self.traffic.sent += len(piece)
+                    self.traffic.sent += len(piece) + chunk_bytes(len(piece))
                     yield piece
                     patience.reschedule(loop.time() + self.limits.answer_seconds)
+                self.traffic.sent += chunk_bytes(0)
             except WaystationError as error:
                 # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
                 own.append(error)
@@ -247,25 +335,22 @@ class RelayClient:
 
         try:
             async with patience:
-                return await self._put_bundle(lease, counted())
+                return await self._json(
+                    "PUT",
+                    path,
+                    answer,
+                    data=counted(),
+                    content_type=content_type,
+                    params=params,
+                    attempts=1,
+                    answer_seconds=None,
+                )
         except TimeoutError as error:
             raise UnreachableError(f"relay {self.url} takes no more of what it is sent") from error
         except UnreachableError:
             if own:
                 raise own[0] from None
             raise
-
-    async def _put_bundle(self, lease: str, body: AsyncIterator[bytes]) -> wire.BundleAnswer:
-        return await self._json(
-            "PUT",
-            wire.BUNDLE_IN,
-            wire.BundleAnswer,
-            data=body,
-            content_type=wire.BUNDLE_TYPE,
-            params={"lease": lease},
-            attempts=1,
-            answer_seconds=None,
-        )
 
     async def publish(self, manifest: Manifest) -> None:
         """Make the package visible, now that all its chunks are there.
@@ -278,36 +363,158 @@ class RelayClient:
         path = wire.PACKAGE.format(id=ref.id.key, version=ref.version.url)
         body = msgspec.json.encode(wire.PublishRequest(manifest=manifest.id))
         try:
-            await self._json("PUT", path, wire.PackageAnswer, data=body)
+            await self._tell("PUT", path, body, {"Prefer": wire.PREFER_MINIMAL})
         except MissingChunksError as error:
             check(error.missing, len(manifest.chunks))
             raise
 
+    async def replication(self, request: wire.ReplicationRequest) -> AsyncGenerator[wire.ReplicationProgress, None]:
+        """Have the relay fetch a package from another relay; how far it is, about every second, until it is `done` or
+        `failed`. It goes on by itself when nobody listens any more; asking again joins it. Not retried here.
+
+        Raises:
+            UnknownPeerError: it does not fetch from there.
+            UnreachableError: it is not there, went away, or said nothing for `answer_seconds`.
+        """
+        async with self._request("POST", wire.REPLICATIONS, data=msgspec.json.encode(request)) as response:
+            async for line in self._lines(response):
+                progress = self._decode(line, wire.ReplicationProgress)
+                yield progress
+                if progress.state in {"done", "failed"}:
+                    return
+            raise UnreachableError(f"relay {self.url} broke off in the middle of a replication")
+
+    async def _lines(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The body line by line, as it comes: little is sent, so that no minimum rate is asked for."""
+        buffer = bytearray()
+        while True:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                piece = await response.content.readany()
+            if not piece:
+                return
+            self.traffic.received += len(piece)
+            buffer += piece
+            *whole, rest = buffer.split(b"\n")
+            for line in whole:
+                yield bytes(line)
+            buffer = rest
+            if len(buffer) > _LINE_MAX:
+                raise UntrustedError(f"{self.url} answers with a line of more than {_LINE_MAX} bytes")
+
     # --- receiving
 
-    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
-        """Chunks of `manifest` in this order, verified, as they come. Closing the iterator ends the request.
+    async def stream(
+        self,
+        manifest: Manifest,
+        indexes: Sequence[int],
+        *,
+        bases: Holdings | None = None,
+        goodput: float = 0.0,
+        tap: Tap | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Chunks of `manifest`, about in this order, verified, as they come. Closing the iterator ends the request.
+
+        With `bases`, the relay may send differences from them: they are loaded and given to the decoder here. `goodput` is
+        what is known of this line, bytes per second of payload (0: nothing). `tap` is told of each run when it begins, in
+        the decoder's thread.
 
         Raises:
             FrameError: the relay broke the format, or sent what was not asked for.
             UnreachableError: the road, or a relay below the minimum rate.
+            StoreError: a base could not be read.
         """
+        held = () if bases is None else bases.held[:_BASES_MAX]
+        known = {one.manifest.id: one.manifest for one in held} | {manifest.id: manifest}
         asked = set(indexes)
         decoder = BundleDecoder(
-            resolve=lambda id: manifest if id == manifest.id else None,
-            wanted=lambda _, index: index in asked,
+            resolve=known.get,
+            wanted=lambda id, index: id == manifest.id and index in asked,
+            **({} if tap is None else {"tap": tap}),
         )
-        want = wire.ChunkRanges(manifest=manifest.id, ranges=in_order(indexes))
-        body = msgspec.json.encode(wire.BundleRequest(want=(want,)))
-        async with self._request("POST", wire.BUNDLE_OUT, data=body) as response:
-            if response.content_type != wire.BUNDLE_TYPE:
-                raise FrameError(f"{self.url} answered with {response.content_type[:60]!r} in place of a bundle")
+        request = wire.BundleRequest(
+            want=(wire.ChunkRanges(manifest=manifest.id, ranges=in_order(indexes)),),
+            encodings=ENCODINGS if held else ("raw", "zstd"),
+            bases=tuple(wire.ChunkRanges(manifest=one.manifest.id, ranges=one.ranges) for one in held),
+            goodput=min(float(round(goodput)), 1e12),
+        )
+        try:
+            async with self._request("POST", wire.BUNDLE_OUT, data=msgspec.json.encode(request)) as response:
+                if response.content_type != wire.BUNDLE_TYPE:
+                    raise FrameError(f"{self.url} answered with {response.content_type[:60]!r} in place of a bundle")
+                async for piece in self._pieces(response):
+                    batches = decoder.feed(piece)
+                    while events := await next_events(batches):
+                        for event in events:
+                            if isinstance(event, NeedsBases):
+                                await answer(event, bases)
+                            else:
+                                yield event
+            decoder.finish()
+        finally:
+            # Whoever hears of runs learns that one was cut off.
+            decoder.abandon()
+
+    async def recipe(self, manifest: Manifest) -> Recipe | None:
+        """How to make the identical nupkg of `manifest`; None where the relay keeps none. It proves itself in a rebuild.
+
+        Raises:
+            RecipeError: what came is no recipe of this manifest.
+        """
+        path = wire.REBUILD.format(hex=manifest.nupkg.sha256)
+        try:
+            async with self._request("GET", path) as response:
+                body = await self._body(response, wire.RECIPE_BODY_MAX)
+        except NotFoundError:
+            return None
+        return await asyncio.to_thread(lambda: parse_recipe(from_wire(body), manifest))
+
+    async def put_recipe(self, manifest: Manifest, recipe: Recipe) -> wire.RecipeAnswer:
+        """Have the relay keep it, and learn what else it takes to make the identical nupkg there.
+
+        Raises:
+            NotFoundError: the relay does not keep the manifest.
+        """
+        body = await asyncio.to_thread(lambda: to_wire(encode_recipe(recipe)))
+        return await self._json(
+            "PUT",
+            wire.REBUILD.format(hex=manifest.nupkg.sha256),
+            wire.RecipeAnswer,
+            data=body,
+            content_type=wire.RECIPE_TYPE,
+            params={"manifest": f"sha256:{manifest.id}"},
+        )
+
+    async def blob(self, sha256: str, manifest: Manifest) -> AsyncGenerator[bytes, None]:
+        """A blob that the recipe of `manifest` names, or its nupkg. Not checked: compare its SHA-256.
+
+        Raises:
+            NotFoundError: not there.
+        """
+        path, params = wire.BLOB.format(hex=sha256), {"manifest": f"sha256:{manifest.id}"}
+        async with self._request("GET", path, params=params) as response:
             async for piece in self._pieces(response):
-                batches = decoder.feed(piece)
-                while events := await asyncio.to_thread(next, batches, None):
-                    for event in events:
-                        yield event
-        decoder.finish()
+                yield piece
+
+    async def put_blob(self, sha256: str, manifest: Manifest, body: AsyncIterator[bytes]) -> None:
+        """Upload a blob that the kept recipe of `manifest` names, or its nupkg. Not retried here.
+
+        Raises:
+            NotFoundError: the relay keeps no recipe that names it.
+            WaystationError: whatever `body` raises.
+        """
+        params = {"manifest": f"sha256:{manifest.id}"}
+        await self._upload(wire.BLOB.format(hex=sha256), wire.BlobAnswer, body, wire.NUPKG_TYPE, params)
+
+    async def nupkg(self, package: PackageRef) -> AsyncGenerator[bytes, None]:
+        """The identical nupkg, made there if need be. Not checked here: compare its SHA-512.
+
+        Raises:
+            NotFoundError: no such package; `NotExactError`: its identical nupkg cannot be had there.
+        """
+        path = wire.NUPKG.format(id=package.id.key, version=package.version.url)
+        async with self._request("GET", path, answer_seconds=wire.NUPKG_SECONDS) as response:
+            async for piece in self._pieces(response):
+                yield piece
 
     # --- mail
 
@@ -414,6 +621,15 @@ class RelayClient:
                     return self._decode(body, answer)
         raise AssertionError("unreachable")  # pragma: no cover - the last attempt returns or raises
 
+    async def _tell(self, method: str, path: str, data: bytes, headers: dict[str, str]) -> None:
+        """As `_json`, where nothing that is answered matters but that it was."""
+        async for attempt in stamina.retry_context(
+            on=_may_help, attempts=self.limits.attempts, timeout=None, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                async with self._request(method, path, data=data, headers=headers) as response:
+                    await self._body(response, wire.JSON_MAX)
+
     def _decode(self, body: bytes, answer: type[T]) -> T:
         try:
             check_depth(body, wire.JSON_DEPTH)
@@ -431,9 +647,10 @@ class RelayClient:
         content_type: str = wire.JSON,
         params: dict[str, str] | None = None,
         answer_seconds: float | None = 0.0,
+        headers: dict[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = self._open_session()
-        headers = {"Content-Type": content_type} if data is not None else {}
+        headers = ({"Content-Type": content_type} if data is not None else {}) | (headers or {})
         if isinstance(data, bytes):
             self.traffic.sent += len(data)
         wait = self.limits.answer_seconds if answer_seconds == 0.0 else answer_seconds
@@ -443,7 +660,7 @@ class RelayClient:
                     method, path, data=data, headers=headers, params=params, allow_redirects=False
                 ) as response:
                     deadline.reschedule(None)
-                    self._count_heads(method, path, response)
+                    self._count_heads(method, response)
                     if response.status >= 300:
                         await self._raise_problem(response)
                     yield response
@@ -476,13 +693,14 @@ class RelayClient:
                 auto_decompress=False,
                 read_bufsize=512 << 10,
                 trust_env=True,
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
             )
         return self._session
 
-    def _count_heads(self, method: str, path: str, response: aiohttp.ClientResponse) -> None:
+    def _count_heads(self, method: str, response: aiohttp.ClientResponse) -> None:
         sent = ((k.encode(), v.encode()) for k, v in response.request_info.headers.items())
-        self.traffic.sent += header_bytes(f"{method} {path} HTTP/1.1", sent)
+        target = response.request_info.url.raw_path_qs
+        self.traffic.sent += header_bytes(f"{method} {target} HTTP/1.1", sent)
         self.traffic.received += header_bytes(f"HTTP/1.1 {response.status} {response.reason}", response.raw_headers)
 
     async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -519,11 +737,17 @@ class RelayClient:
         problem = _parse_problem(await self._body(response, 1 << 20))
         code, status = problem.code, response.status
         where = f"relay {self.url}"
+        if code == "unknown_peer":
+            raise UnknownPeerError(
+                f"{where} may not fetch from there", hint="Name the other relay under peers: in its relay.yaml"
+            )
         if status in (401, 403):
             raise TokenRefusedError(
                 f"{where} refuses this token" if status == 403 else f"{where} wants a token",
                 hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
             )
+        if code == "not_exact":
+            raise NotExactError(f"{where} cannot give the identical nupkg", problem.lacks or wire.ExactLacks())
         if status == 404 and code == "unknown_lease":
             raise LeaseLostError(f"{where} does not know the lease")
         if status == 404:

@@ -22,6 +22,33 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
 
 
+class PeerToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the bearer token is that a peer wants: exactly one of the two."""
+
+    file: str = ""
+    env: str = ""
+
+
+class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A relay that this one may be told to fetch packages from."""
+
+    url: str
+    token: PeerToken | None = None
+    """Of the scope `read`, where the peer asks for one."""
+    ca_file: str = ""
+    """PEM of its authority, where it is a private one."""
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A native deflate engine that makes nupkgs' bytes again. It is loaded only if its SHA-256 is pinned."""
+
+    path: str
+    """Of the file, or of a folder with some of them (`*.so`)."""
+    encoder: str = ""
+    """Which one it is, and with `sha256` its pin: neither is needed where Waystation itself pins it."""
+    sha256: str = ""
+
+
 class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of relay.yaml."""
 
@@ -34,6 +61,12 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     site: str = ""
     tokens: list[Any] = msgspec.field(default_factory=list)
     tls: Tls | None = None
+    peers: list[Peer] = msgspec.field(default_factory=list)
+    """Relays that this one may fetch packages from when it is told to. On loopback it may fetch from loopback, too."""
+    parent: Peer | None = None
+    """The relay to take from, once, what an identical nupkg needs and cannot be made here."""
+    engines: list[Engine] = msgspec.field(default_factory=list)
+    """Beside those that are found by themselves."""
     limits: dict[str, float] = msgspec.field(default_factory=dict)
     """Named limits in place of their defaults (docs/operations.md lists them), e.g. `drain_seconds: 60`."""
 

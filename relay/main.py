@@ -23,6 +23,7 @@ _COMMANDS = {
     "package": ("orchestrator.cli", "package", "Packages in the depot, and their way to the relays."),
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
+    "bench": ("benchmarks.cli", "bench", "What a line and the machines at its ends can do, measured."),
     "trust": ("orchestrator.cli", "trust", "Keys that sign packages and orders."),
 }
 

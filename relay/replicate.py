@@ -1,39 +1,68 @@
-"""Bring one package from one place to another: offer the manifest, send what is missing, publish last."""
+"""Bring one package from one place to another: ask what is there, offer the manifest, send what is missing, publish last."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
 
 from relay import wire
 from relay.client import LeaseLostError, MissingChunksError, RelayClient
-from relay.content import frames
-from relay.content.frames import BundleWriter, Encoding, Span
+from relay.content.encodings import Coding
+from relay.content.exact import opaque
 from relay.content.manifest import Manifest
-from relay.content.ranges import Ranges, count, indexes
-from relay.errors import NotFoundError, RefusedError, UnreachableError, WaystationError, first_of
+from relay.content.planner import Line
+from relay.content.ranges import Ranges, indexes
+from relay.errors import NotFoundError, RefusedError, UnreachableError
+from relay.lines import Lines, Meter, Remembered
+from relay.nupkgs import Nupkgs
+from relay.pacing import Pacer
+from relay.payloads import Payloads
+from relay.recipe_store import Recipes
+from relay.sending import Progress, Sender, run_bytes
 from relay.stores.contract import ChunkReader
+from relay.survey import Explained, Survey, confirm, explain, guess, line_of, survey
 
-RUN_BYTES = 8 << 20
-"""Tree stream in one run as sent here, at most: longer ones win little at level 3."""
-CONNECTIONS = 2
-"""Bundles in flight to one relay: one is made durable there while the other is on the line."""
-BUNDLE_PAYLOAD = 4 << 20
-"""Payload bytes of a bundle, which is one run; a run that stays larger is split, down to one chunk. A bundle that was
-answered is durable at the relay: those in flight are all that can cross twice, whoever is killed."""
+__all__ = ["PATIENCE", "Progress", "Replicated", "Shipping", "plan", "replicate"]
+
 FRUITLESS_MAX = 3
 """Tries in a row, after the first, that may end without the relay holding more than before."""
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
 _PAUSE = 0.2
 """Seconds before the next try, doubled with each fruitless one: what is sent in vain crosses the line all the same."""
-_WRITE = 128 << 10
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes of the tree stream now at the relay, bytes of the whole)."""
+
+@dataclass(frozen=True, slots=True)
+class Shipping:
+    """What is at hand for sending packages, and how it is to be done. One may serve many replications at a time.
+
+    Attributes:
+        payloads: encoders over the source, shared by all relays: what two of them need alike is encoded once. None: own
+            ones, for this replication.
+        lines: the memory of lines; None: each line is a new one.
+        known: manifests of other versions of the package: against one that the relay keeps too, the new one travels as
+            a difference, and its chunks build on that one's.
+        others: manifests of other packages at hand, whose parts may be found again in this one.
+        force: the encoding to use, whatever the plan; a delta without a base goes as zstd.
+        pacer: the limit of the line, shared by all that is sent over it.
+        explains: whether the result carries the whole arithmetic; some encoders run for it alone.
+        recipes: how nupkgs are made again, to be sent along.
+        nupkgs: where given, the relay gets what it takes to make the identical nupkg by itself: the bytes that no
+            encoder makes, or the whole file where it lacks an encoder.
+    """
+
+    payloads: Payloads | None = None
+    lines: Lines | None = None
+    known: Sequence[Manifest] = ()
+    others: Sequence[Manifest] = ()
+    force: Coding | None = None
+    pacer: Pacer | None = None
+    explains: bool = False
+    recipes: Recipes | None = None
+    nupkgs: Nupkgs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +71,7 @@ class Replicated:
 
     relay: str
     package_bytes: int
-    """Bytes of the nupkg."""
+    """Bytes of the nupkg: what sending the whole file would have cost."""
     chunks: int
     """Chunks of the package."""
     chunks_sent: int
@@ -50,9 +79,20 @@ class Replicated:
     """Bytes that crossed the line in both directions: bodies and heads of HTTP."""
     payload_bytes: int
     """Bytes of frame payloads sent: the content alone."""
+    overhead_bytes: int
+    """The rest of `wire_bytes`: manifest, signature, headers, questions and answers."""
     seconds: float
     interruptions: int
     """How often the relay was lost and found again."""
+    encodings: tuple[wire.EncodedBytes, ...] = ()
+    fallbacks: int = 0
+    """Runs that were refused as deltas and went plainly."""
+    goodput: float = 0.0
+    """Bytes per second that the line was found to carry; 0 where nothing was learnt."""
+    explained: Explained | None = None
+    """Where it was asked for."""
+    exact_bytes: int = 0
+    """Bytes of the nupkg itself that the relay was given, so that it can make or serve the identical one."""
 
 
 async def replicate(
@@ -60,15 +100,12 @@ async def replicate(
     signature: bytes,
     source: ChunkReader,
     relay: RelayClient,
+    shipping: Shipping | None = None,
     *,
-    known: Sequence[Manifest] = (),
     progress: Progress | None = None,
     patience: float = PATIENCE,
 ) -> Replicated:
     """Make `relay` hold and list the package. Running it again sends only what is still missing, at last nothing.
-
-    `known` are manifests of other versions at hand: against one that the relay lists too, the new one is sent as a
-    difference.
 
     Raises:
         UnreachableError: the relay was not there at the start, or was away for longer than `patience` seconds, or
@@ -77,196 +114,250 @@ async def replicate(
         RefusedError: it refuses the token, or chunks that were sent.
         ChunkMissing, ChunkInvalid, StoreError: the source lacks, or damaged, or cannot read what it should have.
     """
-    started, before = time.monotonic(), relay.traffic.total
-    gained = started
-    sender = _Sender(manifest, source, relay, progress)
-    interruptions = fruitless = 0
-    fewest = len(manifest.chunks) + 1
-    while True:
-        try:
-            await _bring(sender, signature, known)
-            break
-        except (UnreachableError, LeaseLostError) as error:
-            # A relay that was never there is a wrong address, not an interruption: said at once.
-            if sender.source_failed or not sender.reached:
-                raise
-            interruptions += 1
-            # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
-            if sender.lacking < fewest:
-                gained, fewest, fruitless = time.monotonic(), sender.lacking, 0
-            else:
-                fruitless += 1
-            pause = getattr(error, "retry_after", None)
-            is_busy = pause is not None and time.monotonic() - gained < patience
-            if fruitless > FRUITLESS_MAX and not is_busy:
-                raise
-            await asyncio.sleep(min(max(pause or 0.0, _PAUSE * 2**fruitless), patience))
-            await relay.wait_until_ready(patience)
-    return Replicated(
-        relay=relay.url,
-        package_bytes=manifest.nupkg.size,
-        chunks=len(manifest.chunks),
-        chunks_sent=sender.chunks_sent,
-        wire_bytes=relay.traffic.total - before,
-        payload_bytes=sender.payload_bytes,
-        seconds=time.monotonic() - started,
-        interruptions=interruptions,
+    shipping = shipping or Shipping()
+    async with AsyncExitStack() as stack:
+        if shipping.payloads is None:
+            shipping = replace(shipping, payloads=_own_payloads(source, stack))
+        return await _Replication(manifest, signature, relay, shipping, progress, patience).run()
+
+
+async def plan(
+    manifest: Manifest, source: ChunkReader, relay: RelayClient, shipping: Shipping | None = None, *, receivers: int = 1
+) -> Explained:
+    """What `replicate` would do, and why. Nothing is sent but questions. Raises as `replicate`."""
+    shipping = shipping or Shipping()
+    async with AsyncExitStack() as stack:
+        payloads = shipping.payloads or _own_payloads(source, stack)
+        remembered = await shipping.lines.recall(relay.url) if shipping.lines else None
+        there = await survey(manifest, relay, shipping.known, shipping.others)
+        line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None)
+        return await _explain(
+            manifest, there.missing(manifest), there, line, payloads, remembered, shipping.force, receivers
+        )
+
+
+def _own_payloads(source: ChunkReader, stack: AsyncExitStack) -> Payloads:
+    payloads = Payloads(source)
+    stack.push_async_callback(payloads.close)
+    return payloads
+
+
+async def _explain(
+    manifest: Manifest,
+    missing: Ranges,
+    there: Survey,
+    line: Line,
+    payloads: Payloads,
+    remembered: Remembered | None,
+    force: Coding | None,
+    receivers: int = 1,
+) -> Explained:
+    return await explain(
+        manifest,
+        missing,
+        there.held,
+        line,
+        payloads,
+        remembered=remembered,
+        force=force,
+        receivers=receivers,
+        # As long as the middle ones will be: the first ones of a line that is not known are short.
+        run_bytes=lambda whole: run_bytes(line, whole, whole, has_bases=bool(there.held)),
     )
 
 
-async def _bring(sender: _Sender, signature: bytes, known: Sequence[Manifest]) -> None:
-    manifest, relay = sender.manifest, sender.relay
-    is_published = await _is_published(manifest, signature, relay)
-    sender.reached = True
-    if is_published and await _is_whole(manifest, relay):
-        sender.report(())
-        return
-    offer = await relay.offer(manifest, signature, await _common_base(manifest, known, relay))
-    missing = offer.missing
-    sent: set[int] = set()
-    while True:
-        await sender.send(offer.lease, missing)
-        sent.update(indexes(missing))
-        try:
-            await relay.publish(manifest)
-            return
-        except MissingChunksError as error:
-            if not sent.isdisjoint(indexes(error.missing)):
-                raise RefusedError(f"relay {relay.url} does not keep the chunks that it is sent") from error
-            missing = error.missing
+class _Replication:
+    """One package on its way to one relay, through all interruptions."""
 
-
-async def _is_published(manifest: Manifest, signature: bytes, relay: RelayClient) -> bool:
-    try:
-        pointer = await relay.package(manifest.package.id, manifest.package.version)
-    except NotFoundError:
-        return False
-    return pointer.manifest == manifest.id and pointer.signature == signature
-
-
-async def _is_whole(manifest: Manifest, relay: RelayClient) -> bool:
-    """Whether the relay still has all of it: a chunk that was found damaged there is put aside, and sent again."""
-    every = wire.ChunkRanges(manifest=manifest.id, ranges=((0, len(manifest.chunks)),))
-    return not manifest.chunks or not await relay.missing((every,))
-
-
-async def _common_base(manifest: Manifest, known: Sequence[Manifest], relay: RelayClient) -> Manifest | None:
-    """The newest manifest that both sides hold."""
-    if not known:
-        return None
-    listed = {pointer.manifest for pointer in await relay.packages(manifest.package.id)}
-    return max((m for m in known if m.id in listed), key=lambda m: m.package.version, default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """A run that is ready to be sent."""
-
-    run: list[int]
-    size: int
-    encoding: Encoding
-    payload: bytes
-
-
-class _Sender:
-    """Encodes and sends chunks of one package to one relay, several bundles at once."""
-
-    def __init__(self, manifest: Manifest, source: ChunkReader, relay: RelayClient, progress: Progress | None) -> None:
-        self.manifest = manifest
-        self.relay = relay
-        self.chunks_sent = 0
-        self.payload_bytes = 0
-        self.lacking = len(manifest.chunks)
-        """Chunks that the relay lacked when it was asked last."""
-        self.source_failed = False
-        self.reached = False
-        """Whether the relay answered anything yet."""
-        self._source = source
+    def __init__(
+        self,
+        manifest: Manifest,
+        signature: bytes,
+        relay: RelayClient,
+        shipping: Shipping,
+        progress: Progress | None,
+        patience: float,
+    ) -> None:
+        self._manifest = manifest
+        self._signature = signature
+        self._relay = relay
+        self._shipping = shipping
         self._progress = progress
-        self._there = 0
-        self._dense = False
-        """Whether runs compress so little that a whole one is too much for a bundle."""
+        self._patience = patience
+        self._reached = False
+        """Whether the relay answered anything yet."""
+        self._has_guessed = False
+        self._explained: Explained | None = None
+        self._exact_bytes = 0
 
-    async def send(self, lease: str, missing: Ranges) -> None:
-        """Everything in `missing`, in tree order, or the first error."""
-        self.report(missing)
-        chunks = self.manifest.chunks
-        runs = deque(frames.plan_runs([(i, chunks[i].size) for i in indexes(missing)], RUN_BYTES))
+    async def run(self) -> Replicated:
+        started, before = time.monotonic(), self._relay.traffic.total
+        remembered = await self._recall()
+        pacer = self._shipping.pacer
+        meter = Meter(line_of(remembered, pacer.rate if pacer else None))
+        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
+        sender = Sender(
+            self._manifest,
+            self._shipping.payloads,
+            self._relay,
+            meter,
+            force=self._shipping.force,
+            pacer=pacer,
+            progress=self._progress,
+        )
+        interruptions = await self._persist(sender, meter, remembered)
+        if self._shipping.lines is not None:
+            await self._shipping.lines.remember(self._relay.url, meter)
+            await self._shipping.lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
+        crossed = self._relay.traffic.total - before
+        return Replicated(
+            relay=self._relay.url,
+            package_bytes=self._manifest.nupkg.size,
+            chunks=len(self._manifest.chunks),
+            chunks_sent=sender.sent.chunks,
+            wire_bytes=crossed,
+            payload_bytes=sender.sent.payload_bytes,
+            overhead_bytes=max(0, crossed - sender.sent.payload_bytes - self._exact_bytes),
+            seconds=time.monotonic() - started,
+            interruptions=interruptions,
+            encodings=tuple(sender.sent.by_encoding.values()),
+            fallbacks=sender.sent.fallbacks,
+            goodput=meter.line.goodput or 0.0,
+            explained=self._explained,
+            exact_bytes=self._exact_bytes,
+        )
+
+    async def _recall(self) -> Remembered | None:
+        lines = self._shipping.lines
+        return None if lines is None else await lines.recall(self._relay.url)
+
+    async def _persist(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> int:
+        """Try until it is done; how often the relay was lost and found again."""
+        interruptions = fruitless = 0
+        gained, fewest = time.monotonic(), len(self._manifest.chunks) + 1
+        while True:
+            try:
+                await self._bring(sender, meter, remembered)
+                await self._give_exact()
+                return interruptions
+            except (UnreachableError, LeaseLostError) as error:
+                # A relay that was never there is a wrong address, not an interruption: said at once.
+                if sender.source_failed or not self._reached:
+                    raise
+                interruptions += 1
+                sender.connections.failed()
+                # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
+                if sender.lacking < fewest:
+                    gained, fewest, fruitless = time.monotonic(), sender.lacking, 0
+                else:
+                    fruitless += 1
+                pause = getattr(error, "retry_after", None)
+                is_busy = pause is not None and time.monotonic() - gained < self._patience
+                if fruitless > FRUITLESS_MAX and not is_busy:
+                    raise
+                await asyncio.sleep(min(max(pause or 0.0, _PAUSE * 2**fruitless), self._patience))
+                await self._relay.wait_until_ready(self._patience)
+
+    async def _bring(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> None:
+        manifest, relay = self._manifest, self._relay
+        there, offer = await self._offer_unasked()
+        if offer is None:
+            asked = time.monotonic()
+            there = await survey(manifest, relay, self._shipping.known, self._shipping.others)
+            self._reached = True
+            meter.round_trip(time.monotonic() - asked)
+            if there.is_whole and await self._is_published():
+                sender.report(())
+                if self._shipping.explains:
+                    self._explained = await self._why((), there, meter, remembered)
+                return
+            asked = time.monotonic()
+            # Against itself, where the relay keeps it already: nothing of it crosses.
+            offer = await self._offer(manifest if there.is_offered else there.base)
+            meter.round_trip(time.monotonic() - asked)
+        missing, held = offer.missing, there.held
+        if missing:
+            held = await confirm(relay, offer.lease, there.held, there.base)
+        if self._shipping.explains and self._explained is None:
+            self._explained = await self._why(missing, there, meter, remembered)
+        sent: set[int] = set()
+        while True:
+            await sender.send(offer.lease, missing, held)
+            sent.update(indexes(missing))
+            try:
+                await relay.publish(manifest)
+                return
+            except MissingChunksError as error:
+                if not sent.isdisjoint(indexes(error.missing)):
+                    raise RefusedError(f"relay {relay.url} does not keep the chunks that it is sent") from error
+                missing = error.missing
+
+    async def _offer_unasked(self) -> tuple[Survey, wire.OfferAnswer | None]:
+        """Offer against the version that this relay was sent last, without a question before: a round trip less.
+
+        Where nothing is remembered, the newest other version stands in: most relays hold it. Once: where it turns out
+        to be wrong, everything is asked.
+        """
+        nothing = Survey(is_offered=False, is_whole=False, base=None, held=())
+        lines, package = self._shipping.lines, self._manifest.package
+        if lines is None or self._reached or self._has_guessed:
+            return nothing, None
+        self._has_guessed = True
+        sent = await lines.recall_sent(self._relay.url, package.id)
+        known = self._shipping.known
+        base = next((one for one in known if one.id == sent), known[0] if known and sent is None else None)
+        if base is None or base.id == self._manifest.id:
+            return nothing, None
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(CONNECTIONS, len(runs))):
-                    group.create_task(self._send_bundles(lease, runs))
-        except BaseExceptionGroup as errors:
-            raise first_of(errors) from None
+            offer = await self._offer(base)
+        except NotFoundError:
+            return nothing, None
+        self._reached = True
+        return guess(self._manifest, base, self._shipping.known, self._shipping.others), offer
 
-    def report(self, missing: Ranges) -> None:
-        """Tell how much is at the relay, given what it misses."""
-        whole = self.manifest.stream_size
-        self.lacking = count(missing)
-        self._there = whole - sum(self.manifest.chunks[i].size for i in indexes(missing))
-        if self._progress:
-            self._progress(self._there, whole)
+    async def _offer(self, base: Manifest | None) -> wire.OfferAnswer:
+        """With the recipe against the one of `base`. Where the relay keeps another one of `base`, it goes plainly after."""
+        recipes = self._shipping.recipes
+        packed = b"" if recipes is None else await recipes.pack(self._manifest, base)
+        answer = await self._relay.offer(self._manifest, self._signature, base, packed)
+        recipe = await recipes.find(self._manifest) if recipes is not None and answer.recipe_unread else None
+        if recipe is not None:
+            await self._relay.put_recipe(self._manifest, recipe)
+        return answer
 
-    async def _send_bundles(self, lease: str, runs: deque[list[int]]) -> None:
-        """One bundle after another; while one is on its way, the next one's run is encoded."""
-        async with asyncio.TaskGroup() as group:
-            ahead = group.create_task(self._encode_next(runs))
-            while (encoded := await ahead) is not None:
-                ahead = group.create_task(self._encode_next(runs))
-                answer = await self.relay.put_bundle(lease, self._bundle(encoded))
-                self._check_taken(answer)
+    async def _give_exact(self) -> None:
+        """Whatever the relay lacks to make the identical nupkg, where that was asked for."""
+        nupkgs, manifest = self._shipping.nupkgs, self._manifest
+        if nupkgs is None:
+            return
+        recipe = await nupkgs.recipes.find(manifest) or opaque(manifest)
+        lacks = await self._relay.put_recipe(manifest, recipe)
+        if not lacks.blob_missing and not lacks.encoders_missing:
+            return
+        sha256, size = manifest.nupkg.sha256, manifest.nupkg.size
+        if recipe.verbatim is not None and not lacks.encoders_missing:
+            sha256, size = recipe.verbatim.id, recipe.verbatim.size
+        async with aclosing(self._paced(nupkgs.blob(sha256, manifest))) as pieces:
+            await self._relay.put_blob(sha256, manifest, pieces)
+        self._exact_bytes += size
 
-    async def _encode_next(self, runs: deque[list[int]]) -> _Encoded | None:
-        while runs:
-            run = runs.popleft()
-            size = self._size(run)
-            if self._dense and size > BUNDLE_PAYLOAD and len(run) > 1:
-                runs.extendleft(self._halves(run))
-                continue
-            encoding, payload = await asyncio.to_thread(frames.encode_run, await self._read(run), "zstd")
-            # What comes next is probably like this: it need not be encoded to learn that it has to be split.
-            self._dense = len(payload) > size // 2
-            if len(payload) <= BUNDLE_PAYLOAD or len(run) == 1:
-                return _Encoded(run, size, encoding, payload)
-            runs.extendleft(self._halves(run))
-        return None
+    async def _paced(self, pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if self._shipping.pacer is not None:
+                    await self._shipping.pacer.wait(len(piece))
+                yield piece
 
-    def _halves(self, run: list[int]) -> list[list[int]]:
-        """The run in two or three, as `extendleft` wants them: the last one first."""
-        sizes = [(index, self.manifest.chunks[index].size) for index in run]
-        return frames.plan_runs(sizes, -(-self._size(run) // 2))[::-1]
+    async def _why(self, missing: Ranges, there: Survey, meter: Meter, remembered: Remembered | None) -> Explained:
+        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
+        return await _explain(
+            self._manifest, missing, there, meter.line, self._shipping.payloads, remembered, self._shipping.force
+        )
 
-    def _size(self, run: list[int]) -> int:
-        return sum(self.manifest.chunks[index].size for index in run)
-
-    async def _read(self, run: Sequence[int]) -> list[bytes]:
+    async def _is_published(self) -> bool:
+        package = self._manifest.package
         try:
-            return [(await self._source.get(self.manifest.chunk_id(i))).data for i in run]
-        except WaystationError:
-            self.source_failed = True
-            raise
-
-    async def _bundle(self, encoded: _Encoded) -> AsyncIterator[bytes]:
-        writer = BundleWriter()
-        span = Span.of(self.manifest.id, encoded.run)
-        yield writer.start() + writer.frame(frames.data_header((span,), encoded.encoding, encoded.payload))
-        view = memoryview(encoded.payload)
-        for start in range(0, len(view), _WRITE):
-            yield bytes(view[start : start + _WRITE])
-        self._sent(len(encoded.run), encoded.size, len(encoded.payload))
-        yield writer.end()
-
-    def _check_taken(self, answer: wire.BundleAnswer) -> None:
-        refused = sum(count(run.ranges) for run in answer.refused)
-        if refused:
-            raise RefusedError(
-                f"relay {self.relay.url} refuses {refused} chunks of {self.manifest.package}: "
-                f"{answer.refused[0].reason}"
-            )
-
-    def _sent(self, chunks: int, size: int, payload: int) -> None:
-        self.chunks_sent += chunks
-        self.payload_bytes += payload
-        self._there += size
-        if self._progress:
-            self._progress(self._there, self.manifest.stream_size)
+            pointer = await self._relay.package(package.id, package.version)
+        except NotFoundError:
+            return False
+        return pointer.manifest == self._manifest.id and pointer.signature == self._signature

@@ -21,6 +21,7 @@ VERSION = 1
 
 HEALTH = "/v1/health"
 METRICS = "/metrics"
+LINE = "/v1/line"
 MANIFEST = "/v1/manifests/sha256:{hex}"
 MISSING = "/v1/missing"
 BUNDLE_IN = "/v1/bundle"
@@ -28,6 +29,10 @@ BUNDLE_OUT = "/v1/bundle"
 PACKAGES = "/v1/packages"
 PACKAGE_ID = "/v1/packages/{id}"
 PACKAGE = "/v1/packages/{id}/{version}"
+NUPKG = "/v1/packages/{id}/{version}/nupkg"
+REBUILD = "/v1/rebuilds/sha256:{hex}"
+BLOB = "/v1/blobs/sha256:{hex}"
+REPLICATIONS = "/v1/replications"
 CHUNK = "/v1/chunks/{hex}"
 ORDERS = "/v1/orders"
 POLL = "/v1/agents/{name}/poll"
@@ -43,11 +48,20 @@ JSON = "application/json"
 BUNDLE_TYPE = "application/vnd.waystation.bundle"
 DOCUMENT_TYPE = "application/vnd.waystation.manifest+msgpack"
 CHUNK_TYPE = "application/zstd"
+RECIPE_TYPE = "application/vnd.waystation.recipe"
+NUPKG_TYPE = "application/octet-stream"
+PROGRESS_TYPE = "application/x-ndjson"
+PREFER_MINIMAL = "return=minimal"
+"""`Prefer` of a publish (RFC 7240): 204 in place of an answer that tells the sender what it sent."""
 
 # --- limits
 
 DOCUMENT_MAX = 18 << 20
 """Bytes of an offer or manifest document: a manifest that does not compress, and its signature."""
+RECIPE_BODY_MAX = 5 << 20
+"""Bytes of a recipe on the wire: one that does not compress."""
+NUPKG_SECONDS = 300.0
+"""How long a client waits for the first byte of a nupkg, which may have to be made or fetched first."""
 SIGNATURE_MAX = ENVELOPE_MAX
 """Bytes of one DSSE envelope."""
 JSON_MAX = 16 << 20
@@ -56,6 +70,8 @@ BUNDLE_PAYLOAD_MAX = 64 << 20
 """Bytes of payload in one uploaded bundle."""
 BUNDLE_BODY_MAX = BUNDLE_PAYLOAD_MAX + (4 << 20)
 """Bytes of one uploaded bundle in all: payloads and their headers."""
+LINE_BYTES_MAX = 64 << 20
+"""Bytes of one transfer that measures the line."""
 LEASE_SECONDS = 3600.0
 ARRIVING_SECONDS = 10.0
 """How long a relay awaits a chunk that is on its way, before it tells the reader to ask again."""
@@ -108,14 +124,25 @@ class Document(Body, frozen=True):
 
     manifest: bytes
     signature: bytes = b""
+    packed_signature: bytes = b""
+    """Of an offer: the envelope as `relay.packing` packs it, in place of `signature`. Most of an envelope repeats
+    what the manifest says.
+    """
+    recipe: bytes = b""
+    """Of an offer: how to make the identical nupkg again (`relay.content.exact`), as one zstd frame, with the recipe of
+    `base=` as prefix where both sides hold it; empty where the sender does not tell.
+    """
 
 
-class OfferAnswer(Answer, frozen=True):
-    """What the relay lacks of the offered manifest; everything else is held by the lease."""
+class OfferAnswer(Answer, frozen=True, omit_defaults=True):
+    """What the relay lacks of the offered manifest; everything else, and all of `base=` that is here, is held by the
+    lease. `recipe_unread`: the recipe was made against another recipe of `base=` than the one here; put it plainly.
+    """
 
     lease: str
     expires_in: float
     missing: Ranges
+    recipe_unread: bool = False
 
 
 class MissingRequest(Body, frozen=True):
@@ -126,7 +153,10 @@ class MissingRequest(Body, frozen=True):
 
 
 class MissingAnswer(Answer, frozen=True):
+    """`unknown`: manifests (in hex) that the relay does not keep; all of them is missing."""
+
     missing: tuple[ChunkRanges, ...]
+    unknown: tuple[str, ...] = ()
 
 
 class RefusedRun(msgspec.Struct, frozen=True):
@@ -143,6 +173,21 @@ class BundleAnswer(Answer, frozen=True):
     stored: int
     held: int
     refused: tuple[RefusedRun, ...] = ()
+
+
+class RecipeAnswer(Answer, frozen=True):
+    """A recipe is kept. What the identical nupkg still takes here, where it is not here itself: whether the bytes that
+    the recipe calls verbatim, and which encoders.
+    """
+
+    blob_missing: bool = False
+    encoders_missing: tuple[str, ...] = ()
+
+
+class BlobAnswer(Answer, frozen=True):
+    """A blob is kept."""
+
+    size: int
 
 
 class PublishRequest(Body, frozen=True):
@@ -165,26 +210,94 @@ class PackagesAnswer(Answer, frozen=True):
     packages: tuple[PackageAnswer, ...]
 
 
+class ExactLacks(Answer, frozen=True):
+    """Why an identical nupkg cannot be had: no recipe that gives it, encoders that are not there, bytes that no encoder
+    makes and that are not there, chunks that are damaged or gone.
+    """
+
+    recipe: bool = False
+    encoders: tuple[str, ...] = ()
+    verbatim_bytes: int = 0
+    chunks: bool = False
+
+
 class ProblemAnswer(Answer, frozen=True):
-    """A refused publish: which ranges are missing, where that is why."""
+    """A refused publish: which ranges are missing, where that is why. Of `not_exact`: what is lacking."""
 
     code: str = ""
     missing: Ranges = ()
+    lacks: ExactLacks | None = None
 
 
 class BundleRequest(Body, frozen=True):
-    """Which chunks to stream, in this order, and the encodings that the reader can decode."""
+    """Which chunks to stream, in this order, and the encodings that the reader can decode.
+
+    `bases` are chunks that the reader holds and keeps until the answer has ended: the relay may build on those of them
+    that it holds too. `goodput` is what the reader measured on this line of late, bytes per second of payload; 0 where
+    it does not know.
+    """
 
     want: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)]
     encodings: Annotated[tuple[str, ...], Meta(max_length=16)] = ("raw", "zstd")
+    bases: Annotated[tuple[ChunkRanges, ...], Meta(max_length=64)] = ()
+    goodput: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
 
 
 class CpuRates(msgspec.Struct, frozen=True):
-    """Bytes per second of one core, measured when the relay started. For planning."""
+    """Bytes per second of one core, measured when the relay started. For planning.
+
+    zstd_decode and zstd_encode are at level 3; a rate of 0 was not measured.
+    """
 
     sha256: float
     zstd_decode: float
     zstd_encode: float
+    zstd_encode_9: float = 0.0
+    zstd_encode_19: float = 0.0
+    hdiff_encode: float = 0.0
+    cores: int = 1
+
+
+class ReplicationRequest(Body, frozen=True):
+    """Fetch this package from another relay, and publish it. Idempotent: who asks again joins the one that runs.
+
+    `source` is a relay's URL: one that this relay's own configuration names under `peers:`, or on loopback where this
+    relay listens on loopback itself. `rate` is the most to take, bytes per second; 0: no limit.
+    """
+
+    id: Annotated[str, Meta(max_length=100)]
+    version: Annotated[str, Meta(max_length=128)]
+    manifest: _Hex
+    source: Annotated[str, Meta(max_length=2048)]
+    rate: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
+
+
+class EncodedBytes(msgspec.Struct, frozen=True):
+    """One line of the ledger: what crossed one line in one encoding."""
+
+    encoding: str
+    chunks: int
+    stream_bytes: int
+    """Of the chunks themselves."""
+    payload_bytes: int
+    """Of the frames that carried them."""
+
+
+class ReplicationProgress(Answer, frozen=True):
+    """One line of the answer to a replication: newline-delimited JSON. The last one is `done` or `failed`.
+
+    `bytes` of `whole` bytes of tree stream are here. `code` says what failed, in the protocol's problem codes.
+    """
+
+    state: Literal["waiting", "running", "done", "failed"]
+    bytes: int = 0
+    whole: int = 0
+    wire_bytes: int = 0
+    encodings: tuple[EncodedBytes, ...] = ()
+    fallbacks: int = 0
+    seconds: float = 0.0
+    code: str = ""
+    reason: str = ""
 
 
 class HealthAnswer(Answer, frozen=True):
@@ -195,6 +308,13 @@ class HealthAnswer(Answer, frozen=True):
     site: str = ""
     reason: str = ""
     cpu: CpuRates | None = None
+
+
+class LineAnswer(Answer, frozen=True):
+    """How many bytes came, and in how many seconds of the relay's."""
+
+    bytes: int
+    seconds: float
 
 
 # --- mail

@@ -8,7 +8,7 @@ import signal
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -23,14 +23,19 @@ from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
 from relay.mail import Mail
 from relay.memory import tame_malloc
+from relay.nupkgs import Nupkgs
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
 from relay.server.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded
 from relay.server.connection import Limits
 from relay.server.guards import Running, raise_open_files, start_guarded
+from relay.server.line import LineRoutes
 from relay.server.mail import MailRoutes, mail_limits_of
+from relay.server.peers import Peers
 from relay.server.problems import HttpRefusal, problem
 from relay.server.rates import measure_rates
+from relay.server.rebuilds import RebuildRoutes, engines_of, parent_of
+from relay.server.replications import Replications
 from relay.server.tokens import parse_tokens
 from relay.server.transfer import ChunksMissingError, Transfer
 from relay.stores.locations import Store, open_store
@@ -53,9 +58,13 @@ class RelayApp:
         limits: Limits,
         rates: wire.CpuRates | None,
         mail: Mail | None = None,
+        replications: Replications | None = None,
+        nupkgs: Nupkgs | None = None,
     ) -> None:
         self._transfer = transfer
         self._mail = None if mail is None else MailRoutes(mail, limits)
+        self._replications = replications
+        self._rebuilds = None if nupkgs is None else RebuildRoutes(transfer, nupkgs, limits)
         self._config = config
         self._limits = limits
         self._rates = rates
@@ -75,8 +84,13 @@ class RelayApp:
         add(app, "GET", wire.PACKAGE, self.package, "read")
         add(app, "PUT", wire.PACKAGE, self.publish, "write")
         add(app, "GET", wire.CHUNK, self.chunk, "read")
+        LineRoutes(self._limits).add_to(app)
         if self._mail is not None:
             self._mail.add_to(app)
+        if self._replications is not None:
+            self._replications.add_to(app)
+        if self._rebuilds is not None:
+            self._rebuilds.add_to(app)
         return app
 
     async def health(self, request: web.Request) -> web.StreamResponse:
@@ -129,6 +143,9 @@ class RelayApp:
             pointer = await self._transfer.publish(_package_ref(request), body)
         except ChunksMissingError as error:
             return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
+        if request.headers.get("Prefer") == wire.PREFER_MINIMAL:
+            # Who publishes brought all that the answer would say, perhaps over a thin line.
+            return web.Response(status=204)
         return json_answer(await self._package_answer(pointer))
 
     # --- giving
@@ -152,11 +169,12 @@ class RelayApp:
         body = await read_json(request, self._limits, wire.BundleRequest)
         if "zstd" not in body.encodings:
             raise HttpRefusal(400, "bad_fields")
-        wanted = await self._transfer.wanted(body)
+        wanted, reader = await self._transfer.wanted(body), await self._transfer.reader(body)
         response = web.StreamResponse(headers={"Content-Type": wire.BUNDLE_TYPE})
         await response.prepare(request)
-        async for piece in metrics.counted(self._transfer.give(wanted), metrics.SENT):
-            await write_guarded(response, piece, self._limits)
+        async with aclosing(self._transfer.give(wanted, reader)) as pieces:
+            async for piece in metrics.counted(pieces, metrics.SENT):
+                await write_guarded(response, piece, self._limits)
         await response.write_eof()
         return response
 
@@ -169,6 +187,7 @@ class RelayApp:
         await response.prepare(request)
         async for piece in metrics.counted(stored.pieces(), metrics.SENT):
             await write_guarded(response, piece, self._limits)
+        metrics.sent("stored", stored.length, stored.size)
         await response.write_eof()
         return response
 
@@ -240,12 +259,20 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> R
     stack.push_async_callback(store.close)
     stack.enter_context(store.exclusive("serve"))
     transfer = Transfer(store)
+    stack.push_async_callback(transfer.close)
     await transfer.load()
     mail = Mail(store.documents, mail_limits_of(limits))
     await mail.load()
     stack.push_async_callback(mail.close)
-    rates = await asyncio.to_thread(measure_rates)
-    app = RelayApp(transfer, config, limits, rates, mail).build()
+    rates = transfer.rates = await asyncio.to_thread(measure_rates)
+    peers = Peers(config)
+    replications = Replications(transfer, store, peers, limits)
+    stack.push_async_callback(replications.close)
+    engines = engines_of(config, transfer.catalog, store.chunks)
+    stack.push_async_callback(engines.close)
+    nupkgs = Nupkgs(store, engines, parent_of(config, peers))
+    stack.push_async_callback(nupkgs.close)
+    app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs).build()
     running = await start_guarded(app, host, port, limits, ssl_context=_tls(config))
     stack.push_async_callback(running.stop)
     return running

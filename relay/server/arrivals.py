@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Self
 from weakref import WeakValueDictionary
 
 from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId
-from relay.stores.contract import ChunkWriter
+from relay.content.encodings import Coding, Encoding
+from relay.content.frames import Places, Sink, Tap
+from relay.content.identity import ChunkId, ManifestId
+from relay.content.manifest import Manifest
+from relay.errors import ChunkInvalid, ChunkMissing
+from relay.holdings import size_of
+from relay.payloads import Growing, Payloads, RunSpec
+from relay.server import metrics
+from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
 """Chunks made durable in one go: few enough that readers who wait for them wait briefly."""
@@ -117,3 +129,171 @@ class Landing:
             count += 1
         batch, self._gathered = self._gathered[:count], self._gathered[count:]
         return batch
+
+
+class Shelf:
+    """The chunks of a relay as a reader meets them: here, on their way, or neither."""
+
+    def __init__(self, store: ChunkReader, arrivals: Arrivals, is_arriving: Callable[[Manifest], bool]) -> None:
+        """`is_arriving`: whether somebody brings what is missing of a manifest."""
+        self.is_arriving = is_arriving
+        self.flight = arrivals.flight
+        self.has_many = store.has_many
+        self._store = store
+
+    async def here(self, id: ChunkId) -> StoredChunk | None:
+        """The chunk; None where it is not here, or damaged. Raises `StoreError`."""
+        try:
+            return await self._store.open(id)
+        except ChunkMissing:
+            return None
+        except ChunkInvalid as error:
+            log.warning("store: %s", error)
+            return None
+
+    async def open(self, manifest: Manifest, index: int, patience: float) -> StoredChunk | None:
+        """The chunk; None where it is not here and nobody brings it.
+
+        Raises:
+            TimeoutError: it did not arrive within `patience` seconds.
+            StoreError: the medium failed.
+        """
+        id = manifest.chunk_id(index)
+        # Asked before looking: while we look, the last chunks may land and the package be published.
+        is_arriving = self.is_arriving(manifest)
+        found = await self.here(id)
+        if found is not None or not is_arriving:
+            return found
+        flight = self.flight(id)
+        found = await self.here(id)
+        if found is not None:
+            return found
+        await asyncio.wait_for(flight.wait(), patience)
+        return await self.here(id)
+
+
+def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
+    """What arrives as one payload of several chunks is kept as it comes, for readers who can take it so.
+
+    To be called by a decoder in any thread, in the running loop of whom this function is called.
+    """
+    loop = asyncio.get_running_loop()
+
+    def tap(run: Places, bases: Places, encoding: Encoding) -> Sink | None:
+        if len(run) < 2 and not bases:
+            return None
+        spec = RunSpec(
+            tuple(known[manifest].chunk_id(index) for manifest, index in run),
+            tuple(known[manifest].chunk_id(index) for manifest, index in bases),
+            Coding(encoding, 0),
+            size_of(run, known),
+            size_of(bases, known),
+        )
+        return _Adoption(payloads, spec, loop)
+
+    return tap
+
+
+class _Adoption:
+    """Hands what a decoder tells in its thread to the loop, in order."""
+
+    def __init__(self, payloads: Payloads, spec: RunSpec, loop: asyncio.AbstractEventLoop) -> None:
+        self._payloads = payloads
+        self._spec = spec
+        self._loop = loop
+        self._growing: Growing | None = None
+        self._in_loop(self._begin)
+
+    def add(self, piece: bytes) -> None:
+        self._tell(lambda growing: growing.add(piece))
+
+    def finish(self) -> None:
+        self._tell(lambda growing: growing.finish())
+
+    def fail(self) -> None:
+        self._tell(lambda growing: growing.fail())
+
+    def _begin(self) -> None:
+        self._growing = self._payloads.adopt(self._spec)
+        if self._growing is not None:
+            metrics.PAYLOADS.labels("adopted").inc()
+
+    def _tell(self, what: Callable[[Growing], None]) -> None:
+        self._in_loop(lambda: None if self._growing is None else what(self._growing))
+
+    def _in_loop(self, what: Callable[[], None]) -> None:
+        # A loop that is closed has no readers any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what)
+
+
+class Room:
+    """Bytes of memory that several take in turn, first come, first served."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._used = 0
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """A place in it, with nothing taken yet."""
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            place.give_back()
+
+    async def take(self, size: int) -> None:
+        """Wait for `size` bytes. Whoever is alone gets them, whatever the size: else it would wait for ever."""
+        ticket = asyncio.get_running_loop().create_future()
+        asked = (size, ticket)
+        self._queue.append(asked)
+        self._look()
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if asked in self._queue:
+                self._queue.remove(asked)
+                self._look()
+            else:
+                self.give_back(size)
+            raise
+
+    def give_back(self, size: int) -> None:
+        self._used -= size
+        self._look()
+
+    def _look(self) -> None:
+        while self._queue:
+            size, ticket = self._queue[0]
+            if self._used and self._used + size > self._size:
+                return
+            self._queue.popleft()
+            self._used += size
+            if not ticket.done():
+                ticket.set_result(None)
+
+
+class Place:
+    """What one holds of a `Room`."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._held = 0
+
+    async def take(self, size: int, seconds: float) -> bool:
+        """Hold `size` bytes in place of what was held; False, and nothing held, where they were not free in time."""
+        self.give_back()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._room.take(size)
+        except TimeoutError:
+            return False
+        self._held = size
+        return True
+
+    def give_back(self) -> None:
+        """Hold nothing. Twice is once."""
+        held, self._held = self._held, 0
+        self._room.give_back(held)

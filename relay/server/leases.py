@@ -76,11 +76,12 @@ class Leases:
             self._living[lease.id] = lease
         await self._drop_expired()
 
-    async def open(self, kind: str, offered: Iterable[ManifestId]) -> Lease:
-        """A new lease that holds all of `offered`, and says that what is missing of it is on its way."""
+    async def open(self, kind: str, offered: Iterable[ManifestId], also: Iterable[ManifestId] = ()) -> Lease:
+        """A new lease that holds all of `offered`, and says that what is missing of it is on its way; it holds `also` too."""
         await self._drop_expired()
         named = frozenset(offered)
-        lease = Lease(secrets.token_hex(16), kind, named, named, self._clock() + LEASE_SECONDS)
+        manifests = named | frozenset(also)
+        lease = Lease(secrets.token_hex(16), kind, manifests, named, self._clock() + LEASE_SECONDS)
         await self._write(lease)
         return lease
 

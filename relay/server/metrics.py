@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Literal
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 
+from relay.content.encodings import Encoding
+from relay.content.frames import BaseMissingError, Places, RunRefused, Sink, Tap
+from relay.content.identity import ManifestId
+from relay.content.manifest import Manifest
+from relay.holdings import size_of
+
 RECEIVED = Counter("waystation_received_bytes", "Bytes of bundles received")
 SENT = Counter("waystation_sent_bytes", "Bytes of bundles and chunks sent")
 CHUNKS = Counter("waystation_chunks", "Chunks by what became of them", ["outcome"])
+PAYLOAD = Counter(
+    "waystation_payload_bytes", "Bytes of frame payloads, by direction and encoding", ["direction", "encoding"]
+)
+CONTENT = Counter(
+    "waystation_content_bytes", "Bytes of the chunks in them, by direction and encoding", ["direction", "encoding"]
+)
+FALLBACKS = Counter("waystation_fallbacks", "Encoded runs that failed and were followed by plain ones", ["direction"])
+REPLICATIONS = Counter("waystation_replications", "Packages fetched from another relay, by how it ended", ["outcome"])
+PAYLOADS = Counter("waystation_payloads", "Payloads of runs by where they came from", ["outcome"])
 LETTERS = Counter(
     "waystation_mail_letters", "Letters posted, by kind and by whether they were new", ["kind", "outcome"]
 )
 MAIL_BYTES = Gauge("waystation_mail_kept_bytes", "Bytes that the kept letters count for")
 AGENTS = Gauge("waystation_agents", "Agents whose presence is told")
+
+
+def sent(encoding: Encoding | Literal["stored"], payload: int, content: int) -> None:
+    """Something goes out: bytes of its payload and of the chunks in it. `stored`: a chunk as it stands in the store."""
+    PAYLOAD.labels("sent", encoding).inc(payload)
+    CONTENT.labels("sent", encoding).inc(content)
+
+
+class Incoming:
+    """A tap that counts what comes in by encoding, and hands it on to another one."""
+
+    def __init__(self, known: Mapping[ManifestId, Manifest], tap: Tap) -> None:
+        self._known = known
+        self._tap = tap
+        self._deltas: set[tuple[ManifestId, int]] = set()
+
+    def __call__(self, run: Places, bases: Places, encoding: Encoding) -> Sink:
+        """As `Tap`."""
+        if bases:
+            self._deltas.add(run[-1])
+        return _Counting(encoding, size_of(run, self._known), self._tap(run, bases, encoding))
+
+    def refused(self, event: RunRefused) -> None:
+        """Count it where it was a difference: its sender falls back to a plain run."""
+        if isinstance(event.error, BaseMissingError) or event.run[-1] in self._deltas:
+            FALLBACKS.labels("received").inc()
+
+
+class _Counting:
+    def __init__(self, encoding: Encoding, size: int, behind: Sink | None) -> None:
+        self._payload = PAYLOAD.labels("received", encoding)
+        self._content = CONTENT.labels("received", encoding)
+        self._size = size
+        self._behind = behind
+
+    def add(self, piece: bytes) -> None:
+        self._payload.inc(len(piece))
+        if self._behind is not None:
+            self._behind.add(piece)
+
+    def finish(self) -> None:
+        self._content.inc(self._size)
+        if self._behind is not None:
+            self._behind.finish()
+
+    def fail(self) -> None:
+        if self._behind is not None:
+            self._behind.fail()
 
 
 async def counted(pieces: AsyncIterator[bytes], counter: Counter) -> AsyncIterator[bytes]:

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Final
 
 from relay import wire
 from relay.catalog import Catalog, Pointer, Provenance
 from relay.content import manifest as manifests
+from relay.content.bases import Held
 from relay.content.chunk import Chunk
 from relay.content.frames import (
     PLACES_MAX,
     Aborted,
+    BaseMissingError,
     BundleDecoder,
-    BundleWriter,
-    Data,
     Event,
-    Failed,
-    Missing,
+    NeedsBases,
     NotSent,
     Received,
     RunRefused,
-    Span,
 )
 from relay.content.identity import ChunkId, ManifestId, PackageRef
 from relay.content.manifest import Manifest
@@ -37,16 +37,26 @@ from relay.errors import (
     ConflictError,
     FrameError,
     NotFoundError,
-    StoreError,
     UnreachableError,
     UntrustedError,
 )
-from relay.server.arrivals import Arrivals, Landing
+from relay.holdings import StoreHoldings, answer, next_events, size_of
+from relay.packing import unpack_envelope
+from relay.payloads import Payloads
+from relay.recipe_store import Recipes
+from relay.server import metrics
+from relay.server.arrivals import Arrivals, Landing, Place, Room, Shelf, adopting
+from relay.server.giving import ANYBODY, Ground, Reader, give
 from relay.server.leases import Leases
 from relay.stores.contract import StoredChunk
 from relay.stores.locations import Store
 
 log = logging.getLogger(__name__)
+
+_BASES_BYTES: Final = 192 << 20
+"""Bytes that the bases of all incoming runs take together, as they are read and as they are joined."""
+_ROOM_SECONDS: Final = 20.0
+"""How long a run waits for its share of them, before it is refused and a plain one follows."""
 
 
 class UnknownManifestError(NotFoundError):
@@ -66,24 +76,59 @@ class ChunksMissingError(ConflictError):
 
 @dataclass(slots=True)
 class _Outcome:
+    incoming: metrics.Incoming
     held: int = 0
     refused: list[wire.RefusedRun] = field(default_factory=list)
+
+
+class _Bases:
+    """What the runs of one incoming bundle build on: one run's bases at a time, within what all bundles may hold."""
+
+    def __init__(self, holdings: StoreHoldings, known: Mapping[ManifestId, Manifest], place: Place) -> None:
+        self._holdings = holdings
+        self._known = known
+        self._place = place
+
+    async def provide(self, needs: NeedsBases) -> None:
+        """Answer, if the bases are here and there is memory for them soon; else the run is refused, and a plain one follows."""
+        # Once as they are read, once as they are joined.
+        if not await self._place.take(2 * size_of(needs.bases, self._known), _ROOM_SECONDS):
+            log.warning("bundle: no memory for the bases of a run")
+        elif not await answer(needs, self._holdings):
+            log.warning("bundle: a run builds on chunks that are not here")
 
 
 class Transfer:
     """One relay's packages, as senders and readers meet them."""
 
-    def __init__(self, store: Store, *, arriving_seconds: float = wire.ARRIVING_SECONDS) -> None:
+    def __init__(
+        self, store: Store, *, arriving_seconds: float = wire.ARRIVING_SECONDS, rates: wire.CpuRates | None = None
+    ) -> None:
+        """`rates`: of this machine, to plan by."""
         self.catalog = Catalog(store.documents)
         self.leases = Leases(store.documents)
         self.closed_to_writes = store.closed_to_writes
         self._store = store.chunks
+        self._recipes = Recipes(store)
         self._arrivals = Arrivals()
+        self._shelf = Shelf(self._store, self._arrivals, self._is_arriving)
+        self.room = Room(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
+        self.payloads = Payloads(self._store)
+        self.rates = rates
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """For whoever lands chunks in this relay's name."""
+        return self._arrivals
 
     async def load(self) -> None:
         await self.catalog.load()
         await self.leases.load()
+
+    async def close(self) -> None:
+        """Stop what is being encoded. Twice is once."""
+        await self.payloads.close()
 
     # --- taking
 
@@ -93,28 +138,50 @@ class Transfer:
         Raises:
             ManifestError: not a manifest, or not the one that the path names.
             ConflictError: another nupkg is published under its id and version.
+            SignatureError: an envelope that does not unpack.
+            RecipeError: a recipe that came without a base and is none of this manifest's.
             UnknownManifestError: `base` is not here.
         """
         prefix = (await self._manifest(base)).canonical if base else None
         manifest = await asyncio.to_thread(_open_document, document, prefix, id)
         self.catalog.check_free(manifest)
+        signature = document.signature
+        if document.packed_signature:
+            signature = unpack_envelope(document.packed_signature, manifest)
+        recipe = None
+        if document.recipe:
+            known = await self._manifest(base) if base else None
+            recipe = await self._recipes.unpack(document.recipe, manifest, known)
         # The lease first: who finds the manifest here is to find its chunks on their way, not absent.
-        lease = await self.leases.open("offer", [id])
-        await self.catalog.keep_manifest(manifest, document.signature)
-        return wire.OfferAnswer(lease.id, wire.LEASE_SECONDS, await self._missing(manifest))
+        lease = await self.leases.open("offer", [id], [base] if base else ())
+        await self.catalog.keep_manifest(manifest, signature)
+        if recipe is not None:
+            await self._recipes.take(manifest, recipe)
+        unread = bool(document.recipe) and recipe is None
+        return wire.OfferAnswer(lease.id, wire.LEASE_SECONDS, await self._missing(manifest), unread)
 
     async def missing(self, request: wire.MissingRequest) -> wire.MissingAnswer:
-        """Which of the ranges are not here; with a lease, the others now stay. Raises `UnknownManifestError`."""
-        answer = []
+        """Which of the ranges are not here, and which manifests; with a lease, the others now stay.
+
+        Raises:
+            UnknownLeaseError: offer first.
+            FrameError: ranges outside of their manifest.
+        """
+        known = await self.catalog.manifests_of({ManifestId(want.manifest) for want in request.want})
         for want in request.want:
-            manifest = await self._manifest(ManifestId(want.manifest))
-            check(want.ranges, len(manifest.chunks))
-            lacking = await self._missing(manifest, indexes(want.ranges))
-            if lacking:
-                answer.append(wire.ChunkRanges(manifest=manifest.id, ranges=lacking))
+            if want.manifest in known:
+                check(want.ranges, len(known[ManifestId(want.manifest)].chunks))
         if request.lease is not None:
-            await self.leases.use(request.lease, [ManifestId(want.manifest) for want in request.want])
-        return wire.MissingAnswer(tuple(answer))
+            # The lease first: what is found here afterwards stays.
+            await self.leases.use(request.lease, known)
+        missing = []
+        for want in request.want:
+            manifest = known.get(ManifestId(want.manifest))
+            lacking = await self._missing(manifest, indexes(want.ranges)) if manifest is not None else ()
+            if lacking:
+                missing.append(wire.ChunkRanges(manifest=want.manifest, ranges=lacking))
+        unknown = dict.fromkeys(want.manifest for want in request.want if want.manifest not in known)
+        return wire.MissingAnswer(tuple(missing), tuple(unknown))
 
     async def take_bundle(self, lease_id: str, body: AsyncIterator[bytes]) -> wire.BundleAnswer:
         """Store the chunks of one bundle as they verify, and tell at the end how it went.
@@ -128,19 +195,27 @@ class Transfer:
         """
         lease = await self.leases.use(lease_id)
         known = await self.catalog.manifests_of(lease.manifests)
-        decoder = BundleDecoder(known.get)
-        outcome = _Outcome()
-        async with Landing(self._store, self._arrivals) as landing:
-            async for piece in body:
-                batches = decoder.feed(piece)
-                while events := await asyncio.to_thread(next, batches, None):
-                    await self._take_events(events, landing, outcome)
-            decoder.finish()
+        incoming = metrics.Incoming(known, adopting(self.payloads, known))
+        decoder = BundleDecoder(known.get, tap=incoming)
+        outcome = _Outcome(incoming)
+        async with AsyncExitStack() as stack:
+            place = stack.enter_context(self.room.place())
+            landing = await stack.enter_async_context(Landing(self._store, self._arrivals))
+            bases = _Bases(StoreHoldings(self._store, known), known, place)
+            try:
+                async for piece in body:
+                    batches = decoder.feed(piece)
+                    while events := await next_events(batches):
+                        await self._take_events(events, landing, outcome, bases)
+                decoder.finish()
+            finally:
+                # Whoever reads on from a payload that broke off learns it now.
+                decoder.abandon()
             await landing.flush()
         await self.leases.use(lease_id)
         return wire.BundleAnswer(landing.stored, outcome.held, tuple(outcome.refused))
 
-    async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome) -> None:
+    async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome, bases: _Bases) -> None:
         arrived = [event.chunk for event in events if isinstance(event, Received)]
         here = await self._store.has_many(chunk.id for chunk in arrived) if arrived else set()
         for chunk in _each_once(arrived):
@@ -151,7 +226,10 @@ class Transfer:
         for event in events:
             if isinstance(event, RunRefused):
                 log.warning("bundle: run refused: %s", event.error)
+                outcome.incoming.refused(event)
                 outcome.refused.extend(_refused(event))
+            elif isinstance(event, NeedsBases):
+                await bases.provide(event)
             elif isinstance(event, NotSent | Aborted):
                 raise FrameError("a sender's bundle holds data frames only")
 
@@ -194,38 +272,32 @@ class Transfer:
             found.append((manifest, tuple(indexes(want.ranges))))
         return found
 
-    async def give(self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]]) -> AsyncIterator[bytes]:
-        """One bundle: each chunk in its stored form as a frame of its own. Chunks on their way here are awaited.
+    async def reader(self, request: wire.BundleRequest) -> Reader:
+        """What a request says of its reader, of use here: bases that are not here, too, are passed over.
+
+        Raises:
+            FrameError: ranges outside of their manifest, or too many.
+        """
+        held = []
+        named = 0
+        for base in request.bases:
+            manifest = await self.catalog.manifest(ManifestId(base.manifest))
+            if manifest is None:
+                continue
+            named += count(check(base.ranges, len(manifest.chunks)))
+            if named > PLACES_MAX:
+                raise FrameError(f"one request that names more than {PLACES_MAX} chunks as bases")
+            held.append(Held(manifest, base.ranges))
+        return Reader(frozenset(request.encodings), tuple(held), request.goodput)
+
+    def give(
+        self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]], reader: Reader = ANYBODY
+    ) -> AsyncGenerator[bytes, None]:
+        """One bundle. Chunks on their way here are awaited.
 
         Where the store's medium fails before a chunk has begun, the bundle says so and ends.
         """
-        writer = BundleWriter()
-        yield writer.start()
-        for manifest, places in wanted:
-            absent: list[int] = []
-            for position, index in enumerate(places):
-                try:
-                    stored = await self._open(manifest, index)
-                except TimeoutError:
-                    # Not here yet: the reader asks again, and so learns of what came in between.
-                    yield writer.frame(Missing((Span.of(manifest.id, places[position:]),), "arriving"))
-                    break
-                except StoreError as error:
-                    log.warning("store: %s", error)
-                    yield writer.frame(Failed("store_failed"))
-                    yield writer.end()
-                    return
-                if stored is None:
-                    absent.append(index)
-                    continue
-                run = (Span.of(manifest.id, (index,)),)
-                head = writer.frame(Data(run, (), "zstd", stored.length, stored.xxh3))
-                async for piece in stored.pieces():
-                    yield head + piece if head else piece
-                    head = b""
-            if absent:
-                yield writer.frame(Missing((Span.of(manifest.id, absent),), "absent"))
-        yield writer.end()
+        return give(wanted, reader, Ground(self._shelf, self.payloads, self._arriving_seconds, self.rates))
 
     async def chunk(self, id: ChunkId) -> StoredChunk:
         """One chunk, awaited where it is on its way here.
@@ -242,7 +314,7 @@ class Transfer:
             if manifest is None:
                 raise
         try:
-            found = await self._open(manifest, manifest.index_of[id])
+            found = await self._shelf.open(manifest, manifest.index_of[id], self._arriving_seconds)
         except TimeoutError as error:
             raise UnreachableError("this chunk is still on its way here", retry_after=1.0) from error
         if found is None:
@@ -259,33 +331,9 @@ class Transfer:
 
     # --- the ground
 
-    async def _open(self, manifest: Manifest, index: int) -> StoredChunk | None:
-        """The chunk; None where it is not here and nobody brings it; TimeoutError where it has not arrived yet."""
-        id = manifest.chunk_id(index)
-        # Asked before looking: while we look, the last chunks may land and the package be published.
-        is_arriving = self._is_arriving(manifest)
-        found = await self._open_here(id)
-        if found is not None or not is_arriving:
-            return found
-        flight = self._arrivals.flight(id)
-        found = await self._open_here(id)
-        if found is not None:
-            return found
-        await asyncio.wait_for(flight.wait(), self._arriving_seconds)
-        return await self._open_here(id)
-
     def _is_arriving(self, manifest: Manifest) -> bool:
         published = self.catalog.find(manifest.package)
         return published is None and manifest.id in self.leases.offered()
-
-    async def _open_here(self, id: ChunkId) -> StoredChunk | None:
-        try:
-            return await self._store.open(id)
-        except ChunkMissing:
-            return None
-        except ChunkInvalid as error:
-            log.warning("store: %s", error)
-            return None
 
     async def _manifest(self, id: ManifestId) -> Manifest:
         manifest = await self.catalog.manifest(id)
@@ -310,8 +358,14 @@ def _each_once(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 
 def _refused(event: RunRefused) -> list[wire.RefusedRun]:
-    reason = "wrong_bytes" if isinstance(event.error, ChunkInvalid) else "bad_frame"
+    reason = _reason(event.error)
     by_manifest: dict[ManifestId, list[int]] = {}
     for manifest, index in event.run:
         by_manifest.setdefault(manifest, []).append(index)
     return [wire.RefusedRun(id, from_indexes(places), reason) for id, places in by_manifest.items()]
+
+
+def _reason(error: FrameError | ChunkInvalid) -> str:
+    if isinstance(error, BaseMissingError):
+        return "base_missing"
+    return "wrong_bytes" if isinstance(error, ChunkInvalid) else "bad_frame"

@@ -187,13 +187,18 @@ def sign_package(statement: PackageStatement, signer: Signer) -> bytes:
     Raises:
         UsageError: not an Ed25519 signer.
     """
+    return sign_document(package_payload(statement), STATEMENT_PAYLOAD, signer)
+
+
+def package_payload(statement: PackageStatement) -> bytes:
+    """What is signed: the canonical JSON of the in-toto statement."""
     document = _Statement(
         type=STATEMENT_TYPE,
         subject=(_Subject(_file_name(statement), _Digest(statement.nupkg_sha256)),),
         predicate_type=PACKAGE_PREDICATE,
         predicate=_Predicate(statement.id, statement.version, _Digest(statement.manifest)),
     )
-    return sign_document(msgspec.json.encode(document, order="sorted"), STATEMENT_PAYLOAD, signer)
+    return msgspec.json.encode(document, order="sorted")
 
 
 def verify_package(envelope: bytes, pins: TrustPins) -> PackageStatement:

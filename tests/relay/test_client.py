@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from aiohttp import web
-from support import CLIENT_LIMITS, cut_package, noise, running_relay, small_server, token
+from support import CLIENT_LIMITS, cut_package, encode_run, noise, running_relay, small_server, token
 
 from relay import wire
 from relay.client import (
@@ -20,7 +20,7 @@ from relay.client import (
     token_from,
 )
 from relay.content import manifest as manifests
-from relay.content.frames import BundleWriter, Data, Received, Span, Whole, data_header, encode_run
+from relay.content.frames import BundleWriter, Data, Received, Span, Whole, data_header
 from relay.content.identity import NuGetVersion, PackageId
 from relay.errors import (
     ConflictError,
@@ -144,9 +144,14 @@ async def test_publishing_too_early_names_what_is_missing(client):
     with pytest.raises(MissingChunksError) as caught:
         await client.publish(MANIFEST)
     assert caught.value.missing == ((2, len(MANIFEST.chunks)),)
-    assert (await client.missing([wire.ChunkRanges(manifest=MANIFEST.id, ranges=((0, 3),))], offer.lease))[
-        0
-    ].ranges == ((2, 3),)
+    answer = await client.missing([wire.ChunkRanges(manifest=MANIFEST.id, ranges=((0, 3),))], offer.lease)
+    assert answer == wire.MissingAnswer((wire.ChunkRanges(manifest=MANIFEST.id, ranges=((2, 3),)),))
+
+
+async def test_a_manifest_that_the_relay_does_not_keep_is_told_as_unknown(client):
+    await bring(client)
+    asked = [wire.ChunkRanges(manifest=id, ranges=((0, 3),)) for id in (MANIFEST.id, NEXT.manifest.id)]
+    assert (await client.missing(asked)).unknown == (NEXT.manifest.id,)
 
 
 async def test_other_bytes_under_the_same_name_are_a_conflict(client):

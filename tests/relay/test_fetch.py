@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from support import cut_package, noise
 
 from relay import fetch as fetching
-from relay.content.frames import Aborted, Event, NotSent, Received, RunRefused, Whole
+from relay.content.bases import Held
+from relay.content.frames import Aborted, BaseMissingError, Event, NotSent, Received, RunRefused, Whole
 from relay.content.manifest import Manifest
 from relay.errors import (
     ChunkInvalid,
@@ -55,7 +57,7 @@ class Source:
     asked: list[list[int]] = field(default_factory=list)
     closed: int = 0
 
-    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
+    async def stream(self, manifest: Manifest, indexes: Sequence[int], **how: object) -> AsyncGenerator[Event, None]:
         assert manifest is MANIFEST
         self.asked.append(list(indexes))
         step = self.script.pop(0) if self.script else self.always
@@ -136,7 +138,7 @@ async def test_no_more_requests_at_a_time_than_agreed():
     running = most = 0
 
     class Counting(Source):
-        async def stream(self, manifest, indexes):
+        async def stream(self, manifest, indexes, **how):
             nonlocal running, most
             running += 1
             most = max(most, running)
@@ -292,7 +294,7 @@ class BoomError(Exception):
 
 async def test_a_worker_that_dies_of_something_else_ends_the_fetch_and_hangs_nobody():
     class Hanging(Source):
-        async def stream(self, manifest, indexes):
+        async def stream(self, manifest, indexes, **how):
             self.asked.append(list(indexes))
             if len(self.asked) == 1:
                 yield got(indexes[0])
@@ -308,7 +310,7 @@ async def test_a_worker_that_dies_of_something_else_ends_the_fetch_and_hangs_nob
 
 async def test_a_fetch_that_is_cancelled_keeps_what_came_and_closes_its_requests():
     class Slow(Source):
-        async def stream(self, manifest, indexes):
+        async def stream(self, manifest, indexes, **how):
             self.asked.append(list(indexes))
             try:
                 yield got(indexes[0])
@@ -326,6 +328,177 @@ async def test_a_fetch_that_is_cancelled_keeps_what_came_and_closes_its_requests
         await task
     assert sorted(sink.taken) == sorted(indexes[0] for indexes in source.asked)
     assert source.closed == len(source.asked)
+
+
+# --- differences from what is held here
+
+OLDER = cut_package({f"lib/{i:02}.dll": noise(f"older {i}", 65536 + i) for i in range(24)}, version="0.9.0")
+HOLDINGS = SimpleNamespace(held=(Held(OLDER.manifest, ((0, len(OLDER.indexes)),)),), load=None)
+THIN, LAN = 100_000.0, 100e6
+
+
+class Differing(Source):
+    """Sends differences to whoever names bases, as long as `wrong` says nothing else; plain chunks to others."""
+
+    def __init__(self, name: str = "relay", wrong: object = None, plain: object = None) -> None:
+        super().__init__(name)
+        self.wrong, self.plain = wrong, plain
+        self.asked_with: list[tuple[list[int], bool, float]] = []
+
+    async def stream(self, manifest, indexes, *, bases=None, goodput=0.0, tap=None):
+        self.asked.append(list(indexes))
+        self.asked_with.append((list(indexes), bases is not None, goodput))
+        run = tuple((manifest.id, index) for index in indexes)
+        try:
+            await asyncio.sleep(0)
+            error = self.plain if bases is None else self.wrong
+            if bases is None:
+                for place in run:
+                    tap((place,), (), "zstd")
+            elif not isinstance(error, BaseMissingError):
+                tap(run, ((OLDER.manifest.id, 0),), "hdiff")
+            if error is not None:
+                yield RunRefused(run[1:], error)
+            for index in indexes[: 1 if error is not None else None]:
+                yield got(index)
+            yield Whole(1)
+        finally:
+            self.closed += 1
+
+
+async def held_here():
+    return HOLDINGS
+
+
+@pytest.mark.parametrize(
+    "error", [FrameError("nonsense"), ChunkInvalid("ab" * 32, "cd" * 32), BaseMissingError("gone")]
+)
+async def test_a_difference_that_fails_is_asked_for_again_plainly_of_the_same_source(error):
+    source, other = Differing(wrong=error), Source("other")
+    sink, tallies = await run(source, other, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert other.asked == []
+    assert sink.failed == []
+    [(_, first, _), (_, second, _)] = source.asked_with
+    assert (first, second) == (True, False)
+    assert tallies["relay"].fallbacks == 1
+    if not isinstance(error, BaseMissingError):
+        assert {name: each.chunks for name, each in tallies["relay"].encodings.items()} == {
+            "hdiff": 1,
+            "zstd": len(EVERY) - 1,
+        }
+
+
+async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
+    liar, good = Differing("liar", FrameError("nonsense"), ChunkInvalid("ab" * 32, "cd" * 32)), Source("good")
+    sink, tallies = await run(liar, good, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert [with_bases for _, with_bases, _ in liar.asked_with] == [True, False]
+    assert isinstance(tallies["liar"].error, UntrustedError)
+    assert tallies["liar"].fallbacks == 1
+
+
+async def test_a_source_whose_differences_fail_again_and_again_is_asked_for_none_any_more(monkeypatch):
+    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 140_000)
+    source = Differing(wrong=FrameError("nonsense"))
+    sink, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert tallies["relay"].fallbacks == fetching.FALLBACKS_MAX
+    assert sum(with_bases for _, with_bases, _ in source.asked_with) == fetching.FALLBACKS_MAX
+    assert len(source.asked) > 2 * fetching.FALLBACKS_MAX
+
+
+async def test_a_refused_run_is_a_lie_where_no_bases_were_named():
+    liar, good = Differing("liar", plain=FrameError("nonsense")), Source("good")
+    sink, tallies = await run(liar, good, connections=1)
+    assert each_once(sink)
+    assert isinstance(tallies["liar"].error, FrameError)
+    assert tallies["liar"].fallbacks == 0
+
+
+async def test_what_is_held_is_looked_for_once_and_only_where_a_line_is_not_fast():
+    looked = 0
+
+    async def find():
+        nonlocal looked
+        looked += 1
+        await asyncio.sleep(0.001)
+        return HOLDINGS
+
+    fast = Differing()
+    await run(fast, find_bases=find, goodput_of=lambda _: LAN)
+    assert looked == 0
+    assert not any(with_bases for _, with_bases, _ in fast.asked_with)
+    medium = Differing()
+    await run(medium, find_bases=find, goodput_of=lambda _: 10e6, connections=3)
+    assert looked == 1
+    assert all(with_bases for _, with_bases, _ in medium.asked_with)
+
+
+async def test_who_holds_nothing_names_nothing():
+    for nothing in (None, SimpleNamespace(held=(), load=None)):
+
+        async def find(found=nothing):
+            return found
+
+        source = Differing()
+        await run(source, find_bases=find, goodput_of=lambda _: THIN)
+        assert not any(with_bases for _, with_bases, _ in source.asked_with)
+
+
+async def test_a_thin_line_has_one_request_at_a_time_and_the_source_is_told_of_it():
+    running = most = 0
+
+    class Counting(Differing):
+        async def stream(self, manifest, indexes, **how):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            async for event in super().stream(manifest, indexes, **how):
+                await asyncio.sleep(0)
+                yield event
+            running -= 1
+
+    source = Counting()
+    await run(source, goodput_of=lambda _: THIN, connections=4)
+    assert most == 1
+    assert {goodput for _, _, goodput in source.asked_with} == {THIN}
+
+
+async def test_a_relay_that_broke_off_for_a_moment_is_asked_again():
+    source, other = Source("relay", [(1, Aborted("busy")), (0, Aborted("busy"))]), Source("other")
+    sink, tallies = await run(source, other, connections=1)
+    assert each_once(sink)
+    assert other.asked == []
+    assert tallies["relay"].error is None
+
+
+@given(st.floats(0.0, 1e12), st.booleans())
+def test_bases_are_named_on_lines_that_are_not_fast_and_thin_ones_get_long_segments(goodput, can_have_bases):
+    how = fetching.manner(goodput, can_have_bases=can_have_bases)
+    assert how.with_bases == (can_have_bases and goodput < fetching.FAST_GOODPUT)
+    assert how.one_at_a_time == (how.segment_bytes == fetching.THIN_SEGMENT_BYTES)
+    if goodput >= fetching.THIN_GOODPUT:
+        assert not how.one_at_a_time
+    if not goodput and not can_have_bases:
+        assert how == fetching.Manner(fetching.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
+
+
+async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(monkeypatch):
+    monkeypatch.setattr(fetching, "_TELLING_BYTES", 1)
+    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 300_000)
+
+    class Slow(Differing):
+        async def stream(self, manifest, indexes, **how):
+            await asyncio.sleep(0.05)
+            async for event in super().stream(manifest, indexes, **how):
+                yield event
+
+    source = Slow()
+    _, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: 2e6)
+    assert len(source.asked) > 2
+    assert not any(measured.is_steady for measured in tallies["relay"].measured)
+    assert all(goodput >= 2e6 for _, _, goodput in source.asked_with)
 
 
 # --- whatever happens
@@ -366,9 +539,15 @@ def test_whatever_fails_either_all_is_delivered_once_or_no_source_is_left(script
     assert [name for name, _ in sink.failed] == list(dict.fromkeys(name for name, _ in sink.failed))
 
 
-@given(st.sets(st.sampled_from(sorted(EVERY))))
-def test_segments_hold_every_index_once_in_order_and_within_their_bound(wanted):
-    segments = fetching._segments(MANIFEST, wanted)
+@given(st.sets(st.sampled_from(sorted(EVERY))), st.sets(st.sampled_from(sorted(EVERY))))
+def test_segments_hold_every_index_once_in_order_of_one_kind_and_within_their_bound(wanted, plainly):
+    run = fetching._Fetch(MANIFEST, wanted, [], None, None, 1.0, None, lambda _: 0.0)
+    run._todo.extend(sorted(wanted))
+    run._plainly = plainly
+    segments = []
+    while run._todo:
+        segment, is_plain = run._next_segment(200_000)
+        segments.append(segment)
+        assert {index in plainly for index in segment} == {is_plain}
+        assert len(segment) == 1 or sum(MANIFEST.chunks[i].size for i in segment) <= 200_000
     assert [index for segment in segments for index in segment] == sorted(wanted)
-    for segment in segments:
-        assert len(segment) == 1 or sum(MANIFEST.chunks[i].size for i in segment) <= fetching.SEGMENT_BYTES

@@ -9,15 +9,28 @@ import pytest
 from aiohttp import web
 from support import CLIENT_LIMITS, cut_package, depot_with, make_nupkg, noise, running_relay, small_server, token
 
+from benchmarks.network import CountingProxy
 from relay import replicate as replicating
-from relay import wire
+from relay import sending, wire
 from relay.client import LeaseLostError, RelayClient, TokenRefusedError
+from relay.content.encodings import Coding
 from relay.content.frames import Received
-from relay.errors import ChunkInvalid, ChunkMissing, ConflictError, RefusedError, StoreError, UnreachableError
-from relay.replicate import replicate
+from relay.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    ConflictError,
+    NotFoundError,
+    RefusedError,
+    StoreError,
+    UnreachableError,
+)
+from relay.lines import CONNECTIONS_MAX, Lines
+from relay.pacing import Pacer
+from relay.payloads import Payloads
+from relay.replicate import Shipping, plan, replicate
 from relay.server.leases import Leases, UnknownLeaseError
 from relay.stores.locations import open_store
-from relay.stores.memory import MemoryChunks
+from relay.stores.memory import MemoryChunks, MemoryDocuments
 
 PATIENCE = 60.0
 FILES = {f"lib/{i:02}.dll": noise(i, 200_000 + i) for i in range(20)} | {"readme.txt": b"text " * 500}
@@ -31,8 +44,10 @@ REBUILT = cut_package({**FILES, "lib/07.dll": noise("rebuilt", 190_000)})
 @pytest.fixture(autouse=True)
 def small_bundles(monkeypatch):
     """Several runs and bundles from a small package."""
-    monkeypatch.setattr(replicating, "RUN_BYTES", 500_000)
-    monkeypatch.setattr(replicating, "BUNDLE_PAYLOAD", 600_000)
+    monkeypatch.setattr(sending, "RUN_BYTES", 500_000)
+    monkeypatch.setattr(sending, "RUN_BYTES_MIN", 500_000)
+    monkeypatch.setattr(sending, "BUNDLE_PAYLOAD_MIN", 600_000)
+    monkeypatch.setattr(sending, "BUNDLE_PAYLOAD", 600_000)
 
 
 @pytest.fixture
@@ -48,10 +63,11 @@ async def source_of(*cuts, store=None):
     return store
 
 
-async def bring(relay, cut=CUT, source=None, signature=b"envelope", **options):
+async def bring(relay, cut=CUT, source=None, signature=b"envelope", progress=None, patience=60.0, **shipping):
     source = source or await source_of(cut)
     async with asyncio.timeout(PATIENCE), relay.client() as client:
-        return await replicate(cut.manifest, signature, source, client, **options)
+        how = Shipping(**shipping)
+        return await replicate(cut.manifest, signature, source, client, how, progress=progress, patience=patience)
 
 
 async def whole(relay, cut=CUT):
@@ -114,10 +130,11 @@ async def test_the_manifest_travels_as_a_difference_against_a_version_that_both_
     old, new = cut_package(many), cut_package({**many, "content/7.txt": noise("x", 100)}, version="1.0.1")
     source = await source_of(old, new)
     await bring(relay, old, source)
-    difference = await bring(relay, new, source, known=[NEXT.manifest, old.manifest])
+    plainly = {"force": Coding.parse("zstd:3")}
+    difference = await bring(relay, new, source, known=[NEXT.manifest, old.manifest], **plainly)
     async with running_relay(tmp_path / "other") as other:
         await bring(other, old, source)
-        plain = await bring(other, new, source)
+        plain = await bring(other, new, source, **plainly)
     assert difference.payload_bytes == plain.payload_bytes
     assert difference.wire_bytes - difference.payload_bytes < (plain.wire_bytes - plain.payload_bytes) / 3
 
@@ -164,6 +181,222 @@ async def test_a_real_nupkg_goes_from_a_depot_to_a_relay(relay, tmp_path):
             await replicate(manifest, await origin.signature(manifest), origin.depot.store.chunks, client)
             events = [event async for event in client.stream(manifest, range(len(manifest.chunks)))]
     assert b"".join(e.chunk.data for e in events if isinstance(e, Received)) == CUT.stream
+
+
+# --- deltas
+
+
+def edited(data, every=4000):
+    """`data` with one byte changed now and then, as rebuilt code is: nothing of it is the same chunk, all of it is like it."""
+    changed = bytearray(data)
+    for at in range(0, len(changed), every):
+        changed[at] ^= 0x55
+    return bytes(changed)
+
+
+EDITED = cut_package({path: edited(data) for path, data in FILES.items()}, version="1.0.1")
+
+
+def encodings_of(done):
+    return {entry.encoding for entry in done.encodings}
+
+
+async def test_a_new_version_goes_as_what_differs_from_the_one_that_the_relay_holds(relay):
+    source = await source_of(CUT, EDITED)
+    await bring(relay, CUT, source)
+    done = await bring(relay, EDITED, source, known=[MANIFEST])
+    assert encodings_of(done) <= {"hdiff", "zstd-prefix"}
+    assert done.chunks_sent == len(EDITED.manifest.chunks)
+    assert done.payload_bytes < EDITED.manifest.stream_size / 50
+    assert sum(entry.payload_bytes for entry in done.encodings) == done.payload_bytes
+    assert sum(entry.stream_bytes for entry in done.encodings) == EDITED.manifest.stream_size
+    assert done.overhead_bytes == done.wire_bytes - done.payload_bytes
+    assert await whole(relay, EDITED)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "zstd:1", "zstd:19", "zstd-prefix", "hdiff", "hdiff:3"])
+async def test_any_encoding_can_be_forced_and_comes_out_right(relay, encoding):
+    source = await source_of(CUT, EDITED)
+    await bring(relay, CUT, source)
+    done = await bring(relay, EDITED, source, known=[MANIFEST], force=Coding.parse(encoding))
+    assert encodings_of(done) == {encoding.partition(":")[0]}
+    assert await whole(relay, EDITED)
+
+
+async def test_a_forced_delta_without_a_base_goes_as_zstd_and_says_so(relay):
+    done = await bring(relay, force=Coding.parse("hdiff"), explains=True)
+    assert encodings_of(done) == {"zstd"}
+    assert "nothing to build on" in done.explained.note
+    assert await whole(relay)
+
+
+async def test_an_application_goes_as_references_to_libraries_that_the_relay_holds_as_packages(relay):
+    """The library is gathered with others there, so that none of its chunks is one of the application's."""
+    texts = {f"lib/{i:02}.txt": noise(i, 9_000) for i in range(60)}
+    library = cut_package(texts, id="Acme.Library")
+    application = cut_package({f"app/bin/{path[4:]}": data for path, data in texts.items()} | {"app/own.txt": b"own"})
+    source = await source_of(library, application)
+    await bring(relay, library, source)
+    done = await bring(relay, application, source, others=[library.manifest])
+    assert done.payload_bytes < application.manifest.stream_size / 100
+    assert await whole(relay, application)
+
+
+@pytest.mark.parametrize("force", [None, "hdiff", "zstd-prefix"])
+async def test_a_base_that_goes_between_offer_and_bundle_costs_a_plain_run_and_nothing_else(relay, monkeypatch, force):
+    source = await source_of(CUT, EDITED)
+    await bring(relay, CUT, source)
+    put, removed = RelayClient.put_bundle, []
+
+    async def robbed(self, lease, body):
+        if not removed:
+            store = await open_store(relay.store)
+            for id in MANIFEST.chunk_ids():
+                removed.append(id)
+                await store.chunks.remove(id)
+            await store.close()
+        return await put(self, lease, body)
+
+    monkeypatch.setattr(RelayClient, "put_bundle", robbed)
+    done = await bring(relay, EDITED, source, known=[MANIFEST], force=Coding.parse(force) if force else None)
+    assert removed
+    assert done.fallbacks >= 1
+    assert "zstd" in encodings_of(done)
+    assert done.interruptions == 0
+    assert await whole(relay, EDITED)
+
+
+async def test_what_two_relays_need_alike_is_read_and_encoded_once(tmp_path):
+    class Counting(MemoryChunks):
+        reads = 0
+
+        async def get(self, id):
+            self.reads += 1
+            return await super().get(id)
+
+    source = await source_of(CUT, store=Counting())
+    payloads = Payloads(source)
+    async with contextlib.AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(running_relay(tmp_path / f"relay{i}")) for i in range(3)]
+        how = {"payloads": payloads, "force": Coding.parse("zstd:3")}
+        await asyncio.gather(*(bring(each, CUT, source, **how) for each in relays))
+        assert source.reads == COUNT
+        for each in relays:
+            assert await whole(each)
+    await payloads.close()
+
+
+async def test_a_limit_is_asked_before_each_byte(relay):
+    class Spy(Pacer):
+        taken = 0
+
+        async def wait(self, size):
+            self.taken += size
+            return await super().wait(size)
+
+    pacer = Spy(1e9)
+    done = await bring(relay, pacer=pacer)
+    assert done.payload_bytes < pacer.taken < done.payload_bytes + 10_000
+
+
+# --- plans
+
+
+async def test_a_plan_tells_every_encoding_and_sends_nothing(relay):
+    source = await source_of(CUT, EDITED)
+    await bring(relay, CUT, source)
+    async with relay.client() as client:
+        before = client.traffic.total
+        explained = await plan(EDITED.manifest, source, client, Shipping(known=[MANIFEST]))
+        assert client.traffic.total - before < 2000
+        with pytest.raises(NotFoundError):
+            await client.manifest(EDITED.manifest.id)
+    assert explained.base == "1.0.0"
+    assert explained.missing_bytes == EDITED.manifest.stream_size
+    assert "never measured" in explained.goodput_from
+    rows = {str(row.candidate.coding): row for row in explained.choice.rows}
+    assert {"raw", "zstd:3", "zstd:19", "zstd-prefix:3", "hdiff:19"} <= set(rows)
+    assert rows["raw"].candidate.payload_bytes == EDITED.manifest.stream_size
+    assert rows["raw"].candidate.exact
+    assert rows["zstd-prefix:3"].candidate.exact
+    assert not rows["hdiff:19"].candidate.exact
+    assert sum(row.chosen for row in rows.values()) == 1
+    assert all(row.chosen != bool(row.why_not) for row in rows.values())
+
+
+async def test_what_is_exact_in_a_plan_is_what_crosses(relay):
+    source = await source_of(CUT)
+    done = await bring(relay, CUT, source, force=Coding.parse("zstd:3"), explains=True)
+    exact = next(row for row in done.explained.choice.rows if row.chosen)
+    assert exact.candidate.exact
+    assert done.payload_bytes == pytest.approx(exact.candidate.payload_bytes, rel=0.01)
+
+
+async def test_of_a_relay_that_has_it_all_a_plan_says_so(relay):
+    source = await source_of(CUT)
+    await bring(relay, CUT, source)
+    async with relay.client() as client:
+        explained = await plan(MANIFEST, source, client)
+    assert (explained.encoding, explained.missing_chunks, explained.note) == ("", 0, "nothing is missing")
+
+
+# --- what is remembered
+
+
+async def questions(relay, cut, source, monkeypatch, **shipping):
+    """How often the relay was asked what it lacks, and what came of the replication."""
+    asked = []
+    missing = RelayClient.missing
+
+    async def counted(self, want, lease=None):
+        asked.append(want)
+        return await missing(self, want, lease)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RelayClient, "missing", counted)
+        done = await bring(relay, cut, source, **shipping)
+    return len(asked), done
+
+
+async def test_a_line_is_remembered_and_the_next_version_offered_without_a_question(relay, monkeypatch):
+    source, lines = await source_of(CUT, EDITED), Lines(MemoryDocuments())
+    await bring(relay, CUT, source, lines=lines)
+    assert (await lines.recall(relay.url)).goodput > 0
+    how = {"lines": lines, "known": [MANIFEST], "force": Coding.parse("hdiff")}
+    asked, done = await questions(relay, EDITED, source, monkeypatch, **how)
+    assert asked == 0
+    assert done.payload_bytes < EDITED.manifest.stream_size / 10
+    assert await whole(relay, EDITED)
+
+
+async def test_a_relay_that_lost_what_it_was_sent_is_asked(tmp_path, monkeypatch):
+    source, lines = await source_of(CUT, EDITED), Lines(MemoryDocuments())
+    async with running_relay(tmp_path / "first") as relay:
+        await bring(relay, CUT, source, lines=lines)
+        port = relay.port
+    async with running_relay(tmp_path / "second", port=port) as relay:
+        asked, done = await questions(relay, EDITED, source, monkeypatch, lines=lines, known=[MANIFEST])
+        assert asked == 1
+        assert encodings_of(done) <= {"zstd", "raw"}
+        assert await whole(relay, EDITED)
+
+
+async def test_manifest_and_headers_cost_48_bytes_a_changed_chunk_and_2_kib(relay, tmp_path):
+    """Counted on the line itself, with the envelope of a real key."""
+    old = make_nupkg(tmp_path, FILES)
+    new = make_nupkg(tmp_path, {**FILES, "lib/07.dll": edited(FILES["lib/07.dll"])}, version="1.0.1")
+    async with depot_with(tmp_path / "origin", old, new) as origin, CountingProxy("127.0.0.1", relay.port) as line:
+        chunks, lines = origin.depot.store.chunks, Lines(origin.depot.store.documents)
+        first, second = (added.manifest for added in origin.added)
+        async with RelayClient(f"http://127.0.0.1:{line.port}", limits=CLIENT_LIMITS) as client:
+            await replicate(first, await origin.signature(first), chunks, client, Shipping(lines=lines))
+            before, how = line.counts.total, Shipping(lines=lines, known=[first])
+            done = await replicate(second, await origin.signature(second), chunks, client, how)
+            crossed = line.counts.total - before
+            assert (await client.manifest(second.id)).signature == await origin.signature(second)
+    changed = set(second.chunk_ids()) - set(first.chunk_ids())
+    assert crossed - done.payload_bytes <= 48 * len(changed) + 2048
+    assert done.wire_bytes <= crossed <= done.wire_bytes + 300
 
 
 # --- what a rule refuses
@@ -221,7 +454,7 @@ async def test_a_depot_that_cannot_be_read_is_not_held_against_the_relay(relay):
     source = await source_of(store=Broken())
     with pytest.raises(StoreError, match="the depot's disk"):
         await bring(relay, CUT, source)
-    assert source.reads <= replicating.CONNECTIONS
+    assert source.reads <= CONNECTIONS_MAX
 
 
 # --- what comes in between
@@ -263,7 +496,7 @@ async def test_a_relay_that_restarts_in_mid_transfer_gets_the_rest_and_little_tw
         assert await whole(relay)
         # What was in flight may cross twice: each of the connections had one bundle.
         twice = done.payload_bytes - sum(MANIFEST.chunks[i].size for i in range(COUNT))
-        assert twice < replicating.CONNECTIONS * (replicating.BUNDLE_PAYLOAD + replicating.RUN_BYTES)
+        assert twice < CONNECTIONS_MAX * (sending.BUNDLE_PAYLOAD + sending.RUN_BYTES)
 
 
 async def test_a_lease_that_is_lost_in_mid_transfer_is_taken_anew(relay, monkeypatch):
@@ -293,7 +526,7 @@ async def test_a_lease_that_never_lives_ends_the_replication(relay, monkeypatch)
     monkeypatch.setattr(Leases, "use", never)
     with pytest.raises(LeaseLostError):
         await bring(relay)
-    assert len(tries) <= (replicating.FRUITLESS_MAX + 2) * replicating.CONNECTIONS
+    assert len(tries) <= (replicating.FRUITLESS_MAX + 2) * CONNECTIONS_MAX
 
 
 async def test_a_chunk_that_vanishes_before_publishing_is_sent_again(relay, tmp_path):
@@ -354,6 +587,7 @@ class BadRelay:
             web.get("/v1/packages", self.nothing),
             web.get("/v1/packages/{id}", self.nothing),
             web.get("/v1/packages/{id}/{version}", self.not_found),
+            web.post(wire.MISSING, self.unknown),
             web.put("/v1/manifests/{name}", self.offer),
             web.put(wire.BUNDLE_IN, self.bundle),
             web.put("/v1/packages/{id}/{version}", self.publish),
@@ -361,6 +595,10 @@ class BadRelay:
 
     async def health(self, request):
         return self._json(wire.HealthAnswer(status="ok", versions=(1,), time=0.0))
+
+    async def unknown(self, request):
+        asked = msgspec.json.decode(await request.read(), type=wire.MissingRequest).want
+        return self._json(wire.MissingAnswer(asked, tuple(want.manifest for want in asked)))
 
     async def nothing(self, request):
         return self._json(wire.PackagesAnswer(()))
@@ -404,7 +642,7 @@ async def test_a_relay_that_takes_bundles_and_keeps_nothing_is_given_up(status):
         with pytest.raises(UnreachableError):
             await replicate(MANIFEST, b"", await source_of(CUT), client, patience=2.0)
     assert replicating.FRUITLESS_MAX < relay.offers <= replicating.FRUITLESS_MAX + 4
-    assert relay.bytes <= relay.offers * replicating.CONNECTIONS * (MANIFEST.stream_size + 10_000)
+    assert relay.bytes <= relay.offers * CONNECTIONS_MAX * (MANIFEST.stream_size + 10_000)
 
 
 async def test_a_relay_that_says_it_stored_but_lacks_the_same_again_is_refused():

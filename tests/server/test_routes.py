@@ -7,13 +7,13 @@ import os
 import aiohttp
 import msgspec
 import pytest
-from support import RELAY_LIMITS, cut_package, noise, running_relay, token
+from support import RELAY_LIMITS, cut_package, encode_run, noise, running_relay, token
 from yarl import URL
 
 from relay import wire
 from relay.config import RelayConfig
 from relay.content import manifest as manifests
-from relay.content.frames import BundleWriter, Span, data_header, encode_run
+from relay.content.frames import BundleWriter, Span, data_header
 from relay.server.access import OPEN, iter_routes
 from relay.server.app import RelayApp
 from relay.server.problems import PROBLEM_TYPE
@@ -46,6 +46,8 @@ def calls(lease):
     return {
         ("GET", wire.HEALTH): (wire.HEALTH, None),
         ("GET", wire.METRICS): (wire.METRICS, None),
+        ("PUT", wire.LINE): (wire.LINE, (b"some bytes", "application/octet-stream")),
+        ("GET", wire.LINE): (f"{wire.LINE}?bytes=10", None),
         ("PUT", wire.MANIFEST): (wire.MANIFEST.format(hex=FRESH.manifest.id), (document, wire.DOCUMENT_TYPE)),
         ("GET", wire.MANIFEST): (wire.MANIFEST.format(**held), None),
         ("POST", wire.MISSING): (wire.MISSING, json(wire.MissingRequest(want=(every,), lease=lease))),

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 
 import pytest
-from support import cut_package, eventually, noise
+from support import cut_package, encode_run, eventually, noise
 
 from relay import wire
 from relay.catalog import Catalog
@@ -23,7 +23,6 @@ from relay.content.frames import (
     Span,
     Whole,
     data_header,
-    encode_run,
 )
 from relay.content.identity import chunk_id
 from relay.content.ranges import from_indexes, indexes
@@ -401,13 +400,37 @@ async def test_a_request_for_more_chunks_than_agreed_is_refused(transfer, monkey
 async def test_a_manifest_that_was_never_offered_is_unknown(transfer):
     ask = wire.ChunkRanges(manifest=MANIFEST.id, ranges=((0, 1),))
     for asking in (
-        transfer.missing(wire.MissingRequest(want=(ask,))),
         transfer.wanted(wire.BundleRequest(want=(ask,))),
         transfer.document(MANIFEST.id, None),
         publish(transfer),
     ):
         with pytest.raises(UnknownManifestError):
             await asking
+
+
+async def test_missing_names_unknown_manifests_beside_what_it_knows(transfer):
+    """A sender asks for several candidates at once: that one is not here must not hide what is said of the others."""
+    await send(transfer, (await offered(transfer)).lease, [0])
+    known = wire.ChunkRanges(manifest=MANIFEST.id, ranges=((0, 2),))
+    unknown = wire.ChunkRanges(manifest=NEXT.manifest.id, ranges=((0, 10**6),))
+    answer = await transfer.missing(wire.MissingRequest(want=(unknown, known, unknown)))
+    assert answer.unknown == (NEXT.manifest.id,)
+    assert answer.missing == (wire.ChunkRanges(manifest=MANIFEST.id, ranges=((1, 2),)),)
+
+
+async def test_a_lease_holds_the_known_manifests_of_a_question_only(transfer):
+    lease = (await offered(transfer)).lease
+    unknown = wire.ChunkRanges(manifest=NEXT.manifest.id, ranges=((0, 1),))
+    await transfer.missing(wire.MissingRequest(want=(unknown,), lease=lease))
+    assert (await transfer.leases.use(lease)).manifests == {MANIFEST.id}
+
+
+async def test_an_offer_with_a_base_holds_that_too(transfer):
+    await offered(transfer)
+    lease = (await transfer.offer(NEXT.manifest.id, document(NEXT, base=MANIFEST.canonical), MANIFEST.id)).lease
+    held = await transfer.leases.use(lease)
+    assert held.manifests == {MANIFEST.id, NEXT.manifest.id}
+    assert held.offered == {NEXT.manifest.id}
 
 
 # --- publishing

@@ -1,0 +1,252 @@
+"""Packages that this relay fetches from another one because it was told to: one flight for each, however many ask.
+
+A flight belongs to the relay, not to who asked: it goes on when its watchers are gone, and ends with the relay.
+What came stays; asked again, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
+
+import msgspec
+from aiohttp import web
+
+from relay import wire
+from relay.client import RelayClient
+from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from relay.errors import IdentityError, StoreError, WaystationError
+from relay.pacing import Pacer
+from relay.server import metrics
+from relay.server.access import DRAINING, add
+from relay.server.bodies import read_json, write_guarded
+from relay.server.connection import Limits
+from relay.server.fetching import Fetching, FetchLimits, Told
+from relay.server.peers import Peers
+from relay.server.problems import TITLES, HttpRefusal, verdict_of
+from relay.server.transfer import Transfer
+from relay.stores.locations import Store
+
+log = logging.getLogger(__name__)
+
+AT_ONCE: Final = 3
+"""Replications that fetch at one time; the others wait for their turn."""
+TELL_SECONDS: Final = 0.5
+"""Between two lines of progress, where something came."""
+UNHEARD_SECONDS: Final = 60.0
+"""How long one that ended well while nobody listened can still be joined: who was cut off learns what it moved."""
+SILENCE_SECONDS: Final = 2.0
+"""Between two lines of progress at most: who watches knows that we are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to fetch, and from where."""
+
+    package: PackageRef
+    request: wire.ReplicationRequest
+
+
+class Flight:
+    """One package on its way here."""
+
+    def __init__(
+        self, order: Order, bring: Callable[[Told], Coroutine[Any, Any, None]], places: asyncio.Semaphore
+    ) -> None:
+        """Begin at once, or as soon as one of `places` is free."""
+        self.order = order
+        self.told = Told()
+        self._state: Literal["waiting", "running", "done", "failed"] = "waiting"
+        self._code = self._reason = ""
+        self._began = time.monotonic()
+        self._ended = 0.0
+        self._was_heard = False
+        self._task = asyncio.create_task(self._run(bring, places))
+
+    @property
+    def is_over(self) -> bool:
+        return self._task.done()
+
+    @property
+    def can_be_joined(self) -> bool:
+        if not self.is_over:
+            return True
+        is_new = time.monotonic() - self._ended < UNHEARD_SECONDS
+        return self._state == "done" and not self._was_heard and is_new
+
+    @property
+    def progress(self) -> wire.ReplicationProgress:
+        """How it stands now."""
+        told = self.told
+        return wire.ReplicationProgress(
+            state=self._state,
+            bytes=told.here,
+            whole=told.whole,
+            wire_bytes=told.wire_bytes(),
+            encodings=told.encodings(),
+            fallbacks=told.fallbacks,
+            seconds=(self._ended or time.monotonic()) - self._began,
+            code=self._code,
+            reason=self._reason,
+        )
+
+    async def watch(self, stop: asyncio.Event) -> AsyncIterator[wire.ReplicationProgress]:
+        """How it stands, now, when that changes, and at last how it ended. It ends early when `stop` is set."""
+        shown: wire.ReplicationProgress | None = None
+        shown_at = 0.0
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            while not (self.is_over or stopping.done()):
+                now = self.progress
+                if shown is None or _is_news(now, shown) or time.monotonic() - shown_at > SILENCE_SECONDS:
+                    shown, shown_at = now, time.monotonic()
+                    yield now
+                await self._news(stopping)
+            if self.is_over:
+                yield self.progress
+                self._was_heard = True
+        finally:
+            stopping.cancel()
+
+    async def _news(self, stopping: asyncio.Task[Any]) -> None:
+        """Wait a while: bytes are told now and then; the offer and the end at once, as relays below wait for them."""
+        offered = asyncio.create_task(self.told.news.wait())
+        known = self.told.news.is_set()
+        try:
+            await asyncio.wait(
+                {self._task, stopping} | (set() if known else {offered}),
+                timeout=TELL_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            offered.cancel()
+
+    async def stop(self) -> None:
+        """End it here. What came is kept. Twice is once."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self, bring: Callable[[Told], Coroutine[Any, Any, None]], places: asyncio.Semaphore) -> None:
+        try:
+            async with places:
+                self._state = "running"
+                await bring(self.told)
+            self._state = "done"
+        except WaystationError as error:
+            log.warning("replication of %s from %s: %s", self.order.package, self.order.request.source, error)
+            code = verdict_of(error).code
+            # What went wrong with our own store names folders of ours: that is for the log.
+            self._fail(code, TITLES[code] if isinstance(error, StoreError) else error.message)
+        except asyncio.CancelledError:
+            self._fail("busy", "the relay was told to stop fetching from there")
+        except Exception:
+            log.exception("replication of %s", self.order.package)
+            self._fail("internal", TITLES["internal"])
+        finally:
+            self._ended = time.monotonic()
+            metrics.REPLICATIONS.labels(self._state).inc()
+
+    def _fail(self, code: str, reason: str) -> None:
+        self._state, self._code, self._reason = "failed", code, reason[:300]
+
+
+def _is_news(now: wire.ReplicationProgress, before: wire.ReplicationProgress) -> bool:
+    return (now.state, now.bytes, now.whole) != (before.state, before.bytes, before.whole)
+
+
+class Replications:
+    """All flights of one relay, and the route that begins and watches them."""
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        store: Store,
+        peers: Peers,
+        limits: Limits,
+        *,
+        at_once: int = AT_ONCE,
+        fetch_limits: FetchLimits | None = None,
+    ) -> None:
+        self._transfer = transfer
+        self._store = store
+        self._peers = peers
+        self._limits = limits
+        self._fetch_limits = fetch_limits or FetchLimits()
+        self._places = asyncio.Semaphore(at_once)
+        self._flights: dict[str, Flight] = {}
+        # Weak: a line that nothing is fetched over has no limit to keep.
+        self._pacers: WeakValueDictionary[str, Pacer] = WeakValueDictionary()
+        self._changing = asyncio.Lock()
+
+    def add_to(self, app: web.Application) -> None:
+        """Register the route with its scope."""
+        add(app, "POST", wire.REPLICATIONS, self.post, "write")
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        """Begin or join a flight, and stream how far it is. The peer may go away at any time."""
+        body = await read_json(request, self._limits, wire.ReplicationRequest)
+        flight = await self.begin(body)
+        response = web.StreamResponse(headers={"Content-Type": wire.PROGRESS_TYPE, "Cache-Control": "no-store"})
+        await response.prepare(request)
+        async for progress in flight.watch(request.app[DRAINING]):
+            await write_guarded(response, msgspec.json.encode(progress) + b"\n", self._limits)
+        await response.write_eof()
+        return response
+
+    async def begin(self, request: wire.ReplicationRequest) -> Flight:
+        """The flight that brings this package: the one under way where there is one, else a new one.
+
+        One that fetches from elsewhere ends first: whoever asks last knows best which relays are alive.
+
+        Raises:
+            HttpRefusal: 403 `unknown_peer`; 400 `bad_fields` where id or version are none.
+            UsageError: the peer's token cannot be read.
+        """
+        order = _order(request)
+        client = self._peers.open(request.source)
+        async with self._changing:
+            running = self._flights.get(request.manifest)
+            if running is not None and running.can_be_joined and running.order == order:
+                await client.close()
+                return running
+            if running is not None:
+                await running.stop()
+            flight = Flight(order, lambda told: self._bring(order, client, told), self._places)
+            self._flights[request.manifest] = flight
+            self._forget()
+            return flight
+
+    async def close(self) -> None:
+        """Stop all flights. What came is kept. Twice is once."""
+        await asyncio.gather(*(flight.stop() for flight in self._flights.values()))
+
+    async def _bring(self, order: Order, client: RelayClient, told: Told) -> None:
+        async with client:
+            limits, pacer = self._fetch_limits, self._pacer(order.request)
+            fetching = Fetching(order.package, order.request, client, self._transfer, self._store, told, limits, pacer)
+            await fetching.run()
+
+    def _pacer(self, request: wire.ReplicationRequest) -> Pacer | None:
+        """Of the line to this source: what is fetched over it at one time shares its limit."""
+        if not request.rate:
+            return None
+        pacer = self._pacers.get(request.source)
+        if pacer is None or pacer.rate != request.rate:
+            pacer = self._pacers[request.source] = Pacer(request.rate)
+        return pacer
+
+    def _forget(self) -> None:
+        self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
+
+
+def _order(request: wire.ReplicationRequest) -> Order:
+    try:
+        package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
+    except IdentityError as error:
+        raise HttpRefusal(400, "bad_fields") from error
+    return Order(package, request)
