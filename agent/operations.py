@@ -45,6 +45,7 @@ from agent.orders import (
 from agent.state import AgentConfig, AgentState, TreeRecord
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
+from relay.wire import EncodedBytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -429,6 +430,8 @@ def _tree_pulled(result: Pulled) -> TreePulled:
         from_disk_bytes=result.from_disk_bytes,
         resumed_bytes=result.resumed_bytes,
         from_relays={name: tally["payload_bytes"] for name, tally in result.from_relays.items()},
+        encodings=tuple(msgspec.convert(each, EncodedBytes) for each in result.encodings),
+        fallbacks=result.fallbacks,
         wire_bytes=result.wire_bytes,
         seconds=result.seconds,
     )

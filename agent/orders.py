@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from relay.wire import AGENT_NAME, DEPLOYMENT_ID, OPERATION_ID
+from relay.wire import AGENT_NAME, DEPLOYMENT_ID, OPERATION_ID, EncodedBytes
 
 ORDER_TYPE: Final = "application/vnd.waystation.order+json"
 REPORT_TYPE: Final = "application/vnd.waystation.report+json"
@@ -264,6 +264,10 @@ class TreePulled(_Said, frozen=True):
     resumed_bytes: int = 0
     from_relays: dict[str, int] = {}
     """Payload bytes by relay."""
+    encodings: tuple[EncodedBytes, ...] = ()
+    """The same by encoding."""
+    fallbacks: int = 0
+    """Differences that failed and were asked for again plainly."""
     wire_bytes: int = 0
     seconds: float = 0.0
 

@@ -6,16 +6,19 @@ import asyncio
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 from ulid import ULID
 
 from agent import platform
 from agent.sources import AnySource, Sources
 from agent.state import AgentState, TreeRecord
-from agent.tree import IncomingTree, clear_leftovers, is_whole, take_from
+from agent.tree import IncomingTree, TreeHoldings, clear_leftovers, is_whole, take_from
 from relay.client import ManifestDocument, RelayClient
+from relay.content.bases import worth_asking
 from relay.content.chunk import Chunk
 from relay.content.frames import Received
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
@@ -30,8 +33,20 @@ from relay.errors import (
     UntrustedError,
     WaystationError,
 )
-from relay.fetch import STALL_SECONDS, ChunksAbsentError, ChunkSource, NoSourceLeftError, Tally, fetch
+from relay.fetch import (
+    STALL_SECONDS,
+    ChunksAbsentError,
+    ChunkSource,
+    NoSourceLeftError,
+    Tally,
+    fetch,
+    sum_encodings,
+)
+from relay.holdings import Holdings
 from relay.trust.keys import TrustPins
+
+_OTHERS_MAX = 8
+"""Trees of other packages that a relay is told of: each is read to its last byte before."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of the tree that are verified on disk, bytes of the whole)."""
@@ -70,6 +85,10 @@ class Pulled:
     resumed_bytes: int = 0
     from_disk_bytes: int = 0
     from_relays: dict[str, dict[str, int]] = field(default_factory=dict)
+    encodings: list[dict[str, Any]] = field(default_factory=list)
+    """The same by encoding: chunks, bytes of the tree and of payload."""
+    fallbacks: int = 0
+    """Differences that could not be decoded, and were asked for again plainly."""
     wire_bytes: int = 0
     """Crossed the lines to the relays in both directions, manifest included."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -293,14 +312,44 @@ class _Build:
             if not isinstance(error, ChunksAbsentError):
                 self._sources.failed(source.name, error)
 
+        missing = tree.missing
+
+        async def find_bases() -> Holdings | None:
+            return await asyncio.to_thread(self._find_bases, missing)
+
         try:
             tallies = await fetch(
-                self._manifest, tree.missing, order, deliver, on_failure=on_failure, stall_seconds=stall_seconds
+                self._manifest,
+                missing,
+                order,
+                deliver,
+                on_failure=on_failure,
+                stall_seconds=stall_seconds,
+                find_bases=find_bases,
+                goodput_of=self._sources.goodput,
             )
         except NoSourceLeftError as error:
             raise _sharpest(error, self._result.failed, self._manifest) from error
         for name, tally in tallies.items():
             self._count(name, tally)
+        self._result.encodings = [msgspec.to_builtins(each) for each in sum_encodings(tallies.values())]
+        self._result.fallbacks = sum(tally.fallbacks for tally in tallies.values())
+
+    def _find_bases(self, missing: Sequence[int]) -> Holdings | None:
+        """What a relay may build on: the newest tree of the same package, and others that hold the same parts."""
+        own: list[tuple[str, Manifest]] = []
+        others: dict[ManifestId, tuple[str, Manifest]] = {}
+        for record in self._state.newest_of(self._manifest.package):
+            manifest = self._state.manifest(record)
+            if manifest is None:
+                continue
+            if manifest.package.id == self._manifest.package.id:
+                own.append((record.path, manifest))
+            else:
+                others.setdefault(manifest.id, (record.path, manifest))
+        useful = worth_asking(self._manifest, missing, [manifest for _, manifest in others.values()])
+        trees = own[:1] + [others[id] for id in useful[:_OTHERS_MAX]]
+        return TreeHoldings(trees) if trees else None
 
     def _count(self, name: str, tally: Tally) -> None:
         if tally.chunks:

@@ -32,11 +32,12 @@ from agent.nearest import (
 from agent.state import AgentConfig
 from relay.catalog import Catalog
 from relay.client import ClientLimits, ManifestDocument, PackagePointer, RelayClient, tls_from, token_from
-from relay.content.frames import Event, NotSent, Received
+from relay.content.frames import Event, NotSent, Received, Tap
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.content.manifest import Manifest
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
 from relay.fetch import Measured
+from relay.holdings import Holdings
 from relay.stores.locations import Store, open_store
 
 _PROBES = 3
@@ -66,7 +67,16 @@ class StoreSource:
             raise NotFoundError(f"not at {self.name}")
         return ManifestDocument(manifest, await catalog.signature(id))
 
-    async def stream(self, manifest: Manifest, indexes: Sequence[int]) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self,
+        manifest: Manifest,
+        indexes: Sequence[int],
+        *,
+        bases: Holdings | None = None,  # noqa: ARG002 - as a relay's; here are files, and no line to save bytes on
+        goodput: float = 0.0,  # noqa: ARG002
+        tap: Tap | None = None,  # noqa: ARG002
+    ) -> AsyncGenerator[Event, None]:
+        """As a relay's. No chunk is ever sent as a difference."""
         chunks = (await self._open()).chunks
         for index in indexes:
             try:
@@ -190,10 +200,18 @@ class Sources:
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
 
+    def goodput(self, name: str) -> float:
+        """Of the line to a source, bytes per second of payload, as it was measured however long ago; 0 where it was not."""
+        return self._health(self._url_of(name)).goodput or 0.0
+
     def succeeded(self, name: str, measured: Measured) -> None:
         """It gave what it was asked for, and is the one in use now."""
         url = self._url_of(name)
-        health = record_success(self._health(url), self._clock(), measured.first_byte, measured.goodput)
+        known, goodput = self._health(url).goodput, measured.goodput
+        if not measured.is_steady and goodput is not None and goodput <= (known or goodput):
+            # It waited for something else than the line: that says nothing of a line that is known to be faster.
+            goodput = None
+        health = record_success(self._health(url), self._clock(), measured.first_byte, goodput)
         self._keep({**self._kept.healths, url: health}, url)
 
     def failed(self, name: str, error: WaystationError) -> None:

@@ -10,22 +10,26 @@ when a build is taken up again, each chunk that it names is read back and hashed
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 
 from agent import platform
+from relay.content.bases import Held
 from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId, chunk_id
+from relay.content.frames import Places
+from relay.content.identity import ChunkId, ManifestId, chunk_id
 from relay.content.manifest import Extent, Manifest
+from relay.content.ranges import from_indexes
 from relay.durable import sync_folder, write_durably
-from relay.errors import ChunkInvalid, LockedError, StoreError, UntrustedError
+from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
 
 EXTRA = "not part of the package"
 """What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
@@ -311,6 +315,44 @@ def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk
             continue
         with suppress(ChunkInvalid):
             yield Chunk(id, data)
+
+
+class TreeHoldings:
+    """Chunks of installed trees, read through their manifests, for whoever sends differences from them.
+
+    Nothing keeps a tree from being edited or removed meanwhile: each chunk is hashed whenever it is read.
+    """
+
+    def __init__(self, trees: Sequence[tuple[str, Manifest]]) -> None:
+        """`trees`: folders and their manifests, the best bases first. Reads every byte of them; blocking."""
+        self._trees = {manifest.id: (tree, manifest) for tree, manifest in trees}
+        self.held = tuple(
+            Held(manifest, ranges)
+            for tree, manifest in self._trees.values()
+            if (ranges := from_indexes(_good_chunks(tree, manifest)))
+        )
+
+    async def load(self, places: Places) -> list[bytes]:
+        """The chunks at `places`, in that order.
+
+        Raises:
+            ChunkMissing, ChunkInvalid: one is not there, or not as it was.
+        """
+        return await asyncio.to_thread(lambda: [self._read(id, index) for id, index in places])
+
+    def _read(self, id: ManifestId, index: int) -> bytes:
+        tree, manifest = self._trees[id]
+        data = read_chunk(tree, manifest, index) if index < manifest.tree_chunks else None
+        if data is None:
+            raise ChunkMissing(manifest.chunk_id(index))
+        return Chunk(manifest.chunk_id(index), data).data
+
+
+def _good_chunks(tree: str, manifest: Manifest) -> Iterator[int]:
+    for index in range(manifest.tree_chunks):
+        data = read_chunk(tree, manifest, index)
+        if data is not None and chunk_id(data) == manifest.chunk_id(index):
+            yield index
 
 
 def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -183,7 +183,7 @@ def test_pull_tells_where_everything_came_from(ready: Agent, world: World) -> No
 
     assert found.keys() == {
         "format", "package", "version", "manifest", "tree", "already", "tree_bytes", "resumed_bytes", "from_disk_bytes",
-        "from_relays", "wire_bytes", "failed", "switched", "seconds",
+        "from_relays", "encodings", "fallbacks", "wire_bytes", "failed", "switched", "seconds",
     }  # fmt: skip
     assert (found["format"], found["package"], found["version"]) == (1, "Acme.Web", "1.0.0")
     assert found["manifest"] == world.digest

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from agent.discovery import load_state
 from agent.pull import Pulled, parse_request, pull
 from agent.sources import Sources
 from agent.state import AgentConfig, AgentState
-from agent.tree import IncomingTree
+from agent.tree import IncomingTree, TreeHoldings
+from benchmarks.network import CountingProxy, Line
 from relay.client import ClientLimits, RelayClient
+from relay.content.frames import Places
 from relay.errors import (
     IdentityError,
     LockedError,
@@ -28,6 +31,7 @@ from relay.errors import (
     StoreError,
     UnreachableError,
 )
+from relay.payloads import Payloads, RunSpec
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)
 FILES = {
@@ -362,3 +366,151 @@ async def test_a_relay_that_cannot_be_reached_is_named(machine: Machine) -> None
         request = parse_request("Acme.Web", "1.0.0", machine.root, None, switch=False)
         with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1"):
             await pull(request, machine.state, sources, machine.origin.keys.pins)
+
+
+# --- differences from installed trees
+
+CODE = {f"lib/{i}.dll": noise(f"code {i}", 300_000) + b"text " * 20_000 for i in range(6)}
+REBUILT = {path: data[:100_000] + b"changed" + data[100_000:] for path, data in CODE.items()}
+THIN = Line(rate=1.25e6, latency=0.025)
+DELTAS = {"zstd-prefix", "hdiff"}
+
+
+@dataclass
+class Far(Machine):
+    """A machine behind a line of its own."""
+
+    url: str = ""
+
+    async def pull(self, version: str = "1.0.0", *, switch: bool = False, digest: str | None = None) -> Pulled:
+        request = parse_request("Acme.Code", version, self.root, digest, switch=switch)
+        path = Path(self.home) / "relays.json"
+        async with Sources(AgentConfig(name="m1"), path, relays=[self.url], limits=LIMITS) as sources:
+            return await pull(request, self.state, sources, self.origin.keys.pins)
+
+
+@asynccontextmanager
+async def far_machine(tmp_path: Path, line: Line | None) -> AsyncIterator[Far]:
+    nupkgs = [
+        make_nupkg(tmp_path, CODE, id="Acme.Code"),
+        make_nupkg(tmp_path, REBUILT, id="Acme.Code", version="1.1.0"),
+    ]
+    async with (
+        depot_with(tmp_path / "origin", *nupkgs) as origin,
+        running_relay(tmp_path / "origin" / "depot") as relay,
+        CountingProxy("127.0.0.1", relay.port, up=line, down=line) as proxy,
+    ):
+        yield Far(str(tmp_path / "home"), str(tmp_path / "root"), relay, origin, f"http://127.0.0.1:{proxy.port}")
+
+
+def encodings(pulled: Pulled) -> set[str]:
+    return {each["encoding"] for each in pulled.encodings}
+
+
+async def test_on_a_thin_line_the_next_version_comes_as_a_difference_from_the_installed_one(tmp_path: Path) -> None:
+    async with far_machine(tmp_path, THIN) as far:
+        first = await far.pull()
+        second = await far.pull("1.1.0")
+    assert encodings(first) == {"zstd"}
+    assert encodings(second) <= DELTAS
+    assert content(second.tree) == REBUILT
+    assert second.wire_bytes < 30_000 < first.wire_bytes
+    assert (second.fallbacks, second.failed) == (0, {})
+    [told] = second.encodings
+    [tally] = second.from_relays.values()
+    assert (told["chunks"], told["stream_bytes"], told["payload_bytes"]) == (
+        tally["chunks"],
+        tally["bytes"],
+        tally["payload_bytes"],
+    )
+
+
+async def test_at_lan_speed_the_next_version_comes_in_its_stored_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How fast this machine happens to be is not the question.
+    monkeypatch.setattr(Sources, "goodput", lambda self, name: 100e6)
+    async with far_machine(tmp_path, None) as far:
+        await far.pull()
+        second = await far.pull("1.1.0")
+    assert encodings(second) == {"zstd"}
+    assert [each["chunks"] for each in second.encodings] == [len(REBUILT)]
+    assert content(second.tree) == REBUILT
+
+
+async def test_an_edited_file_is_no_base_and_the_others_are(tmp_path: Path) -> None:
+    async with far_machine(tmp_path, THIN) as far:
+        first = await far.pull()
+        Path(first.tree, "lib/0.dll").write_bytes(b"edited by somebody")
+        second = await far.pull("1.1.0")
+    assert content(second.tree) == REBUILT
+    assert second.fallbacks == 0
+    assert 300_000 < sum(each["payload_bytes"] for each in second.encodings) < 400_000
+
+
+async def test_a_base_that_changes_after_it_was_named_costs_a_plain_run_from_the_same_relay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt: list[str] = []
+    load = TreeHoldings.load
+
+    async def load_too_late(self: TreeHoldings, places: Places) -> list[bytes]:
+        Path(first.tree, "lib/0.dll").write_bytes(b"edited at this very moment")
+        spoilt.append(first.tree)
+        return await load(self, places)
+
+    async with far_machine(tmp_path, THIN) as far:
+        first = await far.pull()
+        monkeypatch.setattr(TreeHoldings, "load", load_too_late)
+        second = await far.pull("1.1.0")
+    assert spoilt
+    assert content(second.tree) == REBUILT
+    assert second.fallbacks >= 1
+    assert second.failed == {}
+    assert "zstd" in encodings(second)
+
+
+async def test_a_relay_that_sends_wrong_differences_is_asked_plainly_and_nothing_wrong_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lies = 0
+    made = Payloads.pieces
+
+    async def lying(self: Payloads, spec: RunSpec) -> AsyncIterator[bytes]:
+        nonlocal lies
+        payload = b"".join([piece async for piece in made(self, spec)])
+        if spec.bases:
+            lies += 1
+            payload = payload[:-20] + bytes(byte ^ 0x55 for byte in payload[-20:])
+        yield payload
+
+    monkeypatch.setattr(Payloads, "pieces", lying)
+    async with far_machine(tmp_path, THIN) as far:
+        await far.pull()
+        second = await far.pull("1.1.0")
+    assert lies
+    assert second.fallbacks == lies
+    assert second.failed == {}
+    assert content(second.tree) == REBUILT
+
+
+async def test_a_part_of_another_installed_package_is_a_base(tmp_path: Path) -> None:
+    """An application carries its libraries, cut and gathered otherwise than in their own packages."""
+    small = {f"lib/{i}.xml": noise(f"small {i}", 9_000) for i in range(30)}
+    bundled = {f"app/{path}": data for path, data in small.items()} | {"app/main.txt": b"main"}
+    nupkgs = [make_nupkg(tmp_path, small, id="Acme.Lib"), make_nupkg(tmp_path, bundled, id="Acme.App")]
+    async with (
+        depot_with(tmp_path / "origin", *nupkgs) as origin,
+        running_relay(tmp_path / "origin" / "depot") as relay,
+        CountingProxy("127.0.0.1", relay.port, up=THIN, down=THIN) as proxy,
+    ):
+        state, path = AgentState(str(tmp_path / "home")), tmp_path / "home" / "relays.json"
+        pulled = []
+        for id in ("Acme.Lib", "Acme.App"):
+            request = parse_request(id, "1.0.0", str(tmp_path / id), None, switch=False)
+            url = f"http://127.0.0.1:{proxy.port}"
+            async with Sources(AgentConfig(name="m1"), path, relays=[url], limits=LIMITS) as sources:
+                pulled.append(await pull(request, state, sources, origin.keys.pins))
+    assert content(pulled[1].tree) == bundled
+    assert encodings(pulled[1]) <= DELTAS
+    assert sum(each["payload_bytes"] for each in pulled[1].encodings) < 10_000
