@@ -7,17 +7,25 @@ to pull as soon as their relays have been offered everything, while it still arr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from agent.orders import Acquire, AcquireFacts, Report, Survey, SurveyFacts
+from orchestrator.cascade import Delivered, replicate_all
 from orchestrator.engine import DeploymentFailedError, Engine, together
-from orchestrator.events import Acquired, Barrier, Replicated, Surveyed
-from orchestrator.needs import packages_at, relays_to_fill, short_of_room, trees_of
+from orchestrator.events import Acquired, Barrier, LineBytes, Note, Replicated, Surveyed
+from orchestrator.needs import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
 from orchestrator.packages import ref_of
 from orchestrator.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
-from orchestrator.sending import parcel, send_to
+from orchestrator.sending import parcel, send_to, shipping_from
 from relay.errors import StoreError, WaystationError
+from relay.pacing import Pacer
+
+if TYPE_CHECKING:
+    from relay.client import RelayClient
+    from relay.replicate import Progress, Shipping
+    from relay.replicate import Replicated as Sent
 
 
 async def acquire(engine: Engine) -> dict[str, SurveyFacts]:
@@ -104,38 +112,69 @@ class _Arriving:
 
 
 async def _replicate_everything(engine: Engine, arriving: _Arriving) -> None:
-    await together([_replicate_to(relay, engine, arriving) for relay in relays_to_fill(engine.plan)])
-
-
-async def _replicate_to(relay: PlannedRelay, engine: Engine, arriving: _Arriving) -> None:
-    """All packages to one relay at once: they share its line, and its machines wait for all of them anyway."""
-    async with AsyncExitStack() as stack:
-
-        async def one(package: PlannedPackage) -> None:
-            ref = ref_of(package)
-            client = await stack.enter_async_context(engine.open_relay(relay))
-            show = engine.bar(f"{relay.name} {ref}")
-
-            def progress(done: int, whole: int) -> None:
-                arriving.offered(relay.name, package.manifest)
-                show(done, whole)
-
-            done = await send_to(engine.depot, await parcel(engine.depot, ref), client, progress)
-            arriving.offered(relay.name, package.manifest)
-            await engine.note(
-                Replicated(
-                    relay=relay.name,
-                    package=package.id,
-                    version=package.version,
-                    package_bytes=done.package_bytes,
-                    wire_bytes=done.wire_bytes if done.chunks_sent else 0,
-                    chunks=done.chunks,
-                    chunks_sent=done.chunks_sent,
-                    seconds=done.seconds,
+    """All packages at once: they share the lines of relays whose machines wait for all of them anyway."""
+    relays = relays_to_fill(engine.plan)
+    wanted = {
+        relay.name: {package.manifest: package for package in packages_at(engine.plan, relay.name)} for relay in relays
+    }
+    packages = {manifest: package for there in wanted.values() for manifest, package in there.items()}
+    pacers = {relay.name: Pacer(relay.limit) for relay in relays if relay.limit}
+    async with shipping_from(engine.depot) as shipping:
+        await together(
+            [
+                _replicate(
+                    package, [r for r in relays if manifest in wanted[r.name]], engine, arriving, shipping, pacers
                 )
-            )
+                for manifest, package in packages.items()
+            ]
+        )
 
-        await together([one(package) for package in packages_at(engine.plan, relay.name)])
+
+async def _replicate(
+    package: PlannedPackage,
+    relays: Sequence[PlannedRelay],
+    engine: Engine,
+    arriving: _Arriving,
+    shipping: Shipping,
+    pacers: Mapping[str, Pacer],
+) -> None:
+    """One package to all relays that get it. One that only passes it on may fail: then it is passed by."""
+    ref = ref_of(package)
+    what = await parcel(engine.depot, ref)
+    bars = {relay.name: engine.bar(f"{relay.name} {ref}") for relay in relays}
+
+    def heard(relay: str, here: int, whole: int) -> None:
+        arriving.offered(relay, package.manifest)
+        bars[relay](here, whole)
+
+    async def send(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Sent:
+        return await send_to(engine.depot, what, client, progress, shipping=shipping, pacer=pacers.get(relay.name))
+
+    async def delivered(done: Delivered) -> None:
+        arriving.offered(done.relay, package.manifest)
+        await engine.note(
+            Replicated(
+                relay=done.relay,
+                package=package.id,
+                version=package.version,
+                package_bytes=done.package_bytes,
+                wire_bytes=done.wire_bytes if done.chunks_sent else 0,
+                chunks=done.chunks,
+                chunks_sent=done.chunks_sent,
+                seconds=done.seconds,
+                lines=tuple(LineBytes(one.line, one.wire_bytes, one.encodings) for one in done.lines),
+                fallbacks=done.fallbacks,
+            )
+        )
+
+    async with AsyncExitStack() as stack:
+        clients = {relay.name: await stack.enter_async_context(engine.open_relay(relay)) for relay in relays}
+        must = set(relays_asked(engine.plan))
+        done = await replicate_all(what.manifest, relays, clients, send, heard, delivered=delivered, must=must)
+    for replan in done.replans:
+        await engine.note(Note(f"{ref}: {replan}"))
+    for name, error in done.failed.items():
+        await engine.note(Note(f"relay {name} passes nothing on and has no {ref}: {error.message}"))
 
 
 # --- to the machines

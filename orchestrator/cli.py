@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 
     from orchestrator.depot import Added, Depot
     from orchestrator.feed import FeedPolicy
+    from orchestrator.plan import PlannedRelay
+    from orchestrator.sending import Parcel
     from relay.catalog import Pointer
     from relay.client import RelayClient
+    from relay.content.encodings import Coding
     from relay.content.identity import PackageRef
+    from relay.survey import Explained
 
 
 @click.group()
@@ -85,7 +89,7 @@ def pack(
     """Make a nupkg of FOLDER. The same files give the same bytes, whenever and wherever."""
     from relay.content.pack import pack as pack_folder
 
-    ref = _ref(id_text, version_text)
+    ref = package_ref(id_text, version_text)
     target = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")
     try:
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), prefix=".pack-", delete=False) as temporary:
@@ -202,7 +206,7 @@ async def _add_from_feed(
     from orchestrator.feed import download
     from relay.catalog import Provenance
 
-    ref = _ref(*names)
+    ref = package_ref(*names)
     with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
         path = os.path.join(folder, "package.nupkg")
         got = await download(feed, ref.id, ref.version, path, sha512=sha512, policy=policy)
@@ -221,7 +225,7 @@ def list_(depot: str | None, as_json: bool) -> None:
         from orchestrator.depot import open_depot
 
         async with open_depot(depot_location(depot)) as opened:
-            return [_pointer(pointer) for pointer in opened.catalog.all()]
+            return [pointer_document(pointer) for pointer in opened.catalog.all()]
 
     packages = run(look())
     if as_json:
@@ -231,52 +235,6 @@ def list_(depot: str | None, as_json: bool) -> None:
         click.echo(table(["package", "version", "size", "since", "from"], rows, right=frozenset({2})))
     else:
         click.echo("the depot is empty: add a package with 'waystation package add FILE'")
-
-
-@package.command(epilog="Example: waystation package show Acme.Web 1.4.2")
-@click.argument("id")
-@click.argument("version")
-@depot_option
-@json_option
-def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
-    """Show one package: digests, parts, chunks, and what its nuspec says."""
-
-    async def look() -> dict[str, Any]:
-        from orchestrator.depot import open_depot
-
-        async with open_depot(depot_location(depot)) as opened:
-            pointer = opened.catalog.get(_ref(id, version))
-            manifest = await opened.manifest(pointer)
-            return _pointer(pointer) | {
-                "signed": bool(await opened.catalog.signature(manifest.id)),
-                "nupkg_sha512": manifest.nupkg.sha512,
-                "stream_bytes": manifest.stream_size,
-                "tree_bytes": manifest.tree_size,
-                "parts": len(manifest.parts),
-                "chunks": len(manifest.chunks),
-                "manifest_bytes": len(manifest.canonical),
-                "executable": [part.path for part in manifest.parts if part.executable],
-                "metadata": manifest.body.metadata,
-            }
-
-    document = run(look())
-    if as_json:
-        print_json({"format": 1} | document)
-        return
-    click.echo(f"{document['id']} {document['version']}")
-    provenance = document["provenance"]
-    rows = [
-        ["manifest", document["manifest"]],
-        ["signed", "yes" if document["signed"] else "no"],
-        ["nupkg", f"{size(document['size'])}  sha256:{document['nupkg_sha256']}"],
-        ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
-        ["since", document["published"]],
-        ["from", f"{provenance['how']} {provenance['source']}".strip()],
-        ["vouched by", provenance["verified_by"] or "whoever added it"],
-        ["description", str(document["metadata"].get("description", ""))[:200]],
-    ]
-    for name, value in rows:
-        click.echo(f"  {name:12} {printable(value)}")
 
 
 @package.command(epilog="Example: waystation package remove Acme.Web 1.4.2")
@@ -291,7 +249,7 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
         from orchestrator.depot import open_depot
 
         async with open_depot(depot_location(depot)) as opened:
-            return _pointer(await opened.remove(_ref(id, version)))
+            return pointer_document(await opened.remove(package_ref(id, version)))
 
     removed = run(take_out())
     if as_json:
@@ -309,6 +267,11 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
 @click.option("--relay", "relays", multiple=True, metavar="URL", help="May be repeated.")
 @click.option("--environment", "-e", metavar="NAME|FILE", help="Every relay of this environment, with its own token.")
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
+@click.option("--encoding", metavar="NAME[:LEVEL]", help="Use this one, whatever is planned: raw, zstd:19, hdiff, …")
+@click.option("--limit", type=click.FloatRange(min=0, min_open=True), metavar="MBIT", help="Mbit/s to each relay.")
+@click.option("--explain", is_flag=True, help="Show what each encoding would take, and what other ways would cost.")
+@click.option("--dry-run", is_flag=True, help="Ask what is missing, plan, and send nothing.")
+@click.option("--exact", is_flag=True, help="Also send what a relay lacks to serve the identical nupkg by itself.")
 @depot_option
 @token_file_option
 @ca_file_option
@@ -319,84 +282,196 @@ def replicate(
     relays: tuple[str, ...],
     environment: str | None,
     patience: float,
+    encoding: str | None,
+    limit: float | None,
+    explain: bool,
+    dry_run: bool,
+    exact: bool,
     depot: str | None,
     token_file: str | None,
     ca_file: str | None,
     as_json: bool,
 ) -> int:
-    """Send a package to relays, each only what it lacks, all at once. Running it again sends nothing."""
-    clients = _clients(relays, environment, token_file, ca_file)
-    results, errors = run(_replicate_all(id, version, clients, patience, depot))
+    """Send a package to relays, each only what it lacks, all at once. Running it again sends nothing.
+
+    What is sent is encoded so that it is there first: as the difference from what the relay holds, or compressed as hard
+    as the line is slow. --explain shows the arithmetic, one table for each relay.
+    """
+    from relay.content.encodings import Coding
+
+    force = None if encoding is None else Coding.parse(encoding)
+    where = _relays(relays, environment, token_file, ca_file)
+    how = _How(patience, force, None if limit is None else limit * 1e6 / 8, explain or dry_run, dry_run, exact)
+    sent = run(_replicate_all(id, version, where, how, depot))
     if as_json:
-        failed = [{"relay": url, "error": error.message} for url, error in errors.items()]
-        print_json({"format": 1, "id": id, "version": version, "relays": results, "failed": failed})
+        failed = [{"relay": url, "error": error.message} for url, error in sent.failed.items()]
+        head = {"format": 1, "id": id, "version": version}
+        told = {"dry_run": True} if dry_run else {"saved": _saved(sent.relays, where.machines)}
+        print_json(head | told | {"relays": sent.relays, "failed": failed, "replans": sent.replans})
     else:
-        rows = [
-            [
-                r["relay"],
-                f"{r['chunks_sent']} of {r['chunks']}",
-                size(r["wire_bytes"]),
-                f"{100 * r['wire_bytes'] / max(r['package_bytes'], 1):.1f} %",
-                f"{r['seconds']:.1f} s",
-            ]
-            for r in results
+        _print_replicated(sent, dry_run=dry_run)
+    return 1 if sent.failed else 0
+
+
+def _saved(relays: list[dict[str, Any]], machines: int) -> dict[str, int | None]:
+    """Bytes against the whole nupkg to each of these relays, and (where they are known) to each machine behind them."""
+    crossed = sum(one["wire_bytes"] for one in relays)
+    nupkg = max((one["package_bytes"] for one in relays), default=0)
+    return {
+        "whole_file": nupkg * len(relays) - crossed,
+        "per_machine": nupkg * machines - crossed if machines else None,
+    }
+
+
+def _print_replicated(sent: _Sent, *, dry_run: bool) -> None:
+    from orchestrator.explaining import text_of
+
+    for one in sent.relays:
+        if "explained" in one:
+            click.echo(text_of(one["relay"], one["explained"], one["package_bytes"]))
+        elif dry_run:
+            click.echo(f"{one['relay']}: fetches from {one['source']}")
+    rows = [
+        [
+            r["relay"],
+            r["source"] or "origin",
+            f"{r['chunks_sent']} of {r['chunks']}",
+            ", ".join(entry["encoding"] for entry in r["encodings"]) or "nothing",
+            size(r["wire_bytes"]),
+            f"{100 * r['wire_bytes'] / max(r['package_bytes'], 1):.1f} %",
+            f"{r['seconds']:.1f} s",
         ]
-        if rows:
-            click.echo(
-                table(["relay", "chunks sent", "on the wire", "of the nupkg", "took"], rows, right=frozenset({2, 3, 4}))
-            )
-        for url, error in errors.items():
-            click.echo(f"{url}: {printable(str(error))}", err=True)
-    return 1 if errors else 0
+        for r in ([] if dry_run else sent.relays)
+    ]
+    if rows:
+        headers = ["relay", "from", "chunks sent", "as", "on the wire", "of the nupkg", "took"]
+        click.echo(table(headers, rows, right=frozenset({4, 5, 6})))
+    for r in sent.relays:
+        if r.get("fallbacks"):
+            click.echo(f"{r['relay']}: {r['fallbacks']} runs were refused as deltas and went plainly", err=True)
+    for replan in sent.replans:
+        click.echo(printable(replan), err=True)
+    for url, error in sent.failed.items():
+        click.echo(f"{url}: {printable(str(error))}", err=True)
 
 
-def _clients(
-    urls: tuple[str, ...], environment: str | None, token_file: str | None, ca_file: str | None
-) -> list[RelayClient]:
+@dataclass(frozen=True)
+class _Where:
+    """Relays that are not contacted yet, a client for each by its name, and how many machines stand behind them."""
+
+    relays: list[PlannedRelay]
+    clients: dict[str, RelayClient]
+    machines: int
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What is told of each relay, what each failed one failed with (by URL), and who had to go another way."""
+
+    relays: list[dict[str, Any]]
+    failed: dict[str, WaystationError]
+    replans: list[str]
+
+
+@dataclass(frozen=True)
+class _How:
+    patience: float
+    force: Coding | None
+    limit: float | None
+    explains: bool
+    dry_run: bool
+    exact: bool
+
+
+def _relays(urls: tuple[str, ...], environment: str | None, token_file: str | None, ca_file: str | None) -> _Where:
     """The relays that were named, by URL or by their environment; contacts nobody."""
     from orchestrator.environment import environment_path, load_environment
+    from orchestrator.plan import PlannedRelay
     from orchestrator.sending import open_relay, relays_of
     from relay.client import RelayClient, tls_from, token_from
 
     if environment is not None:
         if urls or token_file or ca_file:
             raise UsageError("give relays by --environment, or by --relay with its token and CA, not both")
-        return [open_relay(relay) for relay in relays_of(load_environment(environment_path(environment)))]
+        loaded = load_environment(environment_path(environment))
+        relays = relays_of(loaded)
+        return _Where(relays, {one.name: open_relay(one) for one in relays}, len(loaded.value.machines))
     if not urls:
         raise UsageError("no relay is named", hint="Give --relay URL, or --environment NAME")
     token, tls = token_from(token_file), tls_from(ca_file)
-    return [RelayClient(url, token=token, tls=tls) for url in urls]
+    clients = [RelayClient(url, token=token, tls=tls) for url in urls]
+    relays = [PlannedRelay(client.url, client.url, "") for client in clients]
+    return _Where(relays, {client.url: client for client in clients}, 0)
 
 
-async def _replicate_all(
-    id: str, version: str, clients: list[RelayClient], patience: float, depot: str | None
-) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+async def _replicate_all(id: str, version: str, where: _Where, how: _How, depot: str | None) -> _Sent:
     from contextlib import AsyncExitStack
 
-    from orchestrator.depot import open_depot
-    from orchestrator.sending import parcel, send
+    import msgspec
 
-    if len({client.url for client in clients}) != len(clients):
+    from orchestrator.cascade import document_of
+    from orchestrator.depot import open_depot
+    from orchestrator.sending import parcel, plan_for, send, shipping_from
+
+    clients = where.clients
+    if len({client.url for client in clients.values()}) != len(where.relays):
         raise UsageError("a relay is named twice")
+    relays = [msgspec.structs.replace(one, limit=how.limit) if how.limit else one for one in where.relays]
     with progress_bars() as bar:
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(open_depot(depot_location(depot)))
-            for client in clients:
+            for client in clients.values():
                 await stack.enter_async_context(client)
-            what = await parcel(opened, _ref(id, version))
-            sent = await send(opened, what, clients, bar=bar, patience=patience)
-    return [asdict(done) for done in sent.replicated], sent.failed
+            what = await parcel(opened, package_ref(id, version))
+            shipping = await stack.enter_async_context(shipping_from(opened))
+            shipping = replace(shipping, force=how.force, explains=how.explains)
+            if how.dry_run:
+                explained, failed = await plan_for(opened, what, relays, clients, shipping)
+                documents = [_planned(one, clients[one.name].url, what) for one in relays if one.name not in failed]
+                replans: list[str] = []
+            else:
+                if how.exact:
+                    # Engines may be here that were not when it was added: then less has to be sent.
+                    await opened.recipe(what.manifest)
+                    shipping = replace(shipping, nupkgs=opened.nupkgs)
+                done = await send(opened, what, relays, clients, shipping, bar=bar, patience=how.patience)
+                documents = [document_of(one) for one in done.delivered]
+                failed = dict(done.failed)
+                explained = {one.relay: one.sent.explained for one in done.delivered if one.sent and one.sent.explained}
+                replans = [str(one) for one in done.replans]
+            for document in documents:
+                if (arithmetic := explained.get(document["name"])) is not None:
+                    document["explained"] = await _explained(opened, what, arithmetic, where.machines)
+    return _Sent(documents, {clients[name].url: error for name, error in failed.items()}, replans)
+
+
+def _planned(relay: PlannedRelay, url: str, what: Parcel) -> dict[str, Any]:
+    return {
+        "relay": url,
+        "name": relay.name,
+        "source": relay.upstream,
+        "package_bytes": what.manifest.nupkg.size,
+    }
+
+
+async def _explained(depot: Depot, what: Parcel, explained: Explained, machines: int) -> dict[str, Any]:
+    from orchestrator.alternatives import alternatives
+    from orchestrator.explaining import document_of
+
+    base = next((one for one in what.known if str(one.package.version) == explained.base_version), None)
+    others = await alternatives(depot, what.manifest, base, machines)
+    return document_of(explained, what.manifest.nupkg.size, others)
 
 
 def _added(result: Added) -> dict[str, Any]:
-    return _pointer(result.pointer) | {
+    return pointer_document(result.pointer) | {
         "new": result.new,
         "chunks": len(result.manifest.chunks),
         "chunks_stored": result.chunks_stored,
     }
 
 
-def _pointer(pointer: Pointer) -> dict[str, Any]:
+def pointer_document(pointer: Pointer) -> dict[str, Any]:
     return {
         "id": pointer.id,
         "version": pointer.version,
@@ -412,7 +487,7 @@ def _pointer(pointer: Pointer) -> dict[str, Any]:
     }
 
 
-def _ref(id: str, version: str) -> PackageRef:
+def package_ref(id: str, version: str) -> PackageRef:
     """What was typed as ID VERSION. Raises `UsageError`."""
     from relay.content.identity import NuGetVersion, PackageId, PackageRef
 
@@ -420,3 +495,12 @@ def _ref(id: str, version: str) -> PackageRef:
         return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
     except IdentityError as error:
         raise UsageError(error.message) from error
+
+
+from orchestrator.comparing_cli import diff, lint  # noqa: E402 - they hang on the group above
+from orchestrator.nupkg_cli import fetch, show  # noqa: E402
+
+package.add_command(diff)
+package.add_command(lint)
+package.add_command(show)
+package.add_command(fetch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -17,11 +17,18 @@ from relay.catalog import Catalog, Pointer, Provenance
 from relay.content import chunking
 from relay.content.chunk import Chunk
 from relay.content.chunking import PartDigest
+from relay.content.exact import Recipe
 from relay.content.identity import PackageRef
 from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.content.nupkg import Entry, read_nuspec, read_part, walk
 from relay.content.nuspec import Nuspec
+from relay.content.zip_records import STORED
+from relay.encoders import Encoders
+from relay.engines import Engines
 from relay.errors import MetadataError, NotFoundError, UsageError, first_of
+from relay.nupkgs import Nupkgs
+from relay.recipe_store import Recipes
+from relay.recipes import find_recipe
 from relay.stores.locations import Store, open_store
 from relay.trust.envelopes import PackageStatement, sign_package
 
@@ -34,7 +41,8 @@ _READ = 1 << 20
 _EXECUTABLE_STARTS = (b"\x7fELF", b"#!")
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes of the tree stream that are stored, bytes of the whole)."""
+"""Called with (bytes that are done, of all). Each byte counts as it is stored, and those of the nupkg once more as it is
+found out how they can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,14 @@ class Depot:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.catalog = Catalog(store.documents)
+        self._engines = Engines(catalog=self.catalog, chunks=store.chunks)
+        self.nupkgs = Nupkgs(store, self._engines)
+        self.recipes = Recipes(store)
+
+    async def close(self) -> None:
+        """End what works for it; the store is the caller's. Twice is once."""
+        await self.nupkgs.close()
+        await self._engines.close()
 
     async def add(
         self,
@@ -64,8 +80,9 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed. Adding the same one again changes nothing, but brings
-        back what the depot lost, and signs anew where the key is another one.
+        """Take a nupkg in, chunked and signed, and find out how it can be made again. Adding the same one again
+        changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
+        better recipe where there are engines that were not there before.
 
         Raises:
             MetadataError: also where it is another package than `expected`.
@@ -84,10 +101,15 @@ class Depot:
             if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
+                if await self._may_find_better(manifest):
+                    await self._find_recipe(path, manifest, entries, progress)
                 return Added(there, manifest, new=False, chunks_stored=0)
-            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, progress)
+            meter = _Meter(progress, stream=sum(entry.size for entry in entries), nupkg=digests.size)
+            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, meter.stored)
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
+        await self._find_recipe(path, manifest, entries, meter.tried)
+        meter.end()
         pointer = await self.catalog.publish(manifest, provenance)
         return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
@@ -100,6 +122,14 @@ class Depot:
             )
         return manifest
 
+    async def recipe(self, manifest: Manifest) -> Recipe | None:
+        """How to make the identical nupkg. A better one is looked for first, where engines came since the last look."""
+        if await self._may_find_better(manifest) and await self.store.blobs.has(manifest.nupkg.sha256):
+            async with self.nupkgs.as_file(manifest) as path:
+                entries = await asyncio.to_thread(_walk_file, path)
+                await self._find_recipe(path, manifest, entries, None)
+        return await self.recipes.find(manifest)
+
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
         """Manifests of the newest other versions of the same id, newest first."""
         pointers = [p for p in reversed(self.catalog.of_id(ref.id)) if p.ref != ref][:limit]
@@ -111,7 +141,35 @@ class Depot:
         pointer = await self.catalog.remove(ref)
         if not any(other.nupkg_sha256 == pointer.nupkg_sha256 for other in self.catalog.all()):
             await self.store.blobs.remove(pointer.nupkg_sha256)
+            await self.recipes.forget(pointer.nupkg_sha256)
         return pointer
+
+    async def _may_find_better(self, manifest: Manifest) -> bool:
+        """Whether there is no recipe, or one with verbatim bytes that encoders which are here now were not asked for."""
+        kept = await self.recipes.find(manifest)
+        if kept is None or kept.verbatim is None:
+            return kept is None
+        return bool(await self._engines.installed() - await self.recipes.tried(manifest))
+
+    async def _find_recipe(
+        self, path: str, manifest: Manifest, entries: Sequence[Entry], progress: Progress | None
+    ) -> None:
+        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are.
+
+        Raises:
+            UsageError: the file cannot be read any more.
+        """
+        try:
+            if all(entry.method == STORED for entry in entries):
+                recipe = await find_recipe(path, manifest, Encoders(1), progress)
+                tried: tuple[str, ...] = ("zlib",)
+            else:
+                async with self._engines.use() as encoders:
+                    recipe = await find_recipe(path, manifest, encoders, progress)
+                    tried = encoders.names()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
+        await self.recipes.keep(manifest, recipe, tried)
 
     async def _is_whole(self, pointer: Pointer) -> bool:
         """Whether the depot still has all of what it lists; adding the nupkg again brings back what it lost."""
@@ -170,9 +228,35 @@ async def open_depot(location: str) -> AsyncIterator[Depot]:
     try:
         depot = Depot(store)
         await depot.catalog.load()
-        yield depot
+        try:
+            yield depot
+        finally:
+            await depot.close()
     finally:
         await store.close()
+
+
+class _Meter:
+    """One progress out of two: chunks that are stored, then the nupkg's bytes whose encoder was looked for."""
+
+    def __init__(self, progress: Progress | None, *, stream: int, nupkg: int) -> None:
+        self._progress = progress
+        self._stream = stream
+        self._whole = stream + nupkg
+
+    def stored(self, done: int, _whole: int) -> None:
+        self._tell(done)
+
+    def tried(self, done: int, _whole: int) -> None:
+        self._tell(self._stream + done)
+
+    def end(self) -> None:
+        """Nothing is left to do; what stands around the parts was not counted."""
+        self._tell(self._whole)
+
+    def _tell(self, done: int) -> None:
+        if self._progress:
+            self._progress(done, self._whole)
 
 
 class _Cutter:
@@ -231,6 +315,11 @@ def _digest(file: BinaryIO) -> NupkgDigests:
         sha512.update(piece)
         size += len(piece)
     return NupkgDigests(size, sha256.hexdigest(), b64encode(sha512.digest()).decode())
+
+
+def _walk_file(path: str) -> list[Entry]:
+    with open(path, "rb") as file:
+        return list(walk(file))
 
 
 def _read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:

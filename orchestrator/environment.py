@@ -15,7 +15,7 @@ from msgspec import Meta
 from orchestrator.files import LoadedFile, load, parse
 from orchestrator.fitting import Kind, Written, fit, schema_of
 from orchestrator.process import Retry, Value
-from orchestrator.values import Command, Duration, MachineName, Name, ScriptPath, Text, VariableName
+from orchestrator.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
 
 _Date = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="a date such as 2026-12-20")]
 _VariableOfProcess = Annotated[
@@ -48,7 +48,9 @@ class Token(Written, frozen=True):
 
 
 class Relay(Written, frozen=True):
-    """A relay. `generic`: it serves every site, after the site's own."""
+    """A relay. `generic`: it serves every site, after the site's own. `from`: the relay that it fetches packages from;
+    without it they come from the origin. `limit`: how fast packages may come in.
+    """
 
     url: Text
     site: Name | None = None
@@ -56,9 +58,7 @@ class Relay(Written, frozen=True):
     ca_file: Text | None = None
     generic: bool = False
     from_: Name | None = msgspec.field(name="from", default=None)
-    limit: Annotated[str, Meta(pattern=r"^[0-9]{1,6}(kbit|Mbit|Gbit)$", description="a rate such as 50Mbit")] | None = (
-        None
-    )
+    limit: Rate | None = None
 
 
 class Role(Written, frozen=True):

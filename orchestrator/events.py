@@ -15,6 +15,7 @@ import msgspec
 
 from agent.orders import AcquireFacts, Facts, Report, State, SurveyFacts
 from relay.errors import StoreError
+from relay.wire import EncodedBytes
 
 Goal = Literal["deploy", "stage"]
 FinalState = Literal["succeeded", "failed", "cancelled"]
@@ -121,8 +122,20 @@ class Surveyed(_Fact, frozen=True, tag="surveyed"):
     facts: SurveyFacts
 
 
+class LineBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What crossed one line, such as `origin → fra`: of HTTP in both directions, and its payload by encoding."""
+
+    line: str
+    wire_bytes: int
+    encodings: tuple[EncodedBytes, ...] = ()
+
+
 class Replicated(_Fact, frozen=True, tag="replicated"):
-    """A package is whole at a relay. `wire_bytes` went over the line, 0 where it was there before."""
+    """A package is whole at a relay. `wire_bytes` went over the line, 0 where it was there before.
+
+    `lines` tell every byte, also of what was only asked: where it came over, in the order of their use. `fallbacks` are
+    runs that were refused as differences and went plainly. Older entries have neither.
+    """
 
     relay: str
     package: str
@@ -132,6 +145,8 @@ class Replicated(_Fact, frozen=True, tag="replicated"):
     chunks: int = 0
     chunks_sent: int = 0
     seconds: float = 0.0
+    lines: tuple[LineBytes, ...] = ()
+    fallbacks: int = 0
 
 
 class Acquired(_Fact, frozen=True, tag="acquired"):

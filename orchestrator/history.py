@@ -16,6 +16,7 @@ import msgspec
 from agent.orders import FINAL, SwitchFacts
 from orchestrator import events as ev
 from orchestrator.events import DeploymentRecord, Entry
+from orchestrator.ledger import LedgerView, ledger
 from orchestrator.plan import MachineStep, Plan
 
 VIEW_FORMAT: Final = 1
@@ -78,42 +79,6 @@ class PreAcquireView(_View, frozen=True):
     undo: Undo
     since: float | None = None
     reason: str = ""
-
-
-class ReplicatedView(_View, frozen=True):
-    """A package at a relay. `wire_bytes` is what that took, over all tries."""
-
-    relay: str
-    package: str
-    version: str
-    package_bytes: int
-    wire_bytes: int
-
-
-class LedgerView(_View, frozen=True):
-    """Which bytes came from where, over all machines and tries.
-
-    Attributes:
-        replicated: each package at each relay.
-        to_relays: wire bytes to each relay.
-        from_relays: payload bytes that machines took from each relay.
-        from_disk_bytes: what machines took from trees that they had.
-        resumed_bytes: what they had from a pull that was interrupted.
-        wire_bytes: what crossed the machines' lines.
-        tree_bytes: of the trees that are now on their disks.
-        machines: how many hold everything.
-        already: trees that were there before.
-    """
-
-    replicated: tuple[ReplicatedView, ...]
-    to_relays: dict[str, int]
-    from_relays: dict[str, int]
-    from_disk_bytes: int
-    resumed_bytes: int
-    wire_bytes: int
-    tree_bytes: int
-    machines: int
-    already: int
 
 
 class TurnView(_View, frozen=True):
@@ -244,7 +209,7 @@ def view(
         summary=summary(record, is_alive=is_alive),
         stage=_stage(record, entries),
         pre_acquire=_pre_acquire(entries, plan),
-        ledger=ledger(entries),
+        ledger=ledger(entries, plan),
         steps=_steps(entries, plan),
         machines=_machines(entries, plan, mine),
         running=tuple(found for found in operations(entries).values() if found.result is None),
@@ -371,46 +336,6 @@ def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
 def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
     """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
     return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
-
-
-def ledger(entries: Iterable[Entry]) -> LedgerView:
-    """What the acquisition of a deployment moved."""
-    replicated: dict[tuple[str, str, str], ReplicatedView] = {}
-    from_relays: dict[str, int] = {}
-    trees: dict[str, dict[str, int]] = {}
-    disk = resumed = wire = already = 0
-    for entry in entries:
-        match entry.event:
-            case ev.Replicated() as sent:
-                key = (sent.relay, sent.package, sent.version)
-                before = replicated[key].wire_bytes if key in replicated else 0
-                replicated[key] = ReplicatedView(*key, sent.package_bytes, before + sent.wire_bytes)
-            case ev.Acquired(machine=machine, facts=facts):
-                first = machine not in trees
-                trees[machine] = {tree.path: tree.tree_bytes for tree in facts.trees}
-                for tree in facts.trees:
-                    disk += tree.from_disk_bytes
-                    resumed += tree.resumed_bytes
-                    wire += tree.wire_bytes
-                    already += tree.already and first  # later it is there because we brought it
-                    for relay, count in tree.from_relays.items():
-                        from_relays[relay] = from_relays.get(relay, 0) + count
-            case _:
-                pass
-    to_relays: dict[str, int] = {}
-    for one in replicated.values():
-        to_relays[one.relay] = to_relays.get(one.relay, 0) + one.wire_bytes
-    return LedgerView(
-        replicated=tuple(replicated.values()),
-        to_relays=to_relays,
-        from_relays=from_relays,
-        from_disk_bytes=disk,
-        resumed_bytes=resumed,
-        wire_bytes=wire,
-        tree_bytes=sum(sum(sizes.values()) for sizes in trees.values()),
-        machines=len(trees),
-        already=already,
-    )
 
 
 # --- the parts of a view

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from agent.orders import CommandCheck, PackageTree, SurveyFacts
 from orchestrator.plan import MachineStep, MachineTurn, Plan, PlannedPackage, PlannedRelay, ScriptAction
+from orchestrator.routes import lineage
 
 ROOM_TO_SPARE = 64 << 20
 """Bytes that must stay free on each file system beside the trees."""
@@ -50,23 +51,39 @@ def trees_of(plan: Plan, machine: str) -> tuple[PackageTree, ...]:
 
 
 def packages_at(plan: Plan, relay: str) -> list[PlannedPackage]:
-    """What the machines that this relay serves will ask it for, each package once."""
-    wanted = {
+    """What the machines that this relay serves will ask it for, and what other relays fetch through it; each package
+    once.
+    """
+    upstreams = {each.name: each.upstream for each in plan.relays}
+    wanted: dict[tuple[str, str], PlannedPackage] = {}
+    for asked in [relay, *(name for name in relays_asked(plan) if relay in lineage(name, upstreams)[1:])]:
+        wanted |= _packages_for(plan, asked)
+    return list(wanted.values())
+
+
+def relays_to_fill(plan: Plan) -> list[PlannedRelay]:
+    """The relays that packages go to: those of the sites concerned; for a site without one, the first that its
+    machines ask; and those that one of these fetches through.
+    """
+    upstreams = {each.name: each.upstream for each in plan.relays}
+    chosen = {name for asked in relays_asked(plan) for name in lineage(asked, upstreams)}
+    return [relay for relay in plan.relays if relay.name in chosen]
+
+
+def relays_asked(plan: Plan) -> list[str]:
+    """Names of those among them that machines will ask; the others only pass packages on."""
+    chosen = {relay.name for relay in plan.relays if not relay.generic and _packages_for(plan, relay.name)}
+    chosen |= {machine.relays[0] for machine in plan.machines if not chosen.intersection(machine.relays)}
+    return [relay.name for relay in plan.relays if relay.name in chosen]
+
+
+def _packages_for(plan: Plan, relay: str) -> dict[tuple[str, str], PlannedPackage]:
+    return {
         (package.id.lower(), package.version.lower()): package
         for machine in plan.machines
         if relay in machine.relays
         for package, _, _ in placed_on(plan, machine.name)
     }
-    return list(wanted.values())
-
-
-def relays_to_fill(plan: Plan) -> list[PlannedRelay]:
-    """The relays that packages are sent to: those of the sites concerned; for a site without one, the first that its
-    machines ask.
-    """
-    chosen = {relay.name for relay in plan.relays if not relay.generic and packages_at(plan, relay.name)}
-    chosen |= {machine.relays[0] for machine in plan.machines if not chosen.intersection(machine.relays)}
-    return [relay for relay in plan.relays if relay.name in chosen]
 
 
 def short_of_room(plan: Plan, facts: Mapping[str, SurveyFacts]) -> list[str]:

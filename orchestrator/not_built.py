@@ -46,11 +46,6 @@ def _in_environment(file: EnvironmentFile) -> Iterator[Mistake]:
         yield _say(file, "requires", "requires")
     if environment.freeze:
         yield _say(file, "freeze", "freeze")
-    for name, relay in environment.relays.items():
-        if relay.from_ is not None:
-            yield _say(file, "from: of a relay", "relays", name, "from")
-        if relay.limit is not None:
-            yield _say(file, "limit: of a relay", "relays", name, "limit")
     for name, rotation in environment.rotation.items():
         if rotation.run_on == "machine":
             yield _say(file, "run_on: machine in a rotation", "rotation", name, "run_on")

@@ -55,6 +55,10 @@ class PlannedRelay(_Planned, frozen=True):
     generic: bool = False
     token: SecretSource | None = None
     ca_file: str = ""
+    upstream: str = ""
+    """Name of the relay that it fetches packages from; empty: the origin sends them."""
+    limit: float = 0.0
+    """Most bytes per second of packages that come in; 0: no limit."""
 
 
 class PlannedMachine(_Planned, frozen=True):

@@ -32,6 +32,7 @@ from orchestrator.plan import (
 from orchestrator.plan_ground import Ground
 from orchestrator.plan_steps import is_http_url, plan_steps
 from orchestrator.process import PreAcquireStep, ProcessFile, machine_scripts, package_of, undo_of
+from orchestrator.routes import limit_of, lineage, upstreams_of, wrong_ways
 from orchestrator.script_files import Files, OnDisk
 from relay.content.identity import NuGetVersion
 from relay.errors import IdentityError
@@ -184,8 +185,13 @@ def _machine(ground: Ground, name: str) -> PlannedMachine:
 
 
 def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[PlannedRelay, ...]:
-    """Those that a machine of this plan may ask, in the file's order."""
-    used = {relay for machine in machines for relay in machine.relays}
+    """Those that a machine of this plan may ask, and those that packages come to them through, in the file's order."""
+    ground.mistakes += wrong_ways(ground.environment)
+    upstreams = upstreams_of(ground.environment.value)
+    used: set[str] = set()
+    for machine in machines:
+        for asked in machine.relays:
+            used.update(lineage(asked, upstreams))
     planned = []
     for name, relay in ground.environment.value.relays.items():
         place = ground.environment.at("relays", name)
@@ -198,7 +204,18 @@ def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[Planned
             if relay.token is not None:
                 token = ground.source(relay.token.file, relay.token.env, place.below("token"))
             ca_file = relay.ca_file and os.path.normpath(os.path.join(ground.environment.folder, relay.ca_file))
-            planned.append(PlannedRelay(name, relay.url, relay.site or "", relay.generic, token, ca_file or ""))
+            planned.append(
+                PlannedRelay(
+                    name,
+                    relay.url,
+                    relay.site or "",
+                    relay.generic,
+                    token,
+                    ca_file or "",
+                    upstreams.get(name, ""),
+                    limit_of(relay),
+                )
+            )
     return tuple(planned)
 
 

@@ -17,7 +17,7 @@ import click
 from orchestrator import options
 from orchestrator.options import depot_option, trust_option
 from relay.config import home
-from relay.console import json_option, print_json, printable, progress_bars, run, size, table
+from relay.console import json_option, print_json, printable, progress_bars, run, table
 from relay.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -283,13 +283,11 @@ async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json
 
 
 def _tell_end(journal: Journal, ulid: str, result: Result) -> None:
+    from orchestrator.ledger_text import brief
+
     view = _view(journal, ulid)
-    ledger = view.ledger
-    to_relays, from_relays = sum(ledger.to_relays.values()), sum(ledger.from_relays.values())
-    click.echo(
-        f"{size(to_relays)} to relays, {size(from_relays)} from relays to {ledger.machines} machines, "
-        f"{size(ledger.from_disk_bytes)} from their own disks"
-    )
+    for line in brief(view.ledger):
+        click.echo(printable(line))
     for bracket in view.brackets:
         click.echo(f"still out: {_told(bracket)}", err=True)
     if result.left:
@@ -311,10 +309,13 @@ def _exit_code(result: Result) -> int:
 @click.argument("deployment", required=False)
 @click.option("--environment", "-e", metavar="NAME", help="The newest deployment there. [default: the newest of all]")
 @click.option("--watch", is_flag=True, help="Go on until it ends.")
+@click.option("--ledger", is_flag=True, help="Show the bytes of each line by encoding.")
 @_journal_option
 @json_option
-def status(deployment: str | None, environment: str | None, watch: bool, journal: str | None, as_json: bool) -> None:
-    """Show a deployment: its state, its machines, open brackets, and what agents refused."""
+def status(
+    deployment: str | None, environment: str | None, watch: bool, ledger: bool, journal: str | None, as_json: bool
+) -> None:
+    """Show a deployment: its state, its machines, open brackets, what agents refused, and which bytes crossed which line."""
     with _journal(_places(None, None, journal)) as opened:
         ulid = _found(opened, deployment, environment)
         view = _view(opened, ulid)
@@ -322,13 +323,13 @@ def status(deployment: str | None, environment: str | None, watch: bool, journal
             if sys.stdout.isatty() and not as_json:
                 click.clear()
             if not as_json:
-                click.echo(_shown(view))
+                click.echo(_shown(view, with_ledger=ledger))
             time.sleep(1.0)
             view = _view(opened, ulid)
         if as_json:
             print_json(_view_document(view))
         else:
-            click.echo(_shown(view))
+            click.echo(_shown(view, with_ledger=ledger))
 
 
 @release.command(epilog="Example: waystation release history --environment production")
@@ -558,7 +559,9 @@ def _view_document(view: DeploymentView) -> Any:  # noqa: ANN401 - JSON
     return msgspec.to_builtins(view)
 
 
-def _shown(view: DeploymentView) -> str:
+def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
+    from orchestrator.ledger_text import brief, full
+
     s = view.summary
     lines = [
         f"{s.project} {s.label} in {s.environment}: {s.state}" + (f" ({printable(s.reason)})" if s.reason else ""),
@@ -568,11 +571,9 @@ def _shown(view: DeploymentView) -> str:
     rows = [[m.name, m.stage, m.version, m.outcome or m.doing, m.reason] for m in view.machines]
     if rows:
         lines.append(table(["machine", "stage", "version", "outcome", "why"], rows))
-    ledger = view.ledger
-    lines.append(
-        f"{size(sum(ledger.to_relays.values()))} to relays, {size(sum(ledger.from_relays.values()))} from relays, "
-        f"{size(ledger.from_disk_bytes)} from machines' own disks"
-    )
+    lines += [printable(line) for line in brief(view.ledger)]
+    if with_ledger and view.ledger.lines:
+        lines.append(full(view.ledger))
     lines += [f"refused by {r.machine} at {_time(r.at)}: {printable(r.reason)}" for r in view.refusals]
     lines += [f"out: {_told(bracket)}" for bracket in view.brackets]
     lines += [f"note at {_time(note.at)}: {printable(note.text)}" for note in view.notes]

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
+from orchestrator.cascade import Cascaded, replicate_all
 from orchestrator.depot import Depot
 from orchestrator.environment import EnvironmentFile
+from orchestrator.files import PlanError
 from orchestrator.plan import PlannedRelay, SecretSource
+from orchestrator.routes import limit_of, upstreams_of, wrong_ways
 from orchestrator.secrets import read_secret
 from relay.client import RelayClient, tls_from
 from relay.content.identity import PackageRef
 from relay.content.manifest import Manifest
 from relay.errors import RefusedError, WaystationError
-from relay.replicate import PATIENCE, Progress, Replicated, replicate
+from relay.lines import Lines
+from relay.pacing import Pacer
+from relay.payloads import Payloads
+from relay.replicate import PATIENCE, Progress, Replicated, Shipping, plan, replicate
+from relay.survey import Explained
 
 Bar = Callable[[str], Progress]
 """Makes a named progress bar."""
+
+OTHERS_MAX = 256
+"""Other packages of the depot, the newest first, whose parts are looked for in the one that is sent."""
+_MOSTLY_NEW = 0.05
+"""Share of a package that must be new against the version before it, for other packages to be looked into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +41,8 @@ class Parcel:
     manifest: Manifest
     signature: bytes
     known: Sequence[Manifest]
-
-
-@dataclass(slots=True)
-class Sent:
-    """What became of one package at several relays."""
-
-    replicated: list[Replicated] = field(default_factory=list)
-    """In the order of the relays."""
-    failed: dict[str, WaystationError] = field(default_factory=dict)
-    """By the relay's URL."""
+    others: Sequence[Manifest] = ()
+    """Of other packages, which may hold parts of this one."""
 
 
 async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
@@ -52,47 +56,121 @@ async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
     signature = await depot.catalog.signature(manifest.id)
     if not signature:
         raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
-    return Parcel(ref, manifest, signature, await depot.other_versions(ref))
+    known = await depot.other_versions(ref)
+    return Parcel(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
+
+
+async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequence[Manifest]) -> list[Manifest]:
+    """Packages whose parts this one may carry. None where a version before it holds nearly all of it anyway."""
+    there = {id for one in known for id in one.chunk_ids()}
+    fresh = sum(entry.size for entry in manifest.chunks if entry.id not in there)
+    if fresh <= _MOSTLY_NEW * manifest.stream_size:
+        return []
+    pointers = sorted((p for p in depot.catalog.all() if p.ref.id != ref.id), key=lambda p: p.published, reverse=True)
+    return list((await depot.catalog.manifests_of(p.manifest_id for p in pointers[:OTHERS_MAX])).values())
+
+
+@asynccontextmanager
+async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
+    """Encoders and the memory of lines, for all that is sent from `depot` meanwhile: what is alike is encoded once."""
+    payloads = Payloads(depot.store.chunks)
+    try:
+        yield Shipping(payloads=payloads, lines=Lines(depot.store.documents), recipes=depot.recipes)
+    finally:
+        await payloads.close()
+
+
+def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pacer: Pacer | None = None) -> Shipping:
+    """How `what` is sent, given what it shares with all others."""
+    shipping = shipping or Shipping(lines=Lines(depot.store.documents), recipes=depot.recipes)
+    return replace(shipping, known=what.known, others=what.others, pacer=pacer or shipping.pacer)
 
 
 async def send_to(
-    depot: Depot, what: Parcel, relay: RelayClient, progress: Progress, patience: float = PATIENCE
+    depot: Depot,
+    what: Parcel,
+    relay: RelayClient,
+    progress: Progress,
+    patience: float = PATIENCE,
+    *,
+    shipping: Shipping | None = None,
+    pacer: Pacer | None = None,
 ) -> Replicated:
-    """To one relay. Raises as `relay.replicate.replicate`."""
+    """To one relay. `pacer` is the limit of its line, shared by all that goes there. Raises as `relay.replicate.replicate`."""
     return await replicate(
         what.manifest,
         what.signature,
         depot.store.chunks,
         relay,
-        known=what.known,
+        shipping_of(depot, what, shipping, pacer),
         progress=progress,
         patience=patience,
     )
 
 
 async def send(
-    depot: Depot, what: Parcel, relays: Sequence[RelayClient], *, bar: Bar, patience: float = PATIENCE
-) -> Sent:
-    """To all relays at once; one that fails leaves the others alone."""
-    sent = Sent()
+    depot: Depot,
+    what: Parcel,
+    relays: Sequence[PlannedRelay],
+    clients: Mapping[str, RelayClient],
+    shipping: Shipping,
+    *,
+    bar: Bar,
+    patience: float = PATIENCE,
+) -> Cascaded:
+    """To all relays at once, by the ways that they name; one that fails leaves the others alone. `clients`: by name."""
+    bars = {relay.name: bar(relay.name) for relay in relays}
+    pacers = {relay.name: pacer_of(relay) for relay in relays}
 
-    async def to(relay: RelayClient) -> Replicated | None:
+    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+        return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
+
+    def heard(relay: str, here: int, whole: int) -> None:
+        bars[relay](here, whole)
+
+    return await replicate_all(what.manifest, relays, clients, to, heard, patience=patience)
+
+
+def pacer_of(relay: PlannedRelay) -> Pacer | None:
+    """The limit of the line to it, where it has one."""
+    return Pacer(relay.limit) if relay.limit else None
+
+
+async def plan_for(
+    depot: Depot,
+    what: Parcel,
+    relays: Sequence[PlannedRelay],
+    clients: Mapping[str, RelayClient],
+    shipping: Shipping,
+) -> tuple[dict[str, Explained], dict[str, WaystationError]]:
+    """What `send` would do at each relay that the origin itself sends to, by name, and who could not be asked. Nothing
+    is sent but questions.
+    """
+    planned: dict[str, Explained] = {}
+    failed: dict[str, WaystationError] = {}
+    for relay in relays:
+        if relay.upstream:
+            continue
+        how = shipping_of(depot, what, shipping, pacer_of(relay))
         try:
-            return await send_to(depot, what, relay, bar(relay.url), patience)
+            planned[relay.name] = await plan(what.manifest, depot.store.chunks, clients[relay.name], how)
         except WaystationError as error:
-            sent.failed[relay.url] = error
-            return None
-
-    results = await asyncio.gather(*(to(relay) for relay in relays))
-    sent.replicated = [done for done in results if done is not None]
-    return sent
+            failed[relay.name] = error
+    return planned, failed
 
 
 # --- the relays of an environment
 
 
 def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
-    """All relays that the environment names, in its order."""
+    """All relays that the environment names, in its order.
+
+    Raises:
+        PlanError: a `from:` or `limit:` that cannot be.
+    """
+    if mistakes := wrong_ways(environment):
+        raise PlanError(mistakes)
+    upstreams = upstreams_of(environment.value)
 
     def near(path: str) -> str:
         return os.path.normpath(os.path.join(environment.folder, path)) if path else ""
@@ -105,6 +183,8 @@ def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
             relay.generic,
             SecretSource(near(relay.token.file or ""), relay.token.env or "") if relay.token else None,
             near(relay.ca_file or ""),
+            upstreams.get(name, ""),
+            limit_of(relay),
         )
         for name, relay in environment.value.relays.items()
     ]

@@ -67,6 +67,11 @@ Command = Annotated[
 Duration = Annotated[
     str, Meta(pattern=r"^[0-9]{1,6}(ms|s|m|h|d)$", description="a duration such as 500ms, 90s, 2m, 1h or 7d")
 ]
+Rate = (
+    Annotated[str, Meta(pattern=r"^[0-9]{1,6}(kbit|Mbit|Gbit)$", description="a rate such as 50Mbit")]
+    | Annotated[int, Meta(ge=1, le=1_000_000)]
+)
+"""Of a line; a bare number is in Mbit/s."""
 Percent = Annotated[str, Meta(pattern=r"^[0-9]{1,3}%$", description="a percentage such as 25%")]
 Share = Annotated[int, Meta(ge=0, le=100_000)] | Percent
 """So many machines, or so many of a hundred."""
@@ -74,6 +79,8 @@ Share = Annotated[int, Meta(ge=0, le=100_000)] | Percent
 DURATION_MAX: Final = 7 * 86400.0
 """Seconds: what an order may carry."""
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_RATES: Final = {"kbit": 125, "Mbit": 125_000, "Gbit": 125_000_000}
+"""Bytes per second."""
 
 
 def seconds(duration: str) -> float:
@@ -82,6 +89,14 @@ def seconds(duration: str) -> float:
     if match is None:
         raise ValueError(f"not a duration: {duration[:40]!r}")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def bytes_per_second(rate: int | str) -> float:
+    """A `Rate` in bytes per second. Raises `ValueError` where it is none."""
+    match = re.fullmatch(r"([0-9]+)(kbit|Mbit|Gbit)", rate if isinstance(rate, str) else f"{rate}Mbit")
+    if match is None:
+        raise ValueError(f"not a rate: {rate!r:.40}")
+    return float(int(match[1]) * _RATES[match[2]])
 
 
 def part_of(share: int | str, whole: int) -> int:

@@ -17,6 +17,7 @@ from orchestrator import events as ev
 from orchestrator import history
 from orchestrator.events import DeploymentRecord, Entry
 from orchestrator.journal import Journal
+from orchestrator.ledger import ledger
 from orchestrator.plan import (
     AcquirePlan,
     MachineStep,
@@ -318,7 +319,7 @@ def test_an_order_sent_again_is_the_same_and_a_server_run_begun_again_is_not() -
 
 
 def test_the_ledger_adds_up_where_bytes_came_from() -> None:
-    counted = history.ledger(
+    counted = ledger(
         entries(
             ev.Replicated("fra", "Acme.Web", "1.4.2", 5000, 300),
             ev.Replicated("iad", "Acme.Web", "1.4.2", 5000, 400),

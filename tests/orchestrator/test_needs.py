@@ -88,6 +88,18 @@ def test_a_generic_relay_is_filled_only_for_a_site_that_has_no_other() -> None:
     assert [relay.name for relay in relays_to_fill(one)] == ["fra", "hub"]
 
 
+def test_a_relay_on_the_way_is_filled_with_what_those_below_it_fetch_through_it() -> None:
+    far = PlannedRelay("far", "http://far", "far")
+    hop = PlannedRelay("hop", "http://hop", "hop", upstream="far")
+    below = PlannedRelay("iad", "http://iad", "iad", upstream="hop")
+    made = plan(step(1, "web", "web1"), step(2, "jobs", "job1"), machines=TWO_SITES, relays=(FRA, below, far, hop))
+
+    assert [relay.name for relay in relays_to_fill(made)] == ["fra", "iad", "far", "hop"]
+    assert [package.id for package in packages_at(made, "far")] == ["Acme.Jobs"]
+    assert [package.id for package in packages_at(made, "hop")] == ["Acme.Jobs"]
+    assert [package.id for package in packages_at(made, "fra")] == ["Acme.Web"]
+
+
 def facts(free: int, *, installed: bool = False, file_system: str = "disk", root: str = "/srv/web") -> TreeFacts:
     return TreeFacts(root, WEB.manifest, free, installed, file_system)
 

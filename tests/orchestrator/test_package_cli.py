@@ -449,6 +449,71 @@ def test_a_package_goes_to_every_relay_and_again_sends_nothing(home: Path, packa
     assert shown.err == ""
 
 
+# --- replicate: plans
+
+
+def versions_of(home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """The id of a package with two versions in the depot, the second much like the first."""
+    id = f"Acme.{hashlib.sha256(request.node.name.encode()).hexdigest()[:8]}"
+    old = bytearray(noise(id, 600_000))
+    add(home, make_nupkg(tmp_path, {"own.dll": bytes(old)}, id=id))
+    old[300_000:300_100] = bytes(100)
+    add(home, make_nupkg(tmp_path, {"own.dll": bytes(old)}, id=id, version="1.1.0"))
+    return id
+
+
+def test_a_dry_run_shows_the_arithmetic_and_sends_nothing(
+    home: Path, tmp_path: Path, relays: list[Serving], request: pytest.FixtureRequest
+) -> None:
+    id, relay = versions_of(home, tmp_path, request), relays[0]
+    run(home, "package", "replicate", id, "1.0.0", "--relay", relay.url)
+    words = ["package", "replicate", id, "1.1.0", "--relay", relay.url, "--dry-run"]
+    shown = run(home, *words)
+    assert shown.code == 0
+    for word in (relay.url, "Mbit/s (", "building on 1.0.0", "chosen", "hdiff:19", "whole file", "rsync-like"):
+        assert word in shown.out
+    document = run(home, *words, "--json").json
+    assert document["dry_run"] is True
+    [one] = document["relays"]
+    explained = one["explained"]
+    assert explained["base"] == "1.0.0"
+    assert explained["missing_bytes"] > 600_000
+    rows = {row["encoding"]: row for row in explained["rows"]}
+    assert {"raw", "zstd:3", "zstd:19", "zstd-prefix:3", "hdiff:19"} <= set(rows)
+    [chosen] = [row for row in rows.values() if row["chosen"]]
+    assert chosen["encoding"] == explained["encoding"]
+    assert rows["zstd-prefix:3"]["payload_bytes"] < 2000 < rows["zstd:3"]["payload_bytes"]
+    assert explained["alternatives"]["whole_file"] == one["package_bytes"]
+    assert explained["alternatives"]["rsync_like_estimate"] > 600_000
+    versions = run(home, "relay", "status", "--relay", relay.url, "--json").json["packages"]
+    assert [entry["version"] for entry in versions if entry["id"] == id] == ["1.0.0"]
+
+
+def test_a_forced_encoding_is_used_and_the_ledger_says_so(
+    home: Path, tmp_path: Path, relays: list[Serving], request: pytest.FixtureRequest
+) -> None:
+    id, relay = versions_of(home, tmp_path, request), relays[0]
+    first = ["package", "replicate", id, "1.0.0", "--relay", relay.url, "--encoding", "hdiff", "--explain", "--json"]
+    [one] = run(home, *first).json["relays"]
+    assert "nothing to build on" in one["explained"]["note"]
+    assert [entry["encoding"] for entry in one["encodings"]] == ["zstd"]
+    next_one = ["package", "replicate", id, "1.1.0", "--relay", relay.url, "--encoding", "hdiff:9", "--json"]
+    [one] = run(home, *next_one).json["relays"]
+    assert "explained" not in one
+    assert [entry["encoding"] for entry in one["encodings"]] == ["hdiff"]
+    assert one["payload_bytes"] == sum(entry["payload_bytes"] for entry in one["encodings"]) < 1000
+    assert one["wire_bytes"] == one["payload_bytes"] + one["overhead_bytes"]
+    assert one["fallbacks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--encoding", "gzip"], "'gzip' is no encoding"), (["--limit", "0"], "--limit"), (["--limit", "-1"], "--limit")],
+)
+def test_an_encoding_or_limit_that_there_is_not_is_a_usage_error(home: Path, words: list[str], told: str) -> None:
+    check_told(run(home, "package", "replicate", "Acme.Web", "1.0.0", "--relay", "http://127.0.0.1:1", *words), 2, told)
+
+
 def test_a_relay_that_is_down_is_named_and_the_other_one_is_served(
     home: Path, package: str, relays: list[Serving]
 ) -> None:
@@ -506,7 +571,7 @@ async def test_what_a_relay_says_never_drives_the_terminal(home: Path, package: 
     async with running_feed() as relay:
         relay.serve("/v1/health", health)
         relay.serve("/v1/packages", {"packages": []})
-        relay.serve(f"/v1/packages/{package.lower()}/1.0.0", hostile)
+        relay.serve("/v1/missing", hostile)
         sent = await asyncio.to_thread(run, home, "package", "replicate", package, "1.0.0", "--relay", relay.base)
         status = await asyncio.to_thread(run, home, "relay", "status", "--relay", relay.base)
     assert sent.code == 1

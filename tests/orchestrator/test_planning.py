@@ -392,12 +392,47 @@ def test_what_is_not_built_yet_is_refused_by_name() -> None:
         )
     assert {m.path for m in caught.value.mistakes} == {
         "acquire.offline", "steps[1].strategy.rolling.phases[0].gate", "steps[1].on_failure", "steps[2].ask", "requires",
-        "freeze", "relays.iad.from", "relays.iad.limit", "secrets.app_key.command",
+        "freeze", "secrets.app_key.command",
     }  # fmt: skip
     assert all("is not built yet" in mistake.text for mistake in caught.value.mistakes)
 
 
 ENVIRONMENT = (DATA / "staging.yaml").read_text(encoding="utf-8")
+IAD = 'iad: { url: "https://relay.iad.example:7443", site: iad }'
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("from: fry", "staging.yaml:6: relays.iad.from: there is no relay 'fry': expected one of fra, hub"),
+        ("from: iad", "staging.yaml:6: relays.iad.from: is the relay itself: leave it out, and the origin sends"),
+        ("limit: 0Mbit", "staging.yaml:6: relays.iad.limit: '0Mbit': expected a rate above 0, such as 50Mbit"),
+        ("limit: 0", "staging.yaml:6: relays.iad.limit: 0: expected a rate such as 50Mbit or a whole number from 1 to 1000000"),
+        ("limit: quick", "staging.yaml:6: relays.iad.limit: 'quick': expected a rate such as 50Mbit"),
+    ],
+)  # fmt: skip
+def test_a_way_that_cannot_be_is_named_with_line_path_and_expectation(keys: str, expected: str) -> None:
+    told = mistakes(process(FARM), ENVIRONMENT.replace(IAD, f"{IAD[:-2]}, {keys} }}"))
+    assert any(mistake.startswith(expected) for mistake in told), told
+
+
+def test_relays_that_fetch_from_each_other_in_a_circle_are_refused() -> None:
+    round_trip = ENVIRONMENT.replace(IAD, f"{IAD[:-2]}, from: hub }}").replace(
+        "generic: true", "generic: true, from: iad"
+    )
+    assert mistakes(process(FARM), round_trip) == [
+        "staging.yaml:5: relays.hub.from: leads in a circle, hub → iad → hub: one of them must get packages from the origin"
+    ]
+
+
+def test_ways_and_limits_are_planned_and_relays_on_the_way_are_part_of_the_plan() -> None:
+    far = ENVIRONMENT.replace(
+        IAD, f"{IAD[:-2]}, from: far, limit: 20 }}\n  far: {{ url: 'http://far:1', site: far, from: fra }}"
+    )
+    made = plan(process(FARM), far)
+    assert {relay.name: (relay.upstream, relay.limit) for relay in made.relays} == {
+        "fra": ("", 0.0), "hub": ("", 0.0), "iad": ("far", 2_500_000.0), "far": ("fra", 0.0),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

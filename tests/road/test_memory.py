@@ -1,0 +1,24 @@
+"""Both ends of a replication stay small, however large the package.
+
+`WAYSTATION_SOAK=1` sends 1 GB, by default 300 MB: either is far more than an end may have resident.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.memory import MOST, measure
+
+SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
+MEGABYTES = 1000 if SOAK else 300
+MOST_OF_SAMPLE = MOST if SOAK else 300_000_000
+
+
+def test_neither_end_has_a_large_package_in_memory(tmp_path: Path) -> None:
+    first, following = measure(str(tmp_path), MEGABYTES, (0.0,))
+    assert first.payload_bytes > 0.5 * MEGABYTES * 1_000_000, "the package was not large"
+    assert 0 < following.payload_bytes < first.payload_bytes
+    for peak in (first, following):
+        assert 10_000_000 < peak.sender < MOST_OF_SAMPLE
+        assert 10_000_000 < peak.relay < MOST_OF_SAMPLE
