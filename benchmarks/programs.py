@@ -75,7 +75,7 @@ def nginx(folder: str, files: str) -> Iterator[Served]:
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise RuntimeError("nginx is missing: install the package nginx-light")
-    port = _free_port()
+    port = free_port()
     config = os.path.join(folder, "nginx.conf")
     with open(config, "w", encoding="utf-8") as file:
         file.write(_NGINX.format(folder=folder, files=files, port=port, user=_user_line()))
@@ -119,7 +119,8 @@ def _user_line() -> str:
     return "user root;" if os.geteuid() == 0 else ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
     import socket
 
     with socket.socket() as free:

@@ -23,7 +23,7 @@ from pathlib import Path
 import ledger as books
 import packages
 import webfarm
-from ledger import Added, Delivery, Kill, Ledger, Pull, Sent
+from ledger import Added, Beside, Delivery, Kill, Ledger, Pull, Sent, Way
 from narration import Narrator, names
 from packages import Nupkg
 from programs import DemoError, in_thread, together
@@ -101,6 +101,9 @@ async def play_road(town: Town, shelf: Path, tell: Narrator) -> Ledger:
     tell.begin("Every tree on every machine is compared with what was packed")
     await verify(town, tell)
     await compare([web, next_web, runtime, next_runtime], book, town, tell)
+
+    tell.begin("The new versions once more, as others would send them")
+    await send_by_others([(web, next_web), (runtime, next_runtime)], book, tell)
     return book
 
 
@@ -313,6 +316,16 @@ async def compare(nupkgs: Sequence[Nupkg], book: Ledger, town: Town, tell: Narra
     )
 
 
+async def send_by_others(pairs: Sequence[tuple[Nupkg, Nupkg]], book: Ledger, tell: Narrator) -> None:
+    """Each new version by each other way, to a site that has the one before; what they send is counted as ours is."""
+    deliveries = {delivery.added.package: delivery for delivery in book.deliveries}
+    for old, new in pairs:
+        ways = await in_thread(packages.other_ways, old, new)
+        sent = max(sent.counted for sent in deliveries[new.label].sent)
+        book.beside.append(Beside(new.label, new.size, sent, tuple(Way(*way) for way in ways.items())))
+        tell.say(f"{new} over {old.version}: {packages.told_change(new)}")
+
+
 def others(machines: Sequence[Machine]) -> str:
     return f"the same at once on {names([machine.name for machine in machines[1:]])}"
 
@@ -333,7 +346,13 @@ def told(pulls: Sequence[Pull]) -> str:
 def close_the_books(book: Ledger, tell: Narrator) -> bool:
     """Print the ledger and the promises; whether all of them held."""
     tell.begin("The ledger")
-    for table in (books.by_package(book), books.by_relay(book), books.by_machine(book)):
+    for table in (
+        books.by_package(book),
+        books.by_relay(book),
+        books.by_machine(book),
+        books.by_encoding(book),
+        books.beside(book),
+    ):
         tell.say(table)
         tell.say("\n")
     judged = books.promises(book)

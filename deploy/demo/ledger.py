@@ -10,6 +10,8 @@ from relay.console import size, table
 MIB = 1 << 20
 LITTLE = 0.12
 """Share of a package that one changed file may move: three chunks of the largest kind, of the packages here."""
+_HURRY = 0.1
+"""What a lower level than 3 may cost, where this machine is too busy for its line: a sender chooses by time."""
 _ROUND = 16 << 10
 """Bytes that questions and answers of one transfer may take beside its content."""
 
@@ -34,6 +36,24 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """What crossed lines in one encoding: chunks, their bytes in the tree, and the payload that carried them."""
+
+    encoding: str
+    chunks: int
+    tree_bytes: int
+    payload_bytes: int
+
+    def __add__(self, other: Encoded) -> Encoded:
+        return Encoded(
+            self.encoding,
+            self.chunks + other.chunks,
+            self.tree_bytes + other.tree_bytes,
+            self.payload_bytes + other.payload_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """From the origin to one relay: bytes in both directions, as counted on the line and as told by the command."""
 
@@ -41,6 +61,7 @@ class Sent:
     chunks: int
     counted: int
     told: int
+    encodings: tuple[Encoded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +82,7 @@ class Pull:
     tree_bytes: int
     disk_bytes: int
     relays: Mapping[str, Taken]
+    encodings: tuple[Encoded, ...] = ()
 
     def from_relay(self, relay: str) -> int:
         taken = self.relays.get(relay)
@@ -117,6 +139,36 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """Another way to bring a new version to a site that has the one before: what it sent; None where it is not here."""
+
+    name: str
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What one site was sent for a new version, beside what others send.
+
+    Attributes:
+        package: id and version.
+        nupkg_bytes: of the file.
+        sent_bytes: both directions of the line from the origin, of the site that was sent more.
+        ways: the others, each of which was really run.
+    """
+
+    package: str
+    nupkg_bytes: int
+    sent_bytes: int
+    ways: tuple[Way, ...]
+
+    @property
+    def known(self) -> list[tuple[str, int]]:
+        """Those that are here."""
+        return [(way.name, way.bytes) for way in self.ways if way.bytes is not None]
+
+
+@dataclass(frozen=True, slots=True)
 class Promise:
     """One thing that the product promises, what was seen, and whether it held."""
 
@@ -132,6 +184,7 @@ class Ledger:
     deliveries: list[Delivery] = field(default_factory=list)
     trees_checked: int = 0
     trees_wrong: list[str] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
 
     @property
     def wan_bytes(self) -> int:
@@ -166,6 +219,7 @@ def promises(ledger: Ledger) -> list[Promise]:
         elif delivery.returned:
             judged.append(_comes_back(delivery, delivery.returned))
     judged.append(_counts_agree(ledger.deliveries))
+    judged += [_sends_least(beside) for beside in ledger.beside]
     return judged
 
 
@@ -177,9 +231,9 @@ def _every_tree_is_whole(ledger: Ledger) -> Promise:
 
 
 def _only_what_is_new(delivery: Delivery) -> Iterator[Promise]:
-    """The bound of the road: its new chunks at zstd level 3 and the manifest, once per site, and 1 %."""
+    """The bound of the road: its new chunks at zstd level 3 and the manifest, once per site; and a tenth."""
     added = delivery.added
-    bound = len(delivery.sent) * ((added.new_bytes + added.manifest_bytes) * 1.01 + _ROUND)
+    bound = len(delivery.sent) * ((added.new_bytes + added.manifest_bytes) * (1 + _HURRY) + _ROUND)
     counted = sum(sent.counted for sent in delivery.sent)
     yield Promise(
         f"{added.package} crosses once per site, of it only what is new",
@@ -240,6 +294,15 @@ def _counts_agree(deliveries: Sequence[Delivery]) -> Promise:
     worst = max(apart, default=1.0)
     return Promise(
         "the product's own count is the line's, each time (within 1 %)", f"{100 * worst:.2f} % apart", worst <= 0.01
+    )
+
+
+def _sends_least(beside: Beside) -> Promise:
+    name, least = min(beside.known, key=lambda way: way[1])
+    return Promise(
+        f"{beside.package}: a site is sent less than by each other way",
+        f"{size(beside.sent_bytes)}, {name} {size(least)}",
+        beside.sent_bytes < least,
     )
 
 
@@ -311,6 +374,43 @@ def by_machine(ledger: Ledger) -> str:
     return _columns(headers, rows, ["all", *map(size, totals)])
 
 
+def by_encoding(ledger: Ledger) -> str:
+    """How content was encoded, by line: from the origin to each relay, and from relays to machines."""
+    headers = ["content", "encoding", *(f"to {relay}" for relay in ledger.relays), "to the machines"]
+    rows = []
+    for delivery in ledger.deliveries:
+        lines = [_by_name(sent.encodings for sent in delivery.sent if sent.relay == relay) for relay in ledger.relays]
+        lines.append(_by_name(pull.encodings for pull in delivery.pulls))
+        label = delivery.added.package
+        for name in dict.fromkeys(name for line in lines for name in line):
+            rows.append([label, name, *(size(line[name].payload_bytes) if name in line else "-" for line in lines)])
+            label = ""
+    return _ruled(table(headers, rows, right=frozenset(range(2, len(headers)))))
+
+
+def beside(ledger: Ledger) -> str:
+    """What one site was sent for each new version, beside other ways."""
+    headers = ["to a site that has the version before", "sent by", "bytes", "of the nupkg"]
+    rows = []
+    for each in ledger.beside:
+        label = each.package
+        for name, count in [("waystation", each.sent_bytes), *((way.name, way.bytes) for way in each.ways)]:
+            if count is None:
+                rows.append([label, name, "not installed here", ""])
+            else:
+                rows.append([label, name, f"{count:,}", f"{100 * count / each.nupkg_bytes:.2f} %"])
+            label = ""
+    return _ruled(table(headers, rows, right=frozenset({2, 3})))
+
+
+def _by_name(several: Iterable[Sequence[Encoded]]) -> dict[str, Encoded]:
+    """Summed up."""
+    found: dict[str, Encoded] = {}
+    for one in (one for encodings in several for one in encodings):
+        found[one.encoding] = found[one.encoding] + one if one.encoding in found else one
+    return found
+
+
 def _sent_to(ledger: Ledger, relay: str) -> Iterable[int]:
     return (sent.counted for delivery in ledger.deliveries for sent in delivery.sent if sent.relay == relay)
 
@@ -322,9 +422,14 @@ def _ratio(figures: Sequence[int]) -> str:
 
 def _columns(headers: list[str], rows: list[list[str]], total: list[str]) -> str:
     """Aligned, with a rule under the head and above the total."""
-    lines = table(headers, [*rows, total], right=frozenset(range(1, len(headers)))).splitlines()
-    rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    *lines, last = _ruled(table(headers, [*rows, total], right=frozenset(range(1, len(headers))))).splitlines()
+    return "\n".join([*lines, lines[1], last])
+
+
+def _ruled(text: str) -> str:
+    """With a rule under the head."""
+    head, *lines = text.splitlines()
+    return "\n".join([head, "-" * max(map(len, [head, *lines])), *lines])
 
 
 def report(ledger: Ledger, judged: Sequence[Promise], seconds: float) -> dict[str, object]:
@@ -339,5 +444,6 @@ def report(ledger: Ledger, judged: Sequence[Promise], seconds: float) -> dict[st
         "nupkg_to_each_machine_bytes": ledger.each_bytes,
         "trees_checked": ledger.trees_checked,
         "deliveries": [asdict(d) | {"wan_bytes": d.wan_bytes, "each_bytes": d.each_bytes} for d in ledger.deliveries],
+        "beside": [asdict(beside) for beside in ledger.beside],
         "promises": [asdict(promise) for promise in judged],
     }

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from benchmarks.peers import compare
 from relay.content.chunking import is_container
 
+OTHER_WAYS = {"rdiff": "rdiff, as Octodiff", "rsync": "rsync", "nupkg": "the whole file"}
+"""Peers that every new version is sent by, too, and what the demo calls them."""
 PACKED_BYTES = 32 << 20
 """Of files in a package that the demo packs itself, at most."""
 
@@ -23,6 +26,7 @@ _REAL = {
     "runtime": ("Microsoft.AspNetCore.App.Runtime.linux-x64", "10.0.13", "10.0.14"),
 }
 _PACKED = {"web": ("Demo.Web", "1.0.0", "1.0.1"), "runtime": ("Demo.Runtime", "1.0.0", "1.0.1")}
+_CHANGE = {"web": "one file was edited", "runtime": "its maker built all of it anew"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(?<!\.)", re.ASCII)
 _LABEL_MAX = 20
 _LEFT_OUT = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -72,6 +76,21 @@ def gather(name: str, folder: Path) -> tuple[Nupkg, Nupkg]:
         for version, files in zip(versions, folders, strict=True)
     )
     return first, second
+
+
+def told_change(new: Nupkg) -> str:
+    """In words, how a new version differs from the one before; of files that were packed here, honestly."""
+    if new.folder is not None:
+        return (
+            "packed here of Python's own files, one of which has a line more. No real rebuild, which changes them all"
+        )
+    return _CHANGE[new.role]
+
+
+def other_ways(old: Nupkg, new: Nupkg) -> dict[str, int | None]:
+    """What each of `OTHER_WAYS` really sends where `old` is and `new` is to be; None where it is not here. Blocking."""
+    found = compare(str(old.path), str(new.path), only=tuple(OTHER_WAYS))
+    return {name: found.of(peer).bytes for peer, name in OTHER_WAYS.items()}
 
 
 def digests_of(nupkg: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from balancer import haproxy
-from ledger import Pull, Sent, Taken
+from ledger import Encoded, Pull, Sent, Taken
 from packages import Nupkg
 from programs import Command, DemoError, Processes, end_what_is_left, free_ports, together
 
@@ -241,7 +241,11 @@ class Town:
         relay_at = {f"http://127.0.0.1:{line.port}": relay for relay, line in self.origin_lines.items()}
         return tuple(
             Sent(
-                relay, entry["chunks_sent"], self.origin_lines[relay].counts.total - before[relay], entry["wire_bytes"]
+                relay,
+                entry["chunks_sent"],
+                self.origin_lines[relay].counts.total - before[relay],
+                entry["wire_bytes"],
+                _encodings(entry),
             )
             for entry in told
             for relay in [relay_at[entry["relay"]]]
@@ -263,7 +267,15 @@ def _pull(machine: Machine, document: dict[str, Any]) -> Pull:
         name.split(".")[1]: Taken(tally["chunks"], tally["bytes"], tally["payload_bytes"])
         for name, tally in document["from_relays"].items()
     }
-    return Pull(machine.name, machine.site, document["tree_bytes"], document["from_disk_bytes"], taken)
+    told = (document["tree_bytes"], document["from_disk_bytes"], taken, _encodings(document))
+    return Pull(machine.name, machine.site, *told)
+
+
+def _encodings(document: dict[str, Any]) -> tuple[Encoded, ...]:
+    return tuple(
+        Encoded(entry["encoding"], entry["chunks"], entry["stream_bytes"], entry["payload_bytes"])
+        for entry in document["encodings"]
+    )
 
 
 async def _answers(port: int) -> bool:

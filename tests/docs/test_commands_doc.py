@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
+from zipfile import ZipFile, ZipInfo
 
 import click
 import msgspec
@@ -17,9 +18,10 @@ import pytest
 from click.testing import CliRunner
 from pages import DOCS, block, blocks, rows, section
 
-from orchestrator import history, release_cli
+from orchestrator import history, ledger, release_cli
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.main import waystation
+from relay.wire import EncodedBytes
 
 PAGE = (DOCS / "commands.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^## waystation ([a-z]+(?: [a-z]+)?)(.*)$", PAGE, re.MULTILINE)
@@ -141,8 +143,14 @@ class _Session:
         self.run("package add", nupkg)
         self.run("package list")
         self.run("package show", "acme.web", "1.4.2")
+        self.run("package fetch", "acme.web", "1.4.2", "--output", str(self.folder / "fetched.nupkg"))
+        again = self._pack_again(nupkg)
+        self.run("package diff", nupkg, again)
+        self.run("package lint", again, "--against", nupkg)
         self.run("package replicate", "acme.web", "1.4.2", "--relay", self.relay)
         self.run("relay status", "--relay", self.relay)
+        self.run("bench line", "--relay", self.relay, "--seconds", "3", "--connections", "1")
+        self.run("bench transfer", nupkg, "--line", "50,4", "--encodings", "zstd:3", "--repeat", "1")
         self.run("agent init", "--trust", pins, "--relay", self.relay, "--name", "web1")
         self.run("agent pull", "acme.web", "1.4.2", "--root", root, "--switch")
         self.run("agent relays")
@@ -152,6 +160,15 @@ class _Session:
             self._release()
         self.run("agent status")
         self.run("package remove", "acme.web", "1.4.2")
+
+    def _pack_again(self, nupkg: str) -> str:
+        """Another build: later, and with one more line."""
+        again = str(self.folder / "again.nupkg")
+        with ZipFile(nupkg) as old, ZipFile(again, "w") as new:
+            for name in old.namelist():
+                more = b"echo again\n" if name == "run.sh" else b""
+                new.writestr(ZipInfo(name, (2026, 1, 2, 3, 4, 6)), old.read(name) + more)
+        return again
 
     def _release(self) -> None:
         """One that succeeds, and one whose machine stays out and is put back."""
@@ -208,8 +225,8 @@ def printed(session: _Session) -> Mapping[str, dict[str, object]]:
     return session.printed
 
 
-_OPEN_MAPS = {"metadata", "from_relays", "to_relays", "failed", "variables"}
-"""Members whose keys are data: what a nuspec says, URLs, names of relays and variables."""
+_OPEN_MAPS = {"metadata", "shares", "from_relays", "to_relays", "failed", "variables"}
+"""Members whose keys are data: what a nuspec says, encoders, URLs, names of relays and variables."""
 _AS = {"release deploy": "release status"}
 """Commands that print what another prints."""
 
@@ -256,8 +273,13 @@ def _told_fields(member: str) -> set[str]:
     [
         ("summary", history.DeploymentSummary),
         ("pre_acquire[]", history.PreAcquireView),
-        ("ledger", history.LedgerView),
-        ("ledger.replicated[]", history.ReplicatedView),
+        ("ledger", ledger.LedgerView),
+        ("ledger.replicated[]", ledger.ReplicatedView),
+        ("ledger.lines[]", ledger.LineView),
+        ("ledger.sent`, `ledger.pulled", ledger.CrossedView),
+        ("…encodings[]", EncodedBytes),
+        ("ledger.alternatives", ledger.AlternativesView),
+        ("ledger.saved", ledger.SavedView),
         ("steps[]", history.StepView),
         ("steps[].turns[]", history.TurnView),
         ("machines[]", history.MachineView),

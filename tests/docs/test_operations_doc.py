@@ -9,9 +9,11 @@ import tomllib
 import msgspec
 import pytest
 from pages import DOCS, ROOT, rows
+from prometheus_client import Counter, Gauge
 
 from agent.state import AgentConfig
 from relay.config import RelayConfig
+from relay.server import metrics
 from relay.server.app import limits_of
 
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
@@ -43,6 +45,14 @@ def test_the_limits_on_the_page_are_those_that_relay_yaml_may_name() -> None:
     (listed,) = re.findall(r"^The limits that can be set.*?: (.*?)\.$", OPERATIONS, re.MULTILINE | re.DOTALL)
     limits = limits_of(RelayConfig())
     assert set(re.findall(r"`(\w+)`", listed)) == {field.name for field in dataclasses.fields(limits)}
+
+
+def test_the_metrics_on_the_page_are_those_of_the_relay() -> None:
+    kept = [each for each in vars(metrics).values() if isinstance(each, Counter | Gauge)]
+    families = [family for each in kept for family in each.collect()]
+    assert _table(OPERATIONS, "metric") == {
+        family.name + ("_total" if family.type == "counter" else "") for family in families
+    }
 
 
 def test_the_libraries_on_the_page_are_those_of_the_project() -> None:

@@ -29,13 +29,19 @@ from relay.content import frames, manifest
 from relay.content.chunk import Chunk
 from relay.content.frames import BundleDecoder, NotSent, Received, Whole
 from relay.content.nupkg import WalkLimits
+from relay.engines import Engines
+from relay.errors import ChunkInvalid, FrameError
 from relay.mail import Mail
+from relay.nupkgs import Nupkgs
 from relay.server.access import iter_routes
 from relay.server.app import RelayApp
 from relay.server.connection import Limits
+from relay.server.fetching import FetchLimits
+from relay.server.peers import Peers
 from relay.server.problems import TITLES, verdict_of
+from relay.server.replications import Replications
 from relay.server.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
-from relay.server.transfer import Transfer
+from relay.server.transfer import Transfer, _reason
 from relay.stores.locations import open_store
 from relay.stores.stored import decode_stored
 from relay.trust.envelopes import check_manifest_signature
@@ -50,6 +56,7 @@ UNITS = {
     "MiB": 1 << 20,
     "GiB": 1 << 30,
     "KiB/s": 1 << 10,
+    "Mbit/s": 125_000,
     "s": 1,
     "days": 1,
 }
@@ -69,7 +76,10 @@ def _hex(text: str) -> bytes:
 
 async def test_every_route_of_the_relay_is_in_the_table_with_its_scope_and_no_other_is() -> None:
     store = await open_store("memory:")
-    app = RelayApp(Transfer(store), RelayConfig(), Limits(), None, Mail(store.documents)).build()
+    transfer, config, limits = Transfer(store), RelayConfig(), Limits()
+    replications = Replications(transfer, store, Peers(config), limits)
+    nupkgs = Nupkgs(store, Engines())
+    app = RelayApp(transfer, config, limits, None, Mail(store.documents), replications, nupkgs).build()
     registered = {(route.method, route.path, route.scope) for route in iter_routes(app)}
     methods = {method for method, _, _ in registered}
     told = {tuple(map(_bare, row[:3])) for row in rows(section(PAGE, "## The wire")) if _bare(row[0]) in methods}
@@ -77,7 +87,15 @@ async def test_every_route_of_the_relay_is_in_the_table_with_its_scope_and_no_ot
 
 
 def test_media_types_are_told() -> None:
-    for name in (wire.JSON, wire.BUNDLE_TYPE, wire.DOCUMENT_TYPE, wire.CHUNK_TYPE):
+    for name in (
+        wire.JSON,
+        wire.BUNDLE_TYPE,
+        wire.DOCUMENT_TYPE,
+        wire.CHUNK_TYPE,
+        wire.PROGRESS_TYPE,
+        wire.RECIPE_TYPE,
+        wire.NUPKG_TYPE,
+    ):
         assert f"`{name}`" in PAGE, name
 
 
@@ -85,6 +103,7 @@ def test_media_types_are_told() -> None:
     ("heading", "types"),
     [
         ("### Health", (wire.HealthAnswer, wire.CpuRates)),
+        ("### Measuring the line", (wire.LineAnswer,)),
         ("### The manifest document", (wire.Document,)),
         ("### Offering", (wire.OfferAnswer,)),
         ("### Asking what is missing", (wire.MissingRequest, wire.ChunkRanges, wire.MissingAnswer)),
@@ -92,6 +111,11 @@ def test_media_types_are_told() -> None:
         ("### Publishing", (wire.PublishRequest,)),
         ("### What is there", (wire.PackageAnswer, wire.PackagesAnswer)),
         ("### Asking for chunks", (wire.BundleRequest,)),
+        (
+            "### Replicating from another relay",
+            (wire.ReplicationRequest, wire.ReplicationProgress, wire.EncodedBytes),
+        ),
+        ("### The identical nupkg", (wire.ExactLacks, wire.RecipeAnswer, wire.BlobAnswer)),
         ("### Orders", (wire.OrdersRequest, wire.OrderLetter, wire.TakenAnswer)),
         ("### Polls and presence", (wire.PollRequest, wire.Cursor, wire.PollAnswer, wire.NumberedOrder)),
         ("### Polls and presence", (wire.AgentsAnswer, wire.AgentSeen)),
@@ -105,6 +129,12 @@ def test_every_field_of_a_body_is_told_where_the_body_is(heading: str, types: tu
     for type in types:
         for field in type.__struct_fields__:
             assert re.search(rf'["`]{field}["`]', text), f"{type.__name__}.{field} is not under {heading!r}"
+
+
+def test_every_reason_to_refuse_a_run_is_told_and_no_other() -> None:
+    told = {_bare(row[0]) for row in rows(section(PAGE, "### Sending chunks"))} - {"reason", "---"}
+    errors = (frames.BaseMissingError("gone"), FrameError("torn"), ChunkInvalid("a" * 64, "b" * 64))
+    assert told == {_reason(error) for error in errors}
 
 
 # --- orders and what answers them
@@ -190,7 +220,7 @@ def test_the_tables_and_entries_of_the_journal_are_those_of_the_code() -> None:
 
 
 def test_every_type_of_frame_is_told() -> None:
-    for type in (frames.Data, frames.Missing, frames.Failed, frames.End):
+    for type in (frames.Data, frames.More, frames.Missing, frames.Failed, frames.End):
         assert f"| `{type.__struct_config__.tag}` |" in PAGE
 
 
@@ -246,6 +276,7 @@ def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) ->
         ("relay.server.connection.Limits", Limits),
         ("relay.client.ClientLimits", ClientLimits),
         ("relay.content.nupkg.WalkLimits", WalkLimits),
+        ("relay.server.fetching.FetchLimits", FetchLimits),
     ],
 )
 def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
@@ -261,26 +292,39 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "agent.orders",
         "agent.outbox",
         "agent.service",
+        "orchestrator.cascade",
         "orchestrator.files",
         "orchestrator.muster",
         "orchestrator.notify",
         "orchestrator.releases",
         "orchestrator.secrets",
+        "orchestrator.sending",
         "orchestrator.values",
         "orchestrator.variables",
         "relay.wire",
+        "relay.content.bases",
         "relay.content.chunk",
         "relay.content.chunking",
+        "relay.content.deltas",
+        "relay.content.encodings",
         "relay.content.frames",
         "relay.content.identity",
+        "relay.content.inflating",
         "relay.content.manifest",
         "relay.content.nuspec",
+        "relay.content.planner",
         "relay.content.ranges",
         "relay.fetch",
+        "relay.lines",
         "relay.mail",
+        "relay.pacing",
+        "relay.payloads",
         "relay.replicate",
+        "relay.sending",
         "relay.server.arrivals",
+        "relay.server.choosing",
         "relay.server.presences",
+        "relay.server.replications",
         "relay.stores.volume",
         "relay.trust.envelopes",
         "relay.trust.keys",

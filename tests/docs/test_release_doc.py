@@ -122,7 +122,7 @@ def test_the_example_with_everything_uses_every_key_that_is_built() -> None:
     text = block(PAGE, "yaml process") + block(PAGE, "yaml environment")
     others = {"idempotent", "contains", "status", "tcp", "command", "via", "busy", "required", "env", "url"}
     for head, type in TABLES.items():
-        refused = {"offline", "max_per", "gate", "ask", "requires", "freeze", "from", "limit", "run_on"}
+        refused = {"offline", "max_per", "gate", "ask", "requires", "freeze", "run_on"}
         approval = {"approvers", "minimum", "not_author", "expires", "on_expiry"}
         for key in _fields(type) - refused - approval - others:
             assert re.search(rf"\b{key}:", text), f"{head}: {key}"
@@ -211,13 +211,12 @@ REFUSED = {
     "`busy: wait …` and `replace`": "busy: wait and busy: replace",
     "`requires`": "requires",
     "`freeze`": "freeze",
-    "`from` and `limit` of a relay": "from: of a relay",
     "`run_on: machine` of a rotation": "run_on: machine in a rotation",
     "secrets by `command` and `credential`": "a secret from a command",
     "machines `from:` a command": "machines from a command",
 }
 """What the page says, and how the code refuses it."""
-MORE = {"limit: of a relay", "a secret from a systemd credential"}
+MORE = {"a secret from a systemd credential"}
 
 
 def test_what_the_page_calls_not_built_is_what_the_code_refuses() -> None:

@@ -1,0 +1,115 @@
+"""`waystation bench …`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from relay.console import ca_file_option, json_option, print_json, printable, run, token_file_option
+from relay.errors import UsageError, WaystationError
+
+if TYPE_CHECKING:
+    from benchmarks.line import LineReport, Plan
+    from benchmarks.transfer import Shape
+
+
+@click.group()
+def bench() -> None:
+    """What a line and the machines at its ends can do, measured."""
+
+
+@bench.command(epilog="Example: waystation bench line --relay https://relay.fra.example:7443 --seconds 30")
+@click.option("--relay", "url", required=True, metavar="URL")
+@click.option("--seconds", default=20.0, show_default=True, help="About how long to measure in all.")
+@click.option("--connections", default="1,2,4,8", show_default=True, metavar="N,N…", help="How many at once.")
+@token_file_option
+@ca_file_option
+@json_option
+def line(
+    url: str, seconds: float, connections: str, token_file: str | None, ca_file: str | None, as_json: bool
+) -> None:
+    """Measure the line to a relay: round trip, goodput both ways by connections and sizes, CPU rates of both ends.
+
+    It sends and fetches bytes that mean nothing, as many as the time allows. Its token needs the scope `write`.
+    """
+    import msgspec
+
+    from benchmarks.line import Plan, parse_connections, text_of
+
+    if seconds <= 0:
+        raise UsageError("--seconds is above 0")
+    report = run(_line(url, seconds, Plan(parse_connections(connections)), token_file, ca_file))
+    if as_json:
+        print_json({"format": 1} | msgspec.to_builtins(report))
+    else:
+        click.echo(text_of(report))
+
+
+async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca_file: str | None) -> LineReport:
+    from benchmarks.line import measure_line
+    from relay.client import RelayClient, tls_from, token_from
+
+    async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
+        return await measure_line(client, seconds, plan, _tell)
+
+
+@bench.command(
+    epilog="Examples: waystation bench transfer Acme.Web.1.4.2.nupkg --base Acme.Web.1.4.1.nupkg --line 10,50; "
+    "waystation bench transfer Acme.Web 1.4.2 --relay https://relay.fra.example:7443"
+)
+@click.argument("names", metavar="FILE | ID VERSION", nargs=-1, required=True)
+@click.option("--base", metavar="FILE|VERSION", help="What the far end holds; by default nothing.")
+@click.option("--line", "shape", metavar="MBIT,MS", help="The line: Mbit/s, and milliseconds of round trip.")
+@click.option("--relay", "url", metavar="URL", help="In its place: a line like the one to this relay, measured now.")
+@click.option("--encodings", default="all", show_default=True, metavar="NAME,…", help="Forced ones to compare.")
+@click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Transfers of each.")
+@click.option("--depot", metavar="LOCATION", help="Where ID VERSION is. [default: depot in $WAYSTATION_HOME]")
+@token_file_option
+@ca_file_option
+@json_option
+def transfer(
+    names: tuple[str, ...],
+    base: str | None,
+    shape: str | None,
+    url: str | None,
+    encodings: str,
+    repeat: int,
+    depot: str | None,
+    token_file: str | None,
+    ca_file: str | None,
+    as_json: bool,
+) -> None:
+    """Send a package over a line in every encoding, and as it is planned: how long each takes.
+
+    Each transfer goes to a relay of its own, started here for it and thrown away: a relay keeps what it gets, so a second
+    one would send nothing. The line between is built here too: in network namespaces by root on Linux, else a proxy of
+    the same rate and latency. With --relay the line to that relay is measured first, as 'bench line' does, and built
+    alike; the relay is sent nothing but that, and no package. Its token needs the scope `write`.
+    """
+    from benchmarks.transfer import Wanted, bench_transfer, document, how, parse_encodings, parse_shape, text_of
+
+    if (shape is None) == (url is None):
+        raise UsageError("give a line by --line MBIT,MS, or a relay to measure it by --relay URL")
+    wanted = Wanted(names, base, depot, parse_encodings(encodings), repeat)
+    line = parse_shape(shape) if shape is not None else run(_shape(str(url), token_file, ca_file))
+    try:
+        case = bench_transfer(wanted, line, _tell)
+    except RuntimeError as error:
+        raise WaystationError(str(error)) from error
+    if as_json:
+        print_json({"format": 1, "made_of": how()} | document(case))
+    else:
+        click.echo(f"{text_of(case)}\n{repeat} transfers each, median; the line: {how()}")
+
+
+async def _shape(url: str, token_file: str | None, ca_file: str | None) -> Shape:
+    """A line like the one to the relay."""
+    from benchmarks.line import Plan
+    from benchmarks.transfer import LINE_SECONDS, Shape
+
+    return Shape.like(await _line(url, LINE_SECONDS, Plan((1, 4)), token_file, ca_file))
+
+
+def _tell(text: str) -> None:
+    click.echo(printable(text), err=True)

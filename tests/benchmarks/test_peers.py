@@ -1,0 +1,127 @@
+"""What peers send: each is really run, and what it made is the new file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support import make_nupkg, noise
+
+from benchmarks import peers
+from benchmarks.peers import BOUND, PEERS, Comparison, Sent, compare, text_of, tree_of, zstd19
+
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+EDITED = noise("lib", 200_000)[:100_000] + b"changed" + noise("lib", 200_000)[100_000:]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The old version and the new: one library of 200 kB has seven bytes more; nothing is deflated."""
+    folder = tmp_path_factory.mktemp("pair")
+    same = {"lib/other.dll": noise("other", 300_000)}
+    old = make_nupkg(folder, {"lib/web.dll": noise("lib", 200_000)} | same, version="1.0.0")
+    new = make_nupkg(folder, {"lib/web.dll": EDITED} | same, version="1.0.1")
+    return old, new
+
+
+def missing(peer: str) -> str:
+    (found,) = [one for one in PEERS if one.name == peer]
+    absent = [name for name in found.needs if shutil.which(name, path=_PATH) is None]
+    return f"{' and '.join(absent)} missing" if absent else ""
+
+
+@pytest.mark.parametrize(
+    # casync's chunks are of 64 KiB on average.
+    ("peer", "most"),
+    [("rdiff", 30_000), ("rsync", 30_000), ("casync", 450_000), ("zsync", 60_000), ("xdelta3", 2000), ("zstd", 2000)],
+)
+def test_a_peer_sends_a_small_change_and_makes_the_new_file(pair: tuple[str, str], peer: str, most: int) -> None:
+    """That what it made is the new file, `compare` checks itself: see below."""
+    if reason := missing(peer):
+        pytest.skip(reason)
+    (row,) = compare(*pair, only=[peer]).rows
+    assert row.why_not == ""
+    assert row.bytes is not None
+    assert 7 < row.bytes < most
+
+
+def test_the_bound_of_a_small_change_is_small(pair: tuple[str, str]) -> None:
+    pytest.importorskip("bsdiff4", reason="bsdiff4 missing")
+    (row,) = compare(*pair, only=["bound"]).rows
+    assert row.bytes is not None
+    assert 7 < row.bytes < 1000
+
+
+def test_a_peer_that_makes_something_else_has_no_figure(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(work: peers.Work) -> tuple[int, str]:
+        with open(work.path("made"), "wb") as file:
+            file.write(b"something else")
+        return 1, work.path("made")
+
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("liar", "", (), first=True, send=wrong),))
+    with pytest.raises(RuntimeError, match="liar did not make"):
+        compare(*pair)
+
+
+def test_what_speaks_over_a_network_is_counted_with_its_requests(pair: tuple[str, str]) -> None:
+    """With nothing to keep, a peer cannot send less than the file: the proxy sees all of it."""
+    if reason := missing("rsync"):
+        pytest.skip(reason)
+    old, new = pair
+    stranger = os.path.join(os.path.dirname(old), "stranger")
+    Path(stranger).write_bytes(noise("stranger", 500_000))
+    # rsync does not look into what it is given.
+    work = peers.Work(os.path.dirname(old), stranger, new)
+    shutil.copyfile(new, os.path.join(work.folder, "new"))
+    count, made = peers._rsync(work)
+    assert Path(made).read_bytes() == Path(new).read_bytes()
+    assert os.path.getsize(new) < count < 1.1 * os.path.getsize(new)
+
+
+def test_a_tool_that_is_missing_is_said_to_be(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_PATH", "/nowhere")
+    found = compare(*pair, only=["zsync", "nupkg"])
+    assert found.of("nupkg").bytes == os.path.getsize(pair[1])
+    assert found.of("zsync").bytes is None
+    assert found.of("zsync").why_not == "zsync and zsyncmake and nginx missing"
+    assert found.best.peer == "nupkg"
+    assert "zsync and zsyncmake and nginx missing" in text_of(found)
+
+
+def test_a_first_send_has_the_whole_and_the_bound_of_the_tree(pair: tuple[str, str]) -> None:
+    found = compare(None, pair[1])
+    assert [row.peer for row in found.rows] == ["nupkg", "bound"]
+    assert found.of("bound").bytes == zstd19(tree_of(pair[1]))
+    assert found.old == ""
+
+
+def test_the_tree_holds_every_part_and_container_parts_stand_last(tmp_path: Path) -> None:
+    nupkg = make_nupkg(tmp_path, {"lib/b.dll": b"B" * 10, "a.txt": b"A" * 10})
+    tree = tree_of(nupkg)
+    with zipfile.ZipFile(nupkg) as archive:
+        assert len(tree) == sum(info.file_size for info in archive.infolist())
+    assert tree.startswith(b"A" * 10 + b"B" * 10)
+
+
+def test_the_best_peer_is_not_the_bound() -> None:
+    found = Comparison("", "", 10, 10, (Sent("nupkg", "", 10), Sent("zstd", "", 5), Sent(BOUND.name, "", 1)))
+    assert found.best.peer == "zstd"
+
+
+def test_the_command_prints_a_table_or_one_document(pair: tuple[str, str]) -> None:
+    words = [sys.executable, "-m", "benchmarks.peers", *pair, "--only", "nupkg"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "Acme.Web.1.0.0.nupkg to Acme.Web.1.0.1.nupkg" in done.stdout
+    assert f"{os.path.getsize(pair[1]):,}" in done.stdout
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert document["rows"] == [
+        {"peer": "nupkg", "how": "the whole file", "bytes": os.path.getsize(pair[1]), "why_not": ""}
+        | {"seconds": document["rows"][0]["seconds"]}
+    ]
