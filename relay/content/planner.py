@@ -1,6 +1,6 @@
 """Which encoding to send a run in, over this line, to these receivers: by time. Pure, and its answer carries its arithmetic.
 
-    seconds = max(encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
+    seconds = max(1.5 x encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
 
 and on a line that nothing was sent over yet, the round trips that a connection takes to find its pace.
 
@@ -31,6 +31,9 @@ _FIRST_FLIGHT: Final = 14_600
 """Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
 _HARDLY: Final = 0.97
 """What level 3 leaves of something that does not compress."""
+_BUSY: Final = 1.5
+"""Times as long as reckoned that an encoder may take, as others want the processors, too: one that would just keep up with
+the line gains a few bytes, and may lose much time."""
 _SAME: Final = 1.04
 """Times that differ by less are the same."""
 _SAME_SECONDS: Final = 0.005
@@ -167,7 +170,7 @@ def _on(line: Line, candidate: Candidate, receivers: int, waiting: float) -> flo
 
 def _seconds(candidate: Candidate, on_line: float, waiting: float) -> float:
     sent = max(waiting, candidate.start_seconds) + on_line
-    return max(candidate.encode_seconds, sent) + candidate.decode_seconds
+    return max(_BUSY * candidate.encode_seconds, sent) + candidate.decode_seconds
 
 
 def _why_not(it: tuple[float, Candidate], chosen: tuple[float, Candidate]) -> str:
@@ -175,7 +178,7 @@ def _why_not(it: tuple[float, Candidate], chosen: tuple[float, Candidate]) -> st
     if seconds <= 0:
         return f"{more} bytes more, and as good as no sooner" if more > 0 else "more CPU, and as good as no sooner"
     # Where its own encoder is what it waits for, that is the reason; else its bytes.
-    if it[1].encode_seconds + it[1].decode_seconds >= it[0] * 0.9:
+    if _BUSY * it[1].encode_seconds + it[1].decode_seconds >= it[0] * 0.9:
         return f"{seconds:.2f} s later: its encoder is slower than the line"
     return f"{seconds:.2f} s later: {more} bytes more" if more > 0 else f"{seconds:.2f} s later: it begins late"
 

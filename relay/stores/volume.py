@@ -260,6 +260,8 @@ class Volume:
         self._closed_to_writes = ""
         self._sync_failures = 0
         self._health = threading.Lock()
+        self._promised = 0
+        """Bytes that writers at work may still write."""
         self._durable_folders: set[str] = set()
         self._shared_lock: int | None = None
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="disk-batch")
@@ -329,10 +331,8 @@ class Volume:
             StoreError: the medium failed; nothing half-written is visible.
         """
         self._require_writable()
-        with translated(f"write to {self.root}"):
-            self._require_room(bulk)
-            with self._counting_sync_failures():
-                self._write(files, place, also_sync, undo=undo)
+        with translated(f"write to {self.root}"), self._room(bulk), self._counting_sync_failures():
+            self._write(files, place, also_sync, undo=undo)
 
     def present(self, below: str) -> bool:
         """Is a file there? Anything else under its name is put aside."""
@@ -571,9 +571,20 @@ class Volume:
         if self._closed_to_writes:
             raise StoreError(f"the store {self.root} is read-only: {self._closed_to_writes}")
 
+    @contextmanager
+    def _room(self, bulk: int) -> Iterator[None]:
+        """Hold room for `bulk` bytes: what several writers are about to write must fit together."""
+        with self._health:
+            if bulk:
+                self._require_room(self._promised + bulk)
+            self._promised += bulk
+        try:
+            yield
+        finally:
+            with self._health:
+                self._promised -= bulk
+
     def _require_room(self, bulk: int) -> None:
-        if not bulk:
-            return
         system = os.statvfs(self.root)
         floor = self._free_floor
         if floor is None:

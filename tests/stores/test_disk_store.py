@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from dataclasses import dataclass, field
 
@@ -834,3 +835,27 @@ async def test_the_floor_is_one_percent_or_one_gibibyte(volume, store, monkeypat
         system(size, floor + (1 << 20))
         await store.put(chunk)
         await store.remove(chunk.id)
+
+
+async def test_writers_at_the_same_time_keep_the_floor_together(volume, store, monkeypatch):
+    """Each of them would fit, both do not: who comes second is told before a byte of it is written."""
+    room = os.statvfs(volume.root)
+    there = os.statvfs_result((room.f_bsize, 1, 6 << 20, 6 << 20, 6 << 20, *room[5:]))
+    monkeypatch.setattr(volume_module.os, "statvfs", lambda _: there)
+    write, writing = volume._write, threading.Event()
+
+    def slowly(*args, **kwargs):
+        writing.set()
+        time.sleep(0.3)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(volume, "_write", slowly)
+    first, second = (Chunk.of(bytes([n]) * (4 << 20)) for n in range(2))
+    putting = asyncio.create_task(store.put(first))
+    await asyncio.to_thread(writing.wait, 5.0)
+    with pytest.raises(StoreError) as refused:
+        await store.put(second)
+    assert refused.value.full
+    await putting
+    await store.put(second)
+    assert await store.has_many([first.id, second.id]) == {first.id, second.id}
