@@ -16,11 +16,11 @@ from relay.content.manifest import Manifest
 from relay.content.planner import Line
 from relay.content.ranges import Ranges, indexes
 from relay.errors import NotFoundError, RefusedError, UnreachableError
+from relay.exact.nupkgs import Nupkgs
+from relay.exact.recipe_store import Recipes
 from relay.lines import Lines, Meter, Remembered
-from relay.nupkgs import Nupkgs
 from relay.pacing import Pacer
 from relay.payloads import Payloads
-from relay.recipe_store import Recipes
 from relay.sending import Progress, Sender, run_bytes
 from relay.stores.contract import ChunkReader
 from relay.survey import Explained, Survey, confirm, explain, guess, line_of, survey

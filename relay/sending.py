@@ -491,16 +491,16 @@ class Sender:
         if coding is not None:
             return coding, None
         has_bases = has_bases and line.rate < BASES_PAY
-        await self._probe(run, has_bases=has_bases)
+        ratios = await self._probe(run, has_bases=has_bases)
         now = time.monotonic()
         busy = sorted(ahead.ends_at for ahead in self._alive if not ahead.is_whole)
         queueing = max(0.0, busy[len(busy) - CORES] - now) if len(busy) >= CORES else 0.0
         waiting = sum(ahead.left for ahead in self._alive) / line.rate
-        candidates = [self._candidate(run, each, queueing) for each in planner.codings_for(has_bases)]
+        candidates = [self._candidate(run, each, queueing, ratios) for each in planner.codings_for(has_bases)]
         choice = planner.choose(candidates, line, waiting=waiting)
         return choice.coding, choice.chosen
 
-    def _candidate(self, run: list[int], coding: Coding, queueing: float) -> Candidate:
+    def _candidate(self, run: list[int], coding: Coding, queueing: float, ratios: Ratios) -> Candidate:
         made = self._runs.make(run, coding, self._meter.line)
         spec = self._runs.spec(made, coding)
         known = self._payloads.made(spec)
@@ -509,7 +509,7 @@ class Sender:
             coding,
             made.size,
             made.base_size,
-            ratios=self._ratios,
+            ratios=ratios,
             rates=self._rates,
             exact=known.payload_bytes if known else None,
             is_kept=is_kept,
@@ -525,21 +525,29 @@ class Sender:
             found.start_seconds + queueing,
         )
 
-    async def _probe(self, run: list[int], *, has_bases: bool) -> None:
-        """Learn by the first run how the content does, and how fast this machine is."""
-        codings = probes(has_bases=has_bases, is_thin=self._meter.line.is_thin)
-        for coding in codings:
-            if coding in self._probed:
+    async def _probe(self, run: list[int], *, has_bases: bool) -> Ratios:
+        """Learn by the first run how the content does, and how fast this machine is; what to expect of this run.
+
+        Where an encoder may be what is waited for, each run is tried: parts of a package shrink very differently, and
+        level 3 takes a tenth of the time of what it is weighed against.
+        """
+        line = self._meter.line
+        tries_each = not has_bases and line.rate < FAST
+        here = 0.0
+        for coding in probes(has_bases=has_bases, is_thin=line.is_thin):
+            if coding in self._probed and not tries_each:
                 continue
-            self._probed.add(coding)
-            made = self._runs.make(run, coding, self._meter.line)
+            made = self._runs.make(run, coding, line)
             try:
-                self._ratios, seconds, _ = await probe(self._payloads, self._runs, made, self._ratios, coding)
+                self._ratios, seconds, size = await probe(self._payloads, self._runs, made, self._ratios, coding)
             except WaystationError:
                 self.source_failed = True
                 raise
-            if seconds and coding == PLAIN:
+            if seconds and coding == PLAIN and coding not in self._probed:
                 self._rates = _rates_from(made.size, seconds)
+            self._probed.add(coding)
+            here = size / made.size
+        return Ratios({PLAIN: here}) if tries_each and here else self._ratios
 
     def _make(self, run: Run, coding: Coding, candidate: Candidate | None) -> Ahead:
         spec = self._runs.spec(run, coding)

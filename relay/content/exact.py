@@ -10,7 +10,7 @@ they are kept as they are (`Literal`). Where even that does not give the file ba
 Bytes that no encoder makes lie one after another, in the file's order, in one blob: the recipe names it by its SHA-256.
 
 Canonical MessagePack, found by the nupkg's SHA-256 and checked against its manifest. Checksums and most sizes are not in
-it: they follow from the content. A lie in a recipe costs work, never a wrong file: see `relay/rebuild.py`.
+it: they follow from the content. A lie in a recipe costs work, never a wrong file: see `relay/exact/rebuild.py`.
 """
 
 from __future__ import annotations

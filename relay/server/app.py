@@ -21,9 +21,9 @@ from relay.config import RelayConfig, split_listen
 from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.exact.nupkgs import Nupkgs
 from relay.mail import Mail
 from relay.memory import tame_malloc
-from relay.nupkgs import Nupkgs
 from relay.server import metrics
 from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
 from relay.server.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded

@@ -44,10 +44,10 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
 )
+from relay.exact.recipe_store import Recipes
 from relay.holdings import Holdings, StoreHoldings, size_of
 from relay.lines import Lines, Meter
 from relay.pacing import Pacer
-from relay.recipe_store import Recipes
 from relay.server import metrics
 from relay.server.arrivals import Landing, Place, adopting
 from relay.server.transfer import ChunksMissingError, Transfer

@@ -19,9 +19,9 @@ from relay.config import RelayConfig
 from relay.content.exact import from_wire, parse_recipe
 from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.content.manifest import Manifest
-from relay.engines import Engines, pin_of
 from relay.errors import ChunkMissing, IdentityError
-from relay.nupkgs import NotExactError, Nupkgs
+from relay.exact.engines import Engines, pin_of
+from relay.exact.nupkgs import NotExactError, Nupkgs
 from relay.server import metrics
 from relay.server.access import add
 from relay.server.bodies import body_pieces, json_answer, read_body, write_guarded

@@ -40,10 +40,10 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
 )
+from relay.exact.recipe_store import Recipes
 from relay.holdings import StoreHoldings, answer, next_events, size_of
 from relay.packing import unpack_envelope
 from relay.payloads import Payloads
-from relay.recipe_store import Recipes
 from relay.server import metrics
 from relay.server.arrivals import Arrivals, Landing, Place, Room, Shelf, adopting
 from relay.server.giving import ANYBODY, Ground, Reader, give

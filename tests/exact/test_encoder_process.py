@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from exact_helpers import ENGINE_FILES, NO_DATA
 
-from relay.encoder_process import START
-from relay.encoders import _frame, _Worker
+from relay.exact.encoder_process import START
+from relay.exact.encoders import _frame, _Worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ async def test_the_kernel_says_the_same_of_a_real_engines_process() -> None:
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from relay.encoders import _Worker
+from relay.exact.encoders import _Worker
 async def main():
     worker = await _Worker.start("dotnet-10", Path(sys.argv[1]).read_bytes())
     print(worker.process.pid, flush=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from exact_helpers import ENGINE_FILES, ENGINES, NO_DATA, as_dotnet, as_zlib, mixture, stream, take
 
-from relay import encoders as encoders_module
 from relay.content.exact import Feeding
-from relay.encoders import (
+from relay.exact import encoders as encoders_module
+from relay.exact.encoders import (
     BUILT_IN_PINS,
     FINGERPRINTS,
     EncoderDiedError,

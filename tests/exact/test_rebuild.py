@@ -34,7 +34,6 @@ from exact_helpers import (
     take,
 )
 
-from relay import recipes
 from relay.content.chunk import Chunk
 from relay.content.exact import (
     STORED_AS_IS,
@@ -52,10 +51,11 @@ from relay.content.exact import (
 )
 from relay.content.identity import NuGetVersion, PackageId
 from relay.content.pack import pack
-from relay.encoders import EncoderDiedError, EncoderMissingError, Encoders
 from relay.errors import ArchiveError
-from relay.rebuild import RebuildError, parts_of_chunks, rebuild
-from relay.recipes import find_recipe
+from relay.exact import recipes
+from relay.exact.encoders import EncoderDiedError, EncoderMissingError, Encoders
+from relay.exact.rebuild import RebuildError, parts_of_chunks, rebuild
+from relay.exact.recipes import find_recipe
 
 engines = pytest.mark.skipif(
     len(ENGINE_FILES) != 2 or platform.machine() != "x86_64" or sys.platform != "linux", reason=NO_DATA

@@ -38,8 +38,8 @@ from relay.content.exact import (
     to_wire,
 )
 from relay.content.exact_records import Layout, compose, describe
-from relay.encoders import EncoderMissingError, Encoders
-from relay.rebuild import RebuildError, parts_of_chunks, rebuild
+from relay.exact.encoders import EncoderMissingError, Encoders
+from relay.exact.rebuild import RebuildError, parts_of_chunks, rebuild
 
 TEXT = b"some text, " * 400
 PARTS = (

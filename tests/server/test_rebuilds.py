@@ -17,7 +17,7 @@ from aiohttp import web
 from exact_kit import ENGINES, PACKAGES, deflated, needs_engines, relay_with, words
 from support import Origin, Relay, depot_with, make_nupkg, noise, nuspec, small_server, token
 
-import relay.nupkgs as module
+import relay.exact.nupkgs as module
 from benchmarks.network import CountingProxy
 from orchestrator.sending import parcel, send_to, shipping_from
 from relay import wire

@@ -29,9 +29,9 @@ from relay.content.exact_records import Layout, compose, describe, pieces_of, ve
 from relay.content.manifest import Manifest
 from relay.content.nupkg import Entry, read_part, walk
 from relay.content.zip_records import STORED
-from relay.encoders import PIECE, EncoderDiedError, Encoders
 from relay.errors import first_of
-from relay.rebuild import Progress
+from relay.exact.encoders import PIECE, EncoderDiedError, Encoders
+from relay.exact.rebuild import Progress
 
 _OPAQUE_FROM: Final = 0.95
 """Share of the nupkg that is verbatim, from which on the nupkg itself is the better blob: it needs no rebuild."""

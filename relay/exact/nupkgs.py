@@ -25,8 +25,6 @@ from relay.content.exact import Blob, Opaque, Recipe
 from relay.content.exact_records import verbatim_bytes
 from relay.content.manifest import Manifest
 from relay.content.nupkg import Entry, walk
-from relay.encoders import EncoderDiedError
-from relay.engines import Engines
 from relay.errors import (
     ChunkInvalid,
     ChunkMissing,
@@ -34,8 +32,10 @@ from relay.errors import (
     RefusedError,
     UntrustedError,
 )
-from relay.rebuild import RebuildError, parts_of_chunks, rebuild
-from relay.recipe_store import Recipes
+from relay.exact.encoders import EncoderDiedError
+from relay.exact.engines import Engines
+from relay.exact.rebuild import RebuildError, parts_of_chunks, rebuild
+from relay.exact.recipe_store import Recipes
 from relay.stores.locations import Store, parse_location
 from relay.stores.volume import translate
 

@@ -5,7 +5,7 @@ stands for just the bytes it makes, all at level 6, window 15 bits, memory level
 
 - `zlib`: classic zlib (1.2.13 and 1.3.1 agree), Python's own where it is one. Old .NET on Linux, nuget.exe, `zipfile`.
 - `dotnet-9`, `dotnet-10`: zlib-ng 2.2.1 and 2.2.5 as they lie in the .NET runtime's
-  `libSystem.IO.Compression.Native.so`. It runs in processes without rights: see `relay/encoder_process.py`.
+  `libSystem.IO.Compression.Native.so`. It runs in processes without rights: see `relay/exact/encoder_process.py`.
 
 An engine file is loaded only if its SHA-256 is pinned here or by the operator. Every encoder makes a fixed corpus first,
 and is left out with a reason if that comes out otherwise: a Python may be linked with something that calls itself zlib.
@@ -27,10 +27,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Self
 
-from relay import encoder_process
 from relay.content.exact import Feeding
 from relay.content.manifest import Manifest
 from relay.errors import UnreachableError
+from relay.exact import encoder_process
 
 ORDER: Final = ("dotnet-10", "dotnet-9", "zlib")
 """All there are, as they are tried: most bytes of packages are made by the first."""

@@ -1,6 +1,6 @@
 """A process without rights that runs one native deflate engine: .NET's `libSystem.IO.Compression.Native.so`.
 
-Run as a script with `python -I -S`; the other side, `relay/encoders.py`, takes only the frames from here. It reads them
+Run as a script with `python -I -S`; the other side, `relay/exact/encoders.py`, takes only the frames from here. It reads them
 from its standard input and answers on its standard output. The first frame is the engine itself, whose digest was
 checked by who sent it: what was hashed is what is loaded. Before that the process gives up its user, network and
 privileges; after it, opening anything. Then it can compute, read its input and write its output.

@@ -11,9 +11,9 @@ from typing import Final
 
 from relay.catalog import Catalog
 from relay.content.manifest import Manifest
-from relay.encoders import ENGINE_MAX, ORDER, Encoders, EnginePin, engine_part, find_engines
 from relay.errors import UsageError, WaystationError
-from relay.rebuild import parts_of_chunks
+from relay.exact.encoders import ENGINE_MAX, ORDER, Encoders, EnginePin, engine_part, find_engines
+from relay.exact.rebuild import parts_of_chunks
 from relay.stores.contract import ChunkReader
 
 IDLE_SECONDS: Final = 60.0

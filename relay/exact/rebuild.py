@@ -22,8 +22,8 @@ from relay.content.chunk import CHUNK_MAX, Chunk
 from relay.content.exact import STORED_AS_IS, VERBATIM, Opaque, Recipe, Step, steps
 from relay.content.exact_records import Layout
 from relay.content.manifest import Manifest
-from relay.encoders import PIECE, EncoderDiedError, EncoderMissingError, Encoders
 from relay.errors import UntrustedError
+from relay.exact.encoders import PIECE, EncoderDiedError, EncoderMissingError, Encoders
 
 _CACHE: Final = 4 * CHUNK_MAX
 """Bytes of chunks at hand: small parts share one, and the file's order jumps between them."""
