@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import msgspec
@@ -41,7 +42,7 @@ from relay.content.nupkg import read_nuspec, walk
 from relay.content.planner import Line
 from relay.lines import Lines, Meter
 from relay.pacing import Pacer
-from relay.replicate import Replicated, Shipping
+from relay.replicate import Replicated
 from relay.wire import EncodedBytes
 
 THIN = 125_000.0
@@ -269,10 +270,10 @@ async def _remember(depot: Depot, url: str, line: Line) -> None:
 
 async def hold(home: str, packages: Iterable[PackageRef], url: str) -> None:
     """Bring packages of the depot to a relay, uncounted, fast."""
-    async with open_depot(_depot(home)) as depot, RelayClient(url) as client:
+    async with open_depot(_depot(home)) as depot, RelayClient(url) as client, shipping_from(depot) as own:
+        shipping = replace(own, force=Coding("zstd", 1))
         for package in packages:
             what = await parcel(depot, package)
-            shipping = Shipping(force=Coding("zstd", 1))
             await send_to(depot, what, client, lambda _done, _whole: None, shipping=shipping)
 
 

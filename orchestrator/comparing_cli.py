@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import zipfile
     from concurrent.futures import Future
 
-    from orchestrator.comparing import Finding, Lint, Package, PartChange, ZipPart
+    from orchestrator.comparing import Package, PartChange, ZipPart
+    from orchestrator.linting import Finding, Lint
     from relay.content.encodings import Coding
     from relay.content.identity import PackageRef
     from relay.content.manifest import NupkgDigests
@@ -235,7 +236,7 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
 
     What that costs a line, and how to mend it.
     """
-    from orchestrator import comparing
+    from orchestrator import linting
 
     named = _named_for_lint(names)
     if against is not None and len(named) != 1:
@@ -246,7 +247,7 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
         for each in named:
             package, *others = stack.enter_context(_opened([each, *other], depot, bar))
             watch = bar(f"looking into {each.name}")
-            found = comparing.lint_pair(others[0], package, watch) if others else comparing.lint_alone(package, watch)
+            found = linting.lint_pair(others[0], package, watch) if others else linting.lint_alone(package, watch)
             results.append((package, others[0] if others else None, found))
     if as_json:
         print_json({"format": 1, "packages": [_lint_document(*result) for result in results]})

@@ -23,12 +23,12 @@ from relay.content.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.content.nupkg import Entry, read_nuspec, read_part, walk
 from relay.content.nuspec import Nuspec
 from relay.content.zip_records import STORED
-from relay.encoders import Encoders
-from relay.engines import Engines
 from relay.errors import MetadataError, NotFoundError, UsageError, first_of
-from relay.nupkgs import Nupkgs
-from relay.recipe_store import Recipes
-from relay.recipes import find_recipe
+from relay.exact.encoders import Encoders
+from relay.exact.engines import Engines
+from relay.exact.nupkgs import Nupkgs
+from relay.exact.recipe_store import Recipes
+from relay.exact.recipes import find_recipe
 from relay.stores.locations import Store, open_store
 from relay.trust.envelopes import PackageStatement, sign_package
 

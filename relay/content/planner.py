@@ -1,6 +1,6 @@
 """Which encoding to send a run in, over this line, to these receivers: by time. Pure, and its answer carries its arithmetic.
 
-    seconds = max(1.5 x encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
+    seconds = max(2 x encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
 
 and on a line that nothing was sent over yet, the round trips that a connection takes to find its pace.
 
@@ -31,12 +31,16 @@ _FIRST_FLIGHT: Final = 14_600
 """Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
 _HARDLY: Final = 0.97
 """What level 3 leaves of something that does not compress."""
-_BUSY: Final = 1.5
+_BUSY: Final = 2.0
 """Times as long as reckoned that an encoder may take, as others want the processors, too: one that would just keep up with
 the line gains a few bytes, and may lose much time."""
 _SAME: Final = 1.04
 """Times that differ by less are the same."""
+_SAME_BYTES: Final = 1.02
+"""Times the smallest payload: more is really more."""
 _SAME_SECONDS: Final = 0.005
+PLENTIFUL: Final = 25_000_000.0
+"""Bytes per second. Above it, of what is there as soon, the one with the least work is taken and not the smallest."""
 
 PLAIN_CODINGS: Final = (RAW, *(Coding("zstd", level) for level in (3, 6, 9, 12, 19)))
 DELTA_CODINGS: Final = (
@@ -135,10 +139,14 @@ def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, w
     if line.is_thin:
         bearable = waiting + (best - waiting) * 1.1 + _THIN_PATIENCE
     good = [one for one in timed if one[0] <= bearable and one[1] not in wasteful]
-    if line.rate >= FAST:
-        chosen = min(good, key=lambda one: (one[1].encode_seconds, one[1].payload_bytes, one[1].coding))
-    else:
+    if line.is_thin:
         chosen = min(good, key=lambda one: (one[1].payload_bytes, one[0], one[1].coding))
+    else:
+        smallest = min(candidate.payload_bytes for _, candidate in good)
+        # What is hardly smaller is not worth the work; where bytes are plentiful nothing is.
+        most = math.inf if line.rate >= PLENTIFUL else _SAME_BYTES * smallest
+        some = [one for one in good if one[1].payload_bytes <= most]
+        chosen = min(some, key=lambda one: (one[1].encode_seconds, one[1].payload_bytes, one[1].coding))
     rows = [
         Row(
             candidate,

@@ -82,10 +82,14 @@ def test_a_line_that_nothing_was_sent_over_yet_takes_round_trips_to_find_its_pac
 
 
 def test_of_equals_the_smallest_goes_and_on_a_fast_line_what_costs_the_least_cpu() -> None:
-    small, cheap = Candidate(HARD, 990_000, 0.5, 0.0), Candidate(PLAIN, 1_000_000, 0.1, 0.0)
+    small, cheap = Candidate(HARD, 970_000, 0.5, 0.0), Candidate(PLAIN, 1_000_000, 0.1, 0.0)
     assert choose([small, cheap], Line(5 * MBIT)).coding == HARD
-    small, cheap = Candidate(HARD, 99_000_000, 5.0, 0.0), Candidate(PLAIN, 100_000_000, 1.0, 0.0)
-    assert choose([small, cheap], Line(100 * MBIT)).coding == PLAIN
+    hardly_smaller = Candidate(HARD, 990_000, 0.5, 0.0)
+    assert choose([hardly_smaller, cheap], Line(5 * MBIT)).coding == PLAIN
+    assert choose([hardly_smaller, cheap], Line(1 * MBIT)).coding == HARD
+    small, cheap = Candidate(HARD, 97_000_000, 1.5, 0.0), Candidate(PLAIN, 100_000_000, 1.0, 0.0)
+    assert choose([small, cheap], Line(100 * MBIT)).coding == HARD
+    assert choose([small, cheap], Line(300 * MBIT)).coding == PLAIN
 
 
 def test_a_line_that_was_never_measured_is_taken_for_a_thin_one() -> None:
@@ -115,7 +119,14 @@ def test_an_encoder_may_take_its_time_while_the_line_is_busy_with_what_is_ahead(
     hard = Candidate(HARD, 2_000_000, 3.0, 0.0, start_seconds=0.3)
     fast = Candidate(PLAIN, 2_500_000, 0.05, 0.0)
     assert choose([hard, fast], line).coding == PLAIN
-    assert choose([hard, fast], line, waiting=3.0).coding == HARD
+    assert choose([hard, fast], line, waiting=6.0).coding == HARD
+
+
+def test_an_encoder_that_would_just_keep_up_with_the_line_is_not_relied_upon() -> None:
+    just, surely = Candidate(HARD, 10_000_000, 7.9, 0.0), Candidate(HARD, 10_000_000, 3.9, 0.0)
+    easy = Candidate(PLAIN, 11_000_000, 0.1, 0.0)
+    assert choose([just, easy], Line(10 * MBIT)).coding == PLAIN
+    assert choose([surely, easy], Line(10 * MBIT)).coding == HARD
 
 
 def test_receivers_behind_one_uplink_make_bytes_dearer() -> None:

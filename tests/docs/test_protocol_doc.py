@@ -29,10 +29,10 @@ from relay.content import frames, manifest
 from relay.content.chunk import Chunk
 from relay.content.frames import BundleDecoder, NotSent, Received, Whole
 from relay.content.nupkg import WalkLimits
-from relay.engines import Engines
 from relay.errors import ChunkInvalid, FrameError
+from relay.exact.engines import Engines
+from relay.exact.nupkgs import Nupkgs
 from relay.mail import Mail
-from relay.nupkgs import Nupkgs
 from relay.server.access import iter_routes
 from relay.server.app import RelayApp
 from relay.server.connection import Limits
