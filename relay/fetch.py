@@ -20,6 +20,7 @@ from relay.content.encodings import DELTAS, Encoding
 from relay.content.frames import (
     Aborted,
     BaseMissingError,
+    CutShortError,
     Event,
     NotSent,
     Places,
@@ -389,7 +390,7 @@ class _Fetch:
             tally.count(encodings.get(received.index, "zstd"), received.chunk.size, received.payload_bytes)
 
     def _heed(self, source: ChunkSource, event: Event) -> None:
-        if isinstance(event, RunRefused):
+        if isinstance(event, RunRefused) and not isinstance(event.error, CutShortError):
             raise event.error
         if isinstance(event, Aborted):
             # Busy: what it was sending came from elsewhere, and may be here in a moment.
@@ -441,6 +442,8 @@ class _Once:
 
 
 def _is_delta(event: RunRefused, encodings: dict[int, Encoding]) -> bool:
+    if isinstance(event.error, CutShortError):
+        return False
     return isinstance(event.error, BaseMissingError) or any(encodings.get(index) in DELTAS for _, index in event.run)
 
 

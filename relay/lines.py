@@ -33,6 +33,8 @@ _WAITED: Final = 0.25
 """Share of its time that a bundle may wait for its encoder and still measure the line."""
 _OPEN: Final = 1.25
 """What a new connection may have carried at most, against at least, from which on it says little."""
+_LASTING: Final = 4.0
+"""Round trips from which on a bundle says more of the line than of its distance."""
 _FIRST_FLIGHT: Final = 14_600
 """Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
 _LONG: Final = 2_500_000.0
@@ -160,8 +162,8 @@ class Meter:
         elif waited > _WAITED * whole:
             # The encoder was slower than the line: all that this says is that the line is not slower than that.
             goodput = max(known, least)
-        elif self._is_open and not flight.is_first:
-            # The first that really says how fast the line is.
+        elif self._is_open and not flight.is_first and whole > _LASTING * self.line.round_trip:
+            # The first that really says how fast the line is: it carried bytes for longer than it waited for the answer.
             goodput, self._is_open = least, False
         else:
             # What is known already, if it may be so; else what is nearest to it.

@@ -184,6 +184,10 @@ class NotSent:
     reason: str
 
 
+class CutShortError(FrameError):
+    """Of a run that its sender itself says it cannot finish: the `Aborted` that follows tells why. No lie."""
+
+
 @dataclass(frozen=True, slots=True)
 class Aborted:
     """The sender's own word that it cannot go on."""
@@ -410,7 +414,7 @@ class BundleDecoder:
 
     def _on_failed(self, header: Failed) -> Iterator[Event]:
         if self._run is not None:
-            yield from self._run.abandon(FrameError("its sender could not go on"))
+            yield from self._run.abandon(CutShortError("its sender could not go on"))
             self._run = None
             self._more = False
         yield Aborted(header.code[:100])

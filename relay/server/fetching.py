@@ -23,6 +23,7 @@ from relay.content.encodings import DELTAS, Encoding
 from relay.content.frames import (
     Aborted,
     BaseMissingError,
+    CutShortError,
     Event,
     NotSent,
     Places,
@@ -344,6 +345,8 @@ class Fetching:
     def _heed(self, manifest: Manifest, event: Event, pace: _Pace) -> Iterable[int]:
         """The chunks that an event speaks of and does not bring. Raises what it means that cannot be borne."""
         if isinstance(event, RunRefused):
+            if isinstance(event.error, CutShortError):
+                return ()
             if not self._is_delta(event):
                 raise event.error
             run = {index for _, index in event.run}

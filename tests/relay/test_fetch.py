@@ -13,7 +13,7 @@ from support import cut_package, noise
 
 from relay import fetch as fetching
 from relay.content.bases import Held
-from relay.content.frames import Aborted, BaseMissingError, Event, NotSent, Received, RunRefused, Whole
+from relay.content.frames import Aborted, BaseMissingError, CutShortError, Event, NotSent, Received, RunRefused, Whole
 from relay.content.manifest import Manifest
 from relay.errors import (
     ChunkInvalid,
@@ -551,3 +551,15 @@ def test_segments_hold_every_index_once_in_order_of_one_kind_and_within_their_bo
         assert {index in plainly for index in segment} == {is_plain}
         assert len(segment) == 1 or sum(MANIFEST.chunks[i].size for i in segment) <= 200_000
     assert [index for segment in segments for index in segment] == sorted(wanted)
+
+
+async def test_a_run_that_its_sender_itself_cuts_short_is_no_lie_and_is_asked_for_again():
+    cut_short = RunRefused(
+        tuple((MANIFEST.id, index) for index in range(2)), CutShortError("its sender could not go on")
+    )
+    source, other = Source("relay", [(0, [cut_short, Aborted("busy")])]), Source("other")
+    sink, tallies = await run(source, other, connections=1)
+    assert each_once(sink)
+    assert other.asked == []
+    assert tallies["relay"].error is None
+    assert tallies["relay"].fallbacks == 0
