@@ -160,8 +160,9 @@ class Meter:
         if known is None or (not self.is_sure and most > known):
             goodput, self._is_open = most, most > _OPEN * least
         elif waited > _WAITED * whole:
-            # The encoder was slower than the line: all that this says is that the line is not slower than that.
-            goodput = max(known, least)
+            # The encoder was slower than the line, which carried what was buffered meanwhile: between the two lies the line.
+            busy = max(whole - waited, 0.1 * whole) / whole
+            goodput = max(known, least / math.sqrt(busy))
         elif self._is_open and not flight.is_first and whole > _LASTING * self.line.round_trip:
             # The first that really says how fast the line is: it carried bytes for longer than it waited for the answer.
             goodput, self._is_open = least, False

@@ -12,6 +12,7 @@ from relay import wire
 from relay.client import LeaseLostError, MissingChunksError, RelayClient
 from relay.content.encodings import Coding
 from relay.content.exact import opaque
+from relay.content.identity import PackageRef
 from relay.content.manifest import Manifest
 from relay.content.planner import Line
 from relay.content.ranges import Ranges, indexes
@@ -134,6 +135,12 @@ async def plan(
         return await _explain(
             manifest, there.missing(manifest), there, line, payloads, remembered, shipping.force, receivers
         )
+
+
+def _version_before(package: PackageRef, known: Sequence[Manifest]) -> Manifest | None:
+    """The newest of `known` that is older than this; where none is, the newest."""
+    older = [one for one in known if one.package.version < package.version]
+    return max(older or known, key=lambda one: one.package.version, default=None)
 
 
 def _own_payloads(source: ChunkReader, stack: AsyncExitStack) -> Payloads:
@@ -295,8 +302,8 @@ class _Replication:
     async def _offer_unasked(self) -> tuple[Survey, wire.OfferAnswer | None]:
         """Offer against the version that this relay was sent last, without a question before: a round trip less.
 
-        Where nothing is remembered, the newest other version stands in: most relays hold it. Once: where it turns out
-        to be wrong, everything is asked.
+        Where nothing is remembered, the version before this one stands in: most relays hold it. Once: where it turns
+        out to be wrong, everything is asked.
         """
         nothing = Survey(is_offered=False, is_whole=False, base=None, held=())
         lines, package = self._shipping.lines, self._manifest.package
@@ -305,7 +312,7 @@ class _Replication:
         self._has_guessed = True
         sent = await lines.recall_sent(self._relay.url, package.id)
         known = self._shipping.known
-        base = next((one for one in known if one.id == sent), known[0] if known and sent is None else None)
+        base = _version_before(package, known) if sent is None else next((one for one in known if one.id == sent), None)
         if base is None or base.id == self._manifest.id:
             return nothing, None
         try:

@@ -392,7 +392,9 @@ class Sender:
         self._alive.remove(ahead)
         self._there += ahead.run.size
         self.sent.add(ahead.coding.encoding, len(ahead.run.indexes), ahead.run.size, ahead.sent)
-        self._ratios = self._ratios.with_seen(ahead.coding, ahead.sent / ahead.run.size)
+        if ahead.coding == PLAIN or ahead.coding.needs_bases:
+            # Other levels follow from this one: seen on other content, they could not be weighed against each other.
+            self._ratios = self._ratios.with_seen(ahead.coding, ahead.sent / ahead.run.size)
         self._tell(self._underway())
 
     def _check_taken(self, answer: wire.BundleAnswer, flying: _Flying) -> None:

@@ -57,7 +57,7 @@ def test_a_bundle_that_waited_for_its_encoder_never_makes_a_line_slower() -> Non
     carried(meter, clock, MIB, 2.0, waited=1.9)
     assert meter.line.goodput == 10e6
     carried(meter, clock, 20 * MIB, 1.0, waited=0.5)
-    assert meter.line.goodput == pytest.approx(20 * MIB)
+    assert 20 * MIB < meter.line.goodput < 40 * MIB
 
 
 def test_a_few_bytes_are_a_guess_that_more_bytes_correct_at_once() -> None:
