@@ -158,7 +158,7 @@ class Meter:
         least, most = (together * size / seconds for seconds in self._carrying(flight, size, whole))
         known = self.line.goodput
         if known is None or (not self.is_sure and most > known):
-            goodput, self._is_open = most, most > _OPEN * least
+            goodput, self._is_open = most, most > _OPEN * least and self.line.round_trip >= _FAR
         elif waited > _WAITED * whole:
             # The encoder was slower than the line, which carried what was buffered meanwhile: between the two lies the line.
             busy = max(whole - waited, 0.1 * whole) / whole

@@ -88,8 +88,7 @@ async def survey(
 
 def guess(manifest: Manifest, base: Manifest, known: Sequence[Manifest], others: Sequence[Manifest]) -> Survey:
     """Without asking: that the relay holds `base`, which it was sent before. An offer against it says whether it does."""
-    versions = sorted((m for m in known if m.id != manifest.id), key=lambda m: m.package.version, reverse=True)
-    shared = _useful(manifest, versions, others)
+    shared = _useful(manifest, [base, *known], others)
     return Survey(is_offered=False, is_whole=False, base=base, held=tuple(held_of(one, ()) for one in [base, *shared]))
 
 
@@ -104,7 +103,7 @@ def _useful(manifest: Manifest, versions: Sequence[Manifest], others: Sequence[M
         return []
     newest = set(versions[0].chunk_ids()) if versions else set()
     missing = [index for id, index in manifest.index_of.items() if id not in newest]
-    asked = set(worth_asking(manifest, missing, others))
+    asked = set(worth_asking(manifest, missing, others, versions[:1]))
     return [one for one in others if one.id in asked]
 
 

@@ -79,16 +79,20 @@ def choose_bases(
     return chooser.spans(others + trees)
 
 
-def worth_asking(manifest: Manifest, missing: Sequence[int], others: Sequence[Manifest]) -> list[ManifestId]:
+def worth_asking(
+    manifest: Manifest, missing: Sequence[int], others: Sequence[Manifest], besides: Sequence[Manifest] = ()
+) -> list[ManifestId]:
     """Those of `others` (manifests of other packages, that a sender has) which hold parts that are in `missing` of `manifest`.
 
     The sender asks the receiver which of them it holds. Most of the bytes first, each adding parts that those before it
-    do not have; at most 48, and none for less than 4 KiB of parts.
+    do not have; at most 48, and none for less than 4 KiB of parts. What `besides`, which the receiver surely holds, have
+    themselves is no reason to ask.
     """
+    there = set().union(*(_view(one).part_of for one in besides))
     wanted = {
-        manifest.part_sha256(part): manifest.parts[part].size
+        digest: manifest.parts[part].size
         for part in _parts_of(manifest, missing)
-        if manifest.parts[part].size
+        if manifest.parts[part].size and (digest := manifest.part_sha256(part)) not in there
     }
     found = {
         other.id: _view(other).part_of.keys() & wanted.keys() for other in others if other.id != manifest.id and wanted

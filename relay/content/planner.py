@@ -130,6 +130,8 @@ def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, w
         receivers: that share it: their payloads leave through one uplink where that is what limits.
         waiting: seconds for which the line is busy with what was encoded before.
     """
+    if line.is_thin:
+        candidates = _hardest(candidates)
     timed = [
         (_seconds(candidate, _on(line, candidate, receivers, waiting), waiting), candidate) for candidate in candidates
     ]
@@ -159,6 +161,12 @@ def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, w
     ]
     rows.sort(key=lambda row: (not row.chosen, row.seconds))
     return Choice(chosen[1].coding, line, tuple(rows))
+
+
+def _hardest(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of differences only the smallest of their kind: finding them takes the time, and not how hard they are packed."""
+    hardest = max((one.coding for one in candidates if one.coding.encoding == "hdiff"), default=None)
+    return [one for one in candidates if one.coding.encoding != "hdiff" or one.coding == hardest]
 
 
 def _wasteful(candidates: Sequence[Candidate]) -> list[Candidate]:
