@@ -130,7 +130,7 @@ class Meter:
         self.samples = 0
         self.is_sure = line.goodput is not None
         """Whether what is known of the line is more than a guess from a few bytes."""
-        self._is_open = False
+        self.is_open = False
         """Whether that came from a connection that found its pace only, and may be far too much."""
         self._clock = clock
         self._active = 0
@@ -158,14 +158,15 @@ class Meter:
         least, most = (together * size / seconds for seconds in self._carrying(flight, size, whole))
         known = self.line.goodput
         if known is None or (not self.is_sure and most > known):
-            goodput, self._is_open = most, most > _OPEN * least and self.line.round_trip >= _FAR
+            goodput, self.is_open = most, most > _OPEN * least and self.line.round_trip >= _FAR
         elif waited > _WAITED * whole:
             # The encoder was slower than the line, which carried what was buffered meanwhile: between the two lies the line.
             busy = max(whole - waited, 0.1 * whole) / whole
             goodput = max(known, least / math.sqrt(busy))
-        elif self._is_open and not flight.is_first and whole > _LASTING * self.line.round_trip:
-            # The first that really says how fast the line is: it carried bytes for longer than it waited for the answer.
-            goodput, self._is_open = least, False
+        elif self.is_open and not flight.is_first:
+            # The first that really says how fast the line is, if it carried bytes for longer than it waited for its answer.
+            goodput = least if whole > _LASTING * self.line.round_trip else (known + least) / 2
+            self.is_open = False
         else:
             # What is known already, if it may be so; else what is nearest to it.
             found = min(max(known, least), most)

@@ -298,8 +298,9 @@ class Sender:
             self._check_taken(answer, flying)
             self._learn(flying)
             if not is_known:
-                # How fast the line is, the next one will say: this one had to find its pace.
                 await self._plan_anew()
+            if self._meter.is_open:
+                # How fast the line is, the next one will say: this one had to find its pace.
                 continue
             before = self.connections.number
             self.connections.after(self._meter.line, flying.payload)
@@ -458,7 +459,7 @@ class Sender:
     @property
     def _depth(self) -> int:
         """Runs that may be ready or in the making, beside those on the line."""
-        return CORES + self.connections.number if self._meter.is_sure else 2
+        return CORES + max(2, self.connections.number) if self._meter.is_sure else 2
 
     async def _begin(self) -> Ahead:
         if self._again:

@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from relay.content.chunking import mask, stream_key
+from relay.content.chunking import LARGE_PART, mask, stream_key
 from relay.content.frames import RUN_AND_BASES_MAX, Span
 from relay.content.identity import ManifestId, Sha256
 from relay.content.manifest import Manifest
@@ -92,7 +92,8 @@ def worth_asking(
     wanted = {
         digest: manifest.parts[part].size
         for part in _parts_of(manifest, missing)
-        if manifest.parts[part].size and (digest := manifest.part_sha256(part)) not in there
+        # A large part is a chunk by itself: who holds it does not lack it here.
+        if 0 < manifest.parts[part].size < LARGE_PART and (digest := manifest.part_sha256(part)) not in there
     }
     found = {
         other.id: _view(other).part_of.keys() & wanted.keys() for other in others if other.id != manifest.id and wanted

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -257,8 +257,20 @@ async def kill_after(content: bytes, killed: list[int]) -> AsyncIterator[bytes]:
     yield content[600_000:]
 
 
+_OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def only_own_children() -> Iterator[None]:
+    """What earlier tests of this process left running is no concern of these."""
+    _OTHERS.update(children())
+    yield
+    _OTHERS.clear()
+
+
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in found if int(pid) not in _OTHERS]
 
 
 @engines

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -390,8 +390,20 @@ async def test_a_recipe_that_makes_more_than_the_nupkg_is_stopped(encoders: Enco
         )
 
 
+_OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def only_own_children() -> Iterator[None]:
+    """What earlier tests of this process left running is no concern of these."""
+    _OTHERS.update(children())
+    yield
+    _OTHERS.clear()
+
+
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in found if int(pid) not in _OTHERS]
 
 
 @engines
