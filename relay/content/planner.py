@@ -1,8 +1,9 @@
 """Which encoding to send a run in, over this line, to these receivers: by time. Pure, and its answer carries its arithmetic.
 
-    seconds = max(2 x encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
+    seconds = max(encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
 
-and on a line that nothing was sent over yet, the round trips that a connection takes to find its pace.
+and on a line that nothing was sent over yet, the round trips that a connection takes to find its pace. A long encoder is
+taken to need twice what was reckoned beyond its first moments, as others want the processors, too.
 
 What is asked for is the moment when the last chunk is verified at the receiver. An encoding that several receivers share
 (the same chunks, the same bases) is made once; one that was made before is there already.
@@ -34,6 +35,8 @@ _HARDLY: Final = 0.97
 _BUSY: Final = 2.0
 """Times as long as reckoned that an encoder may take, as others want the processors, too: one that would just keep up with
 the line gains a few bytes, and may lose much time."""
+_TURN: Final = 0.3
+"""Seconds of an encoder that count as they are reckoned."""
 _SAME: Final = 1.04
 """Times that differ by less are the same."""
 _SAME_BYTES: Final = 1.02
@@ -130,12 +133,10 @@ def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, w
         receivers: that share it: their payloads leave through one uplink where that is what limits.
         waiting: seconds for which the line is busy with what was encoded before.
     """
-    if line.is_thin:
-        candidates = _hardest(candidates)
     timed = [
         (_seconds(candidate, _on(line, candidate, receivers, waiting), waiting), candidate) for candidate in candidates
     ]
-    wasteful = _wasteful(candidates)
+    wasteful = _wasteful(candidates) + (_less_hard(candidates) if line.is_thin else [])
     best = min(seconds for seconds, candidate in timed if candidate not in wasteful)
     bearable = best * _SAME + _SAME_SECONDS
     if line.is_thin:
@@ -163,10 +164,10 @@ def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, w
     return Choice(chosen[1].coding, line, tuple(rows))
 
 
-def _hardest(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of differences only the smallest of their kind: finding them takes the time, and not how hard they are packed."""
+def _less_hard(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Differences that are packed less hard than they could be: finding them takes the time, and not packing them."""
     hardest = max((one.coding for one in candidates if one.coding.encoding == "hdiff"), default=None)
-    return [one for one in candidates if one.coding.encoding != "hdiff" or one.coding == hardest]
+    return [one for one in candidates if one.coding.encoding == "hdiff" and one.coding != hardest]
 
 
 def _wasteful(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -186,7 +187,12 @@ def _on(line: Line, candidate: Candidate, receivers: int, waiting: float) -> flo
 
 def _seconds(candidate: Candidate, on_line: float, waiting: float) -> float:
     sent = max(waiting, candidate.start_seconds) + on_line
-    return max(_BUSY * candidate.encode_seconds, sent) + candidate.decode_seconds
+    return max(_likely(candidate.encode_seconds), sent) + candidate.decode_seconds
+
+
+def _likely(encode_seconds: float) -> float:
+    """What an encoder takes where others want the processors, too; a short one has found its turn by then."""
+    return encode_seconds + (_BUSY - 1.0) * max(0.0, encode_seconds - _TURN)
 
 
 def _why_not(it: tuple[float, Candidate], chosen: tuple[float, Candidate]) -> str:
@@ -194,7 +200,7 @@ def _why_not(it: tuple[float, Candidate], chosen: tuple[float, Candidate]) -> st
     if seconds <= 0:
         return f"{more} bytes more, and as good as no sooner" if more > 0 else "more CPU, and as good as no sooner"
     # Where its own encoder is what it waits for, that is the reason; else its bytes.
-    if _BUSY * it[1].encode_seconds + it[1].decode_seconds >= it[0] * 0.9:
+    if _likely(it[1].encode_seconds) + it[1].decode_seconds >= it[0] * 0.9:
         return f"{seconds:.2f} s later: its encoder is slower than the line"
     return f"{seconds:.2f} s later: {more} bytes more" if more > 0 else f"{seconds:.2f} s later: it begins late"
 
