@@ -34,8 +34,6 @@ DELTA_RUN_BYTES = 32 << 20
 """The same of one that builds on bases, on a thin line."""
 RUN_BYTES_MIN = 1 << 20
 """The shortest runs that are planned: the first ones of a line that is not known, and of one that must not wait."""
-_RUN_BYTES_LEAST: Final = 256 << 10
-"""Shorter ones get the next chunk too, however long it is."""
 BUNDLE_SECONDS = 10.0
 """Time on the line of one bundle, as far as the line is known: its answer says how the line is."""
 BUNDLE_PAYLOAD_MIN = 1 << 20
@@ -484,7 +482,7 @@ class Sender:
         run = [self._left.popleft()]
         size = self._runs.size(run)
         # A few bytes before a long chunk are no run: they would say nothing of the content, nor of the encoders.
-        while self._left and (size < _RUN_BYTES_LEAST or size + self._manifest.chunks[self._left[0]].size <= most):
+        while self._left and (size < RUN_BYTES_MIN // 4 or size + self._manifest.chunks[self._left[0]].size <= most):
             size += self._manifest.chunks[self._left[0]].size
             run.append(self._left.popleft())
         self._begun += size
