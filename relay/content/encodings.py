@@ -32,7 +32,7 @@ LEVEL = 3
 """zstd level where nothing else is planned."""
 LEVEL_MAX = 19
 _SLICE = 1 << 20
-_AT_ONCE = 12
+AT_ONCE = 12
 """Up to this level a run is compressed in one go: 2 % smaller than piece by piece, and no line waits for it long."""
 _PREFIX_LEVEL = 3
 _HDIFF_LEVEL = 19
@@ -113,7 +113,7 @@ def _compress(run: bytes, base: bytes, level: int) -> Iterator[bytes]:
         },
         zstd_dict=prefix.as_prefix if prefix else None,
     )
-    if level <= _AT_ONCE and prefix is None:
+    if level <= AT_ONCE and prefix is None:
         yield compressor.compress(run, zstd.ZstdCompressor.FLUSH_FRAME)
         return
     # It sizes its tables by what it is told: a small run at level 19 then takes 19 MiB in place of 83.

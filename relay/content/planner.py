@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from relay.content.encodings import RAW, Coding, Encoding, can_encode
+from relay.content.encodings import AT_ONCE, RAW, Coding, Encoding, can_encode
 
 THIN = 250_000.0
 """Bytes per second. Below it the bytes are what counts: whoever shares such a line is glad of each that is not sent."""
@@ -263,7 +263,9 @@ class Rates:
             return loaded + (size + base_size) / self.hdiff
         if coding.encoding == "zstd-prefix":
             return loaded + _at(_PREFIX_COST, coding.level) * base_size / self.prefix
-        return loaded + (min(size, 1 << 20) / self._level(coding.level) if coding.encoding == "zstd" else 0.0)
+        if coding.encoding == "raw":
+            return loaded
+        return loaded + (size if coding.level <= AT_ONCE else min(size, 1 << 20)) / self._level(coding.level)
 
     def decode_seconds(self, coding: Coding, size: int, base_size: int) -> float:
         if coding.encoding == "raw":

@@ -1,6 +1,6 @@
 """Both ends of a replication stay small, however large the package.
 
-`WAYSTATION_SOAK=1` sends 1 GB, by default 300 MB: either is far more than an end may have resident.
+`WAYSTATION_SOAK=1` sends 1 GB of content, by default 450 MB: whoever held either would have more than an end may have.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from pathlib import Path
 from benchmarks.memory import MOST, measure
 
 SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
-MEGABYTES = 1000 if SOAK else 300
-MOST_OF_SAMPLE = MOST if SOAK else 300_000_000
+MEGABYTES = 1000 if SOAK else 450
 
 
 def test_neither_end_has_a_large_package_in_memory(tmp_path: Path) -> None:
@@ -20,5 +19,5 @@ def test_neither_end_has_a_large_package_in_memory(tmp_path: Path) -> None:
     assert first.payload_bytes > 0.5 * MEGABYTES * 1_000_000, "the package was not large"
     assert 0 < following.payload_bytes < first.payload_bytes
     for peak in (first, following):
-        assert 10_000_000 < peak.sender < MOST_OF_SAMPLE
-        assert 10_000_000 < peak.relay < MOST_OF_SAMPLE
+        assert 10_000_000 < peak.sender < MOST
+        assert 10_000_000 < peak.relay < MOST
