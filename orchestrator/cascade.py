@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -79,7 +79,7 @@ class Delivered:
     @property
     def encodings(self) -> tuple[wire.EncodedBytes, ...]:
         """All lines together."""
-        return _summed(encoded for line in self.lines for encoded in line.encodings)
+        return wire.summed(encoded for line in self.lines for encoded in line.encodings)
 
     @property
     def wire_bytes(self) -> int:
@@ -384,22 +384,8 @@ class _Book:
 
     def lines(self) -> tuple[LineBytes, ...]:
         return tuple(
-            LineBytes(line, wire_bytes, _summed(self._encodings[line])) for line, wire_bytes in self._wire.items()
+            LineBytes(line, wire_bytes, wire.summed(self._encodings[line])) for line, wire_bytes in self._wire.items()
         )
-
-
-def _summed(encodings: Iterable[wire.EncodedBytes]) -> tuple[wire.EncodedBytes, ...]:
-    """One for each encoding, by name."""
-    found: dict[str, wire.EncodedBytes] = {}
-    for one in encodings:
-        before = found.get(one.encoding) or wire.EncodedBytes(one.encoding, 0, 0, 0)
-        found[one.encoding] = wire.EncodedBytes(
-            one.encoding,
-            before.chunks + one.chunks,
-            before.stream_bytes + one.stream_bytes,
-            before.payload_bytes + one.payload_bytes,
-        )
-    return tuple(found[name] for name in sorted(found))
 
 
 class _Watch:

@@ -16,7 +16,7 @@ from orchestrator import events as ev
 from orchestrator.events import Entry
 from orchestrator.plan import Plan
 from orchestrator.routes import ORIGIN, line_name
-from relay.wire import EncodedBytes
+from relay.wire import EncodedBytes, summed
 
 ARROW: Final = line_name(ORIGIN, "").removeprefix("origin")
 """Between the two ends in the name of a line."""
@@ -129,20 +129,6 @@ def ledger(entries: Iterable[Entry], plan: Plan | None = None) -> LedgerView:
             case _:
                 pass
     return book.view()
-
-
-def summed(encodings: Iterable[EncodedBytes]) -> tuple[EncodedBytes, ...]:
-    """One for each encoding, by name."""
-    found: dict[str, EncodedBytes] = {}
-    for one in encodings:
-        known = found.get(one.encoding) or EncodedBytes(one.encoding, 0, 0, 0)
-        found[one.encoding] = EncodedBytes(
-            one.encoding,
-            known.chunks + one.chunks,
-            known.stream_bytes + one.stream_bytes,
-            known.payload_bytes + one.payload_bytes,
-        )
-    return tuple(found[name] for name in sorted(found))
 
 
 @dataclass(slots=True)

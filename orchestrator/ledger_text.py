@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from orchestrator.ledger import ARROW, CrossedView, LedgerView, LineView, summed
+from orchestrator.ledger import ARROW, CrossedView, LedgerView, LineView
 from relay.console import size, table
+from relay.wire import summed
 
 _HEADS = ["line", "as", "chunks", "content", "payload", "around it", "on the wire"]
 

@@ -40,7 +40,7 @@ from relay.errors import (
     first_of,
 )
 from relay.holdings import Holdings
-from relay.wire import EncodedBytes
+from relay.wire import EncodedBytes, summed
 
 SEGMENT_BYTES = 6 << 20
 """Tree stream in one request, at most (or one chunk). Requests in flight are all that can cross twice if this process is
@@ -130,16 +130,7 @@ class Tally:
 
 def sum_encodings(tallies: Iterable[Tally]) -> list[EncodedBytes]:
     """What crossed all lines, by encoding."""
-    found: dict[str, EncodedBytes] = {}
-    for each in (each for tally in tallies for each in tally.encodings.values()):
-        before = found.get(each.encoding) or EncodedBytes(each.encoding, 0, 0, 0)
-        found[each.encoding] = EncodedBytes(
-            each.encoding,
-            before.chunks + each.chunks,
-            before.stream_bytes + each.stream_bytes,
-            before.payload_bytes + each.payload_bytes,
-        )
-    return [found[encoding] for encoding in sorted(found)]
+    return list(summed(each for tally in tallies for each in tally.encodings.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ docs/protocol.md tells the same for people; a change belongs into both.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
@@ -281,6 +282,20 @@ class EncodedBytes(msgspec.Struct, frozen=True):
     """Of the chunks themselves."""
     payload_bytes: int
     """Of the frames that carried them."""
+
+
+def summed(encodings: Iterable[EncodedBytes]) -> tuple[EncodedBytes, ...]:
+    """One for each encoding, by name."""
+    found: dict[str, EncodedBytes] = {}
+    for one in encodings:
+        before = found.get(one.encoding) or EncodedBytes(one.encoding, 0, 0, 0)
+        found[one.encoding] = EncodedBytes(
+            one.encoding,
+            before.chunks + one.chunks,
+            before.stream_bytes + one.stream_bytes,
+            before.payload_bytes + one.payload_bytes,
+        )
+    return tuple(found[name] for name in sorted(found))
 
 
 class ReplicationProgress(Answer, frozen=True):

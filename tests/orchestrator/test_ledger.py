@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from agent.orders import AcquireFacts, TreePulled
 from orchestrator import events as ev
 from orchestrator.events import Entry, LineBytes, decode
-from orchestrator.ledger import LedgerView, ledger, summed
+from orchestrator.ledger import LedgerView, ledger
 from orchestrator.ledger_text import brief, full
 from orchestrator.plan import AcquirePlan, Plan, PlannedPackage, PlannedRelay
-from relay.wire import EncodedBytes
+from relay.wire import EncodedBytes, summed
 
 ULID = "01M83DSN7Z2DSFFFVQGSAHJFQ0"
 HDIFF = EncodedBytes("hdiff", 20, 90_000, 700)
