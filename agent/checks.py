@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from agent import platform
-from agent.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck, TimedCheck
+from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck, TimedCheck
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -74,7 +74,7 @@ async def run_checks(
     Args:
         checks: what must hold.
         on_tick: for a display.
-        environment: of commands; by default `agent.scripts.base_environment`.
+        environment: of commands; by default `agent.runs.scripts.base_environment`.
         service_command: how the service manager is called (`{action}` and `{service}` are filled in); by default the
             system's.
         folder: that commands are started in; by default the present one.
@@ -180,7 +180,7 @@ class _Tester:
         return said if not said.ok else Said(ok=True, text="active")
 
     async def _command(self, argv: Sequence[str]) -> Said:
-        from agent.scripts import base_environment
+        from agent.runs.scripts import base_environment
 
         environment = base_environment() if self._environment is None else dict(self._environment)
         async with _output() as (output, writer):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relay.config import home
-from relay.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
 from relay.errors import UsageError
+from relay.support.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
 
 if TYPE_CHECKING:
-    from agent.journal import Entry
-    from agent.pull import Pulled
+    from agent.orders.journal import Entry
+    from agent.relays.sources import Sources
     from agent.service import Service
-    from agent.sources import Sources
-    from agent.state import AgentState
+    from agent.trees.installed import AgentState
+    from agent.trees.pull import Pulled
 
 _home_option = click.option(
     "--home", "home_folder", metavar="DIR", help="The agent's own folder. [default: agent in $WAYSTATION_HOME]"
@@ -55,15 +55,16 @@ def init(
     import msgspec
     import yaml
 
-    from agent.keys import make_agent_keys
-    from agent.state import AgentConfig
-    from relay.durable import write_durably
+    from agent.config import AgentConfig
+    from agent.orders.keys import make_agent_keys
+    from agent.relays.dns import discovery_of
+    from relay.support.durable import write_durably
 
     folder = _home(home_folder)
     pins = _read_pins(trust_file) if trust_file else None
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value}
     values.setdefault("name", socket.gethostname())
-    msgspec.convert(values, AgentConfig).discovery()
+    discovery_of(msgspec.convert(values, AgentConfig))
     identity = make_agent_keys(folder)
     write_durably(os.path.join(folder, "agent.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
     if pins is not None:
@@ -91,7 +92,7 @@ def serve(relays: tuple[str, ...], home_folder: str | None, token_file: str | No
     import logging
 
     from agent.service import Service
-    from relay.memory import tame_malloc
+    from relay.support.malloc import tame_malloc
 
     tame_malloc()
     level = logging.getLevelNamesMapping().get(log_level.upper())
@@ -124,9 +125,9 @@ async def _serve(service: Service) -> None:
 def status(limit: int, home_folder: str | None, as_json: bool) -> None:
     """Show what this agent was ordered, what became of it, what it refused, and who leads. Asks nobody."""
     from agent import platform
-    from agent.journal import Journal
+    from agent.orders.journal import Journal
     from agent.service import lock_path, name_of
-    from agent.state import AgentState
+    from agent.trees.installed import AgentState
 
     folder = _home(home_folder)
     journal = Journal(folder)
@@ -210,8 +211,8 @@ def pull(
     """Bring a package from the closest relay, verified and durable, beside what runs. Again: goes on, or is done."""
     from dataclasses import asdict
 
-    from agent import pull as story
-    from agent.state import AgentState
+    from agent.trees import pull as story
+    from agent.trees.installed import AgentState
 
     request = story.parse_request(id, version, root, digest, switch=switch)
     state = AgentState(_home(home_folder))
@@ -243,8 +244,8 @@ def pull(
 @json_option
 def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, as_json: bool) -> None:
     """Show the relays in the order in which this agent asks them, and why in that order."""
-    from agent.nearest import UNKNOWN
-    from agent.state import AgentState
+    from agent.relays.ranking import UNKNOWN
+    from agent.trees.installed import AgentState
 
     state = AgentState(_home(home_folder))
 
@@ -287,8 +288,8 @@ def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | N
 @json_option
 def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
     """Compare every installed tree with its manifest, every byte. Exit code 1 where one differs."""
-    from agent.state import AgentState
-    from agent.tree import check_tree
+    from agent.trees.installed import AgentState
+    from agent.trees.tree import check_tree
 
     state = AgentState(_home(home_folder))
     trees: list[dict[str, Any]] = []
@@ -321,7 +322,7 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
 
 
 def _sources(state: AgentState, relays: tuple[str, ...], token_file: str | None) -> Sources:
-    from agent.sources import Sources
+    from agent.relays.sources import Sources
 
     return Sources(state.config(), Path(state.home) / "relays.json", relays=relays, token_file=token_file)
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import platform
-from agent.letters import open_sealed, secret_context
-from agent.orders import (
+from agent.config import AgentConfig
+from agent.orders.envelopes import open_sealed, secret_context
+from agent.orders.orders import (
     Acknowledge,
     Acquire,
     AcquireFacts,
@@ -42,17 +43,17 @@ from agent.orders import (
     Verify,
     VerifyFacts,
 )
-from agent.state import AgentConfig, AgentState, TreeRecord
-from relay.content.identity import ManifestId, NuGetVersion, PackageId, PackageRef
+from agent.trees.installed import AgentState, TreeRecord
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
-from relay.wire import EncodedBytes
+from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
+from relay.protocol.messages import EncodedBytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-    from agent.pull import Pulled, PullRequest
-    from agent.runs import RunSpec
-    from relay.content.manifest import Manifest
+    from agent.runs.runs import RunSpec
+    from agent.trees.pull import Pulled, PullRequest
+    from relay.package.manifest import Manifest
     from relay.trust.keys import TrustPins
 
 _REASON_CHARS = 2000
@@ -199,7 +200,7 @@ class Operations:
         return Ended("done", facts=AcquireFacts(tuple(pulled)))
 
     def _request(self, tree: PackageTree) -> PullRequest:
-        from agent.pull import PullRequest
+        from agent.trees.pull import PullRequest
 
         package = PackageRef(PackageId.parse(tree.id), NuGetVersion.parse(tree.version))
         return PullRequest(
@@ -212,11 +213,11 @@ class Operations:
         )
 
     async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
-        from agent import pull as story
+        from agent.trees import pull as story
 
         result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
         if result is None:
-            from agent.sources import Sources
+            from agent.relays.sources import Sources
 
             path = Path(self.state.home) / "relays.json"
             given = (*self.relays, *job.order.relays) if self.relays else ()
@@ -233,7 +234,7 @@ class Operations:
         return _tree_pulled(result)
 
     def _switch(self, action: Switch) -> SwitchFacts:
-        from agent.pull import switch_to
+        from agent.trees.pull import switch_to
 
         root = self._root(action.root)
         record = self._installed(root, action.manifest)
@@ -276,7 +277,7 @@ class Operations:
 
     async def _run(self, job: Job, prepare: Callable[[], tuple[RunSpec, dict[str, str]]], *, idempotent: bool) -> Ended:
         """Start what `prepare` gives, at most once; or take it up where it is, if it was started before."""
-        from agent import runs
+        from agent.runs import runs
 
         folder = last_run(job.folder)
         state = await asyncio.to_thread(runs.state_of, folder)
@@ -291,8 +292,8 @@ class Operations:
         return await _watch(folder, job.on_output)
 
     def _script(self, action: RunScript, job: Job) -> tuple[RunSpec, dict[str, str]]:
-        from agent.runs import RunSpec
-        from agent.scripts import base_environment
+        from agent.runs.runs import RunSpec
+        from agent.runs.scripts import base_environment
 
         command = self._script_command(action.package, action.path)
         secrets = self._secrets(action, job.order.operation)
@@ -307,7 +308,7 @@ class Operations:
 
     def _script_command(self, package: str, path: str) -> list[str]:
         """How a script of a signed package is started."""
-        from agent.scripts import command_for
+        from agent.runs.scripts import command_for
 
         script = self._verified_script(package, path)
         try:
@@ -317,7 +318,7 @@ class Operations:
 
     def _verified_script(self, package: str, path: str) -> str:
         """The script in the tree of its signed package, its bytes just compared with the manifest."""
-        from agent.pull import check_signature
+        from agent.trees.pull import check_signature
 
         record = self.state.find(package)
         manifest = None if record is None else self.state.manifest(record)
@@ -348,8 +349,8 @@ class Operations:
         return opened
 
     def _service(self, action: ControlService, job: Job) -> tuple[RunSpec, dict[str, str]]:
-        from agent.runs import RunSpec
-        from agent.scripts import base_environment
+        from agent.runs.runs import RunSpec
+        from agent.runs.scripts import base_environment
 
         command = platform.service_command(action.action, action.name, self.config.service_command)
         return RunSpec(tuple(command), job.folder, action.timeout), base_environment()
@@ -358,7 +359,7 @@ class Operations:
 
     async def _verify(self, action: Verify) -> Ended:
         from agent.checks import run_checks
-        from agent.scripts import base_environment
+        from agent.runs.scripts import base_environment
 
         root = self._root(action.root) if action.root else ""
         checks = [await asyncio.to_thread(self._runnable, timed) for timed in action.checks]
@@ -385,8 +386,8 @@ class Operations:
 
 
 async def _watch(folder: str, on_output: Output) -> Ended:
-    from agent import runs
-    from agent.runner import OUTPUT
+    from agent.runs import runs
+    from agent.runs.runner import OUTPUT
 
     path = os.path.join(folder, OUTPUT)
     digest, seen = hashlib.sha256(), 0
@@ -438,7 +439,7 @@ def _tree_pulled(result: Pulled) -> TreePulled:
 
 
 def _looks_whole(record: TreeRecord, manifest: Manifest) -> bool:
-    from agent.pull import looks_whole
+    from agent.trees.pull import looks_whole
 
     return looks_whole(record.path, manifest)
 

@@ -13,7 +13,7 @@ import signal
 import stat
 import sys
 
-from relay.durable import sync_folder
+from relay.support.durable import sync_folder
 
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl

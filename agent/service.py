@@ -24,28 +24,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agent import platform
-from agent.acceptance import Accepted, Known, Me, Refused, fenced_off, judge, out_of_time
-from agent.journal import Entry, Journal
-from agent.keys import AgentIdentity, load_agent_identity, load_report_signer, load_sealing_key
-from agent.letters import order_digest, sign_presence, sign_report, verify_order
 from agent.operations import Ended, Job, Operations, last_run
-from agent.orders import (
-    Acknowledge,
-    ControlService,
-    Order,
-    Presence,
-    Report,
-    RunScript,
-    Settle,
-    Stop,
-    Switch,
-)
-from agent.outbox import Outbox
-from agent.sources import Sources
-from agent.state import AgentState
-from relay import wire
-from relay.client import ClientLimits, RelayClient
+from agent.orders.acceptance import Accepted, Known, Me, Refused, fenced_off, judge, out_of_time
+from agent.orders.envelopes import order_digest, sign_presence, sign_report, verify_order
+from agent.orders.journal import Entry, Journal
+from agent.orders.keys import AgentIdentity, load_agent_identity, load_report_signer, load_sealing_key
+from agent.orders.orders import Acknowledge, ControlService, Order, Presence, Report, RunScript, Settle, Stop, Switch
+from agent.orders.outbox import Outbox
+from agent.relays.sources import Sources
+from agent.trees.installed import AgentState
 from relay.errors import LockedError, SignatureError, StoreError, UsageError, WaystationError
+from relay.protocol import messages
+from relay.protocol.client import ClientLimits, RelayClient
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
@@ -148,7 +138,7 @@ class Service:
         self._turn = asyncio.Lock()
         self._running: dict[str, _Running] = {}
         self._stops: dict[str, str] = {}
-        self._cursors: dict[str, wire.Cursor] = {}
+        self._cursors: dict[str, messages.Cursor] = {}
         self._polled: dict[int, str] = {}
         self._fails: dict[str, int] = {}
         self._down_until: dict[str, float] = {}
@@ -275,7 +265,7 @@ class Service:
         while True:
             asked = time.monotonic()
             cursor = self._cursors.get(relay.url)
-            request = wire.PollRequest(presence=self._presence(), after=cursor, wait=wait)
+            request = messages.PollRequest(presence=self._presence(), after=cursor, wait=wait)
             answer = await relay.poll(self._me.name, request)
             self._answered(relay.url)
             if cursor is not None and cursor.epoch != answer.epoch:
@@ -290,7 +280,7 @@ class Service:
                 await asyncio.sleep(self._random.uniform(0.1, 0.3))
                 wait = 0.0
             else:
-                wait = wire.POLL_SECONDS
+                wait = messages.POLL_SECONDS
 
     def _answered(self, url: str) -> None:
         self._fails.pop(url, None)
@@ -311,11 +301,11 @@ class Service:
     def _cursor_path(self) -> str:
         return os.path.join(self._home, "cursors.json")
 
-    async def _advance(self, url: str, answer: wire.PollAnswer) -> None:
+    async def _advance(self, url: str, answer: messages.PollAnswer) -> None:
         """Everything up to here was taken, and stands in the journal: no later start need see it again."""
         before = self._cursors.get(url)
         same = before.number if before is not None and before.epoch == answer.epoch else 0
-        cursor = wire.Cursor(answer.epoch, max((letter.number for letter in answer.orders), default=same))
+        cursor = messages.Cursor(answer.epoch, max((letter.number for letter in answer.orders), default=same))
         if cursor != before:
             self._cursors[url] = cursor
             await asyncio.to_thread(_save_cursors, self._cursor_path, dict(self._cursors))
@@ -338,7 +328,7 @@ class Service:
 
     # --- orders
 
-    async def _take(self, letter: wire.NumberedOrder, relay: str) -> None:
+    async def _take(self, letter: messages.NumberedOrder, relay: str) -> None:
         """Judge it, write it down, and only then act."""
         async with self._taking:
             verdict = judge(letter.envelope, self._pins, self._me, self._journal.memory(), self._clock())
@@ -382,7 +372,7 @@ class Service:
         if news:
             _log.warning("agent.order_refused: %s", refused.text, extra={"operation": operation, "relay": relay})
         deployment = operation.partition("/")[0]
-        if not (re.search(wire.OPERATION_ID, operation) and re.search(wire.DEPLOYMENT_ID, deployment)):
+        if not (re.search(messages.OPERATION_ID, operation) and re.search(messages.DEPLOYMENT_ID, deployment)):
             return
         # A number that no report of the operation itself ever has: whoever forges a letter must not keep the true
         # operation from being reported.
@@ -401,7 +391,7 @@ class Service:
         if entry.acknowledged:
             envelope = self._journal.report(entry)
             if envelope:
-                letter = wire.ReportLetter(operation=entry.operation, number=entry.report.number, envelope=envelope)
+                letter = messages.ReportLetter(operation=entry.operation, number=entry.report.number, envelope=envelope)
                 self._outbox.note(entry.deployment, letter, "again")
         else:
             self._outbox.again(entry.operation, relay)
@@ -443,7 +433,7 @@ class Service:
             running.task.cancel()
 
     async def _stop_run(self, running: _Running) -> None:
-        from agent import runs
+        from agent.runs import runs
 
         while running.task is not None and not running.task.done():
             try:
@@ -502,7 +492,7 @@ class Service:
             return True
         if not isinstance(running.order.action, _RUNS):
             return False
-        from agent import runs
+        from agent.runs import runs
 
         return await asyncio.to_thread(runs.state_of, last_run(running.entry.folder)) != "new"
 
@@ -562,27 +552,27 @@ class Service:
             facts=ended.facts,
         )
 
-    def _letter(self, report: Report) -> wire.ReportLetter:
+    def _letter(self, report: Report) -> messages.ReportLetter:
         try:
             envelope = sign_report(report, self._signer)
         except UsageError:
             # The end must be told, also where all that was found out does not fit.
             envelope = sign_report(msgspec.structs.replace(report, facts=None), self._signer)
-        return wire.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)
+        return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)
 
     def _say_final(self, entry: Entry) -> None:
         report, envelope = entry.report, entry.envelope
         if report is None or envelope is None:
             return
-        letter = wire.ReportLetter(operation=entry.operation, number=report.number, envelope=envelope)
+        letter = messages.ReportLetter(operation=entry.operation, number=report.number, envelope=envelope)
         if report.log_bytes:
-            from agent.runner import OUTPUT
+            from agent.runs.runner import OUTPUT
 
             path = os.path.join(last_run(entry.folder), OUTPUT)
             self._outbox.log(entry.deployment, entry.operation, path, report.log_bytes)
         self._outbox.final(entry.deployment, letter, lambda: self._renumbered(entry))
 
-    def _renumbered(self, entry: Entry) -> wire.ReportLetter:
+    def _renumbered(self, entry: Entry) -> messages.ReportLetter:
         """The same end under a new number: a relay holds something else under the old one."""
         assert entry.report is not None  # noqa: S101 - only a final report is ever renumbered
         report = msgspec.structs.replace(entry.report, number=max(entry.report.number + 1, int(self._clock() * 1000)))
@@ -597,7 +587,7 @@ def name_of(configured: str) -> str:
     import socket
 
     name = configured or socket.gethostname()
-    if not re.search(wire.AGENT_NAME, name):
+    if not re.search(messages.AGENT_NAME, name):
         raise UsageError(f"{name!r} is no name for an agent", hint="Set 'name' in agent.yaml: letters, digits, . _ -")
     return name
 
@@ -630,21 +620,18 @@ def _obeyed_cancel() -> None:
 
 async def _warm_up() -> None:
     """Load what the first order needs, before it comes."""
-    import agent.pull
-    import agent.runs
-    import agent.scripts  # noqa: F401
 
 
-def _load_cursors(path: str) -> dict[str, wire.Cursor]:
+def _load_cursors(path: str) -> dict[str, messages.Cursor]:
     """None where there are none: then mail is read from its beginning, and what is known is answered again."""
     try:
         with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(1 << 20), type=dict[str, wire.Cursor])
+            return msgspec.json.decode(file.read(1 << 20), type=dict[str, messages.Cursor])
     except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _save_cursors(path: str, cursors: dict[str, wire.Cursor]) -> None:
+def _save_cursors(path: str, cursors: dict[str, messages.Cursor]) -> None:
     temporary = f"{path}.tmp"
     with suppress(OSError):
         with open(temporary, "wb") as file:

@@ -1,0 +1,3 @@
+"""Measurements, one file each, beside what people use today; README.md holds the figures.
+Start with pairs.py.
+"""

@@ -26,10 +26,10 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.pairs import THIN, Ours, Packed, Way, find, hold, origin, send_counted
-from benchmarks.programs import relay, waystation
-from benchmarks.workload import SHARED
-from relay.console import print_json, run
-from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from benchmarks.support.programs import relay, waystation
+from benchmarks.support.workload import SHARED
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.support.console import print_json, run
 
 SHARE_MAX = 0.01
 """Of the application's nupkg."""

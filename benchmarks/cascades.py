@@ -30,13 +30,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import msgspec
 import yaml
 
-from benchmarks.laboratory import Laboratory, Link, chain
-from benchmarks.network import Line
-from benchmarks.programs import WAYSTATION, run
+from benchmarks.lines.laboratory import Laboratory, Link, chain
+from benchmarks.lines.network import Line
+from benchmarks.support.programs import WAYSTATION, run
+from benchmarks.support.workload import real_package
 from benchmarks.transfer import Shape, Tell, add, copy, run_json, serving
-from benchmarks.workload import real_package
-from relay.console import print_json, table
-from relay.content.identity import PackageRef
+from relay.package.identity import PackageRef
+from relay.support.console import print_json, table
 
 FILES = (
     "microsoft.aspnetcore.app.runtime.linux-x64.10.0.13.nupkg",

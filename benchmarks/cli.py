@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relay.console import ca_file_option, json_option, print_json, printable, run, token_file_option
 from relay.errors import UsageError, WaystationError
+from relay.support.console import ca_file_option, json_option, print_json, printable, run, token_file_option
 
 if TYPE_CHECKING:
     from benchmarks.line import LineReport, Plan
@@ -48,7 +48,7 @@ def line(
 
 async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca_file: str | None) -> LineReport:
     from benchmarks.line import measure_line
-    from relay.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient, tls_from, token_from
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         return await measure_line(client, seconds, plan, _tell)

@@ -28,16 +28,17 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.workload import SHARED
-from orchestrator.depot import Depot, open_depot
-from orchestrator.keyring import init_trust, load_signer
-from relay.catalog import Provenance
-from relay.console import run, table
-from relay.content.chunk import Chunk
-from relay.content.exact import STORED_AS_IS, VERBATIM, Recipe, encode_recipe, opaque, shares, to_wire
-from relay.content.manifest import Manifest
-from relay.exact.encoders import Encoders
-from relay.exact.rebuild import parts_of_chunks, rebuild
+from benchmarks.support.workload import SHARED
+from orchestrator.depot.depot import Depot, open_depot
+from orchestrator.trust.keyring import init_trust, load_signer
+from relay.engines.encoders import Encoders
+from relay.package.chunk import Chunk
+from relay.package.manifest import Manifest
+from relay.package.part_reader import parts_of_chunks
+from relay.package.recipe import STORED_AS_IS, VERBATIM, Recipe, encode_recipe, opaque, shares, to_wire
+from relay.rebuild.rebuilder import rebuild
+from relay.stores.catalog import Provenance
+from relay.support.console import run, table
 
 TELLING = 4_000_000
 """Bytes of content from which on a rebuild says how fast it is."""

@@ -16,11 +16,11 @@ from typing import Literal
 
 import msgspec
 
-from relay import wire
-from relay.client import RelayClient
-from relay.console import size as bytes_of
-from relay.console import table
 from relay.errors import UsageError, first_of
+from relay.protocol import messages
+from relay.protocol.client import RelayClient
+from relay.support.console import size as bytes_of
+from relay.support.console import table
 
 Direction = Literal["up", "down"]
 """`up` is to the relay."""
@@ -61,8 +61,8 @@ class LineReport(msgspec.Struct, frozen=True):
     relay: str
     round_trip: Spread
     cells: tuple[Cell, ...]
-    relay_cpu: wire.CpuRates | None
-    own_cpu: wire.CpuRates
+    relay_cpu: messages.CpuRates | None
+    own_cpu: messages.CpuRates
     seconds: float
 
 
@@ -110,7 +110,7 @@ async def measure_line(
         UnreachableError: the road, or a relay that stops in the middle.
         RefusedError: the token is none that may read and write.
     """
-    from relay.server.rates import measure_rates
+    from relay.transfer.cpu_rates import measure_rates
 
     began = time.perf_counter()
     own = await asyncio.to_thread(measure_rates)
@@ -186,10 +186,10 @@ def text_of(report: LineReport) -> str:
     return "\n\n".join(parts)
 
 
-_RATES = tuple(name for name in wire.CpuRates.__struct_fields__ if name != "cores")
+_RATES = tuple(name for name in messages.CpuRates.__struct_fields__ if name != "cores")
 
 
-def _rate(rates: wire.CpuRates | None, name: str) -> str:
+def _rate(rates: messages.CpuRates | None, name: str) -> str:
     value = 0.0 if rates is None else float(getattr(rates, name))
     return f"{value / 1e6:.0f}" if value else "-"
 

@@ -30,6 +30,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
+from benchmarks.support.workload import real_package
 from benchmarks.transfer import (
     ENCODINGS,
     Case,
@@ -43,9 +44,8 @@ from benchmarks.transfer import (
     places,
     text_of,
 )
-from benchmarks.workload import real_package
-from relay.console import print_json, table
-from relay.content.identity import PackageRef
+from relay.package.identity import PackageRef
+from relay.support.console import print_json, table
 
 PAIRS = (
     ("Shop.Web.1.0.1.nupkg", "Shop.Web.1.1.0.nupkg"),

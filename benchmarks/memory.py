@@ -27,9 +27,9 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.network import Line, ThreadedProxy
-from benchmarks.programs import WAYSTATION, peak_memory, relay, run, waystation
-from relay.console import print_json, table
+from benchmarks.lines.network import Line, ThreadedProxy
+from benchmarks.support.programs import WAYSTATION, peak_memory, relay, run, waystation
+from relay.support.console import print_json, table
 
 MOST = 400_000_000
 """Bytes that either end may have."""

@@ -27,23 +27,23 @@ from itertools import groupby, pairwise
 
 import msgspec
 
-from benchmarks import network
+from benchmarks.lines import network
 from benchmarks.peers import BOUND, PEERS, Comparison, compare, text_of
-from benchmarks.programs import relay, waystation
-from benchmarks.workload import SHARED
-from orchestrator.depot import Depot, open_depot
-from orchestrator.sending import parcel, send_to, shipping_from
-from relay.client import RelayClient
-from relay.console import print_json, run, table
-from relay.content.encodings import Coding
-from relay.content.identity import PackageRef
-from relay.content.manifest import Manifest
-from relay.content.nupkg import read_nuspec, walk
-from relay.content.planner import Line
-from relay.lines import Lines, Meter
-from relay.pacing import Pacer
-from relay.replicate import Replicated
-from relay.wire import EncodedBytes
+from benchmarks.support.programs import relay, waystation
+from benchmarks.support.workload import SHARED
+from orchestrator.depot.depot import Depot, open_depot
+from orchestrator.replication.send import parcel, send_to, shipping_from
+from relay.encoding.codecs import Coding
+from relay.encoding.planner import Line
+from relay.package.identity import PackageRef
+from relay.package.manifest import Manifest
+from relay.package.zip_reader import read_nuspec, walk
+from relay.protocol.client import RelayClient
+from relay.protocol.messages import EncodedBytes
+from relay.support.console import print_json, run, table
+from relay.support.rate_limit import Pacer
+from relay.transfer.link_history import Lines, Meter
+from relay.transfer.replicate import Replicated
 
 THIN = 125_000.0
 """Bytes per second: 1 Mbit/s."""

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 
 import msgspec
 
-from benchmarks.network import ThreadedProxy
-from benchmarks.programs import nginx, run
-from relay.console import print_json, table
-from relay.content.chunking import stream_key
-from relay.content.nupkg import read_part, walk
-from relay.content.zstd import zstd
+from benchmarks.lines.network import ThreadedProxy
+from benchmarks.support.programs import nginx, run
+from relay.package.chunking import stream_key
+from relay.package.zip_reader import read_part, walk
+from relay.support.console import print_json, table
+from relay.support.zstd import zstd
 
 
 class Sent(msgspec.Struct, frozen=True):

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.programs import Served, nginx, peak_memory, relay, run, waystation
-from benchmarks.workload import installed_files, real_package
+from benchmarks.support.programs import Served, nginx, peak_memory, relay, run, waystation
+from benchmarks.support.workload import installed_files, real_package
 
 AGENTS = 50
 
@@ -149,9 +149,9 @@ async def _pull_many(package: Package, served: Served, tokens: Sequence[str], ho
     """50 agents in one process, each with a home and a root of its own; their CPU is not the relay's."""
     import time
 
-    from agent.pull import parse_request, pull
-    from agent.sources import Sources
-    from agent.state import AgentState
+    from agent.relays.sources import Sources
+    from agent.trees.installed import AgentState
+    from agent.trees.pull import parse_request, pull
     from relay.trust.keys import parse_pins
 
     pins = parse_pins(Path(home, "trust", "trust.json").read_bytes())
@@ -209,7 +209,7 @@ def _token(scope: str, config: str, home: str, folder: str) -> str:
 
 
 def _command() -> list[str]:
-    from benchmarks.programs import WAYSTATION
+    from benchmarks.support.programs import WAYSTATION
 
     return [WAYSTATION]
 

@@ -30,15 +30,15 @@ import msgspec
 import yaml
 
 from agent import platform
-from benchmarks.agents import make_agent
-from benchmarks.programs import WAYSTATION, Served, relay, run, waystation
+from benchmarks.support.agents import make_agent
+from benchmarks.support.programs import WAYSTATION, Served, relay, run, waystation
 
 if TYPE_CHECKING:
-    from agent.orders import Report
-    from orchestrator.events import Entry
-    from orchestrator.fleet import Fleet
-    from orchestrator.journal import Journal
-    from orchestrator.plan import Plan
+    from agent.orders.orders import Report
+    from orchestrator.fleet.fleet import Fleet
+    from orchestrator.journal.events import Entry
+    from orchestrator.journal.journal import Journal
+    from orchestrator.plan.plan import Plan
 
 ENVIRONMENT = "bench"
 SCRIPT = """\
@@ -136,7 +136,7 @@ def farm(folder: str, agents: int) -> Iterator[Farm]:
             name: make_agent(os.path.join(homes, name), name, served.url, pins, tokens[name]) for name in made.machines
         }
         write_files(made, served, keys)
-        words = [sys.executable, "-m", "benchmarks.agents", homes]
+        words = [sys.executable, "-m", "benchmarks.support.agents", homes]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
@@ -149,7 +149,7 @@ def farm(folder: str, agents: int) -> Iterator[Farm]:
 
 def make_tokens(made: Farm) -> dict[str, str]:
     """A relay.yaml with a token for the origin, one for each agent and one for `ALONE`; the tokens' files, by name."""
-    from relay.server.tokens import make_token
+    from relay.server.http.tokens import make_token
 
     scopes = {"origin": ("write", "order")} | dict.fromkeys((ALONE, *made.machines), ("agent",))
     files, records = {}, []
@@ -283,7 +283,7 @@ def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
 
 def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: Callable[[str], float]) -> Measured:
     """Step `number`, by the journal's entries and the seconds that an operation's script says it took itself."""
-    from orchestrator import events
+    from orchestrator.journal import events
 
     begun: dict[str, float] = {}
     took: dict[str, float] = {}
@@ -394,10 +394,10 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
     """Order a script of `rounds` machines one after another, then of all at once; by a fleet of our own."""
     from ulid import ULID
 
-    from agent.orders import RunScript
-    from orchestrator.fleet import Fleet
-    from orchestrator.keyring import load_signer
-    from orchestrator.sending import open_relay
+    from agent.orders.orders import RunScript
+    from orchestrator.fleet.fleet import Fleet
+    from orchestrator.replication.send import open_relay
+    from orchestrator.trust.keyring import load_signer
 
     with _journal(made) as journal:
         plan = msgspec.json.decode(journal.plan(deployment.ulid), type=_plan_type())
@@ -535,7 +535,7 @@ def mega(count: int) -> str:
 
 
 def _journal(made: Farm) -> Journal:
-    from orchestrator.journal import Journal
+    from orchestrator.journal.journal import Journal
 
     return Journal.open(os.path.join(made.home, "journal.db"))
 
@@ -547,7 +547,7 @@ def _use_bytecode(folder: str) -> None:
 
 
 def _plan_type() -> type[Plan]:
-    from orchestrator.plan import Plan
+    from orchestrator.plan.plan import Plan
 
     return Plan
 

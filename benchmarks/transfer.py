@@ -25,16 +25,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from benchmarks import network
-from benchmarks.laboratory import Laboratory, star
 from benchmarks.line import LineReport
-from benchmarks.programs import WAYSTATION, free_port, run, waystation
-from relay.console import size as bytes_of
-from relay.console import table
-from relay.content.encodings import Coding
-from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from benchmarks.lines import network
+from benchmarks.lines.laboratory import Laboratory, star
+from benchmarks.support.programs import WAYSTATION, free_port, run, waystation
+from relay.encoding.codecs import Coding
 from relay.errors import UsageError
-from relay.wire import EncodedBytes
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.protocol.messages import EncodedBytes
+from relay.support.console import size as bytes_of
+from relay.support.console import table
 
 PLANNED = "planned"
 """Stands where an encoding would: what is sent without `--encoding`."""

@@ -1,0 +1,3 @@
+"""The origin: packages enter here, releases are planned, run and remembered.
+Start with plan/ and deployment/.
+"""

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from relay.config import Peer, RelayConfig, home, load_yaml
-from relay.console import ca_file_option, json_option, print_json, printable, run, size, token_file_option
 from relay.errors import UsageError
+from relay.support.console import ca_file_option, json_option, print_json, printable, run, size, token_file_option
 
 
 @click.group()
@@ -68,7 +68,7 @@ def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str
     import msgspec
     import yaml
 
-    from relay.server.tokens import append_token, make_token
+    from relay.server.http.tokens import append_token, make_token
 
     text, record = make_token(scopes, datetime.now(UTC), days, name)
     if config_file:
@@ -99,7 +99,7 @@ def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool)
 
 
 async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict[str, Any]:
-    from relay.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient, tls_from, token_from
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         health = await client.health()

@@ -127,6 +127,13 @@ class NotFoundError(RefusedError):
     """What was named does not exist here."""
 
 
+class UnknownLeaseError(NotFoundError):
+    """A relay has no such lease (any more). The sender offers again."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such lease (any more)", hint="Offer the manifest again")
+
+
 class ConflictError(RefusedError):
     """The same id and version already stands for other bytes. Always worth an alarm."""
 

@@ -13,18 +13,18 @@ from typing import Any, NoReturn
 
 import click
 
-from relay.console import printable
 from relay.errors import RefusedError, UnreachableError, WaystationError
+from relay.support.console import printable
 
 _COMMANDS = {
-    "init": ("orchestrator.release_cli", "init", "Commented files to start from."),
-    "release": ("orchestrator.release_cli", "release", "Releases, and their deployments into environments."),
-    "rotation": ("orchestrator.release_cli", "rotation", "Machines that are out of their load balancer."),
-    "package": ("orchestrator.cli", "package", "Packages in the depot, and their way to the relays."),
+    "init": ("orchestrator.commands.release", "init", "Commented files to start from."),
+    "release": ("orchestrator.commands.release", "release", "Releases, and their deployments into environments."),
+    "rotation": ("orchestrator.commands.release", "rotation", "Machines that are out of their load balancer."),
+    "package": ("orchestrator.commands.package", "package", "Packages in the depot, and their way to the relays."),
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
     "bench": ("benchmarks.cli", "bench", "What a line and the machines at its ends can do, measured."),
-    "trust": ("orchestrator.cli", "trust", "Keys that sign packages and orders."),
+    "trust": ("orchestrator.commands.package", "trust", "Keys that sign packages and orders."),
 }
 
 

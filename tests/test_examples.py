@@ -12,22 +12,22 @@ from pathlib import Path
 
 import dns.zone
 import pytest
-from dns_server import dns_server
+from harness.dns_server import dns_server
 
 from agent import platform
-from agent.discovery import find_sources
-from agent.nearest import Source
-from agent.scripts import command_for
-from agent.state import AgentConfig
-from orchestrator.environment import load_environment
-from orchestrator.plan import MachineStep, PlannedPackage
-from orchestrator.planning import make_plan
-from orchestrator.process import load_process, package_of
-from orchestrator.scaffold import write_scaffold
+from agent.config import AgentConfig
+from agent.relays.dns import discovery_of, find_sources
+from agent.relays.ranking import Source
+from agent.runs.scripts import command_for
+from orchestrator.files.environment import load_environment
+from orchestrator.files.process import load_process, package_of
+from orchestrator.files.scaffold import write_scaffold
+from orchestrator.plan.make_plan import make_plan
+from orchestrator.plan.plan import MachineStep, PlannedPackage
 from relay.config import RelayConfig, load_yaml
 from relay.errors import LockedError, UsageError
 from relay.server.app import limits_of
-from relay.server.tokens import parse_tokens
+from relay.server.http.tokens import parse_tokens
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 EXAMPLES = DEPLOY / "examples"
@@ -101,7 +101,7 @@ async def test_the_example_agent_finds_the_example_relays_at_a_real_dnsmasq_clos
     lines = (EXAMPLES / "dnsmasq.conf").read_text().splitlines()
     settings = [line for line in lines if line and not line.startswith("#")]
     with dns_server(options=[f"--{setting}" for setting in settings]) as server:
-        config = replace(agent_config().discovery(), resolver=server.resolver)
+        config = replace(discovery_of(agent_config()), resolver=server.resolver)
         found = await find_sources(config, (), random.Random(1))
         assert server.was_asked("SRV", "_waystation._tcp.fra._sites.example.net")
     assert [tier(source) for source in found.sources] == sorted(tier(source) for source in found.sources)

@@ -1,19 +1,43 @@
-"""Imports go one way: benchmarks → orchestrator → agent → relay. Told by the source, not by what happens to be loaded.
+"""Imports go one way: between the houses, between the folders of a house, and between files. Told by the source.
 
-The one place where names point up is the table of commands in relay/main.py, and it imports by name, when it is asked.
+`python tests/test_layers.py` prints the map: each folder, how many files it has, and on which folders it stands.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HOUSES = ("relay", "agent", "orchestrator", "benchmarks")
-"""From the ground up: each may import itself and those before it."""
+HOUSES = {
+    "relay": (
+        "support", "package", "trust", "stores", "engines", "encoding", "protocol", "rebuild", "transfer", "mail", "server",
+    ),
+    "agent": ("orders", "relays", "trees", "runs"),
+    "orchestrator": (
+        "files", "depot", "plan", "trust", "journal", "replication", "fleet", "rolling", "deployment", "compare", "commands",
+    ),
+    "benchmarks": ("lines", "support"),
+}  # fmt: skip
+"""From the ground up, houses and the folders inside each: one may import itself and what stands before it."""
+GROUND = {"relay": ("errors", "config"), "agent": ("platform", "config"), "orchestrator": ("paths",), "benchmarks": ()}
+"""Files at the top of a house on which all of it stands. Every other file at the top is its roof."""
+ROOF = {
+    "relay": ("cli", "main"),
+    "agent": ("checks", "cli", "operations", "service"),
+    "orchestrator": (),
+    "benchmarks": (
+        "application", "cascades", "cli", "exact", "line", "matrix", "memory", "pairs", "peers", "road", "rollout",
+        "transfer",
+    ),
+}  # fmt: skip
+MOST_FILES = 12
+"""In one folder. More means that a chapter wants parting."""
 SOURCES = sorted(path for house in HOUSES for path in (ROOT / house).rglob("*.py"))
 
 ROADS = {
@@ -57,7 +81,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def ours(names: Iterator[str]) -> set[str]:
+def ours(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.partition(".")[0] in HOUSES}
 
 
@@ -71,39 +95,87 @@ def sources_of(*folders: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_imports_go_one_way(path: Path) -> None:
-    house = module_name(path).partition(".")[0]
-    below = HOUSES[: HOUSES.index(house) + 1]
-    assert {name for name in ours(imports(path)) if not within(name, *below)} == set()
+def file_graph() -> dict[str, set[str]]:
+    """For each module of ours, the modules that it imports. A folder's own name counts only where it is one's own text."""
+    modules = {module_name(path): path for path in SOURCES}
+    folders = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
+    return {name: (ours(imports(path)) & modules.keys()) - folders - {name} for name, path in modules.items()}
 
 
-@pytest.mark.parametrize("path", sources_of("relay/content"), ids=module_name)
-def test_content_knows_only_errors_and_itself(path: Path) -> None:
-    foreign = {name for name in ours(imports(path)) if not within(name, "relay.errors", "relay.content")}
+def place(module: str) -> tuple[int, int]:
+    """How high a module stands: its house, and its floor there, the ground below and the roof above all folders."""
+    house, _, rest = module.partition(".")
+    first, _, inner = rest.partition(".")
+    folders = HOUSES[house]
+    floor = folders.index(first) if first in folders else -1 if first in GROUND[house] else len(folders)
+    assert first in {"", *folders, *GROUND[house], *ROOF[house]}, f"{module} stands in no chapter: {inner or first}"
+    return list(HOUSES).index(house), floor
+
+
+def upward(graph: Mapping[str, set[str]]) -> set[str]:
+    return {f"{one} → {other}" for one, others in graph.items() for other in others if place(other) > place(one)}
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of a circle, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_import_points_up() -> None:
+    assert upward(file_graph()) == set()
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert circle(file_graph()) == []
+
+
+def test_handlers_stand_on_http_and_not_the_other_way() -> None:
+    above = {f"{one} → {other}" for one, others in file_graph().items() if within(one, "relay.server.http")
+             for other in others if within(other, "relay.server") and not within(other, "relay.server.http")}  # fmt: skip
+    assert above == set()
+
+
+def test_no_folder_has_more_files_than_a_chapter_holds() -> None:
+    files = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py")
+    assert {folder: count for folder, count in files.items() if count > MOST_FILES} == {}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=module_name)
+def test_every_folder_says_what_is_inside_and_where_to_start(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert len(text.splitlines()) == 2, f"{module_name(path)}: two lines"
+    named = {other.stem for other in path.parent.glob("*.py")} | {other.name for other in path.parent.iterdir()}
+    assert any(f"{name}.py" in text or f"{name}/" in text for name in named), "it names the file to start with"
+
+
+@pytest.mark.parametrize("path", sources_of("relay/package"), ids=module_name)
+def test_packages_know_only_errors_support_and_themselves(path: Path) -> None:
+    foreign = {
+        name for name in ours(imports(path)) if not within(name, "relay.errors", "relay.support", "relay.package")
+    }
     assert foreign - {"relay"} == set()
 
 
 @pytest.mark.parametrize("path", sources_of("relay/trust"), ids=module_name)
-def test_trust_knows_only_errors_values_of_content_and_itself(path: Path) -> None:
-    foreign = {
-        name
-        for name in ours(imports(path))
-        if not within(name, "relay.errors", "relay.trust", "relay.content.identity", "relay.content.json")
-    }
-    assert foreign - {"relay"} == set()
+def test_trust_knows_only_errors_identities_and_itself(path: Path) -> None:
+    allowed = ("relay.errors", "relay.trust", "relay.package.identity", "relay.support")
+    assert {name for name in ours(imports(path)) if not within(name, *allowed)} - {"relay"} == set()
 
 
 @pytest.mark.parametrize("path", sources_of("relay/stores"), ids=module_name)
-def test_stores_know_only_errors_content_and_themselves(path: Path) -> None:
-    foreign = {
-        name for name in ours(imports(path)) if not within(name, "relay.errors", "relay.content", "relay.stores")
-    }
-    assert foreign - {"relay"} == set()
+def test_stores_know_only_errors_packages_and_themselves(path: Path) -> None:
+    allowed = ("relay.errors", "relay.support", "relay.package", "relay.stores")
+    assert {name for name in ours(imports(path)) if not within(name, *allowed)} - {"relay"} == set()
 
 
-@pytest.mark.parametrize("path", sources_of("relay/content", "relay/trust"), ids=module_name)
-def test_the_ground_opens_no_sockets(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", sources_of("relay/trust", "orchestrator/plan", "orchestrator/rolling"), ids=module_name
+)
+def test_what_decides_opens_no_sockets(path: Path) -> None:
     assert {name for name in imports(path) if within(name, *ROADS)} == set()
 
 
@@ -112,12 +184,10 @@ def test_errors_stand_on_nothing_of_ours() -> None:
 
 
 def test_the_protocols_text_needs_no_server_and_no_client() -> None:
-    """Both sides read relay/wire.py; it may stand on the ground and on nothing that speaks."""
-    foreign = {
-        name for name in ours(imports(ROOT / "relay/wire.py")) if not within(name, "relay.content", "relay.trust")
-    }
-    assert foreign == set()
-    assert {name for name in imports(ROOT / "relay/wire.py") if within(name, *ROADS)} == set()
+    """Both sides read relay/protocol/messages.py; it opens nothing."""
+    path = ROOT / "relay/protocol/messages.py"
+    assert {name for name in ours(imports(path)) if within(name, "relay.protocol")} == set()
+    assert {name for name in imports(path) if within(name, *ROADS)} == set()
 
 
 def test_only_the_server_is_a_server() -> None:
@@ -132,9 +202,9 @@ def test_only_the_server_is_a_server() -> None:
 
 
 def test_ranking_is_pure() -> None:
-    """agent/nearest.py decides; clock, files and sockets are the caller's."""
+    """agent/relays/ranking.py decides; clock, files and sockets are the caller's."""
     impure = ROADS | {"io", "logging", "os", "pathlib", "tempfile", "time"}
-    assert {name for name in imports(ROOT / "agent/nearest.py") if within(name, *impure)} == set()
+    assert {name for name in imports(ROOT / "agent/relays/ranking.py") if within(name, *impure)} == set()
 
 
 def test_names_point_up_only_in_the_table_of_commands() -> None:
@@ -148,11 +218,41 @@ def test_names_point_up_only_in_the_table_of_commands() -> None:
     assert by_name == ["relay.main"]
     from relay.main import _COMMANDS
 
-    allowed = {f"{house}.cli" for house in HOUSES} | {"orchestrator.release_cli"}
-    assert {module for module, _, _ in _COMMANDS.values()} <= allowed
+    modules = {module for module, _, _ in _COMMANDS.values()}
+    assert all(within(module, "orchestrator.commands") or module.endswith(".cli") for module in modules)
 
 
 def test_the_scan_sees_an_import_that_points_up(tmp_path: Path) -> None:
     source = tmp_path / "sample.py"
     source.write_text("def late():\n    from orchestrator import depot\n", encoding="utf-8")
     assert ours(imports(source)) == {"orchestrator", "orchestrator.depot"}
+
+
+def test_the_scan_sees_arrows_that_point_up_and_circles() -> None:
+    graph = {"relay.trust.keys": {"relay.stores.disk"}, "relay.stores.disk": {"relay.trust.keys"}}
+    assert upward(graph) == {"relay.trust.keys → relay.stores.disk"}
+    assert set(circle(graph)) == {"relay.trust.keys", "relay.stores.disk"}
+    assert upward({"relay.errors": {"relay.support.durable"}, "relay.cli": {"relay.server.app"}}) == {
+        "relay.errors → relay.support.durable"
+    }
+
+
+def chapter(module: str) -> str:
+    house, _, rest = module.partition(".")
+    first = rest.partition(".")[0]
+    return f"{house}/{first}" if first in HOUSES[house] else house
+
+
+def print_map() -> None:
+    graph = file_graph()
+    files = Counter(chapter(module_name(path)) for path in SOURCES if path.name != "__init__.py")
+    for house, folders in HOUSES.items():
+        for name in [*(f"{house}/{folder}" for folder in folders), house]:
+            below = {chapter(other) for one, others in graph.items() if chapter(one) == name for other in others}
+            print(f"{name:26}{files[name]:3} files  stands on {', '.join(sorted(below - {name})) or 'nothing of ours'}")
+    arrows = sum(map(len, graph.values()))
+    print(f"{len(graph)} files, {arrows} arrows, {len(upward(graph))} of them up; circle: {circle(graph) or 'none'}")
+
+
+if __name__ == "__main__":
+    print_map()

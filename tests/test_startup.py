@@ -68,15 +68,13 @@ def test_an_agent_that_serves_loads_neither_orchestrator_nor_server_nor_a_databa
 
 def test_a_plan_needs_no_journal() -> None:
     """`release plan` contacts nothing and writes nothing: it opens no database either."""
-    loaded = loaded_by("import orchestrator.planning, orchestrator.forecast")
+    loaded = loaded_by("import orchestrator.plan.make_plan, orchestrator.plan.forecast")
     assert loaded & {"sqlalchemy", "aiohttp"} == set()
 
 
 def test_an_agent_that_pulls_loads_neither_orchestrator_nor_server() -> None:
     """Its memory at rest is a promise; what it never calls should not be in it."""
-    code = (
-        "import agent.pull, agent.sources, agent.discovery, agent.tree, sys\nassert 'relay.server' not in sys.modules"
-    )
+    code = "import agent.trees.pull, agent.relays.sources, agent.relays.dns, agent.trees.tree, sys\nassert 'relay.server' not in sys.modules"
     loaded = loaded_by(code)
     assert loaded & {"orchestrator", "benchmarks", "prometheus_client"} == set()
 

@@ -29,8 +29,8 @@ from packages import Nupkg
 from programs import DemoError, in_thread, together
 from town import DOMAIN, SITES, Machine, Town, missing
 
-from benchmarks.network import CountingProxy, Line
-from relay.console import size
+from benchmarks.lines.network import CountingProxy, Line
+from relay.support.console import size
 
 SHELF = Path(__file__).parents[3] / "shared" / "data" / "packages"
 """Where real packages lie beside a checkout, if they do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from relay.console import size, table
+from relay.support.console import size, table
 
 MIB = 1 << 20
 LITTLE = 0.12

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from benchmarks.peers import compare
-from relay.content.chunking import is_container
+from relay.package.chunking import is_container
 
 OTHER_WAYS = {"rdiff": "rdiff, as Octodiff", "rsync": "rsync", "nupkg": "the whole file"}
 """Peers that every new version is sent by, too, and what the demo calls them."""

@@ -20,7 +20,7 @@ from ledger import Encoded, Pull, Sent, Taken
 from packages import Nupkg
 from programs import Command, DemoError, Processes, end_what_is_left, free_ports, together
 
-from benchmarks.network import CountingProxy, Line
+from benchmarks.lines.network import CountingProxy, Line
 
 DOMAIN = "demo.test"
 SITES = ("fra", "iad")

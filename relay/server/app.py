@@ -15,30 +15,30 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from relay import wire
-from relay.catalog import Pointer
 from relay.config import RelayConfig, split_listen
-from relay.content.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
-from relay.content.ranges import count
 from relay.errors import IdentityError, UntrustedError, UsageError
-from relay.exact.nupkgs import Nupkgs
-from relay.mail import Mail
-from relay.memory import tame_malloc
+from relay.mail.mailbox import Mail
+from relay.package.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.package.ranges import count
+from relay.protocol import messages
+from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
-from relay.server.access import DRAINING, OPEN, Access, add, guarded_app
-from relay.server.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded
-from relay.server.connection import Limits
-from relay.server.guards import Running, raise_open_files, start_guarded
-from relay.server.line import LineRoutes
-from relay.server.mail import MailRoutes, mail_limits_of
+from relay.server.http.access import DRAINING, OPEN, Access, add, guarded_app
+from relay.server.http.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded
+from relay.server.http.connection import Limits
+from relay.server.http.listen import Running, raise_open_files, start_guarded
+from relay.server.http.problems import HttpRefusal, problem
+from relay.server.http.tokens import parse_tokens
+from relay.server.line_routes import LineRoutes
+from relay.server.mail_routes import MailRoutes, mail_limits_of
+from relay.server.nupkg_routes import RebuildRoutes, engines_of, parent_of
+from relay.server.packages import ChunksMissingError, Transfer
 from relay.server.peers import Peers
-from relay.server.problems import HttpRefusal, problem
-from relay.server.rates import measure_rates
-from relay.server.rebuilds import RebuildRoutes, engines_of, parent_of
 from relay.server.replications import Replications
-from relay.server.tokens import parse_tokens
-from relay.server.transfer import ChunksMissingError, Transfer
-from relay.stores.locations import Store, open_store
+from relay.stores.catalog import Pointer
+from relay.stores.open import Store, open_store
+from relay.support.malloc import tame_malloc
+from relay.transfer.cpu_rates import measure_rates
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class RelayApp:
         transfer: Transfer,
         config: RelayConfig,
         limits: Limits,
-        rates: wire.CpuRates | None,
+        rates: messages.CpuRates | None,
         mail: Mail | None = None,
         replications: Replications | None = None,
         nupkgs: Nupkgs | None = None,
@@ -72,18 +72,18 @@ class RelayApp:
     def build(self) -> web.Application:
         """The application, every route with the scope that it asks for."""
         app = guarded_app(Access(parse_tokens(self._config.tokens)))
-        add(app, "GET", wire.HEALTH, self.health, OPEN)
-        add(app, "GET", wire.METRICS, metrics.answer, "read")
-        add(app, "PUT", wire.MANIFEST, self.offer, "write")
-        add(app, "GET", wire.MANIFEST, self.manifest, "read")
-        add(app, "POST", wire.MISSING, self.missing, "write")
-        add(app, "PUT", wire.BUNDLE_IN, self.take_bundle, "write")
-        add(app, "POST", wire.BUNDLE_OUT, self.give_bundle, "read")
-        add(app, "GET", wire.PACKAGES, self.packages, "read")
-        add(app, "GET", wire.PACKAGE_ID, self.packages, "read")
-        add(app, "GET", wire.PACKAGE, self.package, "read")
-        add(app, "PUT", wire.PACKAGE, self.publish, "write")
-        add(app, "GET", wire.CHUNK, self.chunk, "read")
+        add(app, "GET", messages.HEALTH, self.health, OPEN)
+        add(app, "GET", messages.METRICS, metrics.answer, "read")
+        add(app, "PUT", messages.MANIFEST, self.offer, "write")
+        add(app, "GET", messages.MANIFEST, self.manifest, "read")
+        add(app, "POST", messages.MISSING, self.missing, "write")
+        add(app, "PUT", messages.BUNDLE_IN, self.take_bundle, "write")
+        add(app, "POST", messages.BUNDLE_OUT, self.give_bundle, "read")
+        add(app, "GET", messages.PACKAGES, self.packages, "read")
+        add(app, "GET", messages.PACKAGE_ID, self.packages, "read")
+        add(app, "GET", messages.PACKAGE, self.package, "read")
+        add(app, "PUT", messages.PACKAGE, self.publish, "write")
+        add(app, "GET", messages.CHUNK, self.chunk, "read")
         LineRoutes(self._limits).add_to(app)
         if self._mail is not None:
             self._mail.add_to(app)
@@ -96,9 +96,9 @@ class RelayApp:
     async def health(self, request: web.Request) -> web.StreamResponse:
         draining = request.app[DRAINING].is_set()
         read_only = self._transfer.closed_to_writes()
-        answer = wire.HealthAnswer(
+        answer = messages.HealthAnswer(
             status="draining" if draining else "read-only" if read_only else "ok",
-            versions=(wire.VERSION,),
+            versions=(messages.VERSION,),
             time=time.time(),
             site=self._config.site,
             reason="this relay is about to stop" if draining else read_only,
@@ -109,27 +109,29 @@ class RelayApp:
     # --- taking
 
     async def offer(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != wire.DOCUMENT_TYPE:
+        if request.content_type != messages.DOCUMENT_TYPE:
             raise HttpRefusal(415, "media_type")
-        body = await read_body(request, self._limits, wire.DOCUMENT_MAX)
+        body = await read_body(request, self._limits, messages.DOCUMENT_MAX)
         try:
-            document = msgspec.msgpack.decode(body, type=wire.Document)
+            document = msgspec.msgpack.decode(body, type=messages.Document)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UntrustedError(f"not a manifest document: {error}") from error
-        if len(document.signature) > wire.SIGNATURE_MAX:
+        if len(document.signature) > messages.SIGNATURE_MAX:
             raise HttpRefusal(413, "too_large")
         return json_answer(await self._transfer.offer(_manifest_id(request), document, _base(request)))
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
-        return json_answer(await self._transfer.missing(await read_json(request, self._limits, wire.MissingRequest)))
+        return json_answer(
+            await self._transfer.missing(await read_json(request, self._limits, messages.MissingRequest))
+        )
 
     async def take_bundle(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != wire.BUNDLE_TYPE:
+        if request.content_type != messages.BUNDLE_TYPE:
             raise HttpRefusal(415, "media_type")
         lease = request.query.get("lease", "")
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
-        pieces = metrics.counted(body_pieces(request, self._limits, wire.BUNDLE_BODY_MAX), metrics.RECEIVED)
+        pieces = metrics.counted(body_pieces(request, self._limits, messages.BUNDLE_BODY_MAX), metrics.RECEIVED)
         with budget_of(request, self._limits).reserve(_BUNDLE_MEMORY):
             answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
@@ -138,12 +140,12 @@ class RelayApp:
         return json_answer(answer)
 
     async def publish(self, request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, self._limits, wire.PublishRequest)
+        body = await read_json(request, self._limits, messages.PublishRequest)
         try:
             pointer = await self._transfer.publish(_package_ref(request), body)
         except ChunksMissingError as error:
             return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
-        if request.headers.get("Prefer") == wire.PREFER_MINIMAL:
+        if request.headers.get("Prefer") == messages.PREFER_MINIMAL:
             # Who publishes brought all that the answer would say, perhaps over a thin line.
             return web.Response(status=204)
         return json_answer(await self._package_answer(pointer))
@@ -155,7 +157,7 @@ class RelayApp:
         text = request.match_info.get("id")
         id = None if text is None else _or_404(PackageId.parse, text)
         found = await self._transfer.catalog.look_up_all(id)
-        return json_answer(wire.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
+        return json_answer(messages.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
 
     async def package(self, request: web.Request) -> web.StreamResponse:
         return json_answer(await self._package_answer(await self._transfer.catalog.look_up(_package_ref(request))))
@@ -163,14 +165,14 @@ class RelayApp:
     async def manifest(self, request: web.Request) -> web.StreamResponse:
         document, used_base = await self._transfer.document(_manifest_id(request), _base(request))
         headers = {"Cache-Control": _IMMUTABLE} | ({"Waystation-Base": "1"} if used_base else {})
-        return web.Response(body=msgspec.msgpack.encode(document), content_type=wire.DOCUMENT_TYPE, headers=headers)
+        return web.Response(body=msgspec.msgpack.encode(document), content_type=messages.DOCUMENT_TYPE, headers=headers)
 
     async def give_bundle(self, request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, self._limits, wire.BundleRequest)
+        body = await read_json(request, self._limits, messages.BundleRequest)
         if "zstd" not in body.encodings:
             raise HttpRefusal(400, "bad_fields")
         wanted, reader = await self._transfer.wanted(body), await self._transfer.reader(body)
-        response = web.StreamResponse(headers={"Content-Type": wire.BUNDLE_TYPE})
+        response = web.StreamResponse(headers={"Content-Type": messages.BUNDLE_TYPE})
         await response.prepare(request)
         async with aclosing(self._transfer.give(wanted, reader)) as pieces:
             async for piece in metrics.counted(pieces, metrics.SENT):
@@ -181,7 +183,7 @@ class RelayApp:
     async def chunk(self, request: web.Request) -> web.StreamResponse:
         stored = await self._transfer.chunk(ChunkId(_or_404(parse_digest, request.match_info["hex"])))
         response = web.StreamResponse(
-            headers={"Content-Type": wire.CHUNK_TYPE, "Cache-Control": _IMMUTABLE, "ETag": f'"{stored.id}"'}
+            headers={"Content-Type": messages.CHUNK_TYPE, "Cache-Control": _IMMUTABLE, "ETag": f'"{stored.id}"'}
         )
         response.content_length = stored.length
         await response.prepare(request)
@@ -191,8 +193,8 @@ class RelayApp:
         await response.write_eof()
         return response
 
-    async def _package_answer(self, pointer: Pointer) -> wire.PackageAnswer:
-        return wire.PackageAnswer(
+    async def _package_answer(self, pointer: Pointer) -> messages.PackageAnswer:
+        return messages.PackageAnswer(
             id=pointer.id,
             version=pointer.version,
             manifest=pointer.manifest,

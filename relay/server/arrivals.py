@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 from typing import Self
 from weakref import WeakValueDictionary
 
-from relay.content.chunk import Chunk
-from relay.content.encodings import Coding, Encoding
-from relay.content.frames import Places, Sink, Tap
-from relay.content.identity import ChunkId, ManifestId
-from relay.content.manifest import Manifest
+from relay.encoding.bundle import Places, Sink, Tap
+from relay.encoding.codecs import Coding, Encoding
+from relay.encoding.holdings import size_of
 from relay.errors import ChunkInvalid, ChunkMissing
-from relay.holdings import size_of
-from relay.payloads import Growing, Payloads, RunSpec
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId, ManifestId
+from relay.package.manifest import Manifest
 from relay.server import metrics
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
+from relay.transfer.encoder_pool import Growing, Payloads, RunSpec
 
 log = logging.getLogger(__name__)
 

@@ -13,20 +13,13 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from relay.content.identity import ManifestId
-from relay.errors import NotFoundError
+from relay.errors import UnknownLeaseError
+from relay.package.identity import ManifestId
+from relay.protocol.messages import LEASE_SECONDS
 from relay.stores.contract import Documents
-from relay.wire import LEASE_SECONDS
 
 _FOLDER = "state/leases"
 _WRITE_EVERY = LEASE_SECONDS / 6
-
-
-class UnknownLeaseError(NotFoundError):
-    """There is no such lease, or it has run out. The sender offers again."""
-
-    def __init__(self) -> None:
-        super().__init__("there is no such lease (any more)", hint="Offer the manifest again")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import Literal
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 
-from relay.content.encodings import Encoding
-from relay.content.frames import BaseMissingError, Places, RunRefused, Sink, Tap
-from relay.content.identity import ManifestId
-from relay.content.manifest import Manifest
-from relay.holdings import size_of
+from relay.encoding.bundle import BaseMissingError, Places, RunRefused, Sink, Tap
+from relay.encoding.codecs import Encoding
+from relay.encoding.holdings import size_of
+from relay.package.identity import ManifestId
+from relay.package.manifest import Manifest
 
 RECEIVED = Counter("waystation_received_bytes", "Bytes of bundles received")
 SENT = Counter("waystation_sent_bytes", "Bytes of bundles and chunks sent")

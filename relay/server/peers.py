@@ -11,11 +11,11 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from relay.client import RelayClient, tls_from, token_from
 from relay.config import Peer, RelayConfig, split_listen
 from relay.errors import UsageError
-from relay.server.access import is_loopback
-from relay.server.problems import HttpRefusal
+from relay.protocol.client import RelayClient, tls_from, token_from
+from relay.server.http.access import is_loopback
+from relay.server.http.problems import HttpRefusal
 
 
 @dataclass(frozen=True, slots=True)

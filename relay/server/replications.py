@@ -17,20 +17,20 @@ from weakref import WeakValueDictionary
 import msgspec
 from aiohttp import web
 
-from relay import wire
-from relay.client import RelayClient
-from relay.content.identity import NuGetVersion, PackageId, PackageRef
 from relay.errors import IdentityError, StoreError, WaystationError
-from relay.pacing import Pacer
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.protocol import messages
+from relay.protocol.client import RelayClient
 from relay.server import metrics
-from relay.server.access import DRAINING, add
-from relay.server.bodies import read_json, write_guarded
-from relay.server.connection import Limits
-from relay.server.fetching import Fetching, FetchLimits, Told
+from relay.server.http.access import DRAINING, add
+from relay.server.http.bodies import read_json, write_guarded
+from relay.server.http.connection import Limits
+from relay.server.http.problems import TITLES, HttpRefusal, verdict_of
+from relay.server.packages import Transfer
 from relay.server.peers import Peers
-from relay.server.problems import TITLES, HttpRefusal, verdict_of
-from relay.server.transfer import Transfer
-from relay.stores.locations import Store
+from relay.server.relay_download import Fetching, FetchLimits, Told
+from relay.stores.open import Store
+from relay.support.rate_limit import Pacer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Order:
     """What to fetch, and from where."""
 
     package: PackageRef
-    request: wire.ReplicationRequest
+    request: messages.ReplicationRequest
 
 
 class Flight:
@@ -80,10 +80,10 @@ class Flight:
         return self._state == "done" and not self._was_heard and is_new
 
     @property
-    def progress(self) -> wire.ReplicationProgress:
+    def progress(self) -> messages.ReplicationProgress:
         """How it stands now."""
         told = self.told
-        return wire.ReplicationProgress(
+        return messages.ReplicationProgress(
             state=self._state,
             bytes=told.here,
             whole=told.whole,
@@ -95,9 +95,9 @@ class Flight:
             reason=self._reason,
         )
 
-    async def watch(self, stop: asyncio.Event) -> AsyncIterator[wire.ReplicationProgress]:
+    async def watch(self, stop: asyncio.Event) -> AsyncIterator[messages.ReplicationProgress]:
         """How it stands, now, when that changes, and at last how it ended. It ends early when `stop` is set."""
-        shown: wire.ReplicationProgress | None = None
+        shown: messages.ReplicationProgress | None = None
         shown_at = 0.0
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -155,7 +155,7 @@ class Flight:
         self._state, self._code, self._reason = "failed", code, reason[:300]
 
 
-def _is_news(now: wire.ReplicationProgress, before: wire.ReplicationProgress) -> bool:
+def _is_news(now: messages.ReplicationProgress, before: messages.ReplicationProgress) -> bool:
     return (now.state, now.bytes, now.whole) != (before.state, before.bytes, before.whole)
 
 
@@ -185,20 +185,20 @@ class Replications:
 
     def add_to(self, app: web.Application) -> None:
         """Register the route with its scope."""
-        add(app, "POST", wire.REPLICATIONS, self.post, "write")
+        add(app, "POST", messages.REPLICATIONS, self.post, "write")
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Begin or join a flight, and stream how far it is. The peer may go away at any time."""
-        body = await read_json(request, self._limits, wire.ReplicationRequest)
+        body = await read_json(request, self._limits, messages.ReplicationRequest)
         flight = await self.begin(body)
-        response = web.StreamResponse(headers={"Content-Type": wire.PROGRESS_TYPE, "Cache-Control": "no-store"})
+        response = web.StreamResponse(headers={"Content-Type": messages.PROGRESS_TYPE, "Cache-Control": "no-store"})
         await response.prepare(request)
         async for progress in flight.watch(request.app[DRAINING]):
             await write_guarded(response, msgspec.json.encode(progress) + b"\n", self._limits)
         await response.write_eof()
         return response
 
-    async def begin(self, request: wire.ReplicationRequest) -> Flight:
+    async def begin(self, request: messages.ReplicationRequest) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
 
         One that fetches from elsewhere ends first: whoever asks last knows best which relays are alive.
@@ -231,7 +231,7 @@ class Replications:
             fetching = Fetching(order.package, order.request, client, self._transfer, self._store, told, limits, pacer)
             await fetching.run()
 
-    def _pacer(self, request: wire.ReplicationRequest) -> Pacer | None:
+    def _pacer(self, request: messages.ReplicationRequest) -> Pacer | None:
         """Of the line to this source: what is fetched over it at one time shares its limit."""
         if not request.rate:
             return None
@@ -244,7 +244,7 @@ class Replications:
         self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
-def _order(request: wire.ReplicationRequest) -> Order:
+def _order(request: messages.ReplicationRequest) -> Order:
     try:
         package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
     except IdentityError as error:

@@ -1,6 +1,6 @@
 """What a store of chunks promises. A reader, then a writer, then a sweeper: ask for the least that you need.
 
-Rules that hold for every store and every layer, checked by `tests/store_contract.py`:
+Rules that hold for every store and every layer, checked by `tests/harness/store_contract.py`:
 
 - A chunk is named by its bytes; putting it twice is the same as putting it once.
 - What `put` or `put_many` returned from is durable: it survives a power cut.
@@ -16,8 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final, Literal
 
-from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId
 
 PIECE = 256 << 10
 """Bytes. Stored chunks stream in pieces of about this size."""

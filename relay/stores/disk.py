@@ -26,9 +26,9 @@ from functools import partial
 import aiofiles
 import xxhash
 
-from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId, parse_digest
 from relay.errors import ChunkInvalid, IdentityError, StoreError
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId, parse_digest
 from relay.stores.contract import (
     PIECE,
     Blobs,
@@ -38,7 +38,7 @@ from relay.stores.contract import (
     document_folder,
     document_name,
 )
-from relay.stores.stored import (
+from relay.stores.stored_form import (
     FRAME_MAX,
     HEADER_SIZE,
     STORED_MAX,

@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId
 from relay.errors import ChunkInvalid, ChunkMissing, StoreError, UnreachableError, WaystationError
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
 from relay.stores.memory import StoredBytes
-from relay.stores.stored import encode_stored
+from relay.stores.stored_form import encode_stored
 
 T = TypeVar("T")
 

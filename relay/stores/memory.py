@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 import aiofiles
 import xxhash
 
-from relay.content.chunk import Chunk
-from relay.content.identity import ChunkId, Sha256, chunk_id, parse_digest
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId, Sha256, chunk_id, parse_digest
 from relay.stores.contract import (
     PIECE,
     Blobs,
@@ -22,7 +22,7 @@ from relay.stores.contract import (
     document_folder,
     document_name,
 )
-from relay.stores.stored import (
+from relay.stores.stored_form import (
     HEADER_SIZE,
     DamageError,
     check_stored,

@@ -29,14 +29,12 @@ from functools import partial
 from itertools import islice
 from typing import Final, ParamSpec, TypeVar
 
-from relay.content.identity import ChunkId, parse_digest
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
+from relay.package.identity import ChunkId, parse_digest
 from relay.stores.contract import (
     LockName,
 )
-from relay.stores.stored import (
-    DamageError,
-)
+from relay.stores.stored_form import DamageError
 
 FORMAT: Final = b"waystation-store 1\n"
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
-from relay.content.identity import ManifestId, NuGetVersion, PackageId, parse_digest
 from relay.errors import IdentityError, SignatureError, UsageError
+from relay.package.identity import ManifestId, NuGetVersion, PackageId, parse_digest
 from relay.trust.keys import PublicKey, TrustPins, public_key_of, verifier
 
 if TYPE_CHECKING:

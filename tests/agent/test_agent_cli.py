@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import pytest
 import yaml
-from support import depot_with, make_nupkg, noise, running_relay
+from harness.support import depot_with, make_nupkg, noise, running_relay
 
-from agent.state import AgentState
+from agent.trees.installed import AgentState
 
 WAYSTATION = Path(sys.executable).with_name("waystation")
 FILES = {"bin/app": b"#!/bin/sh\nexit 0\n", "lib.dll": noise("lib", 300_000), "empty": b""}

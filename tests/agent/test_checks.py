@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from harness.support import eventually, small_server
 from hypothesis import given
 from hypothesis import strategies as st
-from support import eventually, small_server
 
 from agent.checks import BODY_MAX, judge_body, run_checks
-from agent.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck, TimedCheck
+from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck, TimedCheck
 
 
 class Site:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from orders_kit import DEPLOYMENT, Desk, desk_in, tree
-from support import Origin, Relay, depot_with, make_nupkg, noise, running_relay
+from harness.orders_kit import DEPLOYMENT, Desk, desk_in, tree
+from harness.support import Origin, Relay, depot_with, make_nupkg, noise, running_relay
 
 from agent import platform
+from agent.config import AgentConfig
 from agent.operations import Ended, Job, Operations
-from agent.orders import (
+from agent.orders.orders import (
     Acquire,
     AcquireFacts,
     Action,
@@ -31,7 +32,7 @@ from agent.orders import (
     TimedCheck,
     Verify,
 )
-from agent.state import AgentConfig, AgentState
+from agent.trees.installed import AgentState
 
 WEB = {"bin/app": b"one", "data.bin": noise("web", 300_000)}
 NEWER = {**WEB, "bin/app": b"two"}

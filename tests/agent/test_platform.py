@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import eventually
+from harness.support import eventually
 
 from agent import platform
 

@@ -11,16 +11,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import commands
 import msgspec
 import pytest
-from orders_kit import DEPLOYMENT, JOURNAL, OTHER, Desk, desk_in, new_signer, tree
-from support import Origin, Relay, depot_with, eventually, make_nupkg, running_relay
+from harness import commands
+from harness.orders_kit import DEPLOYMENT, JOURNAL, OTHER, Desk, desk_in, new_signer, tree
+from harness.support import Origin, Relay, depot_with, eventually, make_nupkg, running_relay
 
-from agent.journal import Journal
-from agent.keys import load_report_signer
-from agent.letters import order_digest, sign_order, sign_report, verify_presence, verify_report
-from agent.orders import (
+from agent.orders.envelopes import order_digest, sign_order, sign_report, verify_presence, verify_report
+from agent.orders.journal import Journal
+from agent.orders.keys import load_report_signer
+from agent.orders.orders import (
     FINAL,
     Acknowledge,
     Acquire,
@@ -35,9 +35,9 @@ from agent.orders import (
     Switch,
 )
 from agent.service import Service
-from relay import wire
-from relay.client import RelayClient
 from relay.errors import LockedError, UsageError
+from relay.protocol import messages
+from relay.protocol.client import RelayClient
 
 SCRIPTS = {
     "count.sh": b'#!/bin/sh\necho run >> "$VAR_CANARY"\necho "hello from $WAYSTATION_OPERATION"\n',
@@ -121,7 +121,7 @@ class Place:
 
     async def post(self, order: Order, envelope: bytes | None = None, client: RelayClient | None = None) -> bytes:
         envelope = envelope or self.desk.sign(order)
-        letter = wire.OrderLetter(self.desk.name, order.operation, envelope)
+        letter = messages.OrderLetter(self.desk.name, order.operation, envelope)
         await (client or self.client).post_orders([letter])
         return envelope
 
@@ -261,7 +261,7 @@ async def test_a_secret_sealed_for_another_operation_is_not_opened(place: Place)
 async def test_an_agent_shows_itself_signed_with_the_fences_that_it_obeys(place: Place) -> None:
     async with serving(place.service()):
         await place.obey(Survey(()), "survey")
-        seen: list[wire.AgentSeen] = []
+        seen: list[messages.AgentSeen] = []
         async with asyncio.timeout(20):
             while not seen or not verify_presence(seen[0].presence).fences:
                 await place.obey(Survey(()), f"again-{time.monotonic_ns()}")
@@ -343,7 +343,7 @@ async def test_a_relay_that_lost_its_mail_is_told_again(place: Place, tmp_path: 
 async def test_a_report_that_nobody_acknowledges_is_given_to_the_next_relay_too(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.outbox.REPEAT_SECONDS", 0.1)
+    monkeypatch.setattr("agent.orders.outbox.REPEAT_SECONDS", 0.1)
     async with place.another_relay() as (second, other), serving(place.service(place.relay.url, second.url)):
         await place.acquired()
         report = await place.obey(place.script("count.sh"), "1-count", step=1)
@@ -368,8 +368,8 @@ async def test_a_final_report_whose_number_is_taken_is_told_under_another(place:
     kept = place.journal.entries[order.operation].report
     assert kept is not None
     forgotten = sign_report(msgspec.structs.replace(kept, reason="forgotten"), load_report_signer(place.desk.home))
-    letter = wire.ReportLetter(operation=order.operation, number=kept.number, envelope=forgotten)
-    await place.client.post_reports("web1", wire.ReportsRequest(deployment=DEPLOYMENT, reports=(letter,)))
+    letter = messages.ReportLetter(operation=order.operation, number=kept.number, envelope=forgotten)
+    await place.client.post_reports("web1", messages.ReportsRequest(deployment=DEPLOYMENT, reports=(letter,)))
 
     async with serving(place.service()):
         numbers: set[int] = set()
@@ -638,7 +638,7 @@ async def test_a_full_disk_refuses_the_order_and_runs_nothing(place: Place, monk
     async with serving(place.service()):
         await place.acquired()
         with monkeypatch.context() as patch:
-            patch.setattr("agent.journal._write_synced", full)
+            patch.setattr("agent.orders.journal._write_synced", full)
             report = await place.obey(place.script("count.sh"), "1-count", step=1)
         again = await place.obey(place.script("count.sh"), "1-count", step=1, attempt=2)
 

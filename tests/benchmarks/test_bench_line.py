@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from commands import run, serving
+from harness.commands import run, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.cli import bench
 from benchmarks.line import SIZES, Plan, fits, measure_line, parse_connections
-from benchmarks.network import CountingProxy, Line, ThreadedProxy
-from relay.client import RelayClient, TokenRefusedError
+from benchmarks.lines.network import CountingProxy, Line, ThreadedProxy
 from relay.errors import UnreachableError, UsageError
+from relay.protocol.client import RelayClient, TokenRefusedError
 
 
 def line(*words: object) -> Result:

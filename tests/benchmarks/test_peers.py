@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support import make_nupkg, noise
+from harness.support import make_nupkg, noise
 
 from benchmarks import peers
 from benchmarks.peers import BOUND, PEERS, Comparison, Sent, compare, text_of, tree_of, zstd19

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import rollout
 from benchmarks.rollout import STEPS, Deployed, Farm, StepKind, measure
-from orchestrator.events import (
+from orchestrator.journal.events import (
     Dispatched,
     Entry,
     Event,
@@ -130,7 +130,7 @@ def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(depl
     farm, _ = deployed
 
     async def seen() -> set[str]:
-        from relay.client import RelayClient
+        from relay.protocol.client import RelayClient
 
         token = (Path(farm.folder) / "token-origin").read_text().strip()
         async with RelayClient(farm.relay.url, token=token) as client:
@@ -149,7 +149,7 @@ def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Depl
 
 
 def test_an_order_that_is_not_done_ends_the_benchmark() -> None:
-    from agent.orders import Report
+    from agent.orders.orders import Report
 
     report = Report(
         format=1,

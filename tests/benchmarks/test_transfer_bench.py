@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from commands import run, serving
+from harness.commands import run, serving
+from harness.support import make_nupkg, noise
 from hypothesis import given
 from hypothesis import strategies as st
-from support import make_nupkg, noise
 
 from benchmarks import cascades, memory, transfer
 from benchmarks.cli import bench
-from benchmarks.laboratory import Laboratory
 from benchmarks.line import Cell, LineReport, Spread
-from benchmarks.network import Line
-from benchmarks.programs import peak_memory
+from benchmarks.lines.laboratory import Laboratory
+from benchmarks.lines.network import Line
+from benchmarks.support.programs import peak_memory
 from benchmarks.transfer import (
     ENCODINGS,
     HOPELESS,
@@ -37,7 +37,7 @@ from benchmarks.transfer import (
     parse_shape,
 )
 from relay.errors import UsageError, WaystationError
-from relay.wire import CpuRates
+from relay.protocol.messages import CpuRates
 
 WHY_NOT = Laboratory.why_not()
 needs_laboratory = pytest.mark.skipif(bool(WHY_NOT), reason=f"no network laboratory: {WHY_NOT}")

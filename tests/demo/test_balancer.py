@@ -585,10 +585,10 @@ async def test_half_of_the_clients_keep_their_connection_and_half_do_not():
 
 
 def test_the_example_makes_a_plan_that_names_its_scripts_and_its_secret():
-    from orchestrator.environment import load_environment
-    from orchestrator.plan import MachineStep, PlannedPackage
-    from orchestrator.planning import make_plan
-    from orchestrator.process import load_process
+    from orchestrator.files.environment import load_environment
+    from orchestrator.files.process import load_process
+    from orchestrator.plan.make_plan import make_plan
+    from orchestrator.plan.plan import MachineStep, PlannedPackage
 
     plan = make_plan(
         load_process(str(EXAMPLE / "release.yaml")),

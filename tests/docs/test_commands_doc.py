@@ -16,12 +16,13 @@ import click
 import msgspec
 import pytest
 from click.testing import CliRunner
-from pages import DOCS, block, blocks, rows, section
+from harness.pages import DOCS, block, blocks, rows, section
 
-from orchestrator import history, ledger, release_cli
+from orchestrator.commands import release
+from orchestrator.journal import ledger, views
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.main import waystation
-from relay.wire import EncodedBytes
+from relay.protocol.messages import EncodedBytes
 
 PAGE = (DOCS / "commands.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^## waystation ([a-z]+(?: [a-z]+)?)(.*)$", PAGE, re.MULTILINE)
@@ -87,7 +88,7 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     told = {int(row[0]) for row in rows(section(PAGE, "## Exit codes"))[2:]}
     of_errors = {WaystationError.exit_code, UsageError.exit_code, LockedError.exit_code}
-    of_deployments = {release_cli.DONE, release_cli.FAILED, release_cli.WITH_EXCLUSIONS, release_cli.CANCELLED}
+    of_deployments = {release.DONE, release.FAILED, release.WITH_EXCLUSIONS, release.CANCELLED}
     assert told == of_errors | of_deployments
 
 
@@ -182,7 +183,7 @@ class _Session:
         self.run("release create", "1.4.2", *files, good)
         self.run("release deploy", "1.4.2", "--process", str(process), "--environment", good)
         self.run("release log", "server")
-        self.run("release deploy", "1.4.2-again", *files, bad, code=release_cli.FAILED)
+        self.run("release deploy", "1.4.2-again", *files, bad, code=release.FAILED)
         self.run("release status")
         self.run("release history", "--limit", "1")
         self.run("rotation list")
@@ -271,8 +272,8 @@ def _told_fields(member: str) -> set[str]:
 @pytest.mark.parametrize(
     ("member", "type"),
     [
-        ("summary", history.DeploymentSummary),
-        ("pre_acquire[]", history.PreAcquireView),
+        ("summary", views.DeploymentSummary),
+        ("pre_acquire[]", views.PreAcquireView),
         ("ledger", ledger.LedgerView),
         ("ledger.replicated[]", ledger.ReplicatedView),
         ("ledger.lines[]", ledger.LineView),
@@ -280,13 +281,13 @@ def _told_fields(member: str) -> set[str]:
         ("…encodings[]", EncodedBytes),
         ("ledger.alternatives", ledger.AlternativesView),
         ("ledger.saved", ledger.SavedView),
-        ("steps[]", history.StepView),
-        ("steps[].turns[]", history.TurnView),
-        ("machines[]", history.MachineView),
-        ("running[]", history.OperationView),
-        ("refusals[]", history.RefusalView),
-        ("decisions[]", history.DecisionView),
-        ("notes[]", history.NoteView),
+        ("steps[]", views.StepView),
+        ("steps[].turns[]", views.TurnView),
+        ("machines[]", views.MachineView),
+        ("running[]", views.OperationView),
+        ("refusals[]", views.RefusalView),
+        ("decisions[]", views.DecisionView),
+        ("notes[]", views.NoteView),
     ],
 )
 def test_the_fields_of_a_deployment_on_the_page_are_those_of_the_code(member: str, type: type[msgspec.Struct]) -> None:
@@ -295,17 +296,17 @@ def test_the_fields_of_a_deployment_on_the_page_are_those_of_the_code(member: st
 
 def test_every_member_of_a_deployment_is_in_the_table() -> None:
     told = {row[0].strip("`").removesuffix("[]") for row in rows(_section_of("release status"))}
-    assert set(history.DeploymentView.__struct_fields__) - {"format"} <= told
+    assert set(views.DeploymentView.__struct_fields__) - {"format"} <= told
 
 
 @pytest.mark.parametrize(
     ("member", "words"),
     [
-        ("summary", history.DeploymentState),
-        ("stage", history.Stage),
-        ("pre_acquire[]", history.Progress),
-        ("pre_acquire[]", history.Undo),
-        ("machines[]", history.MachineStage),
+        ("summary", views.DeploymentState),
+        ("stage", views.Stage),
+        ("pre_acquire[]", views.Progress),
+        ("pre_acquire[]", views.Undo),
+        ("machines[]", views.MachineStage),
     ],
 )
 def test_every_state_is_told(member: str, words: object) -> None:

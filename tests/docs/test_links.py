@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import DOCS, ROOT
+from harness.pages import DOCS, ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 DECISIONS = sorted((DOCS / "decisions").glob("0*.md"))

@@ -8,10 +8,10 @@ import tomllib
 
 import msgspec
 import pytest
-from pages import DOCS, ROOT, rows
+from harness.pages import DOCS, ROOT, rows
 from prometheus_client import Counter, Gauge
 
-from agent.state import AgentConfig
+from agent.config import AgentConfig
 from relay.config import RelayConfig
 from relay.server import metrics
 from relay.server.app import limits_of
@@ -68,7 +68,7 @@ def test_every_house_on_the_page_is_there() -> None:
 
 
 def test_every_file_of_a_house_that_is_named_in_short_is_there() -> None:
-    """`tree.py` in the row of `agent/` is agent/tree.py."""
+    """`tree.py` in the row of `agent/` is agent/trees/tree.py."""
     seen = 0
     for row in rows(ARCHITECTURE):
         folder = re.fullmatch(r"`([\w/]+/)`", row[0])

@@ -16,34 +16,36 @@ from typing import get_args
 import msgspec
 import pytest
 import yaml
-from pages import DOCS, ROOT, block, rows, section
+from harness.pages import DOCS, ROOT, block, rows, section
 
-from agent import acceptance, orders
-from agent.keys import AgentIdentity
-from agent.letters import secret_context
-from orchestrator import events, releases, tables
-from relay import wire
-from relay.client import ClientLimits
+from agent.orders import acceptance, orders
+from agent.orders.envelopes import secret_context
+from agent.orders.keys import AgentIdentity
+from orchestrator.deployment import releases
+from orchestrator.journal import events, tables
 from relay.config import RelayConfig
-from relay.content import frames, manifest
-from relay.content.chunk import Chunk
-from relay.content.frames import BundleDecoder, NotSent, Received, Whole
-from relay.content.nupkg import WalkLimits
+from relay.encoding import bundle
+from relay.encoding.bundle import BundleDecoder, NotSent, Received, Whole
+from relay.engines.engine_pool import Engines
 from relay.errors import ChunkInvalid, FrameError
-from relay.exact.engines import Engines
-from relay.exact.nupkgs import Nupkgs
-from relay.mail import Mail
-from relay.server.access import iter_routes
+from relay.mail.mailbox import Mail
+from relay.package import manifest
+from relay.package.chunk import Chunk
+from relay.package.zip_reader import WalkLimits
+from relay.protocol import messages
+from relay.protocol.client import ClientLimits
+from relay.rebuild.nupkgs import Nupkgs
 from relay.server.app import RelayApp
-from relay.server.connection import Limits
-from relay.server.fetching import FetchLimits
+from relay.server.http.access import iter_routes
+from relay.server.http.connection import Limits
+from relay.server.http.problems import TITLES, verdict_of
+from relay.server.http.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
+from relay.server.packages import Transfer, _reason
 from relay.server.peers import Peers
-from relay.server.problems import TITLES, verdict_of
+from relay.server.relay_download import FetchLimits
 from relay.server.replications import Replications
-from relay.server.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
-from relay.server.transfer import Transfer, _reason
-from relay.stores.locations import open_store
-from relay.stores.stored import decode_stored
+from relay.stores.open import open_store
+from relay.stores.stored_form import decode_stored
 from relay.trust.envelopes import check_manifest_signature
 from relay.trust.keys import parse_pins
 
@@ -88,13 +90,13 @@ async def test_every_route_of_the_relay_is_in_the_table_with_its_scope_and_no_ot
 
 def test_media_types_are_told() -> None:
     for name in (
-        wire.JSON,
-        wire.BUNDLE_TYPE,
-        wire.DOCUMENT_TYPE,
-        wire.CHUNK_TYPE,
-        wire.PROGRESS_TYPE,
-        wire.RECIPE_TYPE,
-        wire.NUPKG_TYPE,
+        messages.JSON,
+        messages.BUNDLE_TYPE,
+        messages.DOCUMENT_TYPE,
+        messages.CHUNK_TYPE,
+        messages.PROGRESS_TYPE,
+        messages.RECIPE_TYPE,
+        messages.NUPKG_TYPE,
     ):
         assert f"`{name}`" in PAGE, name
 
@@ -102,26 +104,32 @@ def test_media_types_are_told() -> None:
 @pytest.mark.parametrize(
     ("heading", "types"),
     [
-        ("### Health", (wire.HealthAnswer, wire.CpuRates)),
-        ("### Measuring the line", (wire.LineAnswer,)),
-        ("### The manifest document", (wire.Document,)),
-        ("### Offering", (wire.OfferAnswer,)),
-        ("### Asking what is missing", (wire.MissingRequest, wire.ChunkRanges, wire.MissingAnswer)),
-        ("### Sending chunks", (wire.BundleAnswer, wire.RefusedRun)),
-        ("### Publishing", (wire.PublishRequest,)),
-        ("### What is there", (wire.PackageAnswer, wire.PackagesAnswer)),
-        ("### Asking for chunks", (wire.BundleRequest,)),
+        ("### Health", (messages.HealthAnswer, messages.CpuRates)),
+        ("### Measuring the line", (messages.LineAnswer,)),
+        ("### The manifest document", (messages.Document,)),
+        ("### Offering", (messages.OfferAnswer,)),
+        ("### Asking what is missing", (messages.MissingRequest, messages.ChunkRanges, messages.MissingAnswer)),
+        ("### Sending chunks", (messages.BundleAnswer, messages.RefusedRun)),
+        ("### Publishing", (messages.PublishRequest,)),
+        ("### What is there", (messages.PackageAnswer, messages.PackagesAnswer)),
+        ("### Asking for chunks", (messages.BundleRequest,)),
         (
             "### Replicating from another relay",
-            (wire.ReplicationRequest, wire.ReplicationProgress, wire.EncodedBytes),
+            (messages.ReplicationRequest, messages.ReplicationProgress, messages.EncodedBytes),
         ),
-        ("### The identical nupkg", (wire.ExactLacks, wire.RecipeAnswer, wire.BlobAnswer)),
-        ("### Orders", (wire.OrdersRequest, wire.OrderLetter, wire.TakenAnswer)),
-        ("### Polls and presence", (wire.PollRequest, wire.Cursor, wire.PollAnswer, wire.NumberedOrder)),
-        ("### Polls and presence", (wire.AgentsAnswer, wire.AgentSeen)),
-        ("### Reports and logs", (wire.ReportsRequest, wire.ReportLetter, wire.LogsRequest, wire.LogPiece)),
-        ("### Reports and logs", (wire.ReadQuery, wire.ReportsAnswer, wire.NumberedReport)),
-        ("### Reports and logs", (wire.LogsAnswer, wire.NumberedPiece)),
+        ("### The identical nupkg", (messages.ExactLacks, messages.RecipeAnswer, messages.BlobAnswer)),
+        ("### Orders", (messages.OrdersRequest, messages.OrderLetter, messages.TakenAnswer)),
+        (
+            "### Polls and presence",
+            (messages.PollRequest, messages.Cursor, messages.PollAnswer, messages.NumberedOrder),
+        ),
+        ("### Polls and presence", (messages.AgentsAnswer, messages.AgentSeen)),
+        (
+            "### Reports and logs",
+            (messages.ReportsRequest, messages.ReportLetter, messages.LogsRequest, messages.LogPiece),
+        ),
+        ("### Reports and logs", (messages.ReadQuery, messages.ReportsAnswer, messages.NumberedReport)),
+        ("### Reports and logs", (messages.LogsAnswer, messages.NumberedPiece)),
     ],
 )
 def test_every_field_of_a_body_is_told_where_the_body_is(heading: str, types: tuple[type[msgspec.Struct], ...]) -> None:
@@ -133,7 +141,7 @@ def test_every_field_of_a_body_is_told_where_the_body_is(heading: str, types: tu
 
 def test_every_reason_to_refuse_a_run_is_told_and_no_other() -> None:
     told = {_bare(row[0]) for row in rows(section(PAGE, "### Sending chunks"))} - {"reason", "---"}
-    errors = (frames.BaseMissingError("gone"), FrameError("torn"), ChunkInvalid("a" * 64, "b" * 64))
+    errors = (bundle.BaseMissingError("gone"), FrameError("torn"), ChunkInvalid("a" * 64, "b" * 64))
     assert told == {_reason(error) for error in errors}
 
 
@@ -220,7 +228,7 @@ def test_the_tables_and_entries_of_the_journal_are_those_of_the_code() -> None:
 
 
 def test_every_type_of_frame_is_told() -> None:
-    for type in (frames.Data, frames.More, frames.Missing, frames.Failed, frames.End):
+    for type in (bundle.Data, bundle.More, bundle.Missing, bundle.Failed, bundle.End):
         assert f"| `{type.__struct_config__.tag}` |" in PAGE
 
 
@@ -273,10 +281,10 @@ def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) ->
 @pytest.mark.parametrize(
     ("prefix", "type"),
     [
-        ("relay.server.connection.Limits", Limits),
-        ("relay.client.ClientLimits", ClientLimits),
-        ("relay.content.nupkg.WalkLimits", WalkLimits),
-        ("relay.server.fetching.FetchLimits", FetchLimits),
+        ("relay.server.http.connection.Limits", Limits),
+        ("relay.protocol.client.ClientLimits", ClientLimits),
+        ("relay.package.zip_reader.WalkLimits", WalkLimits),
+        ("relay.server.relay_download.FetchLimits", FetchLimits),
     ],
 )
 def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
@@ -287,43 +295,43 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
     "name",
     [
         "agent.checks",
-        "agent.journal",
-        "agent.masking",
-        "agent.orders",
-        "agent.outbox",
+        "agent.orders.journal",
+        "agent.runs.masking",
+        "agent.orders.orders",
+        "agent.orders.outbox",
         "agent.service",
-        "orchestrator.cascade",
-        "orchestrator.files",
-        "orchestrator.muster",
-        "orchestrator.notify",
-        "orchestrator.releases",
-        "orchestrator.secrets",
-        "orchestrator.sending",
-        "orchestrator.values",
-        "orchestrator.variables",
-        "relay.wire",
-        "relay.content.bases",
-        "relay.content.chunk",
-        "relay.content.chunking",
-        "relay.content.deltas",
-        "relay.content.encodings",
-        "relay.content.frames",
-        "relay.content.identity",
-        "relay.content.inflating",
-        "relay.content.manifest",
-        "relay.content.nuspec",
-        "relay.content.planner",
-        "relay.content.ranges",
-        "relay.fetch",
-        "relay.lines",
-        "relay.mail",
-        "relay.pacing",
-        "relay.payloads",
-        "relay.replicate",
-        "relay.sending",
+        "orchestrator.replication.cascade",
+        "orchestrator.files.yaml_positions",
+        "orchestrator.fleet.presence",
+        "orchestrator.deployment.notify",
+        "orchestrator.deployment.releases",
+        "orchestrator.trust.secrets",
+        "orchestrator.replication.send",
+        "orchestrator.files.values",
+        "orchestrator.files.variables",
+        "relay.protocol.messages",
+        "relay.encoding.choose_bases",
+        "relay.package.chunk",
+        "relay.package.chunking",
+        "relay.encoding.deltas",
+        "relay.encoding.codecs",
+        "relay.encoding.bundle",
+        "relay.package.identity",
+        "relay.encoding.zstd_stream",
+        "relay.package.manifest",
+        "relay.package.nuspec",
+        "relay.encoding.planner",
+        "relay.package.ranges",
+        "relay.transfer.download",
+        "relay.transfer.link_history",
+        "relay.mail.mailbox",
+        "relay.support.rate_limit",
+        "relay.transfer.encoder_pool",
+        "relay.transfer.replicate",
+        "relay.transfer.sender",
         "relay.server.arrivals",
-        "relay.server.choosing",
-        "relay.server.presences",
+        "relay.transfer.choose_form",
+        "relay.mail.presences",
         "relay.server.replications",
         "relay.stores.volume",
         "relay.trust.envelopes",

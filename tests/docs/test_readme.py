@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from pages import ROOT, Block, blocks
+from harness.pages import ROOT, Block, blocks
 
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 STEPS = [

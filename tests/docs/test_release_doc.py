@@ -9,21 +9,23 @@ from typing import get_args
 import click
 import msgspec
 import pytest
-from pages import DOCS, ROOT, block, rows, section
+from harness.pages import DOCS, ROOT, block, rows, section
 
-from agent.orders import SKEW_SECONDS
-from agent.runs import RunSpec
-from agent.scripts import _INTERPRETERS, _PASSED_ON
-from orchestrator import environment, not_built, plan, process, turn
-from orchestrator.files import PlanError
-from orchestrator.fitting import Written, _written_in
-from orchestrator.muster import LOST_SECONDS
-from orchestrator.notify import SIGNATURE_HEADER
-from orchestrator.plan import MachineStep, Plan, PlannedPackage, ServerStep
-from orchestrator.planning import make_plan
-from orchestrator.releases import SNAPSHOT_BYTES, SNAPSHOT_FILES
-from orchestrator.secrets import SECRET_MAX, SECRET_MIN
-from orchestrator.steps import STUCK_SECONDS
+from agent.orders.orders import SKEW_SECONDS
+from agent.runs.runs import RunSpec
+from agent.runs.scripts import _INTERPRETERS, _PASSED_ON
+from orchestrator.deployment.notify import SIGNATURE_HEADER
+from orchestrator.deployment.releases import SNAPSHOT_BYTES, SNAPSHOT_FILES
+from orchestrator.deployment.steps import STUCK_SECONDS
+from orchestrator.files import environment, process
+from orchestrator.files.decode import Written, _written_in
+from orchestrator.files.yaml_positions import PlanError
+from orchestrator.fleet.presence import LOST_SECONDS
+from orchestrator.plan import plan, unsupported
+from orchestrator.plan.make_plan import make_plan
+from orchestrator.plan.plan import MachineStep, Plan, PlannedPackage, ServerStep
+from orchestrator.rolling import turn
+from orchestrator.trust.secrets import SECRET_MAX, SECRET_MIN
 from relay.main import waystation
 
 PAGE = (DOCS / "release.md").read_text(encoding="utf-8")
@@ -152,7 +154,11 @@ def test_the_names_that_scripts_see_are_told_and_no_other() -> None:
     later = {"DEPLOYMENT", "ATTEMPT", "OUTCOME", "PACKAGE_DIR", "WAYSTATION_OPERATION"}
     source = "".join(
         (ROOT / name).read_text(encoding="utf-8")
-        for name in ("orchestrator/steps.py", "orchestrator/server_runs.py", "agent/operations.py")
+        for name in (
+            "orchestrator/deployment/steps.py",
+            "orchestrator/deployment/server_runs.py",
+            "agent/operations.py",
+        )
     )
     assert [name for name in later if f'"{name}"' not in source] == []
     assert told == _names_seen() | later | {"SECRET_<NAME>"}
@@ -220,7 +226,7 @@ MORE = {"a secret from a systemd credential"}
 
 
 def test_what_the_page_calls_not_built_is_what_the_code_refuses() -> None:
-    text = (ROOT / not_built.__name__.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+    text = (ROOT / unsupported.__name__.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
     refused = set(re.findall(r'_say\(file, f?"([^"{]*)', text))
     assert refused == set(REFUSED.values()) | MORE
     cells = [row[1] for row in rows(section(PAGE, "## Not built yet"))[2:]]

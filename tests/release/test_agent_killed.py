@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import WAYSTATION, Done, environment, finish, wait_for
-from farm import Agent, Farm
+from harness.commands import WAYSTATION, Done, environment, finish, wait_for
+from harness.farm import Agent, Farm
 
 LINES = 2000
 """Of output before the kill, and again after it."""
@@ -254,7 +254,7 @@ def runners_of(agent: Agent) -> list[int]:
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):
             command = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
-            if any(b"agent.runner" in word for word in command) and any(
+            if any(b"agent.runs.runner" in word for word in command) and any(
                 word.startswith(os.fsencode(agent.home)) for word in command
             ):
                 found.append(int(name))

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Done, finish
-from farm import Farm
-from support import noise
+from harness.commands import Done, finish
+from harness.farm import Farm
+from harness.support import noise
 
-from benchmarks.network import Line, ThreadedProxy
+from benchmarks.lines.network import Line, ThreadedProxy
 
 PAYLOAD = 3 << 20
 SLOW = Line(rate=PAYLOAD / 2.5)

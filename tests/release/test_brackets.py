@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Done
-from farm import Farm
+from harness.commands import Done
+from harness.farm import Farm
 
 FATES = {
     "web1": "before_fails",

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from farm import Farm
+from harness.farm import Farm
 
 STEP = {"name": "web", "roles": ["web"], "deploy": "web"}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import finish, wait_for
-from farm import Farm
+from harness.commands import finish, wait_for
+from harness.farm import Farm
 
 SECONDS = 60.0
 OPENED = ("vpn open", "vpn is there")

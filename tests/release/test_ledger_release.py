@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from farm import Farm
-from support import noise
+from harness.farm import Farm
+from harness.support import noise
 
 STEP = {"name": "web", "roles": ["web"], "deploy": "web"}
 FILES = {f"lib/{i}.dll": noise(i, 150_000).hex() for i in range(4)}

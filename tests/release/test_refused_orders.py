@@ -23,14 +23,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from commands import Done, Serving, environment, finish, run, wait_for
-from farm import READY_SECONDS, Agent, Farm
+from harness.commands import Done, Serving, environment, finish, run, wait_for
+from harness.farm import READY_SECONDS, Agent, Farm
 
-from agent.letters import sign_order, unverified
-from agent.orders import Order, RunScript
-from orchestrator.keyring import init_trust, load_signer
-from relay import wire
-from relay.client import RelayClient
+from agent.orders.envelopes import sign_order, unverified
+from agent.orders.orders import Order, RunScript
+from orchestrator.trust.keyring import init_trust, load_signer
+from relay.protocol import messages
+from relay.protocol.client import RelayClient
 from relay.trust.keys import OrderKey, encode_pins, keyid_of, parse_pins
 
 CANARY = """#!/bin/sh
@@ -131,15 +131,15 @@ class World:
     def sign(self, order: Order, trust: Path | None = None) -> bytes:
         return sign_order(order, load_signer(str(trust or self.farm.home / "trust"), "order"))
 
-    def post(self, *envelopes: bytes, agent: str = "web1", deployment: str = ATTACK) -> wire.TakenAnswer:
+    def post(self, *envelopes: bytes, agent: str = "web1", deployment: str = ATTACK) -> messages.TakenAnswer:
         """Into the relay's mail, each under a name that was never used."""
         letters = []
         for envelope in envelopes:
             self._letters += 1
             operation = f"{deployment}/9/{agent}/letter-{self._letters}/1"
-            letters.append(wire.OrderLetter(agent=agent, operation=operation, envelope=envelope))
+            letters.append(messages.OrderLetter(agent=agent, operation=operation, envelope=envelope))
 
-        async def send() -> wire.TakenAnswer:
+        async def send() -> messages.TakenAnswer:
             async with RelayClient(self.farm.urls["fra"], token=self.tokens["attacker"]) as relay:
                 return await relay.post_orders(letters)
 

@@ -27,13 +27,13 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from commands import Done, finish, run, wait_for
-from farm import Farm
+from harness.commands import Done, finish, run, wait_for
+from harness.farm import Farm
 
-from agent.letters import open_sealed, secret_context
-from relay.content.zstd import zstd
+from agent.orders.envelopes import open_sealed, secret_context
 from relay.errors import SignatureError
-from relay.keyfiles import read_sealing_key
+from relay.support.private_files import read_sealing_key
+from relay.support.zstd import zstd
 
 LB_TOKEN = "lb/Token+0f=the&server?1"
 LB_PIN = "pin~of+the/Balancer=2"

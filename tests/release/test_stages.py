@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from commands import Done
-from farm import Farm
-from feed_server import Server, body, running_feed
+from harness.commands import Done
+from harness.farm import Farm
+from harness.feed_server import Server, body, running_feed
 
-from orchestrator.notify import CONTENT_TYPE, SIGNATURE_HEADER, verify_notification
+from orchestrator.deployment.notify import CONTENT_TYPE, SIGNATURE_HEADER, verify_notification
 from relay.errors import SignatureError
 from relay.trust.keys import parse_pins
 

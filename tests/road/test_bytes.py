@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Machine, OriginHome, RelayProcess
-from support import make_nupkg, noise
+from harness.processes import Machine, OriginHome, RelayProcess
+from harness.support import make_nupkg, noise
 
-from agent import pull as agent_pull
-from agent.sources import Sources
-from agent.state import AgentState
-from benchmarks.network import ThreadedProxy
-from benchmarks.workload import installed_files, real_package
-from orchestrator.depot import open_depot
-from relay.content import chunking
-from relay.content.identity import ChunkId
-from relay.content.manifest import Manifest, to_wire
-from relay.content.zstd import zstd
+from agent.relays.sources import Sources
+from agent.trees import pull as agent_pull
+from agent.trees.installed import AgentState
+from benchmarks.lines.network import ThreadedProxy
+from benchmarks.support.workload import installed_files, real_package
+from orchestrator.depot.depot import open_depot
+from relay.package import chunking
+from relay.package.identity import ChunkId
+from relay.package.manifest import Manifest, to_wire
+from relay.support.zstd import zstd
 from relay.trust.keys import parse_pins
 
 PULLS_AT_ONCE = 4

@@ -8,16 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import OriginHome, RelayProcess, check_store
-from support import make_nupkg, noise
+from harness.processes import OriginHome, RelayProcess, check_store
+from harness.support import make_nupkg, noise
 
-from benchmarks.network import CountingProxy, Line
-from orchestrator.cascade import Cascaded, replicate_all
-from orchestrator.depot import open_depot
-from orchestrator.plan import PlannedRelay
-from relay.client import RelayClient
-from relay.content.manifest import Manifest
-from relay.replicate import Progress, Replicated, replicate
+from benchmarks.lines.network import CountingProxy, Line
+from orchestrator.depot.depot import open_depot
+from orchestrator.plan.plan import PlannedRelay
+from orchestrator.replication.cascade import Cascaded, replicate_all
+from relay.package.manifest import Manifest
+from relay.protocol.client import RelayClient
+from relay.transfer.replicate import Progress, Replicated, replicate
 
 ID, VERSION = "Acme.Cascade", "1.0.0"
 SIZE = 6_000_000

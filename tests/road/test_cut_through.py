@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import RUN_SECONDS, Command, CommandFailedError, Machine, OriginHome, RelayProcess, wait_until
-from support import Cut, cut_package, make_nupkg, noise
+from harness.processes import RUN_SECONDS, Command, CommandFailedError, Machine, OriginHome, RelayProcess, wait_until
+from harness.support import Cut, cut_package, make_nupkg, noise
 
-from benchmarks.network import Line, ThreadedProxy
-from relay import wire
-from relay.content.chunk import CHUNK_MAX
-from relay.content.frames import BundleDecoder, Received
-from relay.content.manifest import to_wire
+from benchmarks.lines.network import Line, ThreadedProxy
+from relay.encoding.bundle import BundleDecoder, Received
 from relay.errors import ChunkMissing
-from relay.server.transfer import Transfer
-from relay.stores.locations import Store, open_store
+from relay.package.chunk import CHUNK_MAX
+from relay.package.manifest import to_wire
+from relay.protocol import messages
+from relay.server.packages import Transfer
+from relay.stores.open import Store, open_store
 
 ID, VERSION = "Acme.Arriving", "1.0.0"
 WAN_RATE = 4_000_000
@@ -133,15 +133,15 @@ def cut() -> Cut:
     return cut_package({f"lib/part{n}.dll": noise(n, 70_000) for n in range(4)})
 
 
-async def offer(transfer: Transfer, cut: Cut) -> wire.OfferAnswer:
-    return await transfer.offer(cut.manifest.id, wire.Document(to_wire(cut.manifest.canonical)), None)
+async def offer(transfer: Transfer, cut: Cut) -> messages.OfferAnswer:
+    return await transfer.offer(cut.manifest.id, messages.Document(to_wire(cut.manifest.canonical)), None)
 
 
 async def received(transfer: Transfer, cut: Cut) -> list[int]:
-    want = wire.ChunkRanges(manifest=cut.manifest.id, ranges=((0, len(cut.manifest.chunks)),))
+    want = messages.ChunkRanges(manifest=cut.manifest.id, ranges=((0, len(cut.manifest.chunks)),))
     decoder = BundleDecoder({cut.manifest.id: cut.manifest}.get)
     found: list[int] = []
-    async for piece in transfer.give(await transfer.wanted(wire.BundleRequest(want=(want,)))):
+    async for piece in transfer.give(await transfer.wanted(messages.BundleRequest(want=(want,)))):
         for events in decoder.feed(bytes(piece)):
             found += [event.index for event in events if isinstance(event, Received)]
     return found
@@ -161,7 +161,7 @@ async def test_a_chunk_is_given_also_when_it_lands_and_is_published_while_it_is_
             return await look(id)
         except ChunkMissing:
             await store.chunks.put_many(list(cut.chunks.values()))
-            await transfer.publish(cut.manifest.package, wire.PublishRequest(manifest=cut.manifest.id))
+            await transfer.publish(cut.manifest.package, messages.PublishRequest(manifest=cut.manifest.id))
             came_late.append(id)
             raise
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
-from dns_server import DOMAIN, DnsServer, Srv, dns_server
-from processes import WAYSTATION
-from support import Relay, depot_with, make_nupkg, noise, running_relay, token
+from harness.dns_server import DOMAIN, DnsServer, Srv, dns_server
+from harness.processes import WAYSTATION
+from harness.support import Relay, depot_with, make_nupkg, noise, running_relay, token
 
-from agent.discovery import load_state
-from agent.nearest import FAILS_OUT
-from agent.pull import Pulled, parse_request, pull
-from agent.sources import Sources
-from agent.state import AgentState
-from relay.client import ClientLimits
+from agent.relays.dns import load_state
+from agent.relays.ranking import FAILS_OUT
+from agent.relays.sources import Sources
+from agent.trees.installed import AgentState
+from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import UnreachableError
+from relay.protocol.client import ClientLimits
 
 SITE = f"_waystation._tcp.fra._sites.{DOMAIN}"
 GENERIC = f"_waystation._tcp.{DOMAIN}"
@@ -108,7 +108,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
             # The generic relay has a store of its own: two relays cannot serve one folder.
             generic = await stack.enter_async_context(running_relay(tmp_path / "generic", tokens=[RECORD, WRITER]))
             async with generic.client(WRITE) as client:
-                from relay.replicate import replicate
+                from relay.transfer.replicate import replicate
 
                 await replicate(origin.added[0].manifest, signature, origin.depot.store.chunks, client)
         port = free_port()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from evil_relay import (
+from harness.evil_relay import (
     ATTACKS,
     Attack,
     EvilRelay,
@@ -31,26 +31,27 @@ from evil_relay import (
     replace_run,
     tree_of,
 )
+from harness.support import RELAY_LIMITS, Keys, Origin, cut_package, depot_with, make_nupkg, noise, trust_keys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import RELAY_LIMITS, Keys, Origin, cut_package, depot_with, make_nupkg, noise, trust_keys
 
-from agent.discovery import State, load_state, save_state
-from agent.nearest import Average, Health
-from agent.pull import Pulled, PullRequest, parse_request, pull
-from agent.sources import Sources
-from agent.state import AgentConfig, AgentState
-from orchestrator.depot import Added, open_depot
-from orchestrator.keyring import load_signer
-from relay.client import ClientLimits
+from agent.config import AgentConfig
+from agent.relays.dns import State, load_state, save_state
+from agent.relays.ranking import Average, Health
+from agent.relays.sources import Sources
+from agent.trees.installed import AgentState
+from agent.trees.pull import Pulled, PullRequest, parse_request, pull
+from orchestrator.depot.depot import Added, open_depot
+from orchestrator.trust.keyring import load_signer
 from relay.config import RelayConfig
-from relay.content.frames import Data
-from relay.content.identity import NuGetVersion, PackageId, PackageRef
+from relay.encoding.bundle import Data
 from relay.errors import UnreachableError, UntrustedError, WaystationError
-from relay.fetch import SEGMENT_BYTES
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.protocol.client import ClientLimits
 from relay.server.app import RelayApp
-from relay.server.guards import Running, start_guarded
-from relay.server.transfer import Transfer
+from relay.server.http.listen import Running, start_guarded
+from relay.server.packages import Transfer
+from relay.transfer.download import SEGMENT_BYTES
 
 LIMITS = ClientLimits(connect_seconds=3, answer_seconds=3, window_seconds=1.5, window_bytes=2000, attempts=1)
 STALL = 1.0

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from processes import RUN_SECONDS, Command, Machine, OriginHome, RelayProcess, check_store, wait_until
-from support import make_nupkg, noise
+from harness.processes import RUN_SECONDS, Command, Machine, OriginHome, RelayProcess, check_store, wait_until
+from harness.support import make_nupkg, noise
 
-from benchmarks.network import Line, ThreadedProxy
-from relay.client import RelayClient
-from relay.content.manifest import Manifest
+from benchmarks.lines.network import Line, ThreadedProxy
+from relay.package.manifest import Manifest
+from relay.protocol.client import RelayClient
 
 ID, VERSION = "Acme.Heavy", "1.0.0"
 RATE = 40_000_000

@@ -1,0 +1,206 @@
+"""Signed and sealed letters between orchestrator and agents: making and checking what `agent/orders/orders.py` describes.
+
+Orders are signed by an order key, reports and presences by the agent that sends them. Secrets are sealed to one agent
+for one place in one order: HPKE base mode, RFC 9180, with X25519, HKDF-SHA256 and ChaCha20-Poly1305.
+https://www.rfc-editor.org/rfc/rfc9180
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import msgspec
+
+from agent.orders.keys import fingerprint_of
+from agent.orders.orders import ORDER_TYPE, PRESENCE_TYPE, REPORT_TYPE, Order, Presence, Report
+from relay.errors import SignatureError, UsageError
+from relay.trust.envelopes import ENVELOPE_MAX, sign_document, verify_document
+from relay.trust.keys import public_key
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+    from cryptography.hazmat.primitives.hpke import Suite
+    from securesystemslib.signer import Signer
+
+    from agent.orders.keys import AgentIdentity
+    from relay.trust.keys import TrustPins
+
+T = TypeVar("T")
+
+
+class ScopeError(SignatureError):
+    """The order is signed by a pinned key that has no say in its environment."""
+
+
+class MalformedError(SignatureError):
+    """Signed by whom it should be, but not a document that this version understands."""
+
+
+# --- orders
+
+
+def sign_order(order: Order, signer: Signer) -> bytes:
+    """The order's envelope. Raises `UsageError` where it is larger than an envelope may be."""
+    return sign_document(_encode(order), ORDER_TYPE, signer)
+
+
+def order_digest(envelope: bytes) -> str:
+    """SHA-256 of an order's envelope, hex: what a report names as the order that it answers."""
+    return hashlib.sha256(envelope).hexdigest()
+
+
+def verify_order(envelope: bytes, pins: TrustPins) -> Order:
+    """The order that a pinned order key, whose scope covers the order's environment, signed.
+
+    An order has one form: canonical JSON with one signature. Otherwise whoever carries it could give it other bytes that
+    say the same, and so another digest than the one that its sender waits for.
+
+    Raises:
+        SignatureError: no pinned order key signed it.
+        ScopeError: one did, but not for this environment.
+        MalformedError: it is no order as this version knows them.
+    """
+    payload, keyid = verify_document(envelope, pins.order, ORDER_TYPE)
+    if _canonical(_decode(envelope, _Envelope)) != envelope:
+        raise MalformedError("the envelope is not in the one form that orders have")
+    order = _decode(payload, Order)
+    if all(key.keyid != keyid for key in pins.order_keys(order.environment)):
+        raise ScopeError(f"the key that signed it may not order in {order.environment[:100]!r}")
+    return order
+
+
+class _Signature(msgspec.Struct, frozen=True):
+    keyid: str
+    sig: bytes
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    payload: bytes
+    payload_type: str = msgspec.field(name="payloadType")
+    signatures: Annotated[tuple[_Signature, ...], msgspec.Meta(min_length=1, max_length=1)]
+
+
+def _canonical(envelope: _Envelope) -> bytes:
+    return msgspec.json.encode(envelope, order="sorted")
+
+
+# --- reports
+
+
+def sign_report(report: Report, signer: Signer) -> bytes:
+    """The report's envelope. Raises `UsageError` where it is larger than an envelope may be."""
+    return sign_document(_encode(report), REPORT_TYPE, signer)
+
+
+def verify_report(envelope: bytes, identity: AgentIdentity) -> Report:
+    """A report by this agent. Which order it answers, the caller compares (`Report.order`, `order_digest`).
+
+    Raises:
+        SignatureError: the agent did not sign it, or it names another agent's key.
+        MalformedError: it is no report as this version knows them.
+    """
+    payload, _ = verify_document(envelope, (public_key(identity.signing_public),), REPORT_TYPE)
+    report = _decode(payload, Report)
+    if report.key != identity.fingerprint:
+        raise SignatureError(f"the report names the key {report.key[:23]}…, not the one that signed it")
+    return report
+
+
+# --- presences
+
+
+def sign_presence(presence: Presence, signer: Signer) -> bytes:
+    """The presence's envelope."""
+    return sign_document(_encode(presence), PRESENCE_TYPE, signer)
+
+
+def verify_presence(envelope: bytes, fingerprint: str | None = None) -> Presence:
+    """A presence that is signed by the key that it names; `fingerprint` is of the keys that are expected.
+
+    Without `fingerprint`, it says only that somebody has these keys: anybody may make such a pair.
+
+    Raises:
+        SignatureError: not signed by the key that it names, or other keys than expected.
+        MalformedError: it is no presence as this version knows them.
+    """
+    claimed = unverified(envelope, Presence)
+    payload, _ = verify_document(envelope, (public_key(claimed.signing),), PRESENCE_TYPE)
+    presence = _decode(payload, Presence)
+    found = fingerprint_of(presence.signing, presence.sealing)
+    if fingerprint is not None and found != fingerprint:
+        raise SignatureError(f"{presence.name} has the key {found[:23]}…, expected {fingerprint[:23]}…")
+    return presence
+
+
+class _Unopened(msgspec.Struct, frozen=True):
+    payload: bytes
+
+
+def unverified(envelope: bytes, type: type[T]) -> T:
+    """What an envelope says, with nothing checked: for what names its own key, or was checked before it was kept.
+
+    Raises:
+        MalformedError: it is no such document.
+    """
+    if len(envelope) > ENVELOPE_MAX:
+        raise MalformedError(f"an envelope of {len(envelope)} bytes is refused, at most {ENVELOPE_MAX} are read")
+    return _decode(_decode(envelope, _Unopened).payload, type)
+
+
+# --- secrets
+
+
+def secret_context(operation: str, name: str) -> str:
+    """What a secret is sealed for: it opens under no other name and in no other operation."""
+    return f"waystation secret/{operation}/{name}"
+
+
+def seal(value: bytes, sealing_public: str, context: str) -> bytes:
+    """`value` so that only the holder of the private half of `sealing_public` (X25519, 64 hex digits) can read it, and
+    only with the same `context`.
+
+    Raises:
+        UsageError: that is no such key.
+    """
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+    try:
+        key = X25519PublicKey.from_public_bytes(bytes.fromhex(sealing_public))
+        return _suite().encrypt(value, key, info=context.encode())
+    except ValueError as error:
+        raise UsageError(f"{sealing_public[:80]!r} is no X25519 key to seal to") from error
+
+
+def open_sealed(sealed: bytes, key: X25519PrivateKey, context: str) -> bytes:
+    """What was sealed.
+
+    Raises:
+        SignatureError: it was altered, sealed to another key, or for another context.
+    """
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        return _suite().decrypt(sealed, key, info=context.encode())
+    except (InvalidTag, ValueError) as error:
+        raise SignatureError("it is not sealed to this agent, for this operation and name") from error
+
+
+def _suite() -> Suite:
+    from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+
+    return Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
+
+
+# --- JSON
+
+
+def _encode(document: Order | Report | Presence) -> bytes:
+    return msgspec.json.encode(document, order="sorted")
+
+
+def _decode(payload: bytes, type: type[T]) -> T:
+    try:
+        return msgspec.json.decode(payload, type=type)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise MalformedError(f"not an understood document: {error}") from error

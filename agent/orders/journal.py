@@ -1,0 +1,389 @@
+"""What an agent was ordered and what became of it, on its disk before it acts.
+
+<home>/operations/<hash of the id>/order         the envelope as it came, durable before anything acts
+<home>/operations/<hash of the id>/report        the final report as it was signed
+<home>/operations/<hash of the id>/acknowledged  the orchestrator has it
+<home>/operations/<hash of the id>/run-<n>/      the runner's folder (scripts and services)
+<home>/journal.json                              fences, and what is remembered of orders that are forgotten
+<home>/refusals.jsonl                            letters that were not obeyed, and why
+
+Blocking, small files. One process writes (`agent serve` holds a lock); `agent status` reads beside it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from agent.orders.acceptance import Code, Memory
+from agent.orders.envelopes import MalformedError, order_digest, unverified
+from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report
+from relay.errors import StoreError
+from relay.support.durable import sync_folder, write_durably
+from relay.trust.envelopes import ENVELOPE_MAX
+
+KEPT_SECONDS = 30 * 86400.0
+"""How long the result of an operation is kept that no orchestrator ever acknowledged."""
+REFUSALS_MAX = 200
+_FORGOTTEN_AT_ONCE = 256
+_FILE_MAX = 16 << 20
+_GONE = ".gone-"
+
+
+@dataclass(slots=True)
+class Entry:
+    """One accepted operation. `report` is the final one, `envelope` as it was signed; None while it is not over."""
+
+    operation: str
+    digest: str
+    deployment: str
+    environment: str
+    action: str
+    folder: str
+    not_before: float
+    not_after: float
+    report: Report | None = None
+    envelope: bytes | None = None
+    acknowledged: bool = False
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A letter that was not obeyed. `operation` is what it, or the relay that brought it, called itself."""
+
+    at: float
+    code: str
+    text: str
+    operation: str
+    digest: str
+    relay: str = ""
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """journal.json."""
+
+    format: int = 1
+    newest: float = 0.0
+    forgotten: float = 0.0
+    fences: dict[str, FenceSeen] = {}
+
+
+class Journal:
+    """Everything accepted so far, and what of it is not over."""
+
+    def __init__(self, home: str) -> None:
+        """Read what is there; changes nothing.
+
+        Raises:
+            StoreError: the disk does not give it.
+        """
+        self._home = home
+        self._folder = os.path.join(home, "operations")
+        self.entries: dict[str, Entry] = {}
+        self.fences: dict[str, FenceSeen] = {}
+        self._known: dict[str, str] = {}
+        self._newest = self._forgotten = 0.0
+        self._refused: dict[str, Refusal] = {}
+        try:
+            self._load()
+        except OSError as error:
+            raise _store_error(error, home) from error
+
+    def memory(self) -> Memory:
+        """What judging the next order needs; it goes with the journal."""
+        return Memory(self._known, self.fences, self._newest, self._forgotten)
+
+    # --- operations
+
+    def accept(self, order: Order, digest: str, envelope: bytes) -> Entry:
+        """Write the order down, durably. Only then may anything act on it.
+
+        Raises:
+            StoreError: it is not written down, and must not be obeyed.
+        """
+        entry = _entry(order, digest, self._folder_of(order.operation))
+        try:
+            self._make_folder()
+            os.mkdir(entry.folder, 0o700)
+            _write_synced(os.path.join(entry.folder, "order"), envelope)
+            sync_folder(entry.folder)
+            sync_folder(self._folder)
+        except OSError as error:
+            _remove(entry.folder)
+            raise _store_error(error, entry.folder) from error
+        self._remember(entry, order)
+        return entry
+
+    def order(self, entry: Entry) -> Order:
+        """The order again, as it was accepted. Raises `StoreError`."""
+        return unverified(self.envelope(entry), Order)
+
+    def envelope(self, entry: Entry) -> bytes:
+        """The order's envelope. Raises `StoreError`."""
+        try:
+            return _read(os.path.join(entry.folder, "order"))
+        except OSError as error:
+            raise _store_error(error, entry.folder) from error
+
+    def report(self, entry: Entry) -> bytes:
+        """The final report's envelope; empty where it cannot be read."""
+        try:
+            return entry.envelope or _read(os.path.join(entry.folder, "report"))
+        except OSError:
+            return b""
+
+    def finish(self, entry: Entry, report: Report, envelope: bytes, *, durable: bool) -> None:
+        """Keep the final report. `durable` where it could not be made again: a runner keeps its own result.
+
+        Raises:
+            StoreError: it is not kept; what it says is true all the same.
+        """
+        entry.report, entry.envelope = report, envelope
+        path = os.path.join(entry.folder, "report")
+        try:
+            if durable:
+                write_durably(path, envelope, mode=0o600)
+            else:
+                _replace(path, envelope)
+        except OSError as error:
+            raise _store_error(error, entry.folder) from error
+
+    def newest(self, count: int) -> list[Entry]:
+        """The last ones, the newest first."""
+        ordered = sorted(self.entries.values(), key=lambda entry: (entry.not_before, entry.operation), reverse=True)
+        return ordered[:count]
+
+    def unfinished(self) -> list[Entry]:
+        """Operations without a final report, in the order in which they were sent."""
+        return sorted(
+            (entry for entry in self.entries.values() if entry.report is None),
+            key=lambda entry: (entry.not_before, entry.operation),
+        )
+
+    def unacknowledged(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.report is not None and not entry.acknowledged]
+
+    def acknowledge(self, operations: Iterable[str]) -> list[Entry]:
+        """The orchestrator has these results; gives those that are news."""
+        news = []
+        for operation in operations:
+            entry = self.entries.get(operation)
+            if entry is None or entry.report is None or entry.acknowledged:
+                continue
+            entry.acknowledged, entry.envelope = True, None
+            # Lost in a crash, the result is sent once more, which harms nobody.
+            with suppress(OSError):
+                _replace(os.path.join(entry.folder, "acknowledged"), b"")
+            news.append(entry)
+        return news
+
+    def forget(self, now: float) -> int:
+        """Remove what is over, known to the orchestrator and too old to be replayed; how many.
+
+        Raises:
+            StoreError: nothing was removed.
+        """
+        old = [entry for entry in list(self.entries.values()) if _may_go(entry, now)][:_FORGOTTEN_AT_ONCE]
+        if not old:
+            return 0
+        self._forgotten = max(self._forgotten, *(entry.not_after for entry in old))
+        self._save()
+        for entry in old:
+            del self.entries[entry.operation]
+            del self._known[entry.operation]
+            _remove(entry.folder)
+        return len(old)
+
+    # --- fences
+
+    def lead(self, order: Order) -> None:
+        """Raise the fence by an order that is not itself written down. Raises `StoreError`."""
+        if self._raise_fence(order):
+            self._save()
+        self._newest = max(self._newest, order.not_before)
+
+    def close(self, environment: str, deployment: str) -> None:
+        """This deployment has ended. Raises `StoreError`."""
+        seen = self.fences.get(environment)
+        if seen is not None and seen.deployment == deployment and seen.open:
+            self.fences[environment] = msgspec.structs.replace(seen, open=False)
+            self._save()
+
+    # --- refusals
+
+    def refuse(self, code: Code | str, text: str, *, operation: str, digest: str, relay: str, now: float) -> bool:
+        """Note a letter that was not obeyed; False where the same letter was noted before."""
+        if digest in self._refused:
+            return False
+        refusal = Refusal(now, code, _printable(text, 500), _printable(operation, 255), digest, _printable(relay, 255))
+        self._refused[digest] = refusal
+        # A note that cannot be written must not keep the agent from refusing.
+        with suppress(OSError):
+            self._note(refusal)
+        return True
+
+    def refusals(self) -> list[Refusal]:
+        """The newest, oldest first."""
+        return list(self._refused.values())[-REFUSALS_MAX:]
+
+    def _note(self, refusal: Refusal) -> None:
+        path = os.path.join(self._home, "refusals.jsonl")
+        if len(self._refused) > 2 * REFUSALS_MAX:
+            self._refused = {each.digest: each for each in self.refusals()}
+            _replace(path, b"".join(msgspec.json.encode(each) + b"\n" for each in self._refused.values()))
+            return
+        with open(path, "ab") as file:
+            file.write(msgspec.json.encode(refusal) + b"\n")
+
+    # --- inside
+
+    def _folder_of(self, operation: str) -> str:
+        return os.path.join(self._folder, hashlib.sha256(operation.encode()).hexdigest()[:40])
+
+    def _make_folder(self) -> None:
+        if not os.path.isdir(self._folder):
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            sync_folder(self._home)
+
+    def _remember(self, entry: Entry, order: Order) -> None:
+        self.entries[entry.operation] = entry
+        self._known[entry.operation] = entry.digest
+        self._newest = max(self._newest, entry.not_before)
+        # Not saved: the order itself says it, for as long as it is kept.
+        self._raise_fence(order)
+
+    def _raise_fence(self, order: Order) -> bool:
+        seen = self.fences.get(order.environment)
+        if seen is not None and seen.fence >= order.fence:
+            return False
+        self.fences[order.environment] = FenceSeen(order.fence, order.journal, order.deployment, open=True)
+        return True
+
+    def _save(self) -> None:
+        kept = _Kept(newest=self._newest, forgotten=self._forgotten, fences=self.fences)
+        try:
+            write_durably(os.path.join(self._home, "journal.json"), msgspec.json.encode(kept), mode=0o600)
+        except OSError as error:
+            raise _store_error(error, self._home) from error
+
+    def _load(self) -> None:
+        with suppress(FileNotFoundError):
+            kept = _parse_kept(_read(os.path.join(self._home, "journal.json")), self._home)
+            self.fences, self._newest, self._forgotten = dict(kept.fences), kept.newest, kept.forgotten
+        for name in _names(self._folder):
+            if not name.startswith("."):
+                self._load_entry(os.path.join(self._folder, name))
+        with suppress(FileNotFoundError):
+            for line in _read(os.path.join(self._home, "refusals.jsonl")).splitlines():
+                with suppress(ValueError):
+                    refusal = msgspec.json.decode(line, type=Refusal)
+                    self._refused[refusal.digest] = refusal
+
+    def _load_entry(self, folder: str) -> None:
+        try:
+            envelope = _read(os.path.join(folder, "order"))
+            order = unverified(envelope, Order)
+        except (FileNotFoundError, NotADirectoryError, MalformedError):
+            # A crash came before it was written down whole: so nothing ever acted on it.
+            return
+        entry = _entry(order, order_digest(envelope), folder)
+        entry.acknowledged = os.path.exists(os.path.join(folder, "acknowledged"))
+        with suppress(FileNotFoundError, MalformedError):
+            entry.envelope = _read(os.path.join(folder, "report"))
+            entry.report = unverified(entry.envelope, Report)
+        self._remember(entry, order)
+
+    def sweep(self) -> None:
+        """Remove what a crash left: orders that were not written down whole, and what was being removed."""
+        kept = {entry.folder for entry in self.entries.values()}
+        for name in _names(self._folder):
+            path = os.path.join(self._folder, name)
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _entry(order: Order, digest: str, folder: str) -> Entry:
+    return Entry(
+        operation=order.operation,
+        digest=digest,
+        deployment=order.deployment,
+        environment=order.environment,
+        action=type(order.action).__struct_config__.tag,  # type: ignore[arg-type]
+        folder=folder,
+        not_before=order.not_before,
+        not_after=order.not_after,
+    )
+
+
+def _may_go(entry: Entry, now: float) -> bool:
+    if entry.report is None:
+        return False
+    age = now - entry.not_after
+    return age > 2 * SKEW_SECONDS if entry.acknowledged else age > KEPT_SECONDS
+
+
+def _parse_kept(data: bytes, home: str) -> _Kept:
+    try:
+        return msgspec.json.decode(data, type=_Kept)
+    except (ValueError, RecursionError) as error:
+        # To begin anew would forget who leads, and let an old orchestrator back in.
+        raise StoreError(
+            f"{home}/journal.json is damaged: {error}",
+            hint="Restore it; or remove it, if no older orchestrator can still send orders",
+        ) from error
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Whole or not at all for whoever reads it; durable when the system gets to it."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+def _remove(folder: str) -> None:
+    """In one step for whoever looks for it: an operation must never be taken up half removed."""
+    aside = os.path.join(os.path.dirname(folder), _GONE + os.path.basename(folder))
+    with suppress(OSError):
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(max(_FILE_MAX, ENVELOPE_MAX))
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _printable(text: str, limit: int) -> str:
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)[:limit]
+
+
+def _store_error(error: OSError, where: str) -> StoreError:
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return StoreError(f"{where}: {error.strerror or error}", full=full)

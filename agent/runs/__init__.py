@@ -1,0 +1,3 @@
+"""Scripts: each run at most once, by a small process that outlives its starter.
+Start with runner.py, then runs.py.
+"""

@@ -1,0 +1,3 @@
+"""Packages on this machine's disk: pulled, verified, installed, switched.
+Start with pull.py.
+"""

@@ -1,0 +1,254 @@
+"""What an agent knows between runs, in its home: which trees it installed, and their manifests.
+
+<home>/agent.yaml            configuration
+<home>/trust.json            the keys that it believes
+<home>/relays.json           what it knows of the relays
+<home>/trees/<ulid>.json     one installed tree
+<home>/manifests/<sha256>    their manifests
+<home>/signatures/<sha256>   the envelopes that vouch for them, by the manifest's digest
+<home>/settled/<hash>.json   what was found good under one root, and how it was made so
+<home>/scripts/              root of the packages that hold scripts
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import msgspec
+
+from agent.config import AgentConfig
+from agent.relays.dns import discovery_of
+from relay.config import load_yaml
+from relay.errors import IdentityError, ManifestError, StoreError, UsageError
+from relay.package import manifest as manifests
+from relay.package.identity import ManifestId, PackageRef, parse_digest
+from relay.package.manifest import Manifest
+from relay.support.durable import sync_folder, write_durably
+from relay.trust.envelopes import ENVELOPE_MAX
+from relay.trust.keys import TrustPins, parse_pins
+
+_REMOVED = ".removed-"
+
+
+class TreeRecord(msgspec.Struct, frozen=True):
+    """One installed tree."""
+
+    ulid: str
+    root: str
+    path: str
+    package: str
+    version: str
+    manifest: str
+    label: str
+    installed: str
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """A tree that was found good: what `settle` remembers of a root.
+
+    `fingerprint` is of all that was done to make it run; `before` is the path of the tree that was good before it.
+    """
+
+    root: str
+    path: str
+    manifest: str
+    fingerprint: str
+    before: str = ""
+
+
+class AgentState:
+    """Reads and writes an agent's home. Blocking, small files."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+
+    @property
+    def scripts_root(self) -> str:
+        """Where packages of scripts are installed."""
+        return os.path.join(self.home, "scripts")
+
+    def config(self) -> AgentConfig:
+        """Raises `UsageError`."""
+        path = os.path.join(self.home, "agent.yaml")
+        config: AgentConfig = load_yaml(path, AgentConfig) if os.path.exists(path) else AgentConfig()
+        try:
+            discovery_of(config)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
+        for root in config.roots:
+            if not os.path.isabs(root):
+                raise UsageError(f"{path}: roots: expected absolute folders, not {root!r}")
+        return config
+
+    def pins(self) -> TrustPins | None:
+        """The pinned keys; None where no trust.json was given. Raises `UsageError`, `SignatureError`."""
+        path = os.path.join(self.home, "trust.json")
+        try:
+            with open(path, "rb") as file:
+                return parse_pins(file.read(1 << 20))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
+
+    def trees(self) -> list[TreeRecord]:
+        """Installed trees that are still there, newest first."""
+        found = []
+        for name in _names(os.path.join(self.home, "trees")):
+            if not name.endswith(".json"):
+                continue
+            record = self._read_record(name)
+            if record is not None and os.path.isdir(record.path):
+                found.append(record)
+        return sorted(found, key=lambda record: record.ulid, reverse=True)
+
+    def manifest(self, record: TreeRecord) -> Manifest | None:
+        """The manifest of an installed tree; None where it is lost or damaged."""
+        return self._read_manifest(record.manifest)
+
+    def signature(self, manifest: str) -> bytes:
+        """The envelope that came with a manifest, not verified; empty where none is kept."""
+        try:
+            with open(os.path.join(self.home, "signatures", parse_digest(manifest)), "rb") as file:
+                return file.read(ENVELOPE_MAX)
+        except (OSError, IdentityError):
+            return b""
+
+    def keep_signature(self, manifest: ManifestId, envelope: bytes) -> None:
+        """Keep the envelope that vouches for a manifest. Raises `StoreError`."""
+        try:
+            self._write("signatures", manifest, envelope)
+        except OSError as error:
+            raise self._store_error(error) from error
+
+    def record(
+        self, manifest: Manifest, *, ulid: str, root: str, path: str, label: str, signature: bytes = b""
+    ) -> TreeRecord:
+        """Note an installed tree, and the envelope that vouches for it. Raises `StoreError`."""
+        record = TreeRecord(
+            ulid=ulid,
+            root=root,
+            path=path,
+            package=str(manifest.package.id),
+            version=manifest.package.version.normalized,
+            manifest=manifest.id,
+            label=label,
+            installed=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        try:
+            self._write("manifests", manifest.id, manifest.canonical)
+            if signature:
+                self._write("signatures", manifest.id, signature)
+            self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
+        except OSError as error:
+            raise self._store_error(error) from error
+        return record
+
+    def installed(self, root: str, manifest_id: ManifestId) -> TreeRecord | None:
+        """The newest tree of this manifest under this root."""
+        for record in self.trees():
+            if record.manifest == manifest_id and record.root == root:
+                return record
+        return None
+
+    def find(self, manifest: str) -> TreeRecord | None:
+        """The newest tree of this manifest, wherever it is."""
+        return next((record for record in self.trees() if record.manifest == manifest), None)
+
+    def settled(self, root: str) -> Settled | None:
+        """What was last found good under this root; None where nothing was."""
+        try:
+            with open(self._settled_path(root), "rb") as file:
+                return msgspec.json.decode(file.read(), type=Settled)
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def settle(self, record: TreeRecord, fingerprint: str) -> Settled:
+        """Remember that this tree is good, and which was before it. Raises `StoreError`."""
+        last = self.settled(record.root)
+        before = "" if last is None else last.before if last.path == record.path else last.path
+        settled = Settled(record.root, record.path, record.manifest, fingerprint, before)
+        try:
+            self._write("settled", os.path.basename(self._settled_path(record.root)), msgspec.json.encode(settled))
+        except OSError as error:
+            raise self._store_error(error) from error
+        return settled
+
+    def prune(self, root: str, keep: int, spared: Collection[str]) -> list[TreeRecord]:
+        """Remove the trees under `root` but the newest `keep` and those whose paths are `spared`; which are gone."""
+        _finish_removals(os.path.join(root, "releases"))
+        old = [record for record in self.trees() if record.root == root][keep:]
+        gone = [record for record in old if record.path not in spared]
+        for record in gone:
+            # The record first: a tree without one takes room, a record without its tree would be built upon.
+            with suppress(OSError):
+                os.unlink(os.path.join(self.home, "trees", f"{record.ulid}.json"))
+                _remove_tree(record.path)
+        self._forget_manifests({record.manifest for record in gone})
+        return gone
+
+    def _forget_manifests(self, manifests: set[str]) -> None:
+        for manifest in manifests - {record.manifest for record in self.trees()}:
+            for folder in ("manifests", "signatures"):
+                with suppress(OSError):
+                    os.unlink(os.path.join(self.home, folder, manifest))
+
+    def _settled_path(self, root: str) -> str:
+        return os.path.join(self.home, "settled", f"{hashlib.sha256(root.encode()).hexdigest()[:40]}.json")
+
+    def _store_error(self, error: OSError) -> StoreError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return StoreError(f"{self.home}: {error.strerror or error}", full=full)
+
+    def newest_of(self, ref: PackageRef) -> list[TreeRecord]:
+        """Installed trees, those of the same package first, newest first: where to look for chunks."""
+        return sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key)
+
+    def _read_record(self, name: str) -> TreeRecord | None:
+        try:
+            with open(os.path.join(self.home, "trees", name), "rb") as file:
+                return msgspec.json.decode(file.read(), type=TreeRecord)
+        except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
+            return None
+
+    def _read_manifest(self, id: str) -> Manifest | None:
+        try:
+            with open(os.path.join(self.home, "manifests", parse_digest(id)), "rb") as file:
+                return manifests.parse_named(file.read(), id)
+        except (OSError, ManifestError, IdentityError):
+            return None
+
+    def _write(self, folder: str, name: str, data: bytes) -> None:
+        path = os.path.join(self.home, folder)
+        if not os.path.isdir(path):
+            os.makedirs(self.home, mode=0o700, exist_ok=True)
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            sync_folder(self.home)
+        write_durably(os.path.join(path, name), data, mode=0o600)
+
+
+def _remove_tree(path: str) -> None:
+    """In one step for whoever looks into the folder that holds it."""
+    aside = os.path.join(os.path.dirname(path), f"{_REMOVED}{os.path.basename(path)}")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _finish_removals(releases: str) -> None:
+    """Those that a crash interrupted."""
+    for name in _names(releases):
+        if name.startswith(_REMOVED):
+            shutil.rmtree(os.path.join(releases, name), ignore_errors=True)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

@@ -1,0 +1,490 @@
+"""Pull one package onto this machine: find the closest relay, verify everything, build the tree beside the running one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from ulid import ULID
+
+from agent import platform
+from agent.relays.sources import AnySource, Sources
+from agent.trees.installed import AgentState, TreeRecord
+from agent.trees.tree import IncomingTree, TreeHoldings, clear_leftovers, is_whole, take_from
+from relay.encoding.bundle import Received
+from relay.encoding.choose_bases import worth_asking
+from relay.encoding.holdings import Holdings
+from relay.errors import (
+    ManifestError,
+    NotFoundError,
+    RefusedError,
+    SignatureError,
+    StoreError,
+    UnreachableError,
+    UntrustedError,
+    WaystationError,
+)
+from relay.package.chunk import Chunk
+from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.package.manifest import Manifest
+from relay.protocol.client import ManifestDocument, RelayClient
+from relay.transfer.download import (
+    STALL_SECONDS,
+    ChunksAbsentError,
+    ChunkSource,
+    NoSourceLeftError,
+    Tally,
+    fetch,
+    sum_encodings,
+)
+from relay.trust.keys import TrustPins
+
+_OTHERS_MAX = 8
+"""Trees of other packages that a relay is told of: each is read to its last byte before."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of the tree that are verified on disk, bytes of the whole)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """What to bring, and where.
+
+    Attributes:
+        digest: names the manifest outright: then no signature is needed, and the package may still be arriving.
+        label: of the tree's folder, `<label>-<ulid>`; by default the version.
+        signed: a pinned package key must have signed exactly this, also where `digest` is given.
+        thorough: read every byte of a tree that is here already, in place of a look at its files' sizes.
+    """
+
+    package: PackageRef
+    root: str
+    digest: ManifestId | None = None
+    switch: bool = False
+    label: str | None = None
+    signed: bool = False
+    thorough: bool = True
+
+
+@dataclass(slots=True)
+class Pulled:
+    """How it went: where each byte of the tree came from."""
+
+    package: str
+    version: str
+    manifest: str
+    tree: str
+    already: bool
+    tree_bytes: int
+    resumed_bytes: int = 0
+    from_disk_bytes: int = 0
+    from_relays: dict[str, dict[str, int]] = field(default_factory=dict)
+    encodings: list[dict[str, Any]] = field(default_factory=list)
+    """The same by encoding: chunks, bytes of the tree and of payload."""
+    fallbacks: int = 0
+    """Differences that could not be decoded, and were asked for again plainly."""
+    wire_bytes: int = 0
+    """Crossed the lines to the relays in both directions, manifest included."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Relays that were left on the way, and why."""
+    switched: bool = False
+    seconds: float = 0.0
+
+
+async def pull(
+    request: PullRequest,
+    state: AgentState,
+    sources: Sources,
+    pins: TrustPins | None,
+    *,
+    progress: Progress | None = None,
+    stall_seconds: float = STALL_SECONDS,
+) -> Pulled:
+    """Bring the package, verified and durable, to `<root>/releases/<version>-<ulid>`. Goes on where a crash left it.
+
+    Raises:
+        SignatureError: nothing vouches for the package: no pinned key signed it, and no digest was given.
+        NotFoundError: no relay has it.
+        UntrustedError: the only relays that have it serve other bytes.
+        UnreachableError: no relay could give all of it; what came is kept.
+        LockedError: another process builds the same tree.
+        StoreError: this machine's disk is full or failed. What was built is removed: it takes no room, and what a
+            failed disk says it holds is not to be built upon.
+    """
+    started = time.monotonic()
+    root = os.path.abspath(request.root)  # noqa: ASYNC240 - contacts no disk
+    _require_trust(request, pins)
+    unwell = await sources.measure()
+    finder = _Finder(request, state, sources, pins)
+    manifest = await finder.manifest()
+    record = await asyncio.to_thread(_whole_tree, state, root, manifest, thorough=request.thorough)
+    result = _result(manifest, record, unwell | finder.failed)
+    if record is None:
+        build = _Build(manifest, root, state, sources, result, progress, request.label, finder.signature)
+        record = await build.run(finder.remaining(), stall_seconds)
+    else:
+        await asyncio.to_thread(_tidy_up, state, record, manifest, finder.signature)
+    result.tree = record.path
+    if request.switch:
+        result.switched = await asyncio.to_thread(switch_to, record)
+    result.wire_bytes = sum(s.traffic.total for s in sources.in_order() if isinstance(s, RelayClient))
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -> Pulled | None:
+    """What the request asks for, where it stands here already and nobody needs to be asked; else None. Blocking.
+
+    Its record, the sizes of its files and (where `signed`) its kept signature count; its bytes are not read.
+    """
+    if request.digest is None:
+        return None
+    record = state.installed(os.path.abspath(request.root), request.digest)
+    manifest = state.manifest(record) if record is not None else None
+    if record is None or manifest is None or manifest.package != request.package:
+        return None
+    if request.signed and not _is_vouched_for(manifest, state.signature(manifest.id), pins):
+        return None
+    if not looks_whole(record.path, manifest):
+        return None
+    clear_leftovers(record.root, manifest)
+    return _result(manifest, record, {})
+
+
+def looks_whole(tree: str, manifest: Manifest) -> bool:
+    """Whether every file of the package stands in the tree with its size. A look, no proof: no byte is read."""
+    for part in manifest.parts[: manifest.tree_parts]:
+        try:
+            found = os.lstat(os.path.join(tree, part.path))
+        except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode) or found.st_size != part.size:
+            return False
+    return True
+
+
+def _is_vouched_for(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> bool:
+    try:
+        check_signature(manifest, signature, pins)
+    except SignatureError:
+        return False
+    return True
+
+
+def check_signature(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> None:
+    """Check that a pinned package key signed exactly this manifest.
+
+    Raises:
+        SignatureError: none did.
+    """
+    from relay.trust.envelopes import check_manifest_signature
+
+    if pins is None:
+        raise _no_pins()
+    if not signature:
+        raise SignatureError(f"nothing that is signed came with {manifest.package}")
+    check_manifest_signature(
+        signature,
+        pins,
+        id_key=manifest.package.id.key,
+        version=manifest.package.version.url,
+        manifest_id=manifest.id,
+        nupkg_sha256=manifest.nupkg.sha256,
+    )
+
+
+def _result(manifest: Manifest, record: TreeRecord | None, failed: dict[str, str]) -> Pulled:
+    return Pulled(
+        package=str(manifest.package.id),
+        version=manifest.package.version.normalized,
+        manifest=f"sha256:{manifest.id}",
+        tree="" if record is None else record.path,
+        already=record is not None,
+        tree_bytes=manifest.tree_size,
+        failed=failed,
+    )
+
+
+def _no_pins() -> SignatureError:
+    return SignatureError(
+        "this agent has no trust.json, so nothing can vouch for a package",
+        hint="Put the origin's trust.json into the agent's home ('agent init --trust FILE'), or give --digest",
+    )
+
+
+def _require_trust(request: PullRequest, pins: TrustPins | None) -> None:
+    if pins is None and (request.signed or request.digest is None):
+        raise _no_pins()
+
+
+def _whole_tree(state: AgentState, root: str, manifest: Manifest, *, thorough: bool) -> TreeRecord | None:
+    """The installed tree; one that was edited or damaged does not count, as far as it was looked at."""
+    record = state.installed(root, manifest.id)
+    check = is_whole if thorough else looks_whole
+    return record if record is not None and check(record.path, manifest) else None
+
+
+def _tidy_up(state: AgentState, record: TreeRecord, manifest: Manifest, signature: bytes) -> None:
+    clear_leftovers(record.root, manifest)
+    if signature and not state.signature(manifest.id):
+        state.keep_signature(manifest.id, signature)
+
+
+class _Build:
+    """One tree on its way from sources to the disk, and the tally of it in `result`."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        root: str,
+        state: AgentState,
+        sources: Sources,
+        result: Pulled,
+        progress: Progress | None,
+        label: str | None,
+        signature: bytes,
+    ) -> None:
+        self._signature = signature
+        self._label = label or manifest.package.version.normalized
+        self._manifest = manifest
+        self._root = root
+        self._state = state
+        self._sources = sources
+        self._result = result
+        self._progress = progress
+        self._done = self._whole = 0
+
+    async def run(self, order: list[AnySource], stall_seconds: float) -> TreeRecord:
+        tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{self._label}-{ULID()}")
+        try:
+            path = await self._fill(tree, order, stall_seconds)
+            label, _, ulid = tree.target.rpartition("-")
+            record = await asyncio.to_thread(
+                lambda: self._state.record(
+                    self._manifest, ulid=ulid, root=self._root, path=path, label=label, signature=self._signature
+                )
+            )
+            await asyncio.to_thread(tree.clear)
+            return record
+        finally:
+            tree.close()
+
+    async def _fill(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> str:
+        """Every chunk from wherever it is nearest: the interrupted build, trees already here, the relays."""
+        try:
+            self._whole = sum(self._manifest.chunks[i].size for i in tree.wanted)
+            self._result.resumed_bytes = self._done = sum(self._manifest.chunks[i].size for i in tree.have)
+            await asyncio.to_thread(self._take_installed, tree)
+            await self._fetch(tree, order, stall_seconds)
+            return await asyncio.to_thread(tree.finish)
+        except StoreError:
+            await asyncio.to_thread(tree.clear)
+            raise
+
+    def _take_installed(self, tree: IncomingTree) -> None:
+        """Chunks that an installed tree still has, hashed as they are read."""
+        wanted = {self._manifest.chunk_id(i) for i in tree.missing}
+        for record in self._state.newest_of(self._manifest.package):
+            if not wanted:
+                return
+            held = self._state.manifest(record)
+            if held is None:
+                continue
+            for chunk in take_from(record.path, held, wanted):
+                tree.write(chunk)
+                wanted.discard(chunk.id)
+                self._result.from_disk_bytes += chunk.size
+                self._tell(chunk.size)
+
+    async def _fetch(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> None:
+        async def deliver(batch: list[Received]) -> None:
+            await asyncio.to_thread(_write_all, tree, [received.chunk for received in batch])
+            self._tell(sum(received.chunk.size for received in batch))
+
+        async def on_failure(source: ChunkSource, error: WaystationError) -> None:
+            self._result.failed[source.name] = error.message
+            if not isinstance(error, ChunksAbsentError):
+                self._sources.failed(source.name, error)
+
+        missing = tree.missing
+
+        async def find_bases() -> Holdings | None:
+            return await asyncio.to_thread(self._find_bases, missing)
+
+        try:
+            tallies = await fetch(
+                self._manifest,
+                missing,
+                order,
+                deliver,
+                on_failure=on_failure,
+                stall_seconds=stall_seconds,
+                find_bases=find_bases,
+                goodput_of=self._sources.goodput,
+            )
+        except NoSourceLeftError as error:
+            raise _sharpest(error, self._result.failed, self._manifest) from error
+        for name, tally in tallies.items():
+            self._count(name, tally)
+        self._result.encodings = [msgspec.to_builtins(each) for each in sum_encodings(tallies.values())]
+        self._result.fallbacks = sum(tally.fallbacks for tally in tallies.values())
+
+    def _find_bases(self, missing: Sequence[int]) -> Holdings | None:
+        """What a relay may build on: the newest tree of the same package, and others that hold the same parts."""
+        own: list[tuple[str, Manifest]] = []
+        others: dict[ManifestId, tuple[str, Manifest]] = {}
+        for record in self._state.newest_of(self._manifest.package):
+            manifest = self._state.manifest(record)
+            if manifest is None:
+                continue
+            if manifest.package.id == self._manifest.package.id:
+                own.append((record.path, manifest))
+            else:
+                others.setdefault(manifest.id, (record.path, manifest))
+        useful = worth_asking(self._manifest, missing, [manifest for _, manifest in others.values()])
+        trees = own[:1] + [others[id] for id in useful[:_OTHERS_MAX]]
+        return TreeHoldings(trees) if trees else None
+
+    def _count(self, name: str, tally: Tally) -> None:
+        if tally.chunks:
+            self._result.from_relays[name] = {
+                "chunks": tally.chunks,
+                "bytes": tally.bytes,
+                "payload_bytes": tally.payload_bytes,
+            }
+        if tally.error is None:
+            self._result.failed.pop(name, None)
+            # What went well before a source failed must not wash the failure away.
+            for measured in tally.measured:
+                self._sources.succeeded(name, measured)
+
+    def _tell(self, size: int) -> None:
+        self._done += size
+        if self._progress:
+            self._progress(self._done, self._whole)
+
+
+def _write_all(tree: IncomingTree, chunks: list[Chunk]) -> None:
+    for chunk in chunks:
+        tree.write(chunk)
+
+
+def _sharpest(error: NoSourceLeftError, failed: dict[str, str], manifest: Manifest) -> WaystationError:
+    """Where the relays that could be reached all served wrong bytes, that is the news, not the road."""
+    causes = error.errors.values()
+    if causes and all(isinstance(cause, UntrustedError) for cause in causes):
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        return UntrustedError(f"no relay serves {manifest.package} as it was signed ({told})")
+    return error
+
+
+def switch_to(record: TreeRecord) -> bool:
+    """Let `current` of its root name this tree; False where it did already. Blocking.
+
+    Raises:
+        StoreError: it names what it named before.
+    """
+    root = record.root
+    target = os.path.relpath(record.path, root)
+    if platform.current_target(root) == target:
+        return False
+    try:
+        platform.point_current(root, target)
+    except OSError as error:
+        raise StoreError(
+            f"{os.path.join(root, 'current')} cannot name the new tree: {error.strerror or error}",
+            hint="Expected a link, or nothing, under that name; the tree itself is installed",
+        ) from error
+    return True
+
+
+class _Finder:
+    """Finds the manifest that is meant, and who has it; leaves behind every source that cannot help."""
+
+    def __init__(self, request: PullRequest, state: AgentState, sources: Sources, pins: TrustPins | None) -> None:
+        self._request = request
+        self._state = state
+        self._sources = sources
+        self._pins = pins
+        self._order = sources.in_order()
+        self.failed: dict[str, str] = {}
+        self.signature = b""
+        """What was verified, of the manifest that was found."""
+        if not self._order:
+            raise UnreachableError(
+                "no relay is known" + "".join(f"; {note}" for note in sources.notes),
+                hint="Name one with --relay, or set site and domain in agent.yaml",
+            )
+
+    def remaining(self) -> list[AnySource]:
+        """Sources that did not fail so far, in order."""
+        return [source for source in self._order if source.name not in self.failed]
+
+    async def manifest(self) -> Manifest:
+        errors: list[WaystationError] = []
+        for source in self._order:
+            try:
+                return await self._ask(source)
+            except (UntrustedError, UnreachableError, RefusedError) as error:
+                errors.append(error)
+                self.failed[source.name] = error.message
+                if not isinstance(error, NotFoundError):
+                    self._sources.failed(source.name, error)
+        raise self._verdict(errors)
+
+    async def _ask(self, source: AnySource) -> Manifest:
+        if self._request.digest is not None:
+            document = await self._document(source, self._request.digest)
+            return self._vouched_for(document, document.signature) if self._request.signed else document.manifest
+        assert self._pins is not None  # noqa: S101 - `_require_trust` was asked first
+        from relay.trust.envelopes import verify_package
+
+        ref = self._request.package
+        pointer = await source.package(ref.id, ref.version)
+        statement = verify_package(pointer.signature, self._pins)
+        document = await self._document(source, ManifestId(statement.manifest))
+        return self._vouched_for(document, pointer.signature)
+
+    def _vouched_for(self, document: ManifestDocument, signature: bytes) -> Manifest:
+        check_signature(document.manifest, signature, self._pins)
+        self.signature = signature
+        return document.manifest
+
+    async def _document(self, source: AnySource, id: ManifestId) -> ManifestDocument:
+        document = await source.manifest(id, await asyncio.to_thread(self._base))
+        if document.manifest.package != self._request.package:
+            raise ManifestError(
+                f"manifest sha256:{id[:16]}… is of {document.manifest.package}, not {self._request.package}"
+            )
+        return document
+
+    def _base(self) -> Manifest | None:
+        """The manifest of the newest installed tree of the same package: against it, the new one costs little."""
+        for record in self._state.newest_of(self._request.package):
+            if record.package.lower() == self._request.package.id.key:
+                return self._state.manifest(record)
+        return None
+
+    def _verdict(self, errors: list[WaystationError]) -> WaystationError:
+        told = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
+        told = f"{self._request.package} could not be taken from any relay ({told})"
+        if any(isinstance(error, UntrustedError) for error in errors):
+            return UntrustedError(told)
+        if not all(isinstance(error, NotFoundError) for error in errors):
+            return UnreachableError(told, hint="'waystation agent relays' shows how each was found")
+        return NotFoundError(
+            told,
+            hint="Replicate it first: waystation package replicate ID VERSION --relay URL",
+        )
+
+
+def parse_request(id: str, version: str, root: str, digest: str | None, *, switch: bool) -> PullRequest:
+    """Text from the command line to values. Raises `IdentityError`."""
+    ref = PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+    return PullRequest(ref, root, ManifestId(parse_digest(digest)) if digest else None, switch)

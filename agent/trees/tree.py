@@ -1,0 +1,432 @@
+"""Build a package's tree beside the running one, out of verified chunks, so that a crash costs only what was in flight.
+
+    <root>/releases/.incoming-<manifest digest>/    tree/  manifest.json  target  chunks  lock
+    <root>/releases/<label>-<ulid>/                 the finished tree, renamed into place
+    <root>/current                                  a link to one of them, moved by `switch`
+
+`chunks` says which chunks were written (their indexes, little-endian u32, appended after each write). It is a hint:
+when a build is taken up again, each chunk that it names is read back and hashed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import stat
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+
+from agent import platform
+from relay.encoding.bundle import Places
+from relay.encoding.choose_bases import Held
+from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
+from relay.package.chunk import Chunk
+from relay.package.identity import ChunkId, ManifestId, chunk_id
+from relay.package.manifest import Extent, Manifest
+from relay.package.ranges import from_indexes
+from relay.support.durable import sync_folder, write_durably
+
+EXTRA = "not part of the package"
+"""What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
+_INDEX = struct.Struct("<I")
+_ROOM_TO_SPARE = 16 << 20
+"""Bytes that must stay free beside the tree itself, for folders and the agent's own state."""
+
+
+class IncomingTree:
+    """One build in progress. Blocking: call it in a thread. One process at a time (`lock`)."""
+
+    def __init__(self, root: str, manifest: Manifest, target: str) -> None:
+        """Start the build of `manifest` under `root`, or take it up where a crash left it.
+
+        `target` is the folder's name in `releases/` in the end; a build that is taken up keeps the one it began with.
+
+        Raises:
+            LockedError: another process builds the same tree under this root.
+            StoreError: the file system says no; `full` where it has no room for the tree, and then nothing is left of it.
+            UntrustedError: somebody else could write into the build's folder.
+        """
+        self.manifest = manifest
+        self.target = target
+        self.releases = os.path.join(os.path.abspath(root), "releases")
+        self.folder = _incoming(root, manifest)
+        self.tree = os.path.join(self.folder, "tree")
+        self.have: set[int] = set()
+        # Two threads may write; a third may close or clear while one of them still does.
+        self._writing = threading.Lock()
+        self._lock: int | None = None
+        self._map: int | None = None
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise _store_error(error, self.releases) from error
+        except BaseException:
+            self.close()
+            raise
+        self.resumed = len(self.have)
+
+    @property
+    def missing(self) -> list[int]:
+        """Indexes of the chunks that are still to be written, each chunk once, in tree order."""
+        return sorted(self.wanted - self.have)
+
+    @cached_property
+    def wanted(self) -> frozenset[int]:
+        """The first index of every chunk of the tree."""
+        return frozenset(self.manifest.index_of[id] for id in self._places)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a crash came between the last rename and the end: the tree stands where it belongs."""
+        return not os.path.isdir(self.tree) and os.path.isdir(os.path.join(self.releases, self.target))
+
+    def write(self, chunk: Chunk) -> None:
+        """Put a verified chunk everywhere it belongs. Raises `StoreError`."""
+        index = self.manifest.index_of[chunk.id]
+        with self._writing:
+            if self._map is None:
+                raise StoreError(f"the build in {self.folder} was given up")
+            try:
+                for place in self._places[chunk.id]:
+                    self._write_at(place, chunk.data)
+                os.write(self._map, _INDEX.pack(index))
+            except OSError as error:
+                raise _store_error(error, self.folder) from error
+            self.have.add(index)
+
+    def finish(self) -> str:
+        """Make the tree durable and rename it into place; its path.
+
+        Raises:
+            StoreError: it is not durable, and must not be built upon: after a failed sync, what can be read back is not
+                what is on the disk. `clear` it.
+        """
+        assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
+        final = os.path.join(self.releases, self.target)
+        try:
+            if not self.is_moved:
+                self._make_empty_parts()
+                self._set_modes()
+                platform.sync_tree(self.tree, self._files(), self._folders())
+                os.rename(self.tree, final)
+            sync_folder(self.releases)
+        except OSError as error:
+            raise _store_error(error, self.folder) from error
+        return final
+
+    def clear(self) -> None:
+        """Remove what the build needed; the tree itself stands elsewhere by now. (Also gives up a build.)"""
+        with self._writing:
+            _remove(self.folder)
+            self._close()
+
+    def close(self) -> None:
+        """Let go of it; the build can be taken up again."""
+        with self._writing:
+            self._close()
+
+    def _close(self) -> None:
+        for descriptor in (self._map, self._lock):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._lock = self._map = None
+
+    # --- beginning
+
+    def _open(self) -> None:
+        os.makedirs(os.path.dirname(self.releases), mode=0o755, exist_ok=True)
+        os.makedirs(self.releases, mode=0o755, exist_ok=True)
+        _make_private(self.folder)
+        self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
+        if self._lock is None:
+            raise LockedError(
+                f"another process builds {self.manifest.package} in {self.releases} right now",
+                hint="Wait until it is done",
+            )
+        self._begin()
+        self._map = os.open(os.path.join(self.folder, "chunks"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self.have = self._take_up(self._map)
+        self._check_room()
+
+    def _begin(self) -> None:
+        named = os.path.join(self.folder, "target")
+        if os.path.exists(named):
+            with open(named, encoding="utf-8") as file:
+                self.target = file.read()
+        else:
+            write_durably(os.path.join(self.folder, "manifest.json"), self.manifest.canonical, mode=0o600)
+            write_durably(named, self.target.encode(), mode=0o600)
+        if not self.is_moved:
+            os.makedirs(self.tree, mode=0o755, exist_ok=True)
+
+    def _take_up(self, map: int) -> set[int]:
+        noted = platform.read_at(map, os.fstat(map).st_size, 0)
+        whole = len(noted) - len(noted) % _INDEX.size
+        # A torn tail would shift every entry that is appended after it.
+        os.ftruncate(map, whole)
+        if self.is_moved:
+            return set(self.wanted)
+        indexes = {index for (index,) in _INDEX.iter_unpack(noted[:whole])}
+        return {index for index in indexes & self.wanted if self._is_written(index)}
+
+    def _is_written(self, index: int) -> bool:
+        id = self.manifest.chunk_id(index)
+        return all(chunk_id(read_chunk(self.tree, self.manifest, place) or b"") == id for place in self._places[id])
+
+    def _check_room(self) -> None:
+        missing = self.missing
+        if not missing:
+            return
+        chunks = self.manifest.chunks
+        need = sum(chunks[i].size * len(self._places[self.manifest.chunk_id(i)]) for i in missing) + _ROOM_TO_SPARE
+        free = platform.free_bytes(self.folder)
+        if free < need:
+            self.clear()
+            raise StoreError(
+                f"{self.manifest.package} needs {need >> 20} MiB under {self.releases}, {free >> 20} MiB are free",
+                full=True,
+                hint=_FULL_HINT,
+            )
+
+    # --- writing
+
+    @cached_property
+    def _places(self) -> dict[ChunkId, list[int]]:
+        """Where in the tree's stream each chunk stands."""
+        placed: dict[ChunkId, list[int]] = {}
+        for i in range(self.manifest.tree_chunks):
+            placed.setdefault(self.manifest.chunk_id(i), []).append(i)
+        return placed
+
+    def _write_at(self, place: int, data: bytes) -> None:
+        view = memoryview(data)
+        for extent in self.manifest.extents[place]:
+            descriptor = self._open_part(extent.part)
+            try:
+                platform.write_at(descriptor, view[: extent.length], extent.offset)
+            finally:
+                os.close(descriptor)
+            view = view[extent.length :]
+
+    def _open_part(self, part: int) -> int:
+        path = self._path(part)
+        try:
+            descriptor = platform.open_for_writing(path)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+            descriptor = platform.open_for_writing(path)
+        try:
+            size = self.manifest.parts[part].size
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    # --- finishing
+
+    def _make_empty_parts(self) -> None:
+        for part in range(self.manifest.tree_parts):
+            if self.manifest.parts[part].size == 0:
+                os.close(self._open_part(part))
+
+    def _set_modes(self) -> None:
+        """Whatever the umask was: who runs a service must be able to read what was installed for it."""
+        for part in range(self.manifest.tree_parts):
+            platform.set_mode(self._path(part), executable=self.manifest.parts[part].executable)
+        for folder in self._folders():
+            platform.set_mode(folder, executable=True)
+
+    def _path(self, part: int) -> str:
+        return os.path.join(self.tree, self.manifest.parts[part].path)
+
+    def _files(self) -> Iterator[str]:
+        return (self._path(part) for part in range(self.manifest.tree_parts))
+
+    def _folders(self) -> Iterator[str]:
+        return (folder for folder, _, _ in os.walk(self.tree))
+
+
+def clear_leftovers(root: str, manifest: Manifest) -> None:
+    """Remove what a crash left of a build whose tree stands and is recorded. Not while another process is at it."""
+    folder = _incoming(root, manifest)
+    with suppress(OSError):
+        if not platform.is_private(folder):
+            return
+        lock = platform.lock_file(os.path.join(folder, "lock"))
+        if lock is not None:
+            _remove(folder)
+            os.close(lock)
+
+
+def _incoming(root: str, manifest: Manifest) -> str:
+    return os.path.join(os.path.abspath(root), "releases", f".incoming-{manifest.id}")
+
+
+def _remove(folder: str) -> None:
+    """In one step for whoever looks for it: it must never be taken up half removed."""
+    aside = f"{folder}.removed"
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
+    """The bytes of one chunk out of a tree of `manifest`, not verified; None where the files are not as they should be."""
+    pieces = []
+    for extent in manifest.extents[index]:
+        piece = _read_extent(os.path.join(tree, manifest.parts[extent.part].path), extent)
+        if piece is None:
+            return None
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _read_extent(path: str, extent: Extent) -> bytes | None:
+    try:
+        descriptor = platform.open_for_reading(path)
+    except OSError:
+        return None
+    try:
+        piece = platform.read_at(descriptor, extent.length, extent.offset)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return piece if len(piece) == extent.length else None
+
+
+def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk]:
+    """Those of `wanted` that the installed `tree` of `held` still has, hashed as they are read: an edited file is passed over."""
+    for index in range(held.tree_chunks):
+        id = held.chunk_id(index)
+        if id not in wanted or held.index_of[id] != index:
+            continue
+        data = read_chunk(tree, held, index)
+        if data is None:
+            continue
+        with suppress(ChunkInvalid):
+            yield Chunk(id, data)
+
+
+class TreeHoldings:
+    """Chunks of installed trees, read through their manifests, for whoever sends differences from them.
+
+    Nothing keeps a tree from being edited or removed meanwhile: each chunk is hashed whenever it is read.
+    """
+
+    def __init__(self, trees: Sequence[tuple[str, Manifest]]) -> None:
+        """`trees`: folders and their manifests, the best bases first. Reads every byte of them; blocking."""
+        self._trees = {manifest.id: (tree, manifest) for tree, manifest in trees}
+        self.held = tuple(
+            Held(manifest, ranges)
+            for tree, manifest in self._trees.values()
+            if (ranges := from_indexes(_good_chunks(tree, manifest)))
+        )
+
+    async def load(self, places: Places) -> list[bytes]:
+        """The chunks at `places`, in that order.
+
+        Raises:
+            ChunkMissing, ChunkInvalid: one is not there, or not as it was.
+        """
+        return await asyncio.to_thread(lambda: [self._read(id, index) for id, index in places])
+
+    def _read(self, id: ManifestId, index: int) -> bytes:
+        tree, manifest = self._trees[id]
+        data = read_chunk(tree, manifest, index) if index < manifest.tree_chunks else None
+        if data is None:
+            raise ChunkMissing(manifest.chunk_id(index))
+        return Chunk(manifest.chunk_id(index), data).data
+
+
+def _good_chunks(tree: str, manifest: Manifest) -> Iterator[int]:
+    for index in range(manifest.tree_chunks):
+        data = read_chunk(tree, manifest, index)
+        if data is not None and chunk_id(data) == manifest.chunk_id(index):
+            yield index
+
+
+def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Compare an installed tree with its manifest, every byte: (path, what is wrong) for each difference."""
+    expected = {part.path for part in manifest.parts[: manifest.tree_parts]}
+    bad_chunks: set[str] = set()
+    for index in range(manifest.tree_chunks):
+        data = read_chunk(tree, manifest, index)
+        if data is None or chunk_id(data) != manifest.chunk_id(index):
+            bad_chunks.update(_blame(tree, manifest, index))
+    for part in manifest.parts[: manifest.tree_parts]:
+        path = os.path.join(tree, part.path)
+        try:
+            found = os.lstat(path)
+        except OSError:
+            yield part.path, "missing"
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            yield part.path, "not a regular file"
+        elif found.st_size != part.size:
+            yield part.path, f"{found.st_size} bytes, expected {part.size}"
+        elif part.path in bad_chunks:
+            yield part.path, "other content"
+        elif bool(found.st_mode & 0o111) != part.executable:
+            yield part.path, "not executable" if part.executable else "executable"
+    for path in _files_below(tree):
+        if path not in expected:
+            yield path, EXTRA
+
+
+def is_whole(tree: str, manifest: Manifest) -> bool:
+    """Whether every file of the package is in the installed tree as it should be; others may lie beside them."""
+    return all(problem == EXTRA for _, problem in check_tree(tree, manifest))
+
+
+def _blame(tree: str, manifest: Manifest, index: int) -> Iterable[str]:
+    """Which parts of a bad chunk are bad: by their own digests, where the chunk gathers several."""
+    from hashlib import sha256
+
+    for extent in manifest.extents[index]:
+        part = manifest.parts[extent.part]
+        if len(manifest.extents[index]) == 1:
+            yield part.path
+            continue
+        data = _read_extent(os.path.join(tree, part.path), Extent(extent.part, 0, part.size))
+        if data is None or sha256(data).hexdigest() != manifest.part_sha256(extent.part):
+            yield part.path
+
+
+def _files_below(tree: str) -> Iterator[str]:
+    for folder, folders, files in os.walk(tree):
+        for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            yield os.path.relpath(os.path.join(folder, name), tree)
+
+
+def _make_private(folder: str) -> None:
+    parent = os.path.dirname(folder)
+    if platform.is_open_to_all(parent):
+        raise UntrustedError(
+            f"everybody can write to {parent}, and so replace what is installed there",
+            hint=f"Run 'chmod o-w {parent}'",
+        )
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    if not platform.is_private(folder):
+        raise UntrustedError(
+            f"{folder} is not a folder that only this user can write to",
+            hint="Somebody else made it: look at it, then remove it",
+        )
+
+
+_FULL_HINT = "Make room there and pull again; nothing of it was left behind"
+
+
+def _store_error(error: OSError, where: str) -> StoreError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StoreError(f"{where}: {error.strerror or error}", full=full, hint=_FULL_HINT if full else "")

@@ -1,0 +1,3 @@
+"""What measurements share: workloads, programs to start, agents, bounds.
+Start with workload.py.
+"""

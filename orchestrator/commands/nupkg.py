@@ -1,0 +1,184 @@
+"""`waystation package show` and `waystation package fetch`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.commands import options
+from orchestrator.commands.options import depot_location, depot_option, package_ref, pointer_document, trust_option
+from relay.errors import UsageError
+from relay.support.console import (
+    ca_file_option,
+    json_option,
+    print_json,
+    printable,
+    progress_bars,
+    run,
+    size,
+    table,
+    token_file_option,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.replication.export import Fetched
+    from relay.package.manifest import Manifest
+    from relay.package.recipe import Recipe
+
+
+@click.command(epilog="Example: waystation package show Acme.Web 1.4.2")
+@click.argument("id")
+@click.argument("version")
+@depot_option
+@json_option
+def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
+    """Show one package: digests, parts, chunks, what its nuspec says, and how its nupkg is made again.
+
+    Where deflate engines were installed since it was added, that is found out again.
+    """
+
+    async def look() -> dict[str, Any]:
+        from orchestrator.depot.depot import open_depot
+
+        async with open_depot(depot_location(depot)) as opened:
+            pointer = opened.catalog.get(package_ref(id, version))
+            manifest = await opened.manifest(pointer)
+            recipe = await opened.recipe(manifest)
+            return pointer_document(pointer) | {
+                "signed": bool(await opened.catalog.signature(manifest.id)),
+                "nupkg_sha512": manifest.nupkg.sha512,
+                "stream_bytes": manifest.stream_size,
+                "tree_bytes": manifest.tree_size,
+                "parts": len(manifest.parts),
+                "chunks": len(manifest.chunks),
+                "manifest_bytes": len(manifest.canonical),
+                "exact": None if recipe is None else _exact(recipe, manifest),
+                "executable": [part.path for part in manifest.parts if part.executable],
+                "metadata": manifest.body.metadata,
+            }
+
+    document = run(look())
+    if as_json:
+        print_json({"format": 1} | document)
+        return
+    click.echo(f"{document['id']} {document['version']}")
+    provenance = document["provenance"]
+    rows = [
+        ["manifest", document["manifest"]],
+        ["signed", "yes" if document["signed"] else "no"],
+        ["nupkg", f"{size(document['size'])}  sha256:{document['nupkg_sha256']}"],
+        ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
+        ["since", document["published"]],
+        ["from", f"{provenance['how']} {provenance['source']}".strip()],
+        ["vouched by", provenance["verified_by"] or "whoever added it"],
+        ["description", str(document["metadata"].get("description", ""))[:200]],
+        ["made again", _summary(document["exact"])],
+    ]
+    for name, value in rows:
+        click.echo(f"  {name:12} {printable(value)}")
+    if document["exact"]:
+        click.echo(_shares(document["exact"]))
+
+
+def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+    from relay.package.recipe import VERBATIM, Opaque, encode_recipe, shares, to_wire
+
+    canonical = encode_recipe(recipe)
+    found = shares(recipe, manifest)
+    verbatim = recipe.verbatim
+    return {
+        "records": type(recipe.records).__name__.lower().removesuffix("ly"),
+        "whole_file": isinstance(recipe.records, Opaque),
+        "shares": {
+            name: {"nupkg_bytes": share.compressed, "content_bytes": share.content}
+            for name, share in sorted(found.items(), key=lambda item: (item[0] == VERBATIM, -item[1].compressed))
+        },
+        "verbatim": None if verbatim is None else {"sha256": verbatim.id, "bytes": verbatim.size},
+        "recipe_bytes": len(canonical),
+        "recipe_wire_bytes": len(to_wire(canonical)),
+    }
+
+
+def _summary(exact: dict[str, Any] | None) -> str:
+    if exact is None:
+        return "unknown: add its nupkg again"
+    recipe = f"recipe of {size(exact['recipe_bytes'])} ({size(exact['recipe_wire_bytes'])} on the wire)"
+    if exact["whole_file"]:
+        return "no: relays take the whole file"
+    if exact["verbatim"]:
+        return f"with {size(exact['verbatim']['bytes'])} that relays must be given, {recipe}"
+    return f"of its parts alone, {recipe}"
+
+
+def _shares(exact: dict[str, Any]) -> str:
+    whole = max(1, sum(share["nupkg_bytes"] for share in exact["shares"].values()))
+    rows = [
+        [
+            f"    {name}",
+            size(share["nupkg_bytes"]),
+            f"{100 * share['nupkg_bytes'] / whole:.1f} %",
+            size(share["content_bytes"]),
+        ]
+        for name, share in exact["shares"].items()
+    ]
+    return table(["    encoder", "of the nupkg", "share", "content"], rows, right=frozenset({1, 2, 3}))
+
+
+@click.command(
+    epilog="Examples: waystation package fetch Acme.Web 1.4.2 --output web.nupkg; "
+    "waystation package fetch Acme.Web 1.4.2 --relay https://relay.fra.example:7443"
+)
+@click.argument("id")
+@click.argument("version")
+@click.option("--relay", "url", metavar="URL", help="Take it from this relay. [default: out of the depot]")
+@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@depot_option
+@trust_option
+@token_file_option
+@ca_file_option
+@json_option
+def fetch(
+    id: str,
+    version: str,
+    url: str | None,
+    output: str | None,
+    depot: str | None,
+    trust_folder: str | None,
+    token_file: str | None,
+    ca_file: str | None,
+    as_json: bool,
+) -> None:
+    """Write the identical nupkg to a file, out of the depot or from a relay, which makes it again if need be.
+
+    The file gets its name when its SHA-512 is that of the signed manifest. Another file is never overwritten.
+    """
+    if url is None and (token_file or ca_file):
+        raise UsageError("--token-file and --ca-file go with --relay")
+    if url is not None and depot is not None:
+        raise UsageError("give --depot or --relay, not both")
+
+    async def take() -> Fetched:
+        from orchestrator.depot.depot import open_depot
+        from orchestrator.replication.export import fetch_from_depot, fetch_from_relay, read_pins
+        from relay.protocol.client import RelayClient, tls_from, token_from
+
+        ref = package_ref(id, version)
+        path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")  # noqa: ASYNC240 - contacts no disk
+        pins = read_pins(options.trust_folder(trust_folder))
+        with progress_bars() as bar:
+            if url is None:
+                async with open_depot(depot_location(depot)) as opened:
+                    return await fetch_from_depot(opened, ref, pins, path, bar(str(ref)))
+            async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as relay:
+                return await fetch_from_relay(relay, ref, pins, path, bar(str(ref)))
+
+    fetched = run(take())
+    nupkg = fetched.manifest.nupkg
+    if as_json:
+        digests = {"size": nupkg.size, "sha256": nupkg.sha256, "sha512": nupkg.sha512}
+        print_json({"format": 1, "file": fetched.path, "new": fetched.new} | digests)
+    else:
+        what = "fetched" if fetched.new else "was there"
+        click.echo(printable(f"{what}  {fetched.path}  {size(nupkg.size)}  sha256:{nupkg.sha256}"))

@@ -1,0 +1,3 @@
+"""Two builds of one package side by side. Pure.
+Start with diff.py.
+"""

@@ -1,0 +1,3 @@
+"""One deployment from its set-up to its end.
+Start with deployment.py, the story.
+"""

@@ -1,0 +1,198 @@
+"""Tell receivers what a deployment came to: CloudEvents 1.0 as structured JSON over HTTP, signed with the order key.
+
+Format: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.md and
+https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/http-protocol-binding.md (structured content mode).
+
+The header `Waystation-Signature` holds, in base64, a DSSE envelope of type `SIGNATURE_TYPE` whose payload is
+`{"format":1,"sha256":"<of the body, hex>"}`; `verify_notification` is what a receiver does with it. The body names the
+event by `source` and `id`, which stay the same when it is sent again, so a receiver can tell a repetition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import quote
+
+import msgspec
+
+from orchestrator.files.values import NotificationKind
+from orchestrator.plan.plan import NotifyPlan
+from relay.errors import SignatureError, UnreachableError, UsageError, WaystationError
+from relay.trust.envelopes import sign_document, verify_document
+
+if TYPE_CHECKING:
+    import aiohttp
+    from securesystemslib.signer import Signer
+
+    from orchestrator.trust.secrets import SecretStore
+    from relay.trust.keys import PublicKey
+
+CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
+SIGNATURE_HEADER: Final = "Waystation-Signature"
+SIGNATURE_TYPE: Final = "application/vnd.waystation.notification+json"
+TYPE_PREFIX: Final = "dev.waystation.deployment."
+"""Of an event's `type`: `dev.waystation.deployment.finished`."""
+
+ATTEMPTS: Final = 3
+SECONDS: Final = 10.0
+"""For each attempt, from connecting to the answer's head."""
+
+log = logging.getLogger(__name__)
+
+
+class _Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: Literal[1]
+    sha256: str
+
+
+async def notify(
+    plans: Iterable[NotifyPlan],
+    secrets: SecretStore,
+    signer: Signer,
+    event: Mapping[str, Any],
+    *,
+    seconds: float = SECONDS,
+) -> list[str]:
+    """Tell every receiver that asked for this event, all at once. Nobody's failure stops anything: it never raises.
+
+    Args:
+        plans: the receivers.
+        secrets: where URLs are that are secret; such a URL is shown nowhere, also not in an error.
+        signer: the order key.
+        event: `event` (one of `NotificationKind`), `project`, `environment` and `deployment` (its ULID); `id` (unique in the
+            deployment) and `time` (seconds since 1970) where they are known. It is sent whole, as the event's data.
+        seconds: for each attempt.
+
+    Returns:
+        A sentence for each receiver that could not be told.
+    """
+    wanted = [plan for plan in plans if event.get("event") in plan.on]
+    if not wanted:
+        return []
+    try:
+        body = cloud_event(event)
+        signature = await asyncio.to_thread(_sign, body, signer)
+    except Exception as error:  # this edge promises not to raise: a deployment is worth more than its news
+        log.exception("a notification could not be made")
+        return [f"nobody was told of {event.get('event')!r}: {error}"]
+    import aiohttp
+
+    # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
+    async with aiohttp.ClientSession(
+        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=seconds)
+    ) as session:
+        told = await asyncio.gather(*(_tell(session, plan, secrets, body, signature) for plan in wanted))
+    return [error for error in told if error]
+
+
+def target_of(plan: NotifyPlan) -> str:
+    """The receiver for people and records: its host, or the name of the secret that holds its URL."""
+    if plan.url_secret:
+        return f"the receiver in the secret {plan.url_secret!r}"
+    return plan.url.partition("://")[2].partition("/")[0].rpartition("@")[2] or plan.url[:100]
+
+
+def cloud_event(event: Mapping[str, Any]) -> bytes:
+    """The body of a notification.
+
+    Raises:
+        KeyError: `event`, `project`, `environment` or `deployment` is not there.
+        TypeError: something in it is no JSON.
+    """
+    kind: NotificationKind = event["event"]
+    deployment = event["deployment"]
+    time = datetime.fromtimestamp(event["time"], UTC) if "time" in event else datetime.now(UTC)
+    return msgspec.json.encode(
+        {
+            "specversion": "1.0",
+            "id": f"{deployment}/{event.get('id', kind)}",
+            "source": f"/waystation/{quote(event['project'], safe='')}/{quote(event['environment'], safe='')}",
+            "type": f"{TYPE_PREFIX}{kind}",
+            "subject": deployment,
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "datacontenttype": "application/json",
+            "data": dict(event),
+        }
+    )
+
+
+def verify_notification(body: bytes, header: str, keys: Sequence[PublicKey]) -> None:
+    """Check that one of `keys` signed `body`, given the value of `Waystation-Signature`.
+
+    Raises:
+        SignatureError: none did, or another body.
+    """
+    try:
+        envelope = base64.b64decode(header, validate=True)
+    except ValueError as error:
+        raise SignatureError(f"{SIGNATURE_HEADER} is no base64: {error}") from error
+    payload, _ = verify_document(envelope, keys, SIGNATURE_TYPE)
+    try:
+        signed = msgspec.json.decode(payload, type=_Signed)
+    except (ValueError, RecursionError) as error:
+        raise SignatureError(f"{SIGNATURE_HEADER} signs something else: {error}") from error
+    if signed.sha256 != hashlib.sha256(body).hexdigest():
+        raise SignatureError("the notification is not the one that was signed")
+
+
+def _sign(body: bytes, signer: Signer) -> str:
+    signed = msgspec.json.encode(_Signed(1, hashlib.sha256(body).hexdigest()))
+    return base64.b64encode(sign_document(signed, SIGNATURE_TYPE, signer)).decode()
+
+
+class _NotTakenError(UnreachableError):
+    """A failure that another attempt may mend. Made without its cause, whose text can hold the URL."""
+
+
+async def _tell(
+    session: aiohttp.ClientSession, plan: NotifyPlan, secrets: SecretStore, body: bytes, signature: str
+) -> str:
+    """Empty, or why the receiver could not be told."""
+    target = target_of(plan)
+    try:
+        url = secrets.value(plan.url_secret).reveal() if plan.url_secret else plan.url
+        await _post(session, url, body, signature)
+    except WaystationError as error:
+        return f"{target} could not be told: {error}"
+    except Exception as error:  # as above: and of what is unknown only the kind is told, as its text can hold the URL
+        return f"{target} could not be told: {type(error).__name__}"
+    return ""
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: bytes, signature: str) -> None:
+    import stamina
+
+    if not url.startswith(("https://", "http://")):
+        raise UsageError("its URL is neither http nor https")
+    headers = {"Content-Type": CONTENT_TYPE, SIGNATURE_HEADER: signature, "User-Agent": "waystation"}
+    async for attempt in stamina.retry_context(
+        on=_NotTakenError, attempts=ATTEMPTS, timeout=None, wait_initial=0.2, wait_max=2.0
+    ):
+        with attempt:
+            await _post_once(session, url, body, headers)
+
+
+async def _post_once(session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str]) -> None:
+    import aiohttp
+
+    try:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            status = response.status
+    except TimeoutError:
+        raise _NotTakenError("it did not answer in time") from None
+    except aiohttp.InvalidURL:
+        raise UsageError("its URL is none") from None
+    except aiohttp.ClientConnectorError as error:
+        raise _NotTakenError(f"it cannot be reached ({error.os_error.strerror or 'no such host'})") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise _NotTakenError(f"the connection failed ({type(error).__name__})") from None
+    if status >= 500 or status in {408, 429}:
+        raise _NotTakenError(f"it answers with status {status}")
+    if not 200 <= status < 300:
+        raise WaystationError(f"it answers with status {status}")

@@ -1,0 +1,292 @@
+"""The packages of a release: made sure to be in the depot, taken from their feeds where they are not, and signed.
+
+The process's own scripts for machines become a package too: what runs on a machine is always something that was signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
+from orchestrator.files.process import ProcessFile, package_of
+from orchestrator.files.script_files import read_script
+from orchestrator.plan.plan import PlannedFeed, PlannedPackage
+from relay.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.package.manifest import Manifest
+from relay.stores.catalog import Pointer, Provenance
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+    from orchestrator.depot.depot import Depot
+    from orchestrator.replication.send import Bar
+    from orchestrator.trust.secrets import SecretStore
+    from relay.trust.keys import TrustPins
+
+_FEED_POLICY: Final = FeedPolicy(allow_private=True)
+"""A feed that the environment's file names is often one of the house. It still leads nowhere but to its own host."""
+_FEED_USER: Final = "waystation"
+
+
+def ref_of(package: PlannedPackage) -> PackageRef:
+    """Raises `IdentityError`."""
+    return PackageRef(PackageId.parse(package.id), NuGetVersion.parse(package.version))
+
+
+# --- what is meant
+
+
+def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[str, PlannedPackage]:
+    """The process's packages in these versions; a name that it does not know is kept, for the plan to refuse."""
+    known = {name: package_of(use) for name, use in process.value.packages.items()}
+    return {
+        name: PlannedPackage(known[name].id, version, feed=known[name].feed or "")
+        if name in known
+        else PlannedPackage(name, version)
+        for name, version in versions.items()
+    }
+
+
+async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) -> dict[str, PlannedPackage]:
+    """Fill in what the depot knows of these; one that it lacks stays as it is."""
+    from orchestrator.depot.depot import open_depot
+
+    found: dict[str, PlannedPackage] = {}
+    async with open_depot(location) as depot:
+        for name, package in packages.items():
+            pointer = depot.catalog.find(ref_of(package))
+            if pointer is None:
+                found[name] = package
+                continue
+            found[name] = _with_manifest(package, await depot.manifest(pointer))
+    return found
+
+
+# --- into the depot
+
+
+async def ensure_packages(
+    depot: Depot,
+    packages: Mapping[str, PlannedPackage],
+    feeds: Mapping[str, PlannedFeed],
+    secrets: SecretStore,
+    signer: CryptoSigner,
+    bar: Bar | None = None,
+    *,
+    policy: FeedPolicy | None = None,
+) -> dict[str, PlannedPackage]:
+    """Every package of a release, signed and in the depot, with its manifest and sizes filled in.
+
+    Whatever can be refused is refused before the first feed is asked.
+
+    Args:
+        depot: where they belong.
+        packages: by their names in the process.
+        feeds: of the environment, by name.
+        secrets: where the feeds' credentials are: `user:password`, or a token alone.
+        signer: the package key.
+        bar: shows what comes from a feed.
+        policy: where a feed may lead.
+
+    Raises:
+        NotFoundError: the depot lacks one that has no feed, or the feed has none such either.
+        ConflictError: one has other bytes than when it was planned.
+        RefusedError: one is not signed, a feed's secret cannot be used, or the feed refuses us.
+        UntrustedError: the feed sends what it must not.
+        UnreachableError: the feed cannot be reached.
+        StoreError: the depot's medium failed.
+    """
+    await depot.catalog.load()
+    lacking = {name: package for name, package in packages.items() if depot.catalog.find(ref_of(package)) is None}
+    for package in lacking.values():
+        if not package.feed:
+            raise _not_found(package)
+        if package.feed not in feeds:
+            raise UsageError(f"{package.id} comes from the feed {package.feed!r}, which the environment does not name")
+    for package in lacking.values():
+        await _take_from_feed(depot, package, feeds[package.feed], secrets, signer, bar, policy or _FEED_POLICY)
+    return {name: await _filled(depot, package) for name, package in packages.items()}
+
+
+async def _take_from_feed(
+    depot: Depot,
+    package: PlannedPackage,
+    feed: PlannedFeed,
+    secrets: SecretStore,
+    signer: CryptoSigner,
+    bar: Bar | None,
+    policy: FeedPolicy,
+) -> None:
+    from orchestrator.depot.nuget_client import download
+
+    ref = ref_of(package)
+    credentials = _credentials(secrets.value(feed.secret).reveal()) if feed.secret else None
+    with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
+        path = os.path.join(folder, "package.nupkg")
+        try:
+            got = await download(feed.url, ref.id, ref.version, path, policy=policy, credentials=credentials)
+        except NotFoundError as error:
+            raise _not_found(package, str(error)) from error
+        provenance = Provenance("added", got.source_url, got.verified_by)
+        await depot.add(path, signer, provenance, progress=bar(str(ref)) if bar else None, expected=ref)
+
+
+def _credentials(secret: str) -> FeedCredentials:
+    """NuGet feeds take Basic: with a token as the password, they take any user."""
+    user, colon, password = secret.partition(":")
+    return FeedCredentials(user, password) if colon else FeedCredentials(_FEED_USER, secret)
+
+
+def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
+    name = f"{package.id}.{package.version}.nupkg"
+    return NotFoundError(
+        f"{package.id} {package.version} is not in the depot" + (f", and {why}" if why else ""),
+        hint=f"Add its file with 'waystation package add {name}', or take it from a feed with "
+        f"'waystation package add --feed URL {package.id} {package.version}' (or name its feed in the process)",
+    )
+
+
+async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
+    manifest = await depot.manifest(depot.catalog.get(ref_of(package)))
+    if package.manifest and package.manifest != manifest.id:
+        raise ConflictError(
+            f"{package.id} {package.version} in the depot is not the one that was planned "
+            f"(manifest {manifest.id[:16]}…, planned {package.manifest[:16]}…)",
+            hint="A version never changes its bytes: find out who put the other one there",
+        )
+    if not await depot.catalog.signature(manifest.id):
+        raise RefusedError(f"{package.id} {package.version} is not signed", hint="Add its nupkg again to sign it")
+    return _with_manifest(package, manifest)
+
+
+def _with_manifest(package: PlannedPackage, manifest: Manifest) -> PlannedPackage:
+    return msgspec.structs.replace(
+        package, manifest=manifest.id, tree_bytes=manifest.tree_size, nupkg_bytes=manifest.nupkg.size
+    )
+
+
+# --- the process's own scripts
+
+
+async def build_scripts_package(
+    folder: str, paths: Iterable[str], project: str, depot: Depot, signer: CryptoSigner
+) -> PlannedPackage | None:
+    """A signed package of exactly the scripts that machines run; None where there are none.
+
+    Its version is made of its contents, so the same scripts are the same package and need not be sent again.
+
+    Args:
+        folder: of the process.
+        paths: relative to it, with `/`.
+        project: names the package: words of letters, digits and '_' with single '.' or '-' between them.
+        depot: where it is put.
+        signer: the package key.
+
+    Raises:
+        ScriptPathError: a script that cannot be read, or lies outside of `folder`.
+        UsageError: one has a name that no package can have.
+        IdentityError: `project` can name no package.
+        StoreError: the depot's medium failed.
+    """
+    wanted = sorted(set(paths))
+    if not wanted:
+        return None
+    scripts = await asyncio.to_thread(_read_scripts, folder, wanted)
+    digests = {path: hashlib.sha256(data).hexdigest() for path, data in scripts.items()}
+    package = PlannedPackage(scripts_id(project), _scripts_version(digests))
+    await depot.catalog.load()
+    there = depot.catalog.find(ref_of(package))
+    if there is None or not await _holds(depot, there, digests):
+        await _add_scripts(depot, package, scripts, project, signer)
+    return await _filled(depot, package)
+
+
+def scripts_id(project: str) -> str:
+    """The id of the package of a project's scripts."""
+    return f"Waystation.Scripts.{project}"
+
+
+def _scripts_version(digests: Mapping[str, str]) -> str:
+    # A path holds no NUL and a digest has a fixed length, so no two sets of files give the same text.
+    text = "".join(f"{path}\0{digest}" for path, digest in sorted(digests.items()))
+    return f"1.0.0-h{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+
+
+def _read_scripts(folder: str, paths: Iterable[str]) -> dict[str, bytes]:
+    return {path: read_script(folder, path) for path in paths}
+
+
+async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> bool:
+    """Whether the package that is there is whole and signed, and has these files.
+
+    Packing them again could give other bytes by another zlib, and with them a conflict for nothing.
+    """
+    manifest = await depot.catalog.manifest(pointer.manifest_id)
+    if manifest is None or not await depot.catalog.signature(manifest.id):
+        return False
+    ids = set(manifest.chunk_ids())
+    return _files_of(manifest) == dict(digests) and await depot.store.chunks.has_many(ids) == ids
+
+
+def _files_of(manifest: Manifest) -> dict[str, str]:
+    return {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
+
+
+async def _add_scripts(
+    depot: Depot, package: PlannedPackage, scripts: Mapping[str, bytes], project: str, signer: CryptoSigner
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="waystation-scripts-") as folder:
+        path = await asyncio.to_thread(_pack, folder, package, scripts, project)
+        await depot.add(path, signer, Provenance("added", f"scripts of {project}"), expected=ref_of(package))
+
+
+def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:
+    from relay.package.pack import pack
+
+    ref = ref_of(package)
+    tree = os.path.join(folder, "tree")
+    for path, data in scripts.items():
+        target = Path(tree, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        # A script is started by its interpreter; its mode must not make another package of the same bytes.
+        target.chmod(0o644)
+    output = os.path.join(folder, "scripts.nupkg")
+    with open(output, "xb") as file:
+        pack(tree, file, id=ref.id, version=ref.version, authors="Waystation", description=f"Scripts of {project}")
+    return output
+
+
+# --- onto the server
+
+
+async def server_tree(depot_location: str, package: PlannedPackage, pins: TrustPins, folder: str) -> str:
+    """The verified tree of a package of the depot, for a step on the server; its path.
+
+    Built as an agent builds it, out of what is below `folder` and in the depot; the same again is the same tree.
+
+    Raises:
+        SignatureError: no pinned package key signed exactly what was planned.
+        UntrustedError: the same, where no other source is left to ask.
+        NotFoundError, UnreachableError: it is not in the depot, or the depot lost some of it.
+        LockedError: another process builds the same tree.
+        StoreError: the disk is full or failed.
+    """
+    from agent.config import AgentConfig
+    from agent.relays.sources import Sources
+    from agent.trees.installed import AgentState
+    from agent.trees.pull import PullRequest, pull
+
+    home = os.path.join(os.path.abspath(folder), "state")  # noqa: ASYNC240 - contacts no disk
+    request = PullRequest(ref_of(package), folder, ManifestId(parse_digest(package.manifest)), signed=True)
+    async with Sources(AgentConfig(name="server"), Path(home, "relays.json"), relays=[depot_location]) as sources:
+        return (await pull(request, AgentState(home), sources, pins)).tree

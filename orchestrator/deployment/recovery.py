@@ -1,0 +1,115 @@
+"""What a deployment left whose engine is dead: runs on the server, brackets, and undos that are owed.
+
+Everything here stands under the environment's lock: no engine is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from agent.runs import runs as processes
+from orchestrator.deployment.context import SERVER, JournalHooks, undo_step
+from orchestrator.deployment.server_runs import ServerRuns
+from orchestrator.fleet.order_book import file_name
+from orchestrator.journal.events import Ended, Event, Note
+from orchestrator.journal.views import OpenBracket, open_brackets, operations, undos_due
+from orchestrator.plan.plan import MachineStep, MachineTurn, Plan, RotationPlan
+from orchestrator.trust.secrets import SecretStore
+from relay.errors import NotFoundError, RefusedError, WaystationError
+
+if TYPE_CHECKING:
+    from orchestrator.journal.journal import Journal
+    from orchestrator.paths import Places
+
+
+async def settle(places: Places, journal: Journal, environment: str, *, adopt: bool) -> list[OpenBracket]:
+    """Make room for a new deployment: those without an engine are over, and what they owed is done.
+
+    Gives the open brackets, which the new deployment answers for.
+
+    Raises:
+        RefusedError: brackets are open, and `adopt` was not said. Nothing was changed.
+    """
+    brackets = open_brackets(journal.brackets(environment))
+    if brackets and not adopt:
+        told = "; ".join(f"{b.machine} is out of {b.rotation}, opened by {b.label}" for b in brackets)
+        raise RefusedError(
+            f"an earlier deployment left machines out of their rotation: {told}",
+            hint="'waystation rotation list' shows them, 'rotation close MACHINE' closes one, or deploy with --adopt",
+        )
+    for bracket in brackets:
+        await wait_for_orphans(places, journal, bracket)
+    for left in journal.deployments(environment, state="running", limit=None):
+        await _undo(places, journal, left.deployment)
+        reason = "interrupted: its engine ended before it did"
+        journal.set_state(left.deployment, "failed", reason, Ended("failed", reason))
+    return brackets
+
+
+async def _undo(places: Places, journal: Journal, deployment: str) -> None:
+    """What was opened before acquisition is closed, however late. One that fails is written down, and hinders nobody."""
+    due = undos_due(journal.entries(deployment))
+    if not due:
+        return
+    plan, runs = of_deployment(places, journal, deployment)
+
+    async def note(event: Event) -> None:
+        journal.append(deployment, event)
+
+    for name in due:
+        for step in plan.pre_acquire:
+            if step.run.name != name or step.undo is None:
+                continue
+            try:
+                await runs.take_up(step.run, f"{deployment}/0/{SERVER}/pre-{name}", {})
+                await undo_step(step, deployment, runs, note)
+            except WaystationError as error:
+                journal.append(deployment, Note(f"{name} could not be undone: {error}"))
+
+
+async def wait_for_orphans(places: Places, journal: Journal, bracket: OpenBracket) -> None:
+    """Wait for the `before` or `after` of this machine that a dead engine left running, and write its end down.
+
+    Nothing may be said to the balancer beside it: what it says last would win. Its own time limit bounds the wait.
+    """
+    folder = places.deployment(bracket.owner)
+    for one in operations(journal.entries(bracket.owner)).values():
+        action = one.operation.split("/")[3]
+        if one.result is not None or one.machine != bracket.machine or action not in {"before", "after"}:
+            continue
+        run_folder = os.path.join(folder, "runs", file_name(one.operation))
+        if await asyncio.to_thread(processes.state_of, run_folder) == "new":
+            continue
+        plan, runs = of_deployment(places, journal, bracket.owner)
+        rotation, turn, _ = planned_bracket(plan, bracket)
+        script = rotation.before if action == "before" else rotation.after
+        await runs.take_up(script, one.operation.rpartition("/")[0], turn.variables)
+
+
+def of_deployment(places: Places, journal: Journal, deployment: str) -> tuple[Plan, ServerRuns]:
+    """The plan of a deployment, and what runs its scripts: in its own folder and journal."""
+    plan = msgspec.json.decode(journal.plan(deployment), type=Plan)
+
+    async def note(*events: Event) -> None:
+        journal.append(deployment, *events)
+
+    hooks = JournalHooks(note)
+    secrets = SecretStore(plan.secrets, plan.machine_secrets)
+    return plan, ServerRuns(places.deployment(deployment), secrets, {}, hooks.before_run, hooks.after_run)
+
+
+def planned_bracket(plan: Plan, bracket: OpenBracket) -> tuple[RotationPlan, MachineTurn, int]:
+    """The rotation as the deployment that answers for the bracket had planned it."""
+    for step in plan.steps:
+        if isinstance(step, MachineStep) and step.rotation is not None and step.rotation.name == bracket.rotation:
+            for turn in step.turns:
+                if turn.machine == bracket.machine:
+                    return step.rotation, turn, step.number
+    raise NotFoundError(
+        f"deployment {bracket.owner} has no turn of {bracket.machine} in {bracket.rotation}",
+        hint="Put it back yourself, then 'waystation rotation close --by-hand'",
+    )

@@ -1,0 +1,424 @@
+"""What runs on the server: scripts as they were planned, or commands, each by a runner that outlives us.
+
+    <folder>/scripts/<key>/                      a script's folder as it was when the deployment began
+    <folder>/runs/<step>~<machine>~<action>~<attempt>/   one attempt (`agent.runs.runs`), or one such folder per command in it
+    <folder>/logs/<step>~<machine>~<action>~<attempt>.log    what it printed, masked
+
+`folder` is the deployment's own. Each attempt is an operation of its own, numbered on for ever: nothing that was begun
+is ever begun again, and a later `run` of the same operation takes the next number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from agent.runs import runs
+from agent.runs.runner import EXIT
+from agent.runs.runs import Outcome, RunSpec
+from agent.runs.scripts import base_environment, command_for
+from orchestrator.deployment.releases import FileChangedError, check_script, read_beside, write_snapshot
+from orchestrator.files.script_names import slug
+from orchestrator.fleet.logs import LogFile
+from orchestrator.fleet.order_book import file_name
+from orchestrator.trust.secrets import variable_of
+from relay.errors import StoreError, UsageError, WaystationError
+from relay.protocol.messages import OPERATION_ID
+from relay.support.durable import sync_folder
+
+if TYPE_CHECKING:
+    from orchestrator.plan.plan import FrozenFile, ServerRun
+    from orchestrator.trust.secrets import SecretStore
+
+Before = Callable[[str], Awaitable[None]]
+"""Called with the id of an attempt before anything of it is started: put it into the journal."""
+After = Callable[[str, Outcome], Awaitable[None]]
+"""Called with the id of an attempt and what came of it, before anything follows from that."""
+
+State = Literal["done", "failed", "stopped", "unknown"]
+
+_LOOK_SECONDS: Final = 0.05
+_KEY_DIGITS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        ok: it ended with 0.
+        exit_status: of the last attempt; negative for the signal that ended it, None where there is none.
+        timed_out: the last attempt was ended because its time was over.
+        attempts: how many were made now.
+        reason: a sentence for a person; empty where it is ok.
+        log_path: what the last attempt printed; there is no file where it printed nothing.
+        state: as an agent's report has it: `unknown` means that it began, and nobody saw its end.
+        operation: id of the last attempt.
+    """
+
+    ok: bool
+    exit_status: int | None
+    timed_out: bool
+    attempts: int
+    reason: str
+    log_path: str
+    state: State
+    operation: str
+
+
+@dataclass(eq=False)
+class _Mine:
+    """A run that this process waits for."""
+
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ServerRuns:
+    """The server's own scripts and commands of one deployment."""
+
+    def __init__(
+        self, folder: str, secrets: SecretStore, interpreters: Mapping[str, str], before: Before, after: After
+    ) -> None:
+        """Work below `folder`, which belongs to one deployment and is made where it is not there."""
+        self._folder = os.path.abspath(folder)
+        self._secrets = secrets
+        self._interpreters = dict(interpreters)
+        self._before = before
+        self._after = after
+        self._mine: set[_Mine] = set()
+
+    # --- scripts
+
+    def freeze(self, files: Iterable[FrozenFile]) -> list[str]:
+        """Copy each script and what stands beside it: from here on nothing that is edited there changes what runs.
+
+        What was copied before (the deployment is taken up again) stays as it is. Blocking.
+
+        Returns:
+            A sentence for each script that was edited since it was copied.
+
+        Raises:
+            FileChangedError: a script is not the one that was planned.
+            RefusedError: its folder holds too much, or cannot be read.
+            StoreError: our own folder cannot be written.
+        """
+        by_folder: dict[str, list[FrozenFile]] = {}
+        for file in files:
+            by_folder.setdefault(self._snapshot(file), []).append(file)
+        notes = []
+        for snapshot, together in by_folder.items():
+            if os.path.isdir(snapshot):
+                notes += [note for file in together for note in _edited(file)]
+            else:
+                self._copy(together, snapshot)
+            for file in together:
+                self._frozen(file)
+        return notes
+
+    def _snapshot(self, file: FrozenFile) -> str:
+        """One for all scripts of a folder, as they may use each other and what else is there."""
+        source = os.path.dirname(os.path.join(file.folder, file.path))
+        key = hashlib.sha256(os.fsencode(source)).hexdigest()[:_KEY_DIGITS]
+        return os.path.join(self._folder, "scripts", key)
+
+    def _copy(self, files: Iterable[FrozenFile], snapshot: str) -> None:
+        found = {each.name: each for file in files for each in read_beside(file, self._secrets.files)}
+        temporary = f"{snapshot}.incoming"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            self._make_folder("scripts")
+            os.mkdir(temporary, 0o700)
+            write_snapshot(temporary, found.values())
+            # As a whole or not at all: a crash must not leave half of what a script needs.
+            os.rename(temporary, snapshot)
+            sync_folder(os.path.dirname(snapshot))
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StoreError(f"cannot keep a copy of scripts in {snapshot}: {error.strerror}") from error
+
+    def _frozen(self, file: FrozenFile) -> str:
+        """The path of the copy. Raises `FileChangedError` where it is not there or not what was planned."""
+        path = os.path.join(self._snapshot(file), os.path.basename(file.path))
+        try:
+            with open(path, "rb") as opened:
+                check_script(file, opened.read())
+        except OSError as error:
+            raise FileChangedError(f"the copy of the script {file.path} is gone: {error.strerror}") from error
+        return path
+
+    # --- running
+
+    async def run(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> RunResult:
+        """Run it until it succeeds or its attempts are used up.
+
+        If an earlier attempt of the same operation still runs (it outlived the process that started it), its end is
+        awaited first. Only a failure is repeated; an unknown outcome only where the run is idempotent. If the task that
+        awaits this is cancelled, what runs runs on.
+
+        Args:
+            run: what to run; its script was frozen.
+            operation: deployment ULID/step/machine/action; the attempt is appended.
+            extra: variables that are only known now; they win over those of the run. ATTEMPT and DEPLOYMENT are set
+                where neither names them.
+
+        Raises:
+            UsageError: `operation` is none.
+            StoreError: our own folder cannot be written.
+            Exception: whatever the hooks raise.
+        """
+        operation = _checked(operation)
+        with self._waiting() as mine:
+            made = 0
+            while True:
+                made += 1
+                await self._end_of_last(operation)
+                attempt = await asyncio.to_thread(self._next_attempt, operation)
+                await self._before(attempt)
+                result = await self._attempt(run, attempt, extra, mine, made)
+                if made >= run.attempts or not _may_repeat(run, result) or await _stopped_within(mine, run.delay):
+                    return result
+
+    async def take_up(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> RunResult | None:
+        """What became of the last attempt that was begun, awaiting its end; None where there was none.
+
+        For a deployment that is taken up again. Nothing is begun a second time; of commands, those that never began are.
+        The `after` hook is called (again, where the end came between it and the crash). Raises as `run` does.
+        """
+        operation = _checked(operation)
+        attempts = await asyncio.to_thread(self._attempts, operation)
+        if not attempts:
+            return None
+        with self._waiting() as mine:
+            return await self._attempt(run, f"{operation}/{attempts[-1]}", extra, mine, 1)
+
+    async def stop_all(self) -> None:
+        """End everything that runs, also what an earlier process left; returns when it has ended.
+
+        A run that is awaited then returns "stopped", and makes no other attempt. What is begun later is not concerned.
+        """
+        mine = list(self._mine)
+        for each in mine:
+            each.stopping.set()
+        folders = await asyncio.to_thread(self._running)
+        for folder in folders:
+            await asyncio.to_thread(runs.stop, folder)
+        for each in mine:
+            await each.ended.wait()
+        for folder in folders:
+            await _until_ended(folder)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[_Mine]:
+        mine = _Mine()
+        self._mine.add(mine)
+        try:
+            yield mine
+        finally:
+            self._mine.discard(mine)
+            mine.ended.set()
+
+    async def _attempt(
+        self, run: ServerRun, operation: str, extra: Mapping[str, str], mine: _Mine, made: int
+    ) -> RunResult:
+        log = self._log_path(operation)
+        outcome, timed_out = await self._follow(run, operation, extra, log, mine)
+        await self._after(operation, outcome)
+        ok = outcome.state == "done"
+        return RunResult(
+            ok=ok,
+            exit_status=outcome.exit_status,
+            timed_out=timed_out,
+            attempts=made,
+            reason="" if ok else _reason(run, outcome, made, log),
+            log_path=log,
+            state=outcome.state,
+            operation=operation,
+        )
+
+    async def _follow(
+        self, run: ServerRun, operation: str, extra: Mapping[str, str], log: str, mine: _Mine
+    ) -> tuple[Outcome, bool]:
+        """Start what did not begin yet of an attempt, and see all of it through: its outcome, and whether time was up."""
+        folder = self._run_folder(operation)
+        try:
+            environment = await asyncio.to_thread(self._environment, run, operation, extra)
+            series = await asyncio.to_thread(self._series, run, folder)
+        except WaystationError as error:
+            return Outcome("failed", None, str(error), 0.0, 0.0, 0), False
+        names = tuple(variable_of(name) for name in run.secrets)
+        spent, printed, output = 0.0, 0, self._open_log(log)
+        outcome = Outcome("done", 0, "", 0.0, 0.0, 0)
+        for number, (place, cwd, argv) in enumerate(series, 1):
+            if mine.stopping.is_set():
+                return Outcome("stopped", None, "it was stopped before it started", 0.0, 0.0, printed), False
+            spec = RunSpec(argv=argv, cwd=cwd, timeout=max(run.timeout - spent, 0.001), secret_names=names)
+            outcome = await _see_through(place, spec, environment, output, printed, mine)
+            spent += max(outcome.ended - outcome.started, 0.0)
+            printed += outcome.output_bytes
+            if outcome.state != "done":
+                about = f"{argv[0]} (command {number} of {len(series)}): " if len(series) > 1 else ""
+                outcome = msgspec.structs.replace(outcome, reason=about + outcome.reason)
+                return msgspec.structs.replace(outcome, output_bytes=printed), _timed_out(place)
+        return msgspec.structs.replace(outcome, output_bytes=printed), False
+
+    def _environment(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> dict[str, str]:
+        """The whole of what it sees: nothing else of our own environment than where programs, home and language are."""
+        deployment, attempt = operation.partition("/")[0], operation.rpartition("/")[2]
+        given = {"DEPLOYMENT": deployment, "ATTEMPT": attempt, **run.variables, **extra}
+        # Secrets last: what is masked must be what it sees.
+        return {**base_environment(), **given, **self._secrets.environment(run.secrets)}
+
+    def _series(self, run: ServerRun, folder: str) -> list[tuple[str, str, tuple[str, ...]]]:
+        """The runner's folder, the working folder, and the command line of each process, in order."""
+        if run.script is not None:
+            script = self._frozen(run.script)
+            return [(folder, os.path.dirname(script), tuple(command_for(script, self._interpreters)))]
+        return [(os.path.join(folder, str(number)), folder, argv) for number, argv in enumerate(run.commands, 1)]
+
+    # --- folders
+
+    def _run_folder(self, operation: str) -> str:
+        return os.path.join(self._folder, "runs", file_name(operation))
+
+    def _log_path(self, operation: str) -> str:
+        return os.path.join(self._folder, "logs", f"{file_name(operation)}.log")
+
+    def _open_log(self, path: str) -> LogFile:
+        try:
+            self._make_folder("logs")
+            return LogFile(path)
+        except OSError as error:
+            raise StoreError(f"cannot write the log {path}: {error.strerror}") from error
+
+    def _make_folder(self, name: str) -> None:
+        """One of our three, for this user alone. Raises `OSError`."""
+        for folder in (self._folder, os.path.join(self._folder, name)):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+
+    def _attempts(self, operation: str) -> list[int]:
+        """Numbers of the attempts that have a folder, in order."""
+        name = re.compile(re.escape(file_name(f"{operation}/")) + r"([0-9]+)")
+        found = (name.fullmatch(each) for each in _names(os.path.join(self._folder, "runs")))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _next_attempt(self, operation: str) -> str:
+        """The id of an attempt that never was, its folder made. Raises `StoreError`."""
+        number = max(self._attempts(operation), default=0)
+        try:
+            self._make_folder("runs")
+            while True:
+                number += 1
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(self._run_folder(f"{operation}/{number}"), 0o700)
+                    return f"{operation}/{number}"
+        except OSError as error:
+            raise StoreError(f"cannot begin {operation}: {error.strerror}") from error
+
+    def _running(self) -> list[str]:
+        """Every runner's folder whose run has no end yet."""
+        base = os.path.join(self._folder, "runs")
+        found = (folder for name in _names(base) for folder in _runners(os.path.join(base, name)))
+        return [folder for folder in found if runs.state_of(folder) != "ended"]
+
+    async def _end_of_last(self, operation: str) -> None:
+        """Nothing of the last attempt runs any more: what has a runner is awaited, what lost its runner is ended."""
+        for number in (await asyncio.to_thread(self._attempts, operation))[-1:]:
+            for folder in _runners(self._run_folder(f"{operation}/{number}")):
+                if await _until_ended(folder) == "unknown":
+                    await asyncio.to_thread(runs.stop, folder)
+
+
+async def _see_through(
+    folder: str, spec: RunSpec, environment: Mapping[str, str], output: LogFile, base: int, mine: _Mine
+) -> Outcome:
+    """One process from its start (or from where it is) to its end."""
+
+    def take(offset: int, piece: bytes) -> None:
+        # A full disk costs the log (the runner's own file may still have it), never the run.
+        with contextlib.suppress(OSError):
+            output.take(base + offset, piece)
+
+    try:
+        # Harmless where it has begun.
+        await asyncio.to_thread(runs.launch, folder, spec, environment)
+        if mine.stopping.is_set():
+            await asyncio.to_thread(runs.stop, folder)
+        return await runs.watch(folder, take)
+    except (UsageError, StoreError) as error:
+        return Outcome("failed", None, str(error), 0.0, 0.0, 0)
+
+
+async def _until_ended(folder: str) -> runs.RunState:
+    while (state := await asyncio.to_thread(runs.state_of, folder)) == "running":  # noqa: ASYNC110 - its runner ends it
+        await asyncio.sleep(_LOOK_SECONDS)
+    return state
+
+
+async def _stopped_within(mine: _Mine, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(mine.stopping.wait(), seconds)
+    return mine.stopping.is_set()
+
+
+def _may_repeat(run: ServerRun, result: RunResult) -> bool:
+    return result.state == "failed" or (result.state == "unknown" and run.idempotent)
+
+
+def _reason(run: ServerRun, outcome: Outcome, made: int, log: str) -> str:
+    of = f" (attempt {made} of {run.attempts})" if run.attempts > 1 else ""
+    see = f"; see {log}" if outcome.output_bytes else ""
+    return f"{run.name!r} on the server{of}: {outcome.reason}{see}"
+
+
+class _Exit(msgspec.Struct, frozen=True):
+    """What of a runner's own words an outcome does not say."""
+
+    cause: str = ""
+
+
+def _timed_out(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, EXIT), "rb") as file:
+            return msgspec.json.decode(file.read(), type=_Exit).cause == "timed_out"
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
+def _edited(file: FrozenFile) -> list[str]:
+    try:
+        read_beside(file)
+    except WaystationError as error:
+        return [f"{error.message}; the deployment goes on with the copy that it began with"]
+    return []
+
+
+def _checked(operation: str) -> str:
+    """`operation` with its action as a word that an id can have. Raises `UsageError`."""
+    parts = operation.split("/", 3)
+    if len(parts) == 4:
+        operation = "/".join([*parts[:3], slug(parts[3])])
+    if len(parts) != 4 or not re.match(OPERATION_ID, f"{operation}/1"):
+        raise UsageError(f"{operation!r} is no operation: expected deployment/step/machine/action")
+    return operation
+
+
+def _runners(attempt: str) -> list[str]:
+    """The folders of an attempt's processes: its own, or of commands those that are numbered in it."""
+    return [os.path.join(attempt, name) for name in sorted(_names(attempt)) if name.isdigit()] or [attempt]
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

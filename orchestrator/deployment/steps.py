@@ -1,0 +1,409 @@
+"""The steps of a deployment, in the file's order: those on the server, and those over machines, parallel or rolling.
+
+What comes next is decided by `orchestrator/rolling/rolling.py` (which machine) and `orchestrator/rolling/turn.py` (what on it); here
+stands what then happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from agent.checks import run_checks
+from agent.orders.orders import (
+    Action,
+    CommandCheck,
+    ControlService,
+    HttpCheck,
+    Report,
+    RunScript,
+    Settle,
+    SurveyFacts,
+    Switch,
+    TcpCheck,
+    TimedCheck,
+    TreeFacts,
+    Verify,
+)
+from orchestrator.deployment.context import PROBE, SERVER, Engine, together
+from orchestrator.deployment.server_runs import RunResult
+from orchestrator.journal.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
+from orchestrator.plan.plan import (
+    OLD_VERSION,
+    ApplyAction,
+    MachineStep,
+    MachineTurn,
+    PlannedCheck,
+    ScriptAction,
+    ServerRun,
+    ServerStep,
+    ServiceAction,
+    SwitchAction,
+)
+from orchestrator.rolling import rolling, turn
+from orchestrator.rolling.rolling import Roll, Service
+from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
+from relay.errors import StoreError, WaystationError
+
+STUCK_SECONDS = 60.0
+"""How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
+_LOOK_AGAIN = 1.0
+
+Obey = Callable[[], Awaitable[None]]
+"""Takes up what people have decided. Awaited right before anything starts, so that nothing starts after a cancel."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How the steps went."""
+
+    failed: list[str] = field(default_factory=list)
+    """Why steps failed, in order."""
+    left: list[str] = field(default_factory=list)
+    """Machines whose turn failed within what their step allows."""
+
+
+async def run_steps(engine: Engine, facts: Mapping[str, SurveyFacts], obey: Obey) -> Outcome:
+    """All steps, as their `when` says. A step that fails keeps those for success from starting."""
+    outcome = Outcome()
+    for step in engine.plan.steps:
+        await obey()
+        skip = _why_skipped(step, outcome, engine.stopping)
+        if skip:
+            await engine.note(StepEnded(step.number, ok=True, skipped=True, reason=skip))
+            continue
+        await engine.note(StepStarted(step.number, step.name))
+        if isinstance(step, ServerStep):
+            why = await _on_server(engine, step)
+        else:
+            why = await _over(engine, step, facts, outcome, obey)
+        await engine.note(StepEnded(step.number, ok=not why, reason=why))
+        # A step that was only stopped has nothing to add to why everything stops.
+        if why and why != engine.stopping:
+            outcome.failed.append(f"step {step.number} ({step.name}): {why}")
+    return outcome
+
+
+def _why_skipped(step: MachineStep | ServerStep, outcome: Outcome, stopping: str) -> str:
+    if stopping:
+        return stopping
+    if outcome.failed and step.when == "success":
+        return "a step before it failed"
+    if not outcome.failed and step.when == "failure":
+        return "no step before it failed"
+    return ""
+
+
+# --- on the server
+
+
+async def _on_server(engine: Engine, step: ServerStep) -> str:
+    extra = {"PACKAGE_DIR": engine.server_trees[step.package]} if step.package else {}
+    result = await engine.run_here(step.run, step.number, SERVER, step.run.name, extra)
+    return "" if result.ok else result.reason
+
+
+# --- over machines
+
+
+async def _over(
+    engine: Engine, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: Outcome, obey: Obey
+) -> str:
+    """Start turns as the window allows until all are through. Why the step failed; empty where it did not."""
+    over = _Over(engine, step, facts, obey)
+    try:
+        roll = await over.run()
+    except asyncio.CancelledError:
+        over.leave()
+        raise
+    finally:
+        await over.wait_for_all()
+    if roll.stopped:
+        return roll.stopped
+    outcome.left += roll.failed
+    return ""
+
+
+class _Over:
+    """One step over its machines."""
+
+    def __init__(self, engine: Engine, step: MachineStep, facts: Mapping[str, SurveyFacts], obey: Obey) -> None:
+        self._engine = engine
+        self._step = step
+        self._obey = obey
+        self._turns = {each.machine: _OneTurn(engine, step, each, facts) for each in step.turns}
+        self._running: dict[asyncio.Task[TurnOutcome], str] = {}
+
+    async def run(self) -> Roll:
+        roll = await self._pass_current(rolling.begin(self._step))
+        stuck_since: float | None = None
+        clock = asyncio.get_running_loop().time
+        while not roll.is_over:
+            service = await self._service(roll)
+            await self._obey()
+            if self._engine.stopping:
+                roll = rolling.stop(roll, self._engine.stopping)
+            for machine in rolling.next_starts(roll, service):
+                roll = rolling.started(roll, machine)
+                self._running[asyncio.create_task(self._turns[machine].run())] = machine
+            if self._running:
+                stuck_since = None
+                roll = await self._wait(roll)
+            elif not roll.is_over:
+                stuck_since = stuck_since or clock()
+                why = rolling.why_waiting(roll, service)
+                if why is not None and clock() - stuck_since > STUCK_SECONDS:
+                    roll = rolling.stop(roll, why.reason)
+                await asyncio.sleep(_LOOK_AGAIN)
+        return roll
+
+    def leave(self) -> None:
+        """Somebody leaves now: what runs runs on, and what is open stays listed as open."""
+        for task in self._running:
+            task.cancel()
+
+    async def wait_for_all(self) -> None:
+        """No turn is left behind, whatever ended the step: each comes to its own end, or to where it was left."""
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _pass_current(self, roll: Roll) -> Roll:
+        """Machines on which all of this was done before have no turn."""
+        for machine, one in self._turns.items():
+            if one.shape.current:
+                await self._engine.note(TurnEnded(machine, self._step.number, "already_current"))
+                roll = rolling.passed(roll, machine)
+        return roll
+
+    async def _wait(self, roll: Roll) -> Roll:
+        done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            machine = self._running.pop(task)
+            result = task.result()
+            roll = rolling.ended(roll, machine, failure=result.failure, stop_roll=result.stop_roll)
+        return roll
+
+    async def _service(self, roll: Roll) -> Service:
+        """Who is in service now: as the rotation's probe says, or as our own brackets know."""
+        machines = [machine for machine in roll.machines if machine not in roll.in_flight]
+        rotation = self._step.rotation
+        if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
+            return Service.by_brackets(roll.machines, self._engine.out)
+        probe = rotation.probe
+        answers = await together([self._probe(probe, machine) for machine in machines])
+        status = dict(zip(machines, answers, strict=True))
+        return Service(
+            inside=frozenset(machine for machine, answer in status.items() if answer == 0),
+            out=frozenset(machine for machine, answer in status.items() if answer == 1),
+        )
+
+    async def _probe(self, probe: ServerRun, machine: str) -> int | None:
+        variables = self._turns[machine].variables
+        result = await self._engine.run_here(probe, self._step.number, machine, PROBE, variables)
+        return result.exit_status
+
+
+class _OneTurn:
+    """What one step does on one machine."""
+
+    def __init__(
+        self, engine: Engine, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
+    ) -> None:
+        self._engine = engine
+        self._step = step
+        self._turn = planned
+        self._facts = _facts_of(engine, step, planned, facts)
+        self.shape = turn.shape_of(step, planned, self._facts, is_out=planned.machine in engine.out)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {**self._turn.variables, "DEPLOYMENT": self._engine.deployment}
+
+    async def run(self) -> TurnOutcome:
+        machine, number = self._turn.machine, self._step.number
+        await self._engine.note(TurnStarted(machine, number))
+        state = turn.begin(self.shape)
+        while not isinstance(do := turn.next_do(state), End):
+            state = turn.did(state, await self._do(do))
+        result = do.result
+        await self._engine.note(
+            TurnEnded(
+                machine,
+                number,
+                result.outcome,
+                failure=result.failure,
+                stop_roll=result.stop_roll,
+                bracket_open=result.bracket_open,
+                reason=result.reason,
+            )
+        )
+        return result
+
+    async def _do(self, do: turn.Do) -> Done:
+        try:
+            match do:
+                case Before():
+                    return await self._before()
+                case Act(index):
+                    return await self._act(index)
+                case turn.Verify():
+                    return await self._verify("verify", [(each, each.check) for each in self._turn.verify])
+                case VerifyOld():
+                    return await self._verify(
+                        "verify-old", [(each, _for_old(each.for_old, self._facts)) for each in self._turn.verify]
+                    )
+                case turn.Settle():
+                    return await self._settle()
+                case After(outcome):
+                    return await self._after(outcome)
+                case End():
+                    raise AssertionError("the turn has ended")
+        except StoreError:
+            # What the journal could not take must not happen.
+            raise
+        except WaystationError as error:
+            return Done("lost", str(error))
+
+    # --- the bracket
+
+    async def _before(self) -> Done:
+        rotation = self._step.rotation
+        assert rotation is not None  # noqa: S101 - only such a step has a bracket
+        machine = self._turn.machine
+        await self._engine.note(BracketOpened(machine, rotation.name, self._step.number))
+        self._engine.out.add(machine)
+        return _done(await self._here(rotation.before, "before", {}))
+
+    async def _after(self, outcome: str) -> Done:
+        rotation = self._step.rotation
+        assert rotation is not None  # noqa: S101 - only such a step has a bracket
+        result = await self._here(rotation.after, "after", {"OUTCOME": outcome})
+        if result.ok:
+            await self._engine.note(BracketClosed(self._turn.machine, rotation.name, outcome))
+            self._engine.out.discard(self._turn.machine)
+        return _done(result)
+
+    async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
+        variables = {**self.variables, **extra}
+        return await self._engine.run_here(what, self._step.number, self._turn.machine, name, variables)
+
+    # --- on the machine
+
+    async def _act(self, index: int) -> Done:
+        action = self._turn.actions[index]
+        attempts, delay = (1, 0.0) if isinstance(action, SwitchAction) else (action.attempts, action.delay)
+        name = f"{index + 1}-{action.name}"
+        for attempt in range(1, attempts + 1):
+            report = await self._perform(name, attempt, action)
+            again = report.state == "failed" or (report.state == "unknown" and _may_repeat(action))
+            if not again or attempt == attempts:
+                return _done_by(report)
+            await asyncio.sleep(delay)
+        raise AssertionError("unreachable")
+
+    async def _perform(self, name: str, attempt: int, action: ApplyAction) -> Report:
+        machine = self._turn.machine
+        order = self._order(action, self._engine.fleet.operation(machine, self._step.number, name, attempt), attempt)
+        return await self._engine.perform(machine, self._step.number, name, order, attempt=attempt)
+
+    def _order(self, action: ApplyAction, operation: str, attempt: int) -> Action:
+        match action:
+            case SwitchAction():
+                return Switch(self._turn.root, self._engine.plan.packages[self._step.package].manifest)
+            case ServiceAction():
+                return ControlService(action.service, action.action, action.timeout, action.idempotent)
+            case ScriptAction():
+                scripts = self._engine.plan.scripts
+                assert scripts is not None  # noqa: S101 - made with the release wherever a machine runs a script
+                return RunScript(
+                    package=scripts.manifest,
+                    path=action.path,
+                    variables={**self.variables, **action.variables, "ATTEMPT": str(attempt)},
+                    secrets=self._engine.seal(self._turn.machine, operation, action.secrets),
+                    root=self._turn.root,
+                    timeout=action.timeout,
+                    idempotent=action.idempotent,
+                )
+
+    async def _settle(self) -> Done:
+        manifest = self._engine.plan.packages[self._step.package].manifest
+        what = Settle(self._turn.root, manifest, self._turn.fingerprint, self._step.keep)
+        return _done_by(await self._engine.perform(self._turn.machine, self._step.number, "settle", what))
+
+    async def _verify(self, name: str, checks: Sequence[tuple[PlannedCheck, TimedCheck]]) -> Done:
+        """The machine's checks and the server's at once; the first that fails is the reason."""
+        here = [check for planned, check in checks if planned.on_server]
+        there = tuple(check for planned, check in checks if not planned.on_server)
+        works = ([self._check_there(name, there)] if there else []) + ([_check_here(here)] if here else [])
+        results = await together(works)
+        return next((done for done in results if not done.ok), turn.DONE)
+
+    async def _check_there(self, name: str, checks: tuple[TimedCheck, ...]) -> Done:
+        scripts = self._engine.plan.scripts
+        signed = tuple(_signed(timed, scripts.manifest if scripts else "") for timed in checks)
+        what = Verify(signed, self._turn.root, self.variables)
+        return _done_by(await self._engine.perform(self._turn.machine, self._step.number, name, what))
+
+
+def _signed(timed: TimedCheck, scripts: str) -> TimedCheck:
+    """A machine's command names the package that its script is signed in."""
+    if not isinstance(timed.check, CommandCheck):
+        return timed
+    return replace(timed, check=replace(timed.check, package=scripts))
+
+
+async def _check_here(checks: Sequence[TimedCheck]) -> Done:
+    result = await run_checks(checks)
+    return turn.DONE if result.ok else Done("failed", "; ".join(result.texts))
+
+
+def _facts_of(
+    engine: Engine, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
+) -> TreeFacts | None:
+    if not step.package:
+        return None
+    manifest = engine.plan.packages[step.package].manifest
+    trees = facts[planned.machine].trees
+    return next((tree for tree in trees if tree.root == planned.root and tree.manifest == manifest), None)
+
+
+def _for_old(check: TimedCheck, facts: TreeFacts | None) -> TimedCheck:
+    """The check with the version that the machine had before."""
+    version = facts.current_version if facts is not None else ""
+
+    def filled(text: str) -> str:
+        return text.replace(OLD_VERSION, version)
+
+    what = check.check
+    match what:
+        case HttpCheck():
+            expect, contains = (None if text is None else filled(text) for text in (what.expect, what.contains))
+            what = replace(what, url=filled(what.url), expect=expect, contains=contains)
+        case TcpCheck():
+            what = replace(what, host=filled(what.host))
+        case CommandCheck():
+            what = replace(what, argv=tuple(map(filled, what.argv)))
+        case _:
+            pass
+    return replace(check, check=what)
+
+
+def _may_repeat(action: ApplyAction) -> bool:
+    return not isinstance(action, SwitchAction) and action.idempotent
+
+
+def _done(result: RunResult) -> Done:
+    return turn.DONE if result.ok else Done("failed", result.reason)
+
+
+def _done_by(report: Report) -> Done:
+    match report.state:
+        case "done":
+            return turn.DONE
+        case "failed" | "stopped" | "refused" | "unknown":
+            return Done(report.state, report.reason)
+        case "running":
+            return Done("unknown", "its last report says that it runs")

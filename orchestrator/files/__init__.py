@@ -1,0 +1,3 @@
+"""What people write: YAML with positions, strict types, variables, scripts.
+Start with process.py and environment.py.
+"""

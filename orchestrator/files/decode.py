@@ -1,0 +1,293 @@
+"""A document with positions into a msgspec Struct, with all of its mistakes at once.
+
+msgspec's own conversion stops at the first mistake and knows no lines. The types stay msgspec's, so the JSON Schema
+for editors (`schema_of`) says the same as what is refused here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeVar
+
+import msgspec
+import msgspec.inspect as kinds_of
+
+from orchestrator.files.yaml_positions import (
+    Items,
+    Keys,
+    LoadedFile,
+    Located,
+    Mistake,
+    Node,
+    Path,
+    PlanError,
+    Scalar,
+    shown,
+)
+
+T = TypeVar("T", bound="Written")
+
+SCHEMA: Final = "https://json-schema.org/draft/2020-12/schema"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What else a mapping of one kind needs and may have."""
+
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+
+class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A mapping as people write it.
+
+    Where `kinds` is given, exactly one of its keys must be there; it says what the mapping is, and which keys go with it.
+    """
+
+    kinds: ClassVar[Mapping[str, Kind]] = {}
+
+
+class _Wrong:
+    """Stands where no value could be made; the mistake is noted."""
+
+
+_WRONG: Final = _Wrong()
+
+
+def fit(document: Located, type: type[T]) -> LoadedFile[T]:
+    """`document` as a `type`.
+
+    Raises:
+        PlanError: it does not fit; with every mistake.
+    """
+    fitting = _Fitting(document)
+    value = fitting.fit(document.root, kinds_of.type_info(type), ())
+    if fitting.mistakes:
+        raise PlanError(sorted(fitting.mistakes, key=lambda mistake: mistake.line))
+    return LoadedFile(value, document)
+
+
+def schema_of(type: type[Written]) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a file, for editors."""
+    schema = msgspec.json.schema(type)
+    for part in _written_in(type):
+        if part.kinds:
+            schema["$defs"][part.__name__]["oneOf"] = [{"required": [key]} for key in part.kinds]
+    named: dict[str, Any] = _without_null(schema)
+    return {"$schema": SCHEMA, **named}
+
+
+def _without_null(schema: Any) -> Any:  # noqa: ANN401 - JSON
+    """The schema without null: None means "not written" in our structs, and a key without a value is refused."""
+    if isinstance(schema, list):
+        return [_without_null(item) for item in schema if item != {"type": "null"}]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: _without_null(value) for key, value in schema.items() if not (key == "default" and value is None)}
+    choices = kept.get("anyOf")
+    if isinstance(choices, list) and len(choices) == 1:
+        del kept["anyOf"]
+        return choices[0] | kept
+    return kept
+
+
+def _written_in(type: type[Written]) -> set[type[Written]]:
+    found: set[Any] = set()
+
+    def look(info: kinds_of.Type) -> None:
+        match info:
+            case kinds_of.StructType(cls=cls, fields=fields) if cls not in found:
+                found.add(cls)
+                for field in fields:
+                    look(field.type)
+            case kinds_of.UnionType(types=types):
+                for member in types:
+                    look(member)
+            case kinds_of.DictType(value_type=inner) | kinds_of.VarTupleType(item_type=inner):
+                look(inner)
+            case kinds_of.Metadata(type=inner):
+                look(inner)
+
+    look(kinds_of.type_info(type))
+    return found
+
+
+class _Fitting:
+    def __init__(self, document: Located) -> None:
+        self.mistakes: list[Mistake] = []
+        self._document = document
+
+    def fit(self, node: Node, info: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401 - any type of a field
+        members = _members(info)
+        if isinstance(node, Scalar):
+            return self._scalar(node, info, members, path)
+        for member in members:
+            match member, node:
+                case kinds_of.StructType(), Keys():
+                    return self._struct(node, member, path)
+                case kinds_of.DictType(), Keys():
+                    return self._dict(node, member, path)
+                case kinds_of.VarTupleType(), Items():
+                    return self._tuple(node, member, path)
+        return self._wrong(path, f"is a {'mapping' if isinstance(node, Keys) else 'list'}: expected {_expected(info)}")
+
+    def _struct(self, node: Keys, info: kinds_of.StructType, path: Path) -> Any:  # noqa: ANN401
+        fields = {field.encode_name: field for field in info.fields}
+        given = {entry.key: entry.node for entry in node.entries}
+        allowed, needed = self._allowed(info, given, path)
+        values = {}
+        for key, value in given.items():
+            if key not in fields:
+                self._wrong((*path, key), f"unknown key: expected one of {', '.join(allowed)}{_close(key, allowed)}")
+            elif key not in allowed:
+                self._wrong((*path, key), f"does not belong here: expected one of {', '.join(allowed)}")
+            else:
+                values[fields[key].name] = self.fit(value, fields[key].type, (*path, key))
+        missing = [key for key in needed if key not in given]
+        for key in missing:
+            self._wrong(path, f"the key '{key}' is missing: expected {_expected(fields[key].type)}")
+        if missing or any(value is _WRONG for value in values.values()):
+            return _WRONG
+        return info.cls(**values)
+
+    def _allowed(self, info: kinds_of.StructType, given: Mapping[str, Node], path: Path) -> tuple[list[str], list[str]]:
+        """The keys that may stand here, and those that must."""
+        names = [field.encode_name for field in info.fields]
+        needed = [field.encode_name for field in info.fields if field.required]
+        kinds = info.cls.kinds if issubclass(info.cls, Written) else {}
+        if not kinds:
+            return names, needed
+        chosen = [key for key in kinds if key in given]
+        if len(chosen) != 1:
+            found = f"has {' and '.join(chosen)}" if chosen else "says nothing of what it is"
+            self._wrong(path, f"{found}: expected exactly one of the keys {', '.join(kinds)}")
+            return names, needed
+        special = {key for kind in kinds.values() for key in (*kind.needs, *kind.may)} | set(kinds)
+        mine = {chosen[0], *kinds[chosen[0]].needs, *kinds[chosen[0]].may}
+        return [name for name in names if name not in special or name in mine], [*needed, *kinds[chosen[0]].needs]
+
+    def _dict(self, node: Keys, info: kinds_of.DictType, path: Path) -> Any:  # noqa: ANN401
+        result = {}
+        for entry in node.entries:
+            key_path = (*path, entry.key)
+            key = self._text(entry.key, info.key_type, key_path)
+            result[key] = self.fit(entry.node, info.value_type, key_path)
+        return _WRONG if _WRONG in result or any(value is _WRONG for value in result.values()) else result
+
+    def _tuple(self, node: Items, info: kinds_of.VarTupleType, path: Path) -> Any:  # noqa: ANN401
+        if len(node.items) < (info.min_length or 0):
+            return self._wrong(path, f"is an empty list: expected at least {info.min_length} of them")
+        values = [self.fit(item, info.item_type, (*path, index)) for index, item in enumerate(node.items)]
+        return _WRONG if any(value is _WRONG for value in values) else tuple(values)
+
+    def _scalar(self, node: Scalar, whole: kinds_of.Type, members: tuple[kinds_of.Type, ...], path: Path) -> Any:  # noqa: ANN401
+        for member in members:
+            if isinstance(member, kinds_of.LiteralType) and any(_same(node.value, one) for one in member.values):
+                return node.value
+        for member in sorted(members, key=_texts_first):
+            # Beside numbers, free text keeps what was written: 1.10 is not 1.1.
+            if isinstance(_bare(member), kinds_of.StrType) and (
+                isinstance(node.value, str) or _takes_everything(members, node.value)
+            ):
+                return self._text(node.text, member, path)
+            if _takes(_bare(member), node.value):
+                return self._number(node, _bare(member), whole, path)
+        if node.value is None:
+            return self._wrong(path, f"is empty: expected {_expected(whole)}, or leave the key out")
+        hint = ", in quotes" if any(isinstance(_bare(member), kinds_of.StrType) for member in members) else ""
+        return self._wrong(path, f"{shown(node.value)}: expected {_expected(whole)}{hint}")
+
+    def _text(self, text: str, info: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401
+        kind = _bare(info)
+        assert isinstance(kind, kinds_of.StrType)  # noqa: S101 - the types of our own files
+        fits = not kind.pattern or re.fullmatch(kind.pattern, text)
+        if not fits or len(text) > (kind.max_length or len(text)) or len(text) < (kind.min_length or 0):
+            return self._wrong(path, f"{shown(text)}: expected {_expected(info)}")
+        return text
+
+    def _number(self, node: Scalar, info: kinds_of.Type, whole: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401
+        if isinstance(info, kinds_of.IntType) and isinstance(node.value, int):
+            too_small = info.ge is not None and node.value < info.ge
+            if too_small or (info.le is not None and node.value > info.le):
+                return self._wrong(path, f"{shown(node.value)}: expected {_expected(whole)}")
+        return node.value
+
+    def _wrong(self, path: Path, text: str) -> _Wrong:
+        self.mistakes.append(self._document.mistake(path, text))
+        return _WRONG
+
+
+def _bare(info: kinds_of.Type) -> kinds_of.Type:
+    return info.type if isinstance(info, kinds_of.Metadata) else info
+
+
+def _members(info: kinds_of.Type) -> tuple[kinds_of.Type, ...]:
+    """What may stand there. None is how a struct says "absent"; nobody writes it."""
+    bare = _bare(info)
+    if not isinstance(bare, kinds_of.UnionType):
+        return (_unwrapped(info),)
+    return tuple(member for member in map(_unwrapped, bare.types) if not isinstance(member, kinds_of.NoneType))
+
+
+def _unwrapped(info: kinds_of.Type) -> kinds_of.Type:
+    """Structures without their description: only texts need it, for their expectation."""
+    return info if isinstance(_bare(info), kinds_of.StrType) else _bare(info)
+
+
+def _texts_first(info: kinds_of.Type) -> bool:
+    return not isinstance(_bare(info), kinds_of.StrType)
+
+
+def _same(value: object, wanted: object) -> bool:
+    """Equal and of one type: `true` is no 1."""
+    return type(value) is type(wanted) and value == wanted
+
+
+def _takes(info: kinds_of.Type, value: object) -> bool:
+    match info:
+        case kinds_of.BoolType():
+            return isinstance(value, bool)
+        case kinds_of.IntType():
+            return isinstance(value, int) and not isinstance(value, bool)
+        case kinds_of.FloatType():
+            return isinstance(value, int | float) and not isinstance(value, bool)
+    return False
+
+
+def _takes_everything(members: tuple[kinds_of.Type, ...], value: object) -> bool:
+    free = any(isinstance(member, kinds_of.StrType) and member.pattern is None for member in members)
+    return free and any(_takes(member, value) for member in members)
+
+
+def _close(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _expected(info: kinds_of.Type) -> str:
+    """What should stand there, for a person."""
+    match info:
+        case kinds_of.Metadata(type=inner, extra_json_schema=extra):
+            return str((extra or {}).get("description") or _expected(inner))
+        case kinds_of.UnionType():
+            return " or ".join(dict.fromkeys(_expected(member) for member in _members(info)))
+        case kinds_of.LiteralType(values=values):
+            return " or ".join(str(value) for value in values)
+        case kinds_of.StructType(fields=fields):
+            return f"a mapping with {', '.join(field.encode_name for field in fields)}"
+        case kinds_of.DictType(value_type=inner):
+            return f"a mapping of names, each to {_expected(inner)}"
+        case kinds_of.VarTupleType(item_type=inner):
+            return f"a list, each item {_expected(inner)}"
+        case kinds_of.StrType():
+            return "text"
+        case kinds_of.BoolType():
+            return "true or false"
+        case kinds_of.IntType(ge=ge, le=le):
+            return f"a whole number{'' if ge is None else f' from {ge}'}{'' if le is None else f' to {le}'}"
+        case kinds_of.FloatType():
+            return "a number"
+    return "something else"

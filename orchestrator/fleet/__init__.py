@@ -1,0 +1,3 @@
+"""The machines of a deployment, reached through relays.
+Start with fleet.py.
+"""

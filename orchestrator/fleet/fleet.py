@@ -1,0 +1,532 @@
+"""The machines of one deployment as the engine reaches them: orders out through the relays, signed results back.
+
+An order goes to every relay of its machine's list; whichever the agent hears first counts, as it acts on an operation
+once. Results come by long polls that are open all the time (`orchestrator/fleet/relay_mail.py`), so that nothing here sleeps
+between an order and its result. Relays are believed in nothing: what an agent did not sign with the keys that the plan
+names is dropped and noted.
+
+The journal comes first: an order is on disk, and its hook has returned, before it leaves; the hook of a result has
+returned before anybody acts on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from agent.orders.envelopes import order_digest, sign_order, verify_report
+from agent.orders.keys import AgentIdentity
+from agent.orders.orders import ACCEPT_SECONDS, FINAL, SKEW_SECONDS, Acknowledge, Action, Order, Presence, Report, Stop
+from orchestrator.fleet.logs import LogFile
+from orchestrator.fleet.order_book import OrderBook, file_name
+from orchestrator.fleet.presence import LOST_SECONDS, Answers, Muster, muster, sight_of
+from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
+from orchestrator.plan.plan import Plan, PlannedMachine
+from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
+from relay.protocol import messages
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import Signer
+
+    from relay.protocol.client import RelayClient
+
+OPERATIONS_AT_ONCE = 1024
+"""In one acknowledgement."""
+NOTES_MAX = 1000
+"""Different things that are noted of one deployment's mail: whoever can post could else fill the journal."""
+UNPROVEN_MAX = 1024
+"""Reports kept of a machine whose keys nobody has shown yet."""
+ACTION_NAME_MAX = 64
+OPERATION_MAX = 200
+"""Characters. Ours are shorter; a longer one would be no name of a file."""
+
+_FOREIGN = re.compile(r"[^A-Za-z0-9._-]+", re.ASCII)
+
+
+class LostError(UnreachableError):
+    """No living relay has seen the machine for too long. What it was doing may go on there."""
+
+    def __init__(self, machine: str, seconds: float) -> None:
+        super().__init__(f"{machine} is lost: no relay has seen it for {seconds:.0f} s")
+        self.machine = machine
+        self.seconds = seconds
+
+
+class Hooks(Protocol):
+    """What the engine does around an order. They are awaited; an error of the first two ends that `perform`."""
+
+    async def before_dispatch(self, operation: str, machine: str, order: str) -> None:
+        """The order with this SHA-256 of its envelope is about to leave; after a crash it may be so again."""
+
+    async def after_report(self, machine: str, report: Report) -> None:
+        """The final report came, its signature checked."""
+
+    async def note(self, machine: str, text: str) -> None:
+        """Something that a person should know, told once; `machine` is empty where it is about none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLimits:
+    """Seconds."""
+
+    lost: float = LOST_SECONDS
+    """Without a relay that has seen a machine, or that takes its order."""
+    look: float = 5.0
+    """Between two looks at who is there, while something is in flight."""
+    accept: float = ACCEPT_SECONDS + SKEW_SECONDS
+    """For an agent that is there to say the first word about an order."""
+    logs: float = 5.0
+    """For the rest of the output, after the last result."""
+    pauses: Pauses = field(default_factory=Pauses)
+
+
+@dataclass(eq=False)
+class _Flight:
+    """An operation that somebody awaits. `newest` is the number of its last report."""
+
+    operation: str
+    machine: PlannedMachine
+    envelope: bytes
+    digest: str
+    since: float
+    on_progress: Callable[[Report], None] | None
+    result: asyncio.Future[Report]
+    posting: Posting | None = None
+    newest: int = 0
+
+    @property
+    def letter(self) -> messages.OrderLetter:
+        return messages.OrderLetter(self.machine.name, self.operation, self.envelope)
+
+
+class Fleet:
+    """Reaches the machines of one deployment. Use it as an async context manager; safe for many tasks at once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        deployment: str,
+        relays: Mapping[str, RelayClient],
+        *,
+        signer: Signer,
+        journal: str,
+        folder: str,
+        hooks: Hooks,
+        fence: int = 0,
+        limits: FleetLimits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Nothing is sent before it is entered.
+
+        Args:
+            plan: the frozen plan; machines, their keys and relays are taken from it.
+            deployment: its ULID.
+            relays: open clients by the plan's names of relays; their tokens have the scope `order`. The caller
+                closes them.
+            signer: the order key.
+            journal: id of the journal, 32 hex digits.
+            folder: of this deployment, private; `orders/` and `logs/` are made in it.
+            hooks: the journal's side.
+            fence: see `claim`.
+            limits: how long to bear with what.
+            clock: seconds since 1970.
+
+        Raises:
+            RefusedError: a folder is not private, or cannot be made.
+        """
+        self._plan = plan
+        self._deployment = deployment
+        self._signer = signer
+        self._journal = journal
+        self._hooks = hooks
+        self._fence = fence
+        self._limits = limits or FleetLimits()
+        self._clock = clock
+        self._machines = {machine.name.lower(): machine for machine in plan.machines}
+        self._room = Mailroom(deployment, relays, self, self._limits.pauses)
+        self._book = OrderBook(os.path.join(folder, "orders"))
+        self._log_folder = os.path.join(folder, "logs")
+        os.makedirs(self._log_folder, mode=0o700, exist_ok=True)
+        self._logs: dict[str, LogFile] = {}
+        self._log_news = asyncio.Event()
+        self._flights: dict[str, _Flight] = {}
+        self._in_flight = asyncio.Event()
+        self._presences: dict[str, Presence] = {}
+        self._seen: dict[str, float] = {}
+        self._unproven: dict[str, deque[tuple[str, messages.NumberedReport]]] = {}
+        self._finals: dict[str, Report] = {}
+        self._unacknowledged: dict[str, Report] = {}
+        self._told: set[tuple[str, str]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._room.__aenter__()
+        self._room.spawn(self._watch)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._room.__aexit__(kind, error, trace)
+
+    def claim(self, fence: int) -> None:
+        """Sign this fence into every order from now on."""
+        self._fence = fence
+
+    # --- who is there
+
+    async def presences(self) -> Muster:
+        """Ask all relays at once who is there. A relay that does not answer in time is named, not waited for."""
+        return await self._meet(await self._room.agents())
+
+    def presence(self, machine: str) -> Presence:
+        """What the machine said of itself last, by its own signature: its sealing key among it.
+
+        Raises:
+            UnreachableError: nobody has seen it yet.
+        """
+        try:
+            return self._presences[machine]
+        except KeyError:
+            raise UnreachableError(f"no relay has seen {machine}") from None
+
+    # --- orders
+
+    def operation(self, machine: str, step: int, name: str, attempt: int) -> str:
+        """The id of an operation, the same for ever for the same four words."""
+        word = _FOREIGN.sub("-", name).strip("-.")[:ACTION_NAME_MAX] or "action"
+        return f"{self._deployment}/{step}/{machine}/{word}/{attempt}"
+
+    def log_path(self, operation: str) -> str:
+        """Where its output is written; there is no file before there is output."""
+        return os.path.join(self._log_folder, f"{file_name(operation)}.log")
+
+    async def perform(
+        self,
+        machine: str,
+        step: int,
+        name: str,
+        attempt: int,
+        action: Action,
+        on_progress: Callable[[Report], None] | None = None,
+    ) -> Report:
+        """Order it, and wait for the final report. What was ordered before under the same id is not ordered anew: the
+        same bytes are sent, and the agent answers with what became of them.
+
+        Args:
+            machine: name.
+            step: number; 0 for preparation.
+            name: of the action, unique on this machine in this step.
+            attempt: from 1.
+            action: what to do. On a repeat after a crash the first order's counts.
+            on_progress: hears the reports of a running operation.
+
+        Raises:
+            LostError: no relay has seen the machine for too long.
+            UnreachableError: no relay took the order, none of the machine's relays answers any more, or the agent is
+                there and says nothing.
+            StoreError: it could not be written down first; nothing left.
+            UsageError: it does not fit into an order.
+        """
+        operation = self.operation(machine, step, name, attempt)
+        flight = await self._begin(operation, self._plan.machine(machine), action, on_progress)
+        try:
+            if not flight.result.done():
+                await self._hooks.before_dispatch(operation, machine, flight.digest)
+                await self._dispatch(flight)
+            report = await flight.result
+        finally:
+            self._end(flight)
+        await self._hooks.after_report(machine, report)
+        self._unacknowledged[operation] = report
+        await self._compare_log(operation)
+        return report
+
+    async def stop(self, operation: str) -> None:
+        """Ask the agent to end a running operation; its own report says what became of it.
+
+        Raises:
+            UnreachableError: no relay takes the order.
+        """
+        _, step, machine, name, _ = operation.split("/")
+        await self._send(machine, int(step), f"stop-{name}", Stop(operation))
+
+    async def acknowledge(self, machine: str, *, ends: bool = False) -> None:
+        """Tell the agent which results are on disk here, with all of their output: it need not keep them. `ends`
+        closes the deployment for it, whatever is still open.
+
+        Raises:
+            UnreachableError: no relay takes the order; the agent then keeps them for longer.
+            StoreError: output could not be made durable.
+        """
+        held = [op for op in self._unacknowledged if _machine_in(op) == machine and self._has_log(op)]
+        await asyncio.to_thread(self._make_durable, held)
+        parts = [tuple(held[at : at + OPERATIONS_AT_ONCE]) for at in range(0, len(held), OPERATIONS_AT_ONCE)]
+        if ends and not parts:
+            parts = [()]
+        for part in parts:
+            await self._send(machine, 0, "acknowledge", Acknowledge(part, ends=ends and part is parts[-1]))
+            for operation in part:
+                self._unacknowledged.pop(operation, None)
+
+    async def logs_arrived(self) -> bool:
+        """Wait, a bounded time, for the output of everything that has reported. What is still missing is noted."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.logs):
+                while self._lacking():
+                    self._log_news.clear()
+                    await self._log_news.wait()
+        lacking = self._lacking()
+        for operation in lacking:
+            size, whole = self._log(operation).size, self._unacknowledged[operation].log_bytes
+            await self._tell(_machine_in(operation), f"{operation}: {size} of {whole} bytes of its output have come")
+        return not lacking
+
+    # --- an order's way
+
+    async def _begin(
+        self, operation: str, machine: PlannedMachine, action: Action, on_progress: Callable[[Report], None] | None
+    ) -> _Flight:
+        if machine.name not in self._presences:
+            await self.presences()
+        envelope = await self._order(operation, machine, action)
+        if operation in self._flights:
+            raise ValueError(f"{operation} is in flight already")
+        loop = asyncio.get_running_loop()
+        flight = _Flight(
+            operation, machine, envelope, order_digest(envelope), loop.time(), on_progress, loop.create_future()
+        )
+        self._flights[operation] = flight
+        self._in_flight.set()
+        if (known := self._finals.pop(operation, None)) is not None:
+            await self._deliver(flight, known)
+        return flight
+
+    async def _order(self, operation: str, machine: PlannedMachine, action: Action) -> bytes:
+        """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""
+        if (kept := self._book.find(operation)) is not None:
+            return kept
+        if self._fence < 1:
+            raise ValueError("no fence was claimed")
+        now = self._clock()
+        order = Order(
+            format=1,
+            operation=operation,
+            deployment=self._deployment,
+            environment=self._plan.environment,
+            fence=self._fence,
+            journal=self._journal,
+            agent=machine.name,
+            key=machine.key,
+            not_before=now,
+            not_after=now + ACCEPT_SECONDS,
+            relays=tuple(self._plan.relay(name).url for name in machine.relays),
+            action=action,
+        )
+        envelope = sign_order(order, self._signer)
+        await self._book.keep(operation, envelope)
+        return envelope
+
+    async def _dispatch(self, flight: _Flight) -> None:
+        """To every relay of its machine. Returns when one took it, or when the result is there already."""
+        flight.posting = self._room.post(flight.machine.relays, flight.letter)
+        await flight.posting.taken(self._limits.lost, flight.result)
+
+    async def _send(self, machine: str, step: int, name: str, action: Action) -> None:
+        """A new order of which no result is awaited."""
+        attempt = 1
+        while self._book.find(operation := self.operation(machine, step, name, attempt)) is not None:
+            attempt += 1
+        planned = self._plan.machine(machine)
+        letter = messages.OrderLetter(planned.name, operation, await self._order(operation, planned, action))
+        posting = self._room.post(planned.relays, letter)
+        await posting.taken(self._limits.lost)
+        # The others are a moment behind; one that is down gets no more than that.
+        asyncio.get_running_loop().call_later(self._limits.pauses.longest, posting.cancel)
+
+    def _end(self, flight: _Flight) -> None:
+        del self._flights[flight.operation]
+        if not self._flights:
+            self._in_flight.clear()
+        if flight.posting is not None:
+            flight.posting.cancel()
+        if not flight.result.cancel():
+            flight.result.exception()  # heard, also where the caller was cancelled meanwhile
+
+    # --- what comes in
+
+    async def take_reports(self, relay: str, reports: Sequence[messages.NumberedReport]) -> None:
+        """Of the mailroom."""
+        for letter in reports:
+            machine = self._machines.get(letter.agent.lower())
+            if machine is None:
+                await self._tell("", f"relay {relay} has a report of {letter.agent}, which has no part in this")
+            elif machine.name not in self._presences:
+                kept = self._unproven.setdefault(machine.name, deque(maxlen=UNPROVEN_MAX))
+                kept.append((relay, letter))
+            else:
+                await self._take_report(relay, machine, letter)
+
+    async def _take_report(self, relay: str, machine: PlannedMachine, letter: messages.NumberedReport) -> None:
+        shown = self._presences[machine.name]
+        try:
+            report = verify_report(letter.envelope, AgentIdentity(shown.signing, shown.sealing))
+        except SignatureError as error:
+            await self._tell(machine.name, f"relay {relay} has a report that {machine.name} did not sign: {error}")
+            return
+        if self._is_of_a_foreign_letter(report):
+            text = f"{report.operation}: {machine.name} refused another order under this name, not ours"
+            await self._tell(machine.name, f"{text} ({report.reason})")
+            return
+        if not self._is_ours(machine, report):
+            await self._tell(machine.name, f"{machine.name} reports of {report.operation}, which it was never ordered")
+            return
+        self._seen[machine.name] = asyncio.get_running_loop().time()
+        flight = self._flights.get(report.operation)
+        if flight is not None:
+            await self._deliver(flight, report)
+        elif report.state in FINAL and report.operation not in self._unacknowledged:
+            self._finals.setdefault(report.operation, report)
+
+    def _is_of_a_foreign_letter(self, report: Report) -> bool:
+        """Whether it refuses something that somebody else put into the mail under a name of this deployment."""
+        if report.state != "refused" or report.deployment != self._deployment:
+            return False
+        ordered = self._book.find(report.operation)
+        return ordered is None or order_digest(ordered) != report.order
+
+    def _is_ours(self, machine: PlannedMachine, report: Report) -> bool:
+        return (
+            report.deployment == self._deployment
+            and report.agent.lower() == machine.name.lower()
+            and self._was_ordered(machine, report.operation)
+        )
+
+    async def _deliver(self, flight: _Flight, report: Report) -> None:
+        if report.order != flight.digest:
+            text = f"{flight.operation}: {report.state} is reported of another order under this name"
+            await self._tell(flight.machine.name, f"{text} ({report.reason})" if report.reason else text)
+        elif flight.result.done():
+            return
+        elif report.state in FINAL:
+            flight.result.set_result(report)
+        elif report.number > flight.newest:
+            flight.newest = report.number
+            if flight.on_progress is not None:
+                flight.on_progress(report)
+
+    async def take_pieces(self, relay: str, pieces: Sequence[messages.NumberedPiece]) -> None:
+        """Of the mailroom. Pieces are not signed; the final report says what the whole must be."""
+        touched = set()
+        for piece in pieces:
+            machine = self._machines.get(piece.agent.lower())
+            if machine is None or not self._was_ordered(machine, piece.operation):
+                await self._tell("", f"relay {relay} has output of {piece.operation!r}, which was never ordered")
+                continue
+            touched.add(piece.operation)
+            try:
+                # At most 64 KiB each, into the page cache: a thread would cost more than it.
+                self._log(piece.operation).take(piece.offset, piece.data)
+            except StoreError as error:
+                await self._tell(machine.name, error.message)
+        for operation in touched:
+            await self._compare_log(operation)
+        self._log_news.set()
+
+    async def take_trouble(self, relay: str, error: WaystationError) -> None:
+        """Of the mailroom."""
+        await self._tell("", f"relay {relay}: {error.message}")
+
+    def lose_mail(self, relay: str) -> None:
+        """Of the mailroom. The same bytes again are harmless wherever they were not lost."""
+        for flight in self._flights.values():
+            if relay in flight.machine.relays and flight.posting is not None:
+                self._room.post_again(flight.posting, relay, flight.letter)
+
+    # --- output
+
+    def _was_ordered(self, machine: PlannedMachine, operation: str) -> bool:
+        """Names come from a relay: only those that stand in our own book become files."""
+        parts = operation.split("/")
+        if (
+            len(parts) != 5
+            or parts[0] != self._deployment
+            or parts[2] != machine.name
+            or len(operation) > OPERATION_MAX
+        ):
+            return False
+        return operation in self._logs or operation in self._flights or self._book.find(operation) is not None
+
+    def _log(self, operation: str) -> LogFile:
+        if operation not in self._logs:
+            self._logs[operation] = LogFile(self.log_path(operation))
+        return self._logs[operation]
+
+    def _has_log(self, operation: str) -> bool:
+        return self._log(operation).size >= self._unacknowledged[operation].log_bytes
+
+    def _lacking(self) -> list[str]:
+        return [operation for operation in self._unacknowledged if not self._has_log(operation)]
+
+    async def _compare_log(self, operation: str) -> None:
+        report = self._unacknowledged.get(operation)
+        if report is not None and self._log(operation).compare(report.log_bytes, report.log_sha256) == "differs":
+            await self._tell(_machine_in(operation), f"{operation}: its output is not what the agent says it sent")
+
+    def _make_durable(self, operations: Iterable[str]) -> None:
+        for operation in operations:
+            self._log(operation).make_durable()
+
+    # --- who is lost
+
+    async def _meet(self, answers: Answers) -> Muster:
+        """Remember who was seen, and take up reports that waited for a key to be shown."""
+        now = asyncio.get_running_loop().time()
+        for machine in self._plan.machines:
+            sight = sight_of(machine, answers, self._clock())
+            if sight is None:
+                continue
+            self._presences[machine.name] = sight.presence
+            self._seen[machine.name] = max(now - sight.age, self._seen.get(machine.name, 0.0))
+            for relay, letter in self._unproven.pop(machine.name, ()):
+                await self._take_report(relay, machine, letter)
+        return muster(self._plan.machines, answers, self._clock(), self._limits.lost)
+
+    async def _watch(self) -> None:
+        """While something is in flight, look who is there: a machine that is gone must not be awaited for ever."""
+        while True:
+            await self._in_flight.wait()
+            await asyncio.sleep(self._limits.look)
+            found = await self.presences()
+            for flight in list(self._flights.values()):
+                error = self._why_given_up(flight, found)
+                if error is not None and not flight.result.done():
+                    flight.result.set_exception(error)
+
+    def _why_given_up(self, flight: _Flight, found: Muster) -> UnreachableError | None:
+        now = asyncio.get_running_loop().time()
+        unseen = now - max(flight.since, self._seen.get(flight.machine.name, 0.0))
+        if unseen >= self._limits.lost:
+            if all(relay in found.silent for relay in flight.machine.relays):
+                return UnreachableError(f"none of the relays of {flight.machine.name} has answered for {unseen:.0f} s")
+            return LostError(flight.machine.name, unseen)
+        if not flight.newest and now - flight.since >= self._limits.accept:
+            return UnreachableError(f"{flight.machine.name} is there, but says nothing of an order")
+        return None
+
+    async def _tell(self, machine: str, text: str) -> None:
+        """Once: what a relay repeats every second is one thing to know."""
+        if (machine, text) not in self._told and len(self._told) < NOTES_MAX:
+            self._told.add((machine, text))
+            await self._hooks.note(machine, text)
+
+
+def _machine_in(operation: str) -> str:
+    return operation.split("/")[2]

@@ -1,0 +1,48 @@
+"""Orders as they left, kept as files: whoever orders the same again after a crash sends the same bytes.
+
+Signing and sealing anew would make other bytes under the same name, which relays and agents must refuse.
+Secrets in them are sealed to their agent; nobody here can open them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from relay.errors import StoreError
+from relay.support.durable import write_durably
+from relay.support.private_files import make_private_folder
+
+
+class OrderBook:
+    """The orders of one deployment, by operation."""
+
+    def __init__(self, folder: str) -> None:
+        """Keep them in `folder`, which is made (0700) where it is missing. Raises `RefusedError`: it is not private."""
+        make_private_folder(folder)
+        self._folder = folder
+
+    def find(self, operation: str) -> bytes | None:
+        """The envelope that left, or was about to. Raises `StoreError`."""
+        try:
+            with open(self._path(operation), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"the order of {operation} cannot be read: {error.strerror}") from error
+
+    async def keep(self, operation: str, envelope: bytes) -> None:
+        """Durable on return. Raises `StoreError`."""
+        try:
+            await asyncio.to_thread(write_durably, self._path(operation), envelope, mode=0o600)
+        except OSError as error:
+            raise StoreError(f"the order of {operation} cannot be written: {error.strerror}") from error
+
+    def _path(self, operation: str) -> str:
+        return os.path.join(self._folder, f"{file_name(operation)}.json")
+
+
+def file_name(operation: str) -> str:
+    """An operation as the name of a file: no operation holds a tilde, so no two have the same."""
+    return operation.partition("/")[2].replace("/", "~")

@@ -1,0 +1,101 @@
+"""Events of a deployment as lines for people. Pure; what came from elsewhere is made printable by whoever prints it."""
+
+from __future__ import annotations
+
+from orchestrator.journal.events import (
+    Acquired,
+    Barrier,
+    BracketAdopted,
+    BracketClosed,
+    BracketOpened,
+    DecisionTaken,
+    Ended,
+    Event,
+    Note,
+    Notified,
+    PreAcquireEnded,
+    PreAcquireStarted,
+    Refused,
+    Replicated,
+    Reported,
+    ServerRunEnded,
+    Started,
+    StepEnded,
+    StepStarted,
+    TurnEnded,
+    TurnStarted,
+    UndoEnded,
+    UndoStarted,
+)
+from relay.support.console import size
+
+
+def line(event: Event) -> str:
+    """What a person who watches should read of it; empty where it is for the journal alone."""
+    match event:
+        case Started(operator=who, host=host):
+            return f"begun by {who} on {host}"
+        case Note(text=text, machine=machine):
+            return f"{machine}: {text}" if machine else text
+        case Notified(event=what, error=error):
+            return f"the receiver of {what!r} could not be told: {error}" if error else ""
+        case DecisionTaken(operator=who, what=what):
+            return f"{who} decided: {what}"
+        case PreAcquireStarted(name=name):
+            return f"before acquisition: {name}"
+        case PreAcquireEnded(name=name, ok=ok, reason=reason):
+            return "" if ok else f"{name} failed: {reason}"
+        case UndoStarted(name=name):
+            return f"undoing: {name}"
+        case UndoEnded(name=name, ok=ok, reason=reason):
+            return "" if ok else f"undoing {name} failed: {reason}"
+        case Replicated(relay=relay, package=package, version=version, wire_bytes=wire):
+            return f"relay {relay} has {package} {version}" + (f" ({size(wire)} over the line)" if wire else " already")
+        case Acquired(machine=machine, facts=facts):
+            fetched = sum(sum(tree.from_relays.values()) for tree in facts.trees)
+            return f"{machine} has everything, verified ({size(fetched)} from relays)"
+        case Barrier(machines=machines):
+            return f"everything is everywhere: {len(machines)} machines"
+        case Ended(state=state, reason=reason):
+            return f"{state}: {reason}" if reason else state
+        case _:
+            return _of_steps(event)
+
+
+def _of_steps(event: Event) -> str:
+    match event:
+        case StepStarted(step=step, name=name):
+            return f"step {step}: {name}"
+        case StepEnded(step=step, skipped=True, reason=reason):
+            return f"step {step} is skipped: {reason}"
+        case StepEnded(step=step, ok=ok, reason=reason):
+            return "" if ok else f"step {step} failed: {reason}"
+        case TurnStarted(machine=machine):
+            return f"{machine}: its turn begins"
+        case TurnEnded(machine=machine, outcome=outcome, reason=reason, bracket_open=is_open):
+            told = f"{machine}: {outcome.replace('_', ' ')}" + (f": {reason}" if reason else "")
+            return told + ("; it is left out of its rotation" if is_open else "")
+        case BracketOpened(machine=machine, rotation=rotation):
+            return f"{machine}: out of {rotation}"
+        case BracketClosed(machine=machine, rotation=rotation, outcome=outcome):
+            return f"{machine}: back in {rotation} ({outcome})"
+        case BracketAdopted(machine=machine, opened_by=by):
+            return f"{machine}: its bracket, opened by {by}, is adopted"
+        case Reported(machine=machine, operation=operation, state=state, reason=reason):
+            return (
+                ""
+                if state == "done"
+                else f"{machine}: {_action(operation)} {state}" + (f": {reason}" if reason else "")
+            )
+        case ServerRunEnded(operation=operation, machine=machine, state=state, reason=reason):
+            head = f"{machine}: " if machine else ""
+            return "" if state == "done" else f"{head}{_action(operation)} {state}" + (f": {reason}" if reason else "")
+        case Refused(machine=machine, reason=reason):
+            return f"{machine} refused an order: {reason}"
+        case _:
+            return ""
+
+
+def _action(operation: str) -> str:
+    """Of deployment/step/machine/action/attempt, the action."""
+    return operation.split("/")[-2] if operation.count("/") >= 2 else operation

@@ -1,0 +1,539 @@
+"""The orchestrator's journal: releases, deployments and what happened in them, in one SQLite file.
+
+Append-only: triggers refuse to change an entry, a release or a plan (`orchestrator/journal/tables.py`). What a method returned from
+is on the disk. Several processes may have it open at once: an engine writes, `status` reads, `decide` adds a row
+(`orchestrator/journal/sqlite.py` says how). Beside the file stand SQLite's own (`-wal`, `-shm`) and the folder
+`journal.db.locks` (`orchestrator/journal/locks.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import msgspec
+import sqlalchemy as sa
+
+from orchestrator.journal import tables
+from orchestrator.journal.events import (
+    BRACKET_KINDS,
+    DecisionTaken,
+    DeploymentRecord,
+    Entry,
+    Event,
+    Goal,
+    Started,
+    WrittenState,
+    decode,
+)
+from orchestrator.journal.sqlite import Database
+from relay.config import home
+from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
+
+FORMAT: Final = 1
+"""Of the tables and of the kinds of entries. A journal of a higher one is refused, never half understood."""
+FENCE_MAX: Final = (1 << 53) - 1
+"""The highest fence that an order can carry (agent/orders/orders.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseRecord:
+    """A release as it is listed. `created` is seconds since 1970."""
+
+    project: str
+    label: str
+    created: float
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A frozen release: its document and the DSSE envelope over it, as they were added."""
+
+    record: ReleaseRecord
+    document: bytes
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a person told a running deployment (`deployment` None: any of the environment). `at` is seconds since 1970."""
+
+    number: int
+    environment: str
+    deployment: str | None
+    at: float
+    operator: str
+    kind: str
+    data: dict[str, Any]
+
+
+_LISTED = tuple(column for column in tables.deployments.c if column.name not in {"number", "plan"})
+
+
+class Journal:
+    """An open journal. Made by `open`; a context manager.
+
+    Every method but `close` raises `StoreError` where the file cannot be read or written (`full`: no space left) or is
+    damaged; nothing was written then.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+        self.database = database
+        self.id = ""
+        """32 hex digits, made with the file: orders carry it, so that agents tell two orchestrators apart."""
+        self._clock = clock
+
+    @classmethod
+    def open(cls, location: str | None = None, *, clock: Callable[[], float] = time.time) -> Journal:
+        """Open the journal, making it where there is none.
+
+        Args:
+            location: path of the file, or a `sqlite:///` URL; None: `journal.db` in Waystation's home.
+            clock: seconds since 1970.
+
+        Raises:
+            UsageError: a URL of another kind of database.
+            RefusedError: the journal has a newer format than this version reads.
+            StoreError: the file cannot be made or read, is damaged, or is no journal.
+        """
+        journal = cls(Database(_path_of(location)), clock)
+        try:
+            journal._prepare()
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def close(self) -> None:
+        """Give the file back. Twice is once."""
+        self.database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> str:
+        """Of the file, absolute."""
+        return self.database.path
+
+    def check(self) -> None:
+        """Read every page of the file. Raises `StoreError` where one is damaged."""
+        self.database.check()
+
+    # --- releases
+
+    def add_release(
+        self,
+        project: str,
+        label: str,
+        document: bytes,
+        envelope: bytes,
+        files: Mapping[str, bytes],
+        operator: str,
+    ) -> bool:
+        """Keep a release and its files (by the SHA-256 of their bytes, hex). False where it was there already.
+
+        Raises:
+            ConflictError: the label stands for another document of this project.
+            UntrustedError: a file has other bytes than its name says.
+            StoreError: see the class.
+        """
+        for sha256, data in files.items():
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise UntrustedError(f"a file of release {label} has other bytes than its name {sha256[:16]}… says")
+        with self.database.writing() as connection:
+            same = (tables.releases.c.project == project) & (tables.releases.c.label == label)
+            held = connection.execute(sa.select(tables.releases.c.document).where(same)).scalar_one_or_none()
+            if held is not None and held != document:
+                raise ConflictError(
+                    f"release {label} of {project} stands for something else already",
+                    hint="a label is never used twice; choose another",
+                )
+            for sha256, data in files.items():
+                connection.execute(
+                    sa.insert(tables.release_files).prefix_with("OR IGNORE", dialect="sqlite"),
+                    {"sha256": sha256, "data": data},
+                )
+            if held is None:
+                row = {"project": project, "label": label, "document": document, "envelope": envelope}
+                connection.execute(sa.insert(tables.releases), row | {"created": self._clock(), "operator": operator})
+        return held is None
+
+    def release(self, project: str | None, label: str) -> Release:
+        """One release; without a project the only one of that label.
+
+        Raises:
+            NotFoundError: there is none.
+            UsageError: several projects have this label.
+            StoreError: see the class.
+        """
+        query = sa.select(tables.releases).where(tables.releases.c.label == label)
+        if project is not None:
+            query = query.where(tables.releases.c.project == project)
+        with self.database.reading() as connection:
+            rows = connection.execute(query).all()
+        if not rows:
+            raise NotFoundError(f"there is no release {label}{f' of {project}' if project is not None else ''}")
+        if len(rows) > 1:
+            projects = ", ".join(sorted(row.project for row in rows))
+            raise UsageError(f"several projects have a release {label}: {projects}", hint="name the project")
+        row = rows[0]
+        return Release(ReleaseRecord(row.project, row.label, row.created, row.operator), row.document, row.envelope)
+
+    def releases(self, project: str | None = None) -> list[ReleaseRecord]:
+        """All releases, newest first. Raises `StoreError`."""
+        query = sa.select(
+            tables.releases.c.project, tables.releases.c.label, tables.releases.c.created, tables.releases.c.operator
+        )
+        if project is not None:
+            query = query.where(tables.releases.c.project == project)
+        with self.database.reading() as connection:
+            return [ReleaseRecord(*row) for row in connection.execute(query.order_by(tables.releases.c.number.desc()))]
+
+    def release_file(self, sha256: str) -> bytes:
+        """The file with this hash, checked.
+
+        Raises:
+            NotFoundError: no release has it.
+            StoreError: it is damaged; see also the class.
+        """
+        query = sa.select(tables.release_files.c.data).where(tables.release_files.c.sha256 == sha256)
+        with self.database.reading() as connection:
+            data: bytes | None = connection.execute(query).scalar_one_or_none()
+        if data is None:
+            raise NotFoundError(f"no release has a file {sha256[:16]}…")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise self.database.damaged(f"the release file {sha256[:16]}… has other bytes than its name says")
+        return data
+
+    # --- fences
+
+    def claim(self, environment: str, seen: Iterable[int] = ()) -> int:
+        """The next fence of an environment: above every one that was claimed here and all that agents have `seen`.
+
+        No two claims are equal, also of different processes.
+
+        Raises:
+            RefusedError: there is no higher fence.
+            StoreError: see the class.
+        """
+        mine = tables.fences.c.environment == environment
+        with self.database.writing() as connection:
+            own: int | None = connection.execute(sa.select(tables.fences.c.fence).where(mine)).scalar_one_or_none()
+            fence = max([own or 0, *seen]) + 1
+            if fence > FENCE_MAX:
+                raise RefusedError(f"the fences of {environment} are used up: an agent has seen {fence - 1}")
+            if own is None:
+                connection.execute(sa.insert(tables.fences), {"environment": environment, "fence": fence})
+            else:
+                connection.execute(sa.update(tables.fences).where(mine).values(fence=fence))
+        return fence
+
+    # --- deployments
+
+    def begin(
+        self, deployment: str, plan: bytes, fence: int, operator: str, *, host: str = "", goal: Goal = "deploy"
+    ) -> int:
+        """Keep the frozen plan (JSON of `orchestrator.plan.plan.Plan`) of a new deployment, and its entry `started`.
+
+        `deployment` is its ULID, `host` by default this one. Gives the number of the entry.
+
+        Raises:
+            ConflictError: this ULID has a plan already.
+            ValueError: `plan` is not the JSON of a plan.
+            StoreError: see the class.
+        """
+        head = msgspec.json.decode(plan, type=_PlanHead)
+        started = Started(operator, host or socket.gethostname(), os.getpid(), fence, goal)
+        row = {
+            "deployment": deployment,
+            "project": head.project,
+            "label": head.label,
+            "environment": head.environment,
+            "goal": goal,
+            "plan": plan,
+            "fence": fence,
+            "state": "running",
+            "reason": "",
+            "operator": operator,
+            "host": started.host,
+            "pid": started.pid,
+            "started": self._clock(),
+        }
+        with self.database.writing() as connection:
+            if connection.execute(_where_is(deployment)).first() is not None:
+                raise ConflictError(f"deployment {deployment} has begun already")
+            connection.execute(sa.insert(tables.deployments), row)
+            return self._add(connection, deployment, (started,))
+
+    def append(self, deployment: str, *events: Event) -> int:
+        """Add entries in this order, all or none, on the disk on return. Gives the number of the last.
+
+        Raises:
+            NotFoundError: there is no such deployment.
+            ValueError: no events, or a text that no file can hold (half of a surrogate pair).
+            StoreError: see the class.
+        """
+        if not events:
+            raise ValueError("nothing to append")
+        with self.database.writing() as connection:
+            if connection.execute(_where_is(deployment)).first() is None:
+                raise NotFoundError(f"there is no deployment {deployment}")
+            return self._add(connection, deployment, events)
+
+    def entries(self, deployment: str, after: int = 0) -> list[Entry]:
+        """What happened in a deployment after the entry `after`, in order. Raises `StoreError`."""
+        query = sa.select(tables.entries).where(
+            tables.entries.c.deployment == deployment, tables.entries.c.number > after
+        )
+        with self.database.reading() as connection:
+            rows = connection.execute(query.order_by(tables.entries.c.number)).all()
+        return [_entry(row) for row in rows]
+
+    def deployment(self, deployment: str) -> DeploymentRecord:
+        """Raises `NotFoundError`, `StoreError`."""
+        with self.database.reading() as connection:
+            row = connection.execute(sa.select(*_LISTED).where(tables.deployments.c.deployment == deployment)).first()
+        if row is None:
+            raise NotFoundError(f"there is no deployment {deployment}")
+        return _record(row)
+
+    def deployments(
+        self,
+        environment: str | None = None,
+        project: str | None = None,
+        *,
+        state: WrittenState | None = None,
+        limit: int | None = 50,
+    ) -> list[DeploymentRecord]:
+        """The newest deployments first. `state` is the written one. Raises `StoreError`."""
+        query = sa.select(*_LISTED).order_by(tables.deployments.c.number.desc()).limit(limit)
+        if environment is not None:
+            query = query.where(tables.deployments.c.environment == environment)
+        if project is not None:
+            query = query.where(tables.deployments.c.project == project)
+        if state is not None:
+            query = query.where(tables.deployments.c.state == state)
+        with self.database.reading() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def plan(self, deployment: str) -> bytes:
+        """The plan as it was frozen. Raises `NotFoundError`, `StoreError`."""
+        query = sa.select(tables.deployments.c.plan).where(tables.deployments.c.deployment == deployment)
+        with self.database.reading() as connection:
+            plan: bytes | None = connection.execute(query).scalar_one_or_none()
+        if plan is None:
+            raise NotFoundError(f"there is no deployment {deployment}")
+        return plan
+
+    def set_state(self, deployment: str, state: WrittenState, reason: str = "", *events: Event) -> None:
+        """Let a deployment end, or run again; `events` are added in the same commit.
+
+        Raises:
+            NotFoundError: there is no such deployment.
+            StoreError: see the class.
+        """
+        ended = None if state == "running" else self._clock()
+        self._change(deployment, {"state": state, "reason": reason, "ended": ended}, events)
+
+    def take_up(self, deployment: str, fence: int, operator: str, *events: Event, host: str = "") -> None:
+        """Another engine goes on with a deployment: it is running, under this fence, of this process.
+
+        `events` (a `resumed`) are added in the same commit.
+
+        Raises:
+            NotFoundError: there is no such deployment.
+            StoreError: see the class.
+        """
+        engine = {"fence": fence, "operator": operator, "host": host or socket.gethostname(), "pid": os.getpid()}
+        self._change(deployment, engine | {"state": "running", "reason": "", "ended": None}, events)
+
+    def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[Entry]]]:
+        """All that was ever said of rotations, by deployment: what `history.open_brackets` folds. Raises `StoreError`."""
+        query = (
+            sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
+            .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)
+            .where(tables.entries.c.kind.in_(BRACKET_KINDS))
+            .order_by(tables.entries.c.number)
+        )
+        if environment is not None:
+            query = query.where(tables.deployments.c.environment == environment)
+        with self.database.reading() as connection:
+            rows = connection.execute(query).all()
+        found: dict[str, tuple[DeploymentRecord, list[Entry]]] = {}
+        for row in rows:
+            if row.deployment not in found:
+                found[row.deployment] = (DeploymentRecord(*row[len(tables.entries.c) :]), [])
+            found[row.deployment][1].append(_entry(row))
+        return list(found.values())
+
+    # --- decisions
+
+    def decide(
+        self, environment: str, deployment: str | None, kind: str, data: Mapping[str, Any], operator: str
+    ) -> int:
+        """Leave a decision for the engine; gives its number. `data` is JSON.
+
+        Raises:
+            NotFoundError: there is no such deployment.
+            StoreError: see the class.
+        """
+        row = {"environment": environment, "deployment": deployment, "kind": kind, "operator": operator}
+        text = msgspec.json.encode(dict(data)).decode()
+        with self.database.writing() as connection:
+            if deployment is not None and connection.execute(_where_is(deployment)).first() is None:
+                raise NotFoundError(f"there is no deployment {deployment}")
+            done = connection.execute(sa.insert(tables.decisions), row | {"data": text, "at": self._clock()})
+            return _key_of(done)
+
+    def pending_decisions(self, environment: str | None = None, deployment: str | None = None) -> list[Decision]:
+        """Decisions that nobody took up yet, oldest first.
+
+        With a deployment: those for it, and those for its environment as a whole where that is named too.
+        Raises `StoreError`.
+        """
+        column = tables.decisions.c
+        query = sa.select(tables.decisions).where(column.taken.is_(None)).order_by(column.number)
+        if environment is not None:
+            query = query.where(column.environment == environment)
+        if deployment is not None:
+            general = column.deployment.is_(None) if environment is not None else sa.false()
+            query = query.where((column.deployment == deployment) | general)
+        with self.database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [_decision(row) for row in rows]
+
+    def take_decision(self, number: int, deployment: str | None = None) -> bool:
+        """Take a decision up, once: it is marked, and its deployment gets the entry `decision_taken`, in one commit.
+
+        `deployment` is who takes it, where the decision named none. False where somebody took it before.
+
+        Raises:
+            NotFoundError: there is no such decision.
+            StoreError: see the class.
+        """
+        this = tables.decisions.c.number == number
+        with self.database.writing() as connection:
+            row = connection.execute(sa.select(tables.decisions).where(this)).first()
+            if row is None:
+                raise NotFoundError(f"there is no decision {number}")
+            if row.taken is not None:
+                return False
+            connection.execute(sa.update(tables.decisions).where(this).values(taken=self._clock()))
+            taker = row.deployment or deployment
+            if taker is not None:
+                decision = _decision(row)
+                taken = DecisionTaken(number, decision.operator, decision.kind, decision.data)
+                self._add(connection, taker, (taken,))
+        return True
+
+    # --- inside
+
+    def _change(self, deployment: str, values: dict[str, Any], events: tuple[Event, ...]) -> None:
+        this = tables.deployments.c.deployment == deployment
+        with self.database.writing() as connection:
+            done = connection.execute(sa.update(tables.deployments).where(this).values(values))
+            if not done.rowcount:
+                raise NotFoundError(f"there is no deployment {deployment}")
+            self._add(connection, deployment, events)
+
+    def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
+        number, at = 0, self._clock()
+        for event in events:
+            row = {"deployment": deployment, "at": at, "kind": event.kind(), "data": event.encode().decode()}
+            number = _key_of(connection.execute(sa.insert(tables.entries), row))
+        return number
+
+    def _prepare(self) -> None:
+        if not self._read_meta():
+            with self.database.writing() as connection:
+                if not tables.names(connection):  # nobody was faster
+                    self._create(connection)
+            self._read_meta()
+
+    def _read_meta(self) -> bool:
+        """Take format and id. False where the file is still empty."""
+        with self.database.reading() as connection:
+            there = tables.names(connection)
+            if not there:
+                return False
+            if "meta" not in there:
+                raise StoreError(f"{self.path} is not a journal: it is a database of something else")
+            meta = {str(key): str(value) for key, value in connection.execute(sa.select(tables.meta))}
+        found, id = meta.get("format", ""), meta.get("id", "")
+        if not re.fullmatch(r"[0-9]{1,9}", found, re.ASCII) or not re.fullmatch(r"[0-9a-f]{32}", id, re.ASCII):
+            raise self.database.damaged("its format or its id cannot be read")
+        if int(found) > FORMAT:
+            raise RefusedError(
+                f"the journal {self.path} has format {found}, and this Waystation reads up to {FORMAT}",
+                hint="a newer version wrote it: use that one",
+            )
+        if int(found) < 1:
+            raise self.database.damaged(f"there never was a format {found}")
+        self.id = id
+        return True
+
+    def _create(self, connection: sa.Connection) -> None:
+        tables.create(connection)
+        meta = {"format": str(FORMAT), "id": secrets.token_hex(16), "created": str(self._clock())}
+        connection.execute(sa.insert(tables.meta), [{"key": key, "value": value} for key, value in meta.items()])
+
+
+class _PlanHead(msgspec.Struct, frozen=True):
+    """What the list of deployments shows of a plan."""
+
+    project: str
+    label: str
+    environment: str
+
+
+def _path_of(location: str | None) -> str:
+    if location is None:
+        return os.path.join(home(), "journal.db")
+    if "://" not in location:
+        return os.path.abspath(location)
+    path = location.removeprefix("sqlite:///")
+    if path == location or not path:
+        raise UsageError(f"{location.partition('://')[0]}:// is no journal", hint="a path, or sqlite:///PATH")
+    return os.path.abspath(path)
+
+
+# --- rows
+
+
+def _where_is(deployment: str) -> sa.Select[Any]:
+    return sa.select(sa.literal(1)).where(tables.deployments.c.deployment == deployment)
+
+
+def _key_of(result: sa.CursorResult[Any]) -> int:
+    key = result.inserted_primary_key
+    if key is None:
+        raise StoreError("the database gave no number")
+    return int(key[0])
+
+
+def _record(row: sa.Row[Any]) -> DeploymentRecord:
+    return DeploymentRecord(*tuple(row))
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    return Entry(row.number, row.deployment, row.at, decode(row.data))
+
+
+def _decision(row: sa.Row[Any]) -> Decision:
+    try:
+        data = msgspec.json.decode(row.data, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise StoreError(f"decision {row.number} of the journal cannot be read: {error}") from error
+    return Decision(row.number, row.environment, row.deployment, row.at, row.operator, row.kind, data)

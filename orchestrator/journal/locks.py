@@ -1,0 +1,133 @@
+"""The lock of an environment: one engine at a time, and a name for whoever must wait.
+
+The kernel's lock on a file (`journal.db.locks/…`) says that somebody holds it, and goes with its process, also at
+kill -9. A row in the journal says who. Both change only inside a transaction that excludes all others, so whoever finds
+the file locked reads the row of the process that locked it, never an older one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from agent.platform import lock_file
+from orchestrator.journal.journal import Journal
+from orchestrator.journal.tables import holders
+from relay.errors import LockedError, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds an environment. `since` is seconds since 1970; `deployment` is a ULID, empty where none runs yet."""
+
+    environment: str
+    operator: str
+    host: str
+    pid: int
+    since: float
+    label: str
+    why: str
+    deployment: str = ""
+
+
+class EnvironmentLockedError(LockedError):
+    """Another engine works on this environment. `holder` says whose."""
+
+    def __init__(self, holder: Holder) -> None:
+        since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        what = f"{holder.why} {holder.label}".strip()
+        super().__init__(
+            f"{holder.environment} is locked by {holder.operator} on {holder.host} (pid {holder.pid}) since {since}"
+            f"{f': {what}' if what else ''}"
+        )
+        self.holder = holder
+
+
+@contextmanager
+def hold(
+    journal: Journal, environment: str, *, operator: str, label: str, why: str, deployment: str = ""
+) -> Iterator[Holder]:
+    """Hold the environment for the length of the block, at most until this process ends.
+
+    Args:
+        journal: the journal whose environment it is.
+        environment: its name.
+        operator: the person.
+        label: of the release; empty where it is about none.
+        why: one word or a few for those who must wait, e.g. "deploy".
+        deployment: ULID of what runs under the lock.
+
+    Raises:
+        EnvironmentLockedError: somebody else holds it; a `LockedError` that names them.
+        StoreError: the journal or the lock file cannot be written.
+    """
+    mine = Holder(environment, operator, socket.gethostname(), os.getpid(), time.time(), label, why, deployment)
+    descriptor = _take(journal, mine)
+    try:
+        yield mine
+    finally:
+        _give_back(journal, mine, descriptor)
+
+
+def holder(journal: Journal, environment: str) -> Holder | None:
+    """Who holds it now; None where nobody does, whatever a killed process left behind. Raises `StoreError`."""
+    with journal.database.writing() as connection:  # inside it, nobody can mistake this look for a holder
+        descriptor = _lock(journal, environment)
+        if descriptor is None:
+            return _row(connection, environment)
+        os.close(descriptor)
+        return None
+
+
+def _take(journal: Journal, mine: Holder) -> int:
+    descriptor: int | None = None
+    try:
+        with journal.database.writing() as connection:
+            descriptor = _lock(journal, mine.environment)
+            if descriptor is None:
+                raise EnvironmentLockedError(_row(connection, mine.environment))
+            connection.execute(sa.delete(holders).where(holders.c.environment == mine.environment))
+            connection.execute(sa.insert(holders), asdict(mine))
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _give_back(journal: Journal, mine: Holder, descriptor: int) -> None:
+    # The file is the truth: where the row cannot be removed, it is a stale one that nobody reads.
+    try:
+        with suppress(StoreError), journal.database.writing() as connection:
+            connection.execute(sa.delete(holders).where(holders.c.environment == mine.environment))
+            os.close(descriptor)
+            descriptor = -1
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _lock(journal: Journal, environment: str) -> int | None:
+    folder = f"{journal.path}.locks"
+    # Names of environments are free text; a file's name is not.
+    name = hashlib.sha256(environment.encode()).hexdigest()[:32]
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        return lock_file(os.path.join(folder, name))
+    except OSError as error:
+        raise StoreError(f"the lock of {environment} in {folder} failed: {error.strerror or error}") from error
+
+
+def _row(connection: sa.Connection, environment: str) -> Holder:
+    row = connection.execute(sa.select(holders).where(holders.c.environment == environment)).first()
+    if row is None:  # somebody locked the file, but not with this module
+        return Holder(environment, "somebody", "this host", 0, 0.0, "", "", "")
+    return Holder(*tuple(row))

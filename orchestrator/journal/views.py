@@ -1,0 +1,507 @@
+"""What a journal's entries mean together: views for people and for a resume. Pure; nothing is read or written.
+
+Each view is one pass over the entries, in their order. Entries may repeat themselves, as a resume repeats what it did not
+see the end of: then the first beginning and the last end count. The structs are printed as JSON as they are: a field is
+added, never renamed, without a new `DeploymentView.format`. Times are seconds since 1970, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from agent.orders.orders import FINAL, SwitchFacts
+from orchestrator.journal import events as ev
+from orchestrator.journal.events import DeploymentRecord, Entry
+from orchestrator.journal.ledger import LedgerView, ledger
+from orchestrator.plan.plan import MachineStep, Plan
+
+VIEW_FORMAT: Final = 1
+
+DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
+"""`interrupted`: written as running, but no engine is alive that runs it."""
+Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
+Progress = Literal["waiting", "running", "done", "failed", "skipped"]
+Undo = Literal["none", "due", "running", "done", "failed"]
+MachineStage = Literal["waiting", "surveyed", "acquiring", "acquired", "in flight", "through", "excluded"]
+
+
+class _View(msgspec.Struct, frozen=True):
+    """A part of what is printed."""
+
+
+class OpenBracket(_View, frozen=True):
+    """A machine that may be out of its rotation: `before` was begun at `since`, and no `after` ended well since then.
+
+    `deployment`, `label`, `step` and `number` (of the entry) are those of who opened it; `adopted_by` is the ULID of the
+    deployment that answers for it now, where another took it over.
+    """
+
+    machine: str
+    rotation: str
+    environment: str
+    deployment: str
+    label: str
+    since: float
+    step: int
+    number: int
+    adopted_by: str = ""
+
+    @property
+    def owner(self) -> str:
+        """ULID of the deployment that has to close it."""
+        return self.adopted_by or self.deployment
+
+
+class DeploymentSummary(_View, frozen=True):
+    """A line of a list of deployments."""
+
+    deployment: str
+    project: str
+    label: str
+    environment: str
+    goal: ev.Goal
+    state: DeploymentState
+    reason: str
+    operator: str
+    host: str
+    fence: int
+    started: float
+    ended: float | None
+
+
+class PreAcquireView(_View, frozen=True):
+    name: str
+    state: Progress
+    undo: Undo
+    since: float | None = None
+    reason: str = ""
+
+
+class TurnView(_View, frozen=True):
+    """One machine in one step; `ended` is None while it is in flight. `begun` counts from 1."""
+
+    machine: str
+    step: int
+    started: float
+    ended: float | None = None
+    outcome: str = ""
+    failure: bool = False
+    stop_roll: bool = False
+    reason: str = ""
+    begun: int = 1
+
+
+class StepView(_View, frozen=True):
+    """`machines`: how many it has in all, 0 for a step on the server; `turns`: those that began, in that order."""
+
+    number: int
+    name: str
+    state: Progress
+    started: float | None = None
+    ended: float | None = None
+    reason: str = ""
+    machines: int = 0
+    turns: tuple[TurnView, ...] = ()
+
+
+class OperationView(_View, frozen=True):
+    """An operation of an agent (`order`: SHA-256 of its envelope) or of the server (`order` is empty).
+
+    `result` is None while nobody has seen its end.
+    """
+
+    operation: str
+    machine: str
+    order: str
+    since: float
+    result: ev.Reported | ev.ServerRunEnded | None = None
+
+
+class MachineView(_View, frozen=True):
+    """Where a machine stands.
+
+    Attributes:
+        version: of what is current there, as far as the journal knows; several roots with `, ` between.
+        step: of its last turn, 0 before the first.
+        since: in flight since then.
+        doing: the action of an operation that nobody has seen the end of.
+        outcome, reason: of its last turn that ended.
+        failure: one of its turns ended as a failure, and no later one of that step made it good.
+        out_since: its bracket is open since then.
+    """
+
+    name: str
+    stage: MachineStage
+    version: str = ""
+    step: int = 0
+    since: float | None = None
+    doing: str = ""
+    outcome: str = ""
+    failure: bool = False
+    reason: str = ""
+    out_since: float | None = None
+
+
+class RefusalView(_View, frozen=True):
+    at: float
+    machine: str
+    reason: str
+    operation: str = ""
+
+
+class DecisionView(_View, frozen=True):
+    at: float
+    operator: str
+    what: str
+    data: dict[str, Any]
+
+
+class NoteView(_View, frozen=True):
+    at: float
+    text: str
+    machine: str = ""
+    step: int = 0
+
+
+class DeploymentView(_View, frozen=True):
+    """All of one deployment. `last` is the number of the newest entry that it was made of."""
+
+    summary: DeploymentSummary
+    stage: Stage
+    pre_acquire: tuple[PreAcquireView, ...]
+    ledger: LedgerView
+    steps: tuple[StepView, ...]
+    machines: tuple[MachineView, ...]
+    running: tuple[OperationView, ...]
+    brackets: tuple[OpenBracket, ...]
+    refusals: tuple[RefusalView, ...]
+    decisions: tuple[DecisionView, ...]
+    notes: tuple[NoteView, ...]
+    last: int
+    format: int = VIEW_FORMAT
+
+
+def view(
+    record: DeploymentRecord,
+    entries: Sequence[Entry],
+    *,
+    is_alive: bool,
+    plan: Plan | None = None,
+    brackets: Iterable[OpenBracket] | None = None,
+) -> DeploymentView:
+    """Everything that is known of one deployment.
+
+    Args:
+        record: its row.
+        entries: all of its entries, in order.
+        is_alive: whether an engine holds the lock of the environment for it.
+        plan: its plan; with it, steps and machines that did not begin are shown too.
+        brackets: the open ones of its environment (`open_brackets`); without them only its own entries tell, which know
+            nothing of a bracket that it adopted, or that was closed elsewhere.
+    """
+    listed = open_brackets([(record, entries)]) if brackets is None else brackets
+    mine = tuple(bracket for bracket in listed if bracket.owner == record.deployment)
+    return DeploymentView(
+        summary=summary(record, is_alive=is_alive),
+        stage=_stage(record, entries),
+        pre_acquire=_pre_acquire(entries, plan),
+        ledger=ledger(entries, plan),
+        steps=_steps(entries, plan),
+        machines=_machines(entries, plan, mine),
+        running=tuple(found for found in operations(entries).values() if found.result is None),
+        brackets=mine,
+        refusals=tuple(
+            RefusalView(entry.at, entry.event.machine, entry.event.reason, entry.event.operation)
+            for entry in entries
+            if isinstance(entry.event, ev.Refused)
+        ),
+        decisions=tuple(
+            DecisionView(entry.at, entry.event.operator, entry.event.what, entry.event.data)
+            for entry in entries
+            if isinstance(entry.event, ev.DecisionTaken)
+        ),
+        notes=tuple(_notes(entries)),
+        last=max((entry.number for entry in entries), default=0),
+    )
+
+
+def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
+    """A line of a list; see `view` for `is_alive`."""
+    return DeploymentSummary(
+        deployment=record.deployment,
+        project=record.project,
+        label=record.label,
+        environment=record.environment,
+        goal=record.goal,
+        state="interrupted" if record.state == "running" and not is_alive else record.state,
+        reason=record.reason,
+        operator=record.operator,
+        host=record.host,
+        fence=record.fence,
+        started=record.started,
+        ended=record.ended,
+    )
+
+
+# --- what a resume and the next deployment ask
+
+
+def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Entry]]]) -> list[OpenBracket]:
+    """All that is open, oldest first.
+
+    A bracket is one machine in one rotation of an environment, whoever opened or closed it: so all deployments of an
+    environment belong in here (`Journal.brackets` has just what is needed of them).
+    """
+    told = [(entry, record) for record, entries in deployments for entry in entries]
+    found: dict[tuple[str, str, str], OpenBracket] = {}
+    for entry, record in sorted(told, key=lambda pair: pair[0].number):
+        match entry.event:
+            case ev.BracketOpened(machine=machine, rotation=rotation, step=step):
+                key = (record.environment, rotation, machine)
+                if key not in found:
+                    found[key] = OpenBracket(
+                        machine=machine,
+                        rotation=rotation,
+                        environment=record.environment,
+                        deployment=record.deployment,
+                        label=record.label,
+                        since=entry.at,
+                        step=step,
+                        number=entry.number,
+                    )
+                elif found[key].owner != record.deployment:
+                    found[key] = msgspec.structs.replace(found[key], adopted_by=record.deployment)
+            case ev.BracketAdopted(machine=machine, rotation=rotation):
+                key = (record.environment, rotation, machine)
+                if key in found:
+                    found[key] = msgspec.structs.replace(found[key], adopted_by=record.deployment)
+            case ev.BracketClosed(machine=machine, rotation=rotation):
+                found.pop((record.environment, rotation, machine), None)
+            case _:
+                pass
+    return sorted(found.values(), key=lambda bracket: bracket.number)
+
+
+def operations(entries: Iterable[Entry]) -> dict[str, OperationView]:
+    """Every operation that was about to begin, by its id, in the order of their beginnings.
+
+    An order sent again keeps its result, as an agent acts once; a run on the server that began again has none yet.
+    """
+    found: dict[str, OperationView] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.Dispatched(operation=operation, machine=machine, order=order):
+                known = found.get(operation)
+                found[operation] = known or OperationView(operation, machine, order, entry.at)
+            case ev.ServerRunDispatched(operation=operation, machine=machine):
+                known = found.get(operation)
+                found[operation] = OperationView(operation, machine, "", known.since if known else entry.at)
+            case ev.Reported() | ev.ServerRunEnded() as result if result.state in FINAL:
+                known = found.get(result.operation) or OperationView(result.operation, result.machine, "", entry.at)
+                found[result.operation] = msgspec.structs.replace(known, result=result)
+            case _:
+                pass
+    return found
+
+
+def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
+    """The last turn of each (step, machine), in the order in which they first began."""
+    found: dict[tuple[int, str], TurnView] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.TurnStarted(machine=machine, step=step):
+                last = found.get((step, machine))
+                if last is None or last.ended is not None:
+                    begun = last.begun + 1 if last else 1
+                    found[step, machine] = TurnView(machine, step, entry.at, begun=begun)
+            case ev.TurnEnded() as end:
+                last = found.get((end.step, end.machine)) or TurnView(end.machine, end.step, entry.at)
+                found[end.step, end.machine] = msgspec.structs.replace(
+                    last,
+                    ended=entry.at,
+                    outcome=end.outcome,
+                    failure=end.failure,
+                    stop_roll=end.stop_roll,
+                    reason=end.reason,
+                )
+            case _:
+                pass
+    return found
+
+
+def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
+    return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
+
+
+# --- the parts of a view
+
+
+def _stage(record: DeploymentRecord, entries: Iterable[Entry]) -> Stage:
+    if record.state != "running":
+        return "ended"
+    stage: Stage = "pre_acquire"
+    for entry in entries:
+        match entry.event:
+            case ev.Surveyed() | ev.Replicated() | ev.Acquired() | ev.Dispatched() if stage == "pre_acquire":
+                stage = "acquisition"
+            case ev.Barrier() | ev.StepStarted():
+                return "steps"
+            case _:
+                pass
+    return stage
+
+
+def _pre_acquire(entries: Iterable[Entry], plan: Plan | None) -> tuple[PreAcquireView, ...]:
+    found = {one.run.name: PreAcquireView(one.run.name, "waiting", "none") for one in plan.pre_acquire} if plan else {}
+    for entry in entries:
+        match entry.event:
+            case ev.PreAcquireStarted(name=name, undo_due=due):
+                found[name] = PreAcquireView(name, "running", "due" if due else "none", entry.at)
+            case ev.PreAcquireEnded(name=name, ok=ok, undo_due=due, reason=reason):
+                since = found[name].since if name in found else entry.at
+                found[name] = PreAcquireView(name, _end(ok=ok), "due" if due else "none", since, reason)
+            case ev.UndoStarted(name=name) if name in found:
+                found[name] = msgspec.structs.replace(found[name], undo="running")
+            case ev.UndoEnded(name=name, ok=ok, reason=reason) if name in found:
+                undone: Undo = "done" if ok else "failed"
+                found[name] = msgspec.structs.replace(found[name], undo=undone, reason=reason or found[name].reason)
+            case _:
+                pass
+    return tuple(found.values())
+
+
+def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
+    found: dict[int, StepView] = {}
+    for step in plan.steps if plan else ():
+        count = len(step.turns) if isinstance(step, MachineStep) else 0
+        found[step.number] = StepView(step.number, step.name, "waiting", machines=count)
+    for entry in entries:
+        match entry.event:
+            case ev.StepStarted(step=number, name=name):
+                known = found.get(number, StepView(number, name, "waiting"))
+                # A step that failed and begins again (`retry`) has no end any more, but its first beginning.
+                since = entry.at if known.started is None else known.started
+                found[number] = msgspec.structs.replace(known, state="running", started=since, ended=None, reason="")
+            case ev.StepEnded(step=number, ok=ok, skipped=skipped, reason=reason):
+                known = found.get(number, StepView(number, "", "waiting"))
+                state: Progress = "skipped" if skipped else _end(ok=ok)
+                found[number] = msgspec.structs.replace(known, state=state, ended=entry.at, reason=reason)
+            case _:
+                pass
+    begun = turns(entries).values()
+    return tuple(
+        msgspec.structs.replace(step, turns=tuple(turn for turn in begun if turn.step == step.number))
+        for step in sorted(found.values(), key=lambda step: step.number)
+    )
+
+
+def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[OpenBracket]) -> tuple[MachineView, ...]:
+    began, known = turns(entries), _versions(entries)
+    ordered = operations(entries).values()
+    doing = {one.machine: _action(one.operation) for one in ordered if one.result is None}
+    stages = _acquisition_stages(entries)
+    named = [machine.name for machine in plan.machines] if plan else []
+    named += [*stages, *(machine for _, machine in began), *(one.machine for one in ordered if one.machine)]
+    views = []
+    for name in dict.fromkeys(named):
+        mine = sorted((turn for turn in began.values() if turn.machine == name), key=lambda turn: turn.started)
+        flying = [turn for turn in mine if turn.ended is None]
+        through = [turn for turn in mine if turn.ended is not None]
+        last = max(through, key=lambda turn: turn.ended or 0.0) if through else None
+        planned = len(plan.steps_with(name)) if plan else 1
+        stage = stages.get(name, "waiting")
+        if flying:
+            stage = "in flight"
+        elif last and len(through) >= planned:
+            stage = "through"
+        views.append(
+            MachineView(
+                name=name,
+                stage=stage,
+                version=", ".join(dict.fromkeys(known.get(name, {}).values())),
+                step=mine[-1].step if mine else 0,
+                since=flying[0].started if flying else None,
+                doing=doing.get(name, ""),
+                outcome=last.outcome if last else "",
+                failure=any(turn.failure for turn in through),
+                reason=last.reason if last else "",
+                out_since=min((one.since for one in brackets if one.machine == name), default=None),
+            )
+        )
+    return tuple(views)
+
+
+def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
+    found: dict[str, MachineStage] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.Surveyed(machine=machine):
+                if found.get(machine) != "acquired":
+                    found[machine] = "surveyed"
+            case ev.Dispatched(machine=machine, operation=operation) if _action(operation) == "acquire":
+                if found.get(machine) != "acquired":
+                    found[machine] = "acquiring"
+            case ev.Reported(machine=machine, operation=operation, state=state) if _action(operation) == "acquire":
+                if state != "done" and found.get(machine) == "acquiring":
+                    found[machine] = "surveyed"
+            case ev.Acquired(machine=machine):
+                found[machine] = "acquired"
+            case ev.Barrier(excluded=excluded):
+                found |= dict.fromkeys(excluded, "excluded")
+            case _:
+                pass
+    return found
+
+
+def _versions(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
+    """What is current on each machine, by root: as surveyed, then as switched."""
+    current: dict[str, dict[str, str]] = {}
+    of_trees: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.Surveyed(machine=machine, facts=facts):
+                for there in facts.trees:
+                    if there.root and there.current_version:
+                        current.setdefault(machine, {})[there.root] = there.current_version
+            case ev.Acquired(machine=machine, facts=acquired):
+                of_trees |= {(machine, tree.path): tree.version for tree in acquired.trees}
+            case ev.Reported(machine=machine, state="done", facts=SwitchFacts(before=before, after=after)):
+                root = posixpath.dirname(posixpath.dirname(after))  # ROOT/releases/TREE
+                roots = current.setdefault(machine, {})
+                if before and root in roots:
+                    of_trees.setdefault((machine, before), roots[root])
+                roots[root] = of_trees.get((machine, after), "unknown")
+            case _:
+                pass
+    return current
+
+
+def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
+    for entry in entries:
+        match entry.event:
+            case ev.Note(text=text, machine=machine, step=step):
+                yield NoteView(entry.at, text, machine, step)
+            case ev.Notified(event=event, target=target, error=error) if error:
+                yield NoteView(entry.at, f"{target} was not told of '{event}': {error}")
+            case ev.UndoEnded(name=name, ok=False, reason=reason):
+                yield NoteView(entry.at, f"the undo of '{name}' failed: {reason}")
+            case ev.Barrier(excluded=excluded):
+                for machine, reason in excluded.items():
+                    yield NoteView(entry.at, f"excluded: {reason}", machine)
+            case _:
+                pass
+
+
+def _action(operation: str) -> str:
+    """Of deployment ULID/step/machine/action/attempt; empty where the id is formed otherwise."""
+    parts = operation.split("/")
+    return parts[3] if len(parts) == 5 else ""
+
+
+def _end(*, ok: bool) -> Progress:
+    return "done" if ok else "failed"

@@ -1,0 +1,254 @@
+"""What a plan will cost and do, for people and as JSON. Pure.
+
+Bytes are upper bounds: whole nupkgs, as if no relay and no machine held anything. How much less it is, only the relays
+and machines can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck
+from orchestrator.plan.placement import packages_at, placed_on, relays_to_fill
+from orchestrator.plan.plan import (
+    MachineStep,
+    MachineTurn,
+    Plan,
+    PlannedCheck,
+    PlannedPackage,
+    PlannedRelay,
+    ScriptAction,
+    ServerRun,
+    ServerStep,
+    ServiceAction,
+    SwitchAction,
+)
+
+
+class RelayForecast(msgspec.Struct, frozen=True):
+    """`at_most`: bytes that cross the line to this relay. `unknown`: packages whose size nobody knows yet."""
+
+    relay: str
+    site: str
+    packages: tuple[str, ...]
+    at_most: int
+    unknown: tuple[str, ...] = ()
+
+
+class SiteForecast(msgspec.Struct, frozen=True):
+    """`at_most`: bytes that cross the lines to this site's relays."""
+
+    site: str
+    relays: tuple[str, ...]
+    machines: int
+    at_most: int
+    unknown: tuple[str, ...] = ()
+
+
+class RoomForecast(msgspec.Struct, frozen=True):
+    """`at_most`: bytes that new trees take on this machine under this root."""
+
+    machine: str
+    root: str
+    at_most: int
+    unknown: tuple[str, ...] = ()
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    sites: tuple[SiteForecast, ...]
+    relays: tuple[RelayForecast, ...]
+    room: tuple[RoomForecast, ...]
+
+
+def forecast(plan: Plan) -> Forecast:
+    """Bytes per site and relay, and room per machine."""
+    relays = tuple(_relay(plan, relay) for relay in relays_to_fill(plan))
+    return Forecast(tuple(_sites(plan, relays)), relays, tuple(_room(plan)))
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """Plan and forecast for `release plan --json`; `format` is this document's version."""
+    return {"format": 1, "plan": msgspec.to_builtins(plan), "forecast": msgspec.to_builtins(forecast(plan))}
+
+
+def describe(plan: Plan) -> str:
+    """The plan for a person, line by line."""
+    return "\n".join(_lines(plan))
+
+
+# --- bytes
+
+
+def _relay(plan: Plan, relay: PlannedRelay) -> RelayForecast:
+    packages = packages_at(plan, relay.name)
+    at_most, unknown = _sum((package, package.nupkg_bytes) for package in packages)
+    return RelayForecast(relay.name, relay.site, tuple(_names(plan, packages)), at_most, unknown)
+
+
+def _names(plan: Plan, packages: Iterable[PlannedPackage]) -> Iterator[str]:
+    """By their names in the process, sorted; the scripts are called so."""
+    wanted = {package.id for package in packages}
+    yield from sorted(name for name, package in plan.packages.items() if package.id in wanted)
+    if plan.scripts is not None and plan.scripts.id in wanted:
+        yield "scripts"
+
+
+def _sites(plan: Plan, relays: Iterable[RelayForecast]) -> Iterator[SiteForecast]:
+    by_site: dict[str, list[RelayForecast]] = {machine.site: [] for machine in plan.machines}
+    for relay in relays:
+        by_site.setdefault(relay.site, []).append(relay)
+    for site in sorted(by_site):
+        mine = by_site[site]
+        yield SiteForecast(
+            site,
+            tuple(relay.relay for relay in mine),
+            sum(machine.site == site for machine in plan.machines),
+            sum(relay.at_most for relay in mine),
+            tuple(sorted({name for relay in mine for name in relay.unknown})),
+        )
+
+
+def _room(plan: Plan) -> Iterator[RoomForecast]:
+    for machine in plan.machines:
+        roots: dict[str, list[PlannedPackage]] = {}
+        for package, root, _ in placed_on(plan, machine.name):
+            if root:
+                roots.setdefault(root, []).append(package)
+        for root, packages in roots.items():
+            at_most, unknown = _sum((package, package.tree_bytes) for package in packages)
+            yield RoomForecast(machine.name, root, at_most, unknown)
+
+
+def _sum(sizes: Iterable[tuple[PlannedPackage, int]]) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the packages whose size is known, and the others by name. Without a manifest nothing is known."""
+    known = list(sizes)
+    at_most = sum(size for package, size in known if package.manifest)
+    return at_most, tuple(f"{package.id} {package.version}" for package, _ in known if not package.manifest)
+
+
+# --- words
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield f"{plan.project} {plan.label} → {plan.environment}"
+    yield "packages"
+    for name, package in plan.packages.items():
+        where = f"sha256:{package.manifest[:12]}…" if package.manifest else "not in the depot yet"
+        source = f", from feed {package.feed}" if package.feed and not package.manifest else ""
+        yield f"  {name}: {package.id} {package.version} ({where}{source})"
+    for early in plan.pre_acquire:
+        undo = f", undone when {early.until}" if early.undo else ""
+        yield f"before acquisition: {_run(early.run)}{undo}"
+    yield from _acquisition(plan)
+    for step in plan.steps:
+        yield from _server(step) if isinstance(step, ServerStep) else _machines(plan, step)
+    for notify in plan.notify:
+        yield f"tells {notify.url or f'the address in secret {notify.url_secret}'} of {', '.join(notify.on)}"
+    if plan.deadline:
+        yield f"deadline: {_seconds(plan.deadline)}"
+    if plan.notes:
+        yield "notes"
+        yield from (f"  {note}" for note in plan.notes)
+
+
+def _acquisition(plan: Plan) -> Iterator[str]:
+    whole = forecast(plan)
+    yield f"acquisition: every machine holds everything before the first step, within {_seconds(plan.acquire.deadline)}"
+    for site in whole.sites:
+        bytes_ = _bytes(site.at_most, site.unknown)
+        through = f"relays {', '.join(site.relays)}" if site.relays else "generic relays"
+        yield f"  site {site.site or '(generic)'}: at most {bytes_} to {through}; {_count(site.machines, 'machine')}"
+    for room in whole.room:
+        yield f"  {room.machine}: at most {_bytes(room.at_most, room.unknown)} under {room.root}"
+
+
+def _server(step: ServerStep) -> Iterator[str]:
+    package = f", with the files of package {step.package}" if step.package else ""
+    yield f"step {step.number} {step.name}: on the server: {_run(step.run)}{package}{_conditions(step)}"
+
+
+def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
+    deploys = f"deploys {step.package}" if step.package else "deploys nothing"
+    yield f"step {step.number} {step.name}: {deploys} on {_count(len(step.turns), 'machine')}{_conditions(step)}"
+    yield f"  {step.strategy}: {'; '.join(_phases(step))}"
+    if step.strategy == "rolling":
+        yield f"  at least {step.min_in_service} in service; more than {step.max_failures} failures stop it"
+    if step.rotation is not None:
+        probe = step.rotation.probe and step.rotation.probe.script
+        seen = f", probe {probe.path}" if probe else ""
+        yield f"  rotation {step.rotation.name}: {_run(step.rotation.before)}, {_run(step.rotation.after)}{seen}"
+    for turn in step.turns:
+        machine = plan.machine(turn.machine)
+        yield f"  {turn.machine} ({machine.address}, site {machine.site}, relays {', '.join(machine.relays)})"
+    if step.turns:
+        yield from (f"    {line}" for line in _turn(step.turns[0]))
+
+
+def _phases(step: MachineStep) -> Iterator[str]:
+    left = len(step.turns)
+    for phase in step.phases:
+        machines = phase.machines or left
+        left -= machines
+        yield f"{_count(machines, 'machine')}, {phase.window} at a time"
+
+
+def _turn(turn: MachineTurn) -> Iterator[str]:
+    """What is done on the first machine, as an example for all."""
+    for action in turn.actions:
+        match action:
+            case SwitchAction():
+                yield f"switch {turn.root}/current"
+            case ServiceAction():
+                yield f"{action.action} service {action.service}"
+            case ScriptAction():
+                secrets = f", with secrets {', '.join(action.secrets)}" if action.secrets else ""
+                yield f"script {action.path} (at most {_seconds(action.timeout)}{secrets})"
+    yield from (f"verify {_check(check)}" for check in turn.verify)
+
+
+def _check(planned: PlannedCheck) -> str:
+    timed = planned.check
+    match timed.check:
+        case HttpCheck(url=url, expect=expect):
+            what = url if expect is None else f"{url} says {expect}"
+        case TcpCheck(host=host, port=port):
+            what = f"tcp {host}:{port}"
+        case CommandCheck(argv=argv):
+            what = " ".join(argv)
+        case ServiceCheck(name=name):
+            what = f"service {name}"
+    lasting = f" for {_seconds(timed.lasting)}" if timed.lasting else ""
+    asker = "the server" if planned.on_server else "the machine"
+    return f"{what}{lasting}, within {_seconds(timed.deadline)}, asked by {asker}"
+
+
+def _run(run: ServerRun) -> str:
+    what = run.script.path if run.script else _count(len(run.commands), "command")
+    tries = f", {run.attempts} attempts" if run.attempts > 1 else ""
+    secrets = f", secrets {', '.join(run.secrets)}" if run.secrets else ""
+    return f"{run.name}: {what} (at most {_seconds(run.timeout)}{tries}{secrets})"
+
+
+def _conditions(step: MachineStep | ServerStep) -> str:
+    return {"success": "", "failure": ", after a failure only", "always": ", whatever was before"}[step.when] + (
+        ", required" if step.required else ""
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("h", 3600), ("m", 60)):
+        if value >= size and value % size == 0:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} s"
+
+
+def _bytes(value: int, unknown: Iterable[str]) -> str:
+    missing = ", ".join(unknown)
+    return f"{value:,} bytes" + (f" and {missing}, whose size is not known yet" if missing else "")

@@ -1,0 +1,321 @@
+"""The plan of one deployment, out of process, environment and package versions; or every reason why there is none.
+
+Nothing is contacted. Script files are read to be hashed, and git is asked whether it tracks files with secrets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from orchestrator.files.environment import EnvironmentFile, Machine
+from orchestrator.files.process import PreAcquireStep, ProcessFile, machine_scripts, package_of, undo_of
+from orchestrator.files.script_files import Files, OnDisk
+from orchestrator.files.yaml_positions import Mistake, PlanError, shown, sorted_mistakes
+from orchestrator.plan.context import Ground
+from orchestrator.plan.plan import (
+    AcquirePlan,
+    MachineStep,
+    NotifyPlan,
+    Plan,
+    PlannedFeed,
+    PlannedMachine,
+    PlannedPackage,
+    PlannedRelay,
+    PlannedStep,
+    PreAcquire,
+    SecretSource,
+    ServerRun,
+)
+from orchestrator.plan.routes import limit_of, lineage, upstreams_of, wrong_ways
+from orchestrator.plan.steps import is_http_url, plan_steps
+from orchestrator.plan.unsupported import not_built
+from relay.errors import IdentityError
+from relay.package.identity import NuGetVersion
+
+__all__ = ["Mistake", "PlanError", "make_plan"]
+
+_LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
+"""What may name a tree on a machine (`agent.orders.orders.PackageTree`)."""
+
+
+def make_plan(
+    process: ProcessFile,
+    environment: EnvironmentFile,
+    *,
+    label: str,
+    packages: Mapping[str, PlannedPackage],
+    scripts: PlannedPackage | None,
+    prompts: Mapping[str, str],
+    files: Files | None = None,
+) -> Plan:
+    """Decide everything that can be decided before the first byte moves.
+
+    Args:
+        process: what to do.
+        environment: where.
+        label: of the release.
+        packages: versions by their names in the process. A manifest may be missing while the depot lacks the package.
+        scripts: the package of `machine_scripts(process)`, where there are any.
+        prompts: answers to the variables that are asked for.
+        files: where scripts are read; this machine's disk.
+
+    Raises:
+        PlanError: with every mistake of both files and of the options.
+    """
+    ground = Ground(process, environment, label, packages, prompts, files or OnDisk())
+    ground.mistakes += not_built(process, environment)
+    _check_label(ground)
+    planned_packages = _packages(ground)
+    steps = plan_steps(ground)
+    machines = _machines(ground, steps)
+    relays = _relays(ground, machines)
+    pre_acquire = tuple(_pre_acquire(ground, index, step) for index, step in enumerate(process.value.pre_acquire))
+    notify = _notify(ground)
+    feeds = _feeds(ground)
+    secrets = _secrets(ground)
+    acquire = _acquire(ground)
+    deadline = ground.time_limit(process.value.deadline, process.at("deadline"), 0.0)
+    if scripts is None and machine_scripts(process):
+        ground.notes.append("the scripts for machines are not packed yet")
+    if ground.mistakes:
+        raise PlanError(sorted_mistakes(ground.mistakes, [process.name, environment.name]))
+    return Plan(
+        format=1,
+        project=process.value.project,
+        label=label,
+        environment=environment.value.environment,
+        packages=planned_packages,
+        scripts=scripts,
+        relays=relays,
+        feeds=feeds,
+        machines=machines,
+        secrets=secrets,
+        machine_secrets=tuple(n for n, secret in process.value.secrets.items() if secret.available_to != "server"),
+        pre_acquire=pre_acquire,
+        acquire=acquire,
+        steps=steps,
+        notify=notify,
+        deadline=deadline,
+        notes=tuple(dict.fromkeys(ground.notes)),
+    )
+
+
+def _check_label(ground: Ground) -> None:
+    if not _LABEL.fullmatch(ground.label):
+        expected = "letters, digits, '.', '_', '+' and '-', at most 63 characters, such as 1.4.2"
+        ground.wrong_option("release label", f"{shown(ground.label)}: expected {expected}")
+
+
+def _packages(ground: Ground) -> dict[str, PlannedPackage]:
+    """The process's packages with their versions, and the feed that each comes from."""
+    declared = ground.process.value.packages
+    planned = {}
+    for name, use in declared.items():
+        package, place = package_of(use), ground.process.at("packages", name)
+        given = ground.packages.get(name)
+        if given is None:
+            ground.wrong(place, f"has no version: give one with --package {name}=VERSION")
+            continue
+        if given.id.lower() != package.id.lower():
+            ground.wrong(place, f"is {package.id}, and the release holds {given.id} {given.version} under this name")
+        if package.feed is not None and package.feed not in ground.environment.value.feeds:
+            ground.wrong(
+                place.below("feed"),
+                f"there is no feed {shown(package.feed)}: define it under feeds: in {ground.environment.name}",
+            )
+        _check_version(ground, name, given)
+        planned[name] = msgspec.structs.replace(given, feed=package.feed or "")
+    for name in ground.packages:
+        if name not in declared:
+            known = ", ".join(declared) or "none"
+            ground.wrong_option(f"--package {name}", f"is no package of {ground.process.name}: expected one of {known}")
+    used = {step.deploy for step in ground.process.value.steps}
+    ground.notes += [f"no step deploys package {name}" for name in declared if name not in used]
+    return planned
+
+
+def _check_version(ground: Ground, name: str, package: PlannedPackage) -> None:
+    try:
+        NuGetVersion.parse(package.version)
+    except IdentityError as error:
+        ground.wrong_option(f"--package {name}", error.message)
+
+
+def _machines(ground: Ground, steps: Sequence[PlannedStep]) -> tuple[PlannedMachine, ...]:
+    """Those that some step has a turn on, by name. A machine without a key could be anybody."""
+    names = sorted({turn.machine for step in steps if isinstance(step, MachineStep) for turn in step.turns})
+    keys: dict[str, str] = {}
+    spelled: dict[str, str] = {}
+    for name, machine in ground.environment.value.machines.items():
+        place = ground.environment.at("machines", name)
+        if not isinstance(machine, Machine):
+            if name != "from":
+                ground.wrong(place, "expected a mapping with address, site, roles and key")
+            continue
+        if spelled.setdefault(name.lower(), name) != name:
+            ground.wrong(place, f"differs from {shown(spelled[name.lower()])} in case only: machines' names do not")
+        if name.lower() == "server":
+            ground.wrong(place, "is what records call the server itself: give the machine another name")
+        if machine.key and keys.setdefault(machine.key, name) != name:
+            ground.wrong(place.below("key"), f"is the key of {keys[machine.key]} too: every agent has its own")
+        if not machine.key and name in names:
+            ground.wrong(
+                place.below("key"), "is missing: run 'waystation agent init' there, and write down what it prints"
+            )
+    return tuple(_machine(ground, name) for name in names)
+
+
+def _machine(ground: Ground, name: str) -> PlannedMachine:
+    machine = ground.machine(name)
+    relays = ground.environment.value.relays
+    own = [relay for relay, value in relays.items() if value.site == machine.site]
+    generic = [relay for relay, value in relays.items() if value.generic and relay not in own]
+    if not own and not generic:
+        ground.wrong(
+            ground.environment.at("machines", name, "site"),
+            f"no relay serves the site {shown(machine.site)}: add one under relays:, or mark one 'generic: true'",
+        )
+    tags = {tag: str(value) for tag, value in machine.tags.items()}
+    return PlannedMachine(name, machine.address, machine.site, machine.key, machine.roles, (*own, *generic), tags)
+
+
+def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[PlannedRelay, ...]:
+    """Those that a machine of this plan may ask, and those that packages come to them through, in the file's order."""
+    ground.mistakes += wrong_ways(ground.environment)
+    upstreams = upstreams_of(ground.environment.value)
+    used: set[str] = set()
+    for machine in machines:
+        for asked in machine.relays:
+            used.update(lineage(asked, upstreams))
+    planned = []
+    for name, relay in ground.environment.value.relays.items():
+        place = ground.environment.at("relays", name)
+        if not is_http_url(relay.url) or relay.url.rstrip("/").count("/") != 2:
+            ground.wrong(place.below("url"), f"{shown(relay.url)}: expected such as https://relay.example:7443")
+        if relay.site is None and not relay.generic:
+            ground.wrong(place, "serves nobody: expected the key site, or 'generic: true'")
+        if name in used:
+            token = None
+            if relay.token is not None:
+                token = ground.source(relay.token.file, relay.token.env, place.below("token"))
+            ca_file = relay.ca_file and os.path.normpath(os.path.join(ground.environment.folder, relay.ca_file))
+            planned.append(
+                PlannedRelay(
+                    name,
+                    relay.url,
+                    relay.site or "",
+                    relay.generic,
+                    token,
+                    ca_file or "",
+                    upstreams.get(name, ""),
+                    limit_of(relay),
+                )
+            )
+    return tuple(planned)
+
+
+def _pre_acquire(ground: Ground, index: int, step: PreAcquireStep) -> PreAcquire:
+    place, scope = ground.process.at("pre_acquire", index), ground.server_scope()
+    variables = ground.common_variables(step.name)
+    run = ground.server_run(
+        step.name,
+        place,
+        script=step.script,
+        commands=step.commands,
+        timeout=step.timeout,
+        retry=step.retry,
+        idempotent=step.idempotent,
+        secrets=step.secrets,
+        variables=variables,
+        scope=scope,
+    )
+    undo = undo_of(step)
+    undo_run: ServerRun | None = None
+    if undo is not None:
+        undo_run = ground.server_run(
+            f"undo {step.name}",
+            place.below("undo"),
+            script=undo.script,
+            commands=undo.commands,
+            timeout=undo.timeout,
+            retry=undo.retry,
+            idempotent=True,
+            secrets=undo.secrets,
+            variables={**variables, "UNDO": "1"},
+            scope=scope,
+        )
+    return PreAcquire(run, undo_run, step.until)
+
+
+def _acquire(ground: Ground) -> AcquirePlan:
+    acquire, place = ground.process.value.acquire, ground.process.at("acquire")
+    return AcquirePlan(
+        ground.time_limit(acquire.deadline, place.below("deadline"), 1800.0),
+        ground.time_limit(acquire.stall, place.below("stall"), 60.0),
+        acquire.per_relay,
+    )
+
+
+def _notify(ground: Ground) -> tuple[NotifyPlan, ...]:
+    planned = []
+    for index, notify in enumerate(ground.process.value.notify):
+        place = ground.process.at("notify", index)
+        if notify.url is not None and not is_http_url(notify.url):
+            ground.wrong(place.below("url"), f"{shown(notify.url)}: expected an http or https URL")
+        if notify.url_secret is not None and notify.url_secret not in ground.process.value.secrets:
+            ground.wrong(
+                place.below("url_secret"),
+                f"there is no secret {shown(notify.url_secret)}: declare it under secrets: with available_to: server",
+            )
+        if notify.url_secret is not None:
+            ground.needed_secrets.setdefault(notify.url_secret, place.below("url_secret"))
+        planned.append(NotifyPlan(notify.on, notify.url or "", notify.url_secret or ""))
+    return tuple(planned)
+
+
+def _feeds(ground: Ground) -> dict[str, PlannedFeed]:
+    used = {package_of(use).feed for use in ground.process.value.packages.values()}
+    planned = {}
+    for name, feed in ground.environment.value.feeds.items():
+        place = ground.environment.at("feeds", name)
+        if not is_http_url(feed.url):
+            ground.wrong(
+                place.below("url"), f"{shown(feed.url)}: expected a feed such as https://feed.example/v3/index.json"
+            )
+        if name in used:
+            if feed.secret is not None:
+                ground.needed_secrets.setdefault(feed.secret, place.below("secret"))
+            planned[name] = PlannedFeed(feed.url, feed.secret or "")
+    return planned
+
+
+def _secrets(ground: Ground) -> dict[str, SecretSource]:
+    """Sources of all that is needed. What operations use for themselves is not the project's to ask for."""
+    process, environment = ground.process.value, ground.environment.value
+    theirs = {
+        name: f"rotation {title}" for title, rotation in environment.rotation.items() for name in rotation.secrets
+    }
+    theirs |= {feed.secret: f"feed {title}" for title, feed in environment.feeds.items() if feed.secret}
+    for name in process.secrets:
+        place = ground.process.at("secrets", name)
+        ground.needed_secrets.setdefault(name, place)
+        if name in theirs:
+            ground.wrong(
+                place, f"belongs to the environment's {theirs[name]}: a process cannot have it; choose another name"
+            )
+    planned = {}
+    for name, place in ground.needed_secrets.items():
+        source = environment.secrets.get(name)
+        if source is None:
+            ground.wrong(
+                place,
+                f"secret {shown(name)} has no source: say under secrets: in {ground.environment.name} where it is",
+            )
+        else:
+            planned[name] = ground.source(source.file, source.env, ground.environment.at("secrets", name))
+    return planned

@@ -1,0 +1,281 @@
+"""The frozen plan of one deployment: everything that was decided before the first byte moved.
+
+Values only. `orchestrator/plan/make_plan.py` makes a plan (pure); the journal keeps it as JSON; `orchestrator/deployment/deployment.py`
+follows it and reads no file of the process or environment again. Secrets are named in a plan, never held by it.
+Seconds and bytes everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from agent.orders.orders import TimedCheck
+from orchestrator.files.values import NotificationKind
+
+OLD_VERSION: Final = "${old.version}"
+"""Stands in the checks of an old version where `${package.version}` stood in the file."""
+
+
+class _Planned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of the plan."""
+
+
+class PlannedPackage(_Planned, frozen=True):
+    """A package version of the release. `manifest` is hex; empty until the package is in the depot."""
+
+    id: str
+    version: str
+    manifest: str = ""
+    tree_bytes: int = 0
+    nupkg_bytes: int = 0
+    feed: str = ""
+    """Name of the feed in the environment from which it is taken where the depot lacks it."""
+
+
+class SecretSource(_Planned, frozen=True):
+    """Where a secret's value is read when it is needed: exactly one of the two."""
+
+    file: str = ""
+    """Absolute path."""
+    env: str = ""
+
+
+class PlannedFeed(_Planned, frozen=True):
+    url: str
+    secret: str = ""
+
+
+class PlannedRelay(_Planned, frozen=True):
+    """A relay and where its token comes from. `generic`: it serves every site, after the site's own."""
+
+    name: str
+    url: str
+    site: str
+    generic: bool = False
+    token: SecretSource | None = None
+    ca_file: str = ""
+    upstream: str = ""
+    """Name of the relay that it fetches packages from; empty: the origin sends them."""
+    limit: float = 0.0
+    """Most bytes per second of packages that come in; 0: no limit."""
+
+
+class PlannedMachine(_Planned, frozen=True):
+    """A machine. `key` is its agent's fingerprint; `relays` are names of relays, the closest first."""
+
+    name: str
+    address: str
+    site: str
+    key: str
+    roles: tuple[str, ...]
+    relays: tuple[str, ...]
+    tags: dict[str, str] = {}
+
+
+class FrozenFile(_Planned, frozen=True):
+    """A script as it was when the plan was made. `path` is relative to `folder` (absolute), as the YAML wrote it."""
+
+    folder: str
+    path: str
+    sha256: str
+
+
+class ServerRun(_Planned, frozen=True):
+    """Something that runs on the server: a script, or commands one after another (exactly one of the two is given).
+
+    `variables` are the whole of what is resolved already, by the names that the script sees (VAR_PORT, …);
+    `secrets` are names of secrets, which it sees as SECRET_<NAME>.
+    """
+
+    name: str
+    script: FrozenFile | None = None
+    commands: tuple[tuple[str, ...], ...] = ()
+    timeout: float = 600.0
+    attempts: int = 1
+    delay: float = 10.0
+    idempotent: bool = False
+    variables: dict[str, str] = {}
+    secrets: tuple[str, ...] = ()
+
+
+class PreAcquire(_Planned, frozen=True):
+    """A step before any byte moves; `undo` always runs, at the end or once everything is acquired."""
+
+    run: ServerRun
+    undo: ServerRun | None = None
+    until: Literal["finished", "acquired"] = "finished"
+
+
+class AcquirePlan(_Planned, frozen=True):
+    deadline: float = 1800.0
+    stall: float = 60.0
+    per_relay: int = 20
+    """Machines of one site that pull at one time."""
+
+
+class RotationPlan(_Planned, frozen=True):
+    """How machines leave and enter their load balancer. `before` and `after` are idempotent; `probe` ends with 0 where
+    the machine is in service, with 1 where it is not, with anything else where it cannot tell.
+    """
+
+    name: str
+    before: ServerRun
+    after: ServerRun
+    probe: ServerRun | None = None
+
+
+class ScriptAction(_Planned, frozen=True, tag="script"):
+    """A script of the process on the machine: `path` inside the release's scripts package."""
+
+    name: str
+    path: str
+    variables: dict[str, str] = {}
+    secrets: tuple[str, ...] = ()
+    timeout: float = 600.0
+    attempts: int = 1
+    delay: float = 10.0
+    idempotent: bool = False
+
+
+class SwitchAction(_Planned, frozen=True, tag="switch"):
+    name: str = "switch"
+
+
+class ServiceAction(_Planned, frozen=True, tag="service"):
+    name: str
+    service: str
+    action: Literal["start", "stop", "restart", "reload"]
+    timeout: float = 120.0
+    attempts: int = 1
+    delay: float = 10.0
+    idempotent: bool = False
+
+
+ApplyAction = ScriptAction | SwitchAction | ServiceAction
+
+
+class PlannedCheck(_Planned, frozen=True):
+    """`on_server`: the server makes it, else the machine's agent. `for_old`: the same check with the version that a
+    machine had before; its text still holds `${old.version}` where `${package.version}` stood, and nothing else.
+    """
+
+    check: TimedCheck
+    for_old: TimedCheck
+    on_server: bool = False
+
+
+class MachineTurn(_Planned, frozen=True):
+    """All that one step does on one machine, resolved."""
+
+    machine: str
+    root: str
+    actions: tuple[ApplyAction, ...]
+    verify: tuple[PlannedCheck, ...]
+    variables: dict[str, str]
+    """For `before`, `after` and `probe`: MACHINE, ADDRESS, TAG_*, VAR_*, …, by the names that they see."""
+    fingerprint: str
+    """SHA-256 (hex) of all this: the same again on the same tree is "already current"."""
+
+
+class PlannedPhase(_Planned, frozen=True):
+    """`machines`: how many of the step's machines go through it (0: all that are left); `window`: how many at a time."""
+
+    machines: int
+    window: int
+
+
+class MachineStep(_Planned, frozen=True, tag="machines"):
+    """A step over machines. `number` counts all steps of the process from 1."""
+
+    number: int
+    name: str
+    turns: tuple[MachineTurn, ...]
+    """In the order of names, or in the one that the file lists."""
+    strategy: Literal["parallel", "rolling"]
+    phases: tuple[PlannedPhase, ...]
+    package: str = ""
+    """Name of the deployed package among the release's; empty where nothing is deployed."""
+    label: str = ""
+    keep: int = 3
+    min_in_service: int = 0
+    max_failures: int = 0
+    unhealthy_first: bool = True
+    rotation: RotationPlan | None = None
+    when: Literal["success", "failure", "always"] = "success"
+    required: bool = False
+
+
+class ServerStep(_Planned, frozen=True, tag="server"):
+    """A step on the server. `package`: its tree is there as PACKAGE_DIR."""
+
+    number: int
+    name: str
+    run: ServerRun
+    package: str = ""
+    when: Literal["success", "failure", "always"] = "success"
+    required: bool = False
+
+
+PlannedStep = MachineStep | ServerStep
+
+
+class NotifyPlan(_Planned, frozen=True):
+    """A CloudEvents receiver; exactly one of `url` and `url_secret` (name of a secret) is given."""
+
+    on: tuple[NotificationKind, ...]
+    url: str = ""
+    url_secret: str = ""
+
+
+class Plan(_Planned, frozen=True):
+    """One deployment, frozen.
+
+    Attributes:
+        scripts: the package that holds the process's own scripts for machines, where there are any.
+        secrets: where the values of all secrets come from, by name.
+        machine_secrets: names that may go to machines (sealed); all others never leave the server.
+    """
+
+    format: Literal[1]
+    project: str
+    label: str
+    environment: str
+    packages: dict[str, PlannedPackage]
+    scripts: PlannedPackage | None
+    relays: tuple[PlannedRelay, ...]
+    feeds: dict[str, PlannedFeed]
+    machines: tuple[PlannedMachine, ...]
+    secrets: dict[str, SecretSource]
+    machine_secrets: tuple[str, ...]
+    pre_acquire: tuple[PreAcquire, ...]
+    acquire: AcquirePlan
+    steps: tuple[PlannedStep, ...]
+    notify: tuple[NotifyPlan, ...] = ()
+    deadline: float = 0.0
+    """Of the whole deployment; 0: none."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it: effective numbers, what the plan cannot promise."""
+
+    def machine(self, name: str) -> PlannedMachine:
+        """Raises `KeyError`."""
+        for machine in self.machines:
+            if machine.name == name:
+                return machine
+        raise KeyError(name)
+
+    def relay(self, name: str) -> PlannedRelay:
+        """Raises `KeyError`."""
+        for relay in self.relays:
+            if relay.name == name:
+                return relay
+        raise KeyError(name)
+
+    def steps_with(self, machine: str) -> list[MachineStep]:
+        """The steps in which this machine has a turn, in order."""
+        return [
+            step
+            for step in self.steps
+            if isinstance(step, MachineStep) and any(turn.machine == machine for turn in step.turns)
+        ]

@@ -1,0 +1,201 @@
+"""Send packages of the depot to relays: one to several relays at once, each only what it lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from orchestrator.depot.depot import Depot
+from orchestrator.files.environment import EnvironmentFile
+from orchestrator.files.yaml_positions import PlanError
+from orchestrator.plan.plan import PlannedRelay, SecretSource
+from orchestrator.plan.routes import limit_of, upstreams_of, wrong_ways
+from orchestrator.replication.cascade import Cascaded, replicate_all
+from orchestrator.trust.secrets import read_secret
+from relay.errors import RefusedError, WaystationError
+from relay.package.identity import PackageRef
+from relay.package.manifest import Manifest
+from relay.protocol.client import RelayClient, tls_from
+from relay.support.rate_limit import Pacer
+from relay.transfer.encoder_pool import Payloads
+from relay.transfer.link_history import Lines
+from relay.transfer.probe import Explained
+from relay.transfer.replicate import PATIENCE, Progress, Replicated, Shipping, plan, replicate
+
+Bar = Callable[[str], Progress]
+"""Makes a named progress bar."""
+
+OTHERS_MAX = 256
+"""Other packages of the depot, the newest first, whose parts are looked for in the one that is sent."""
+_MOSTLY_NEW = 0.05
+"""Share of a package that must be new against the version before it, for other packages to be looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
+
+    ref: PackageRef
+    manifest: Manifest
+    signature: bytes
+    known: Sequence[Manifest]
+    others: Sequence[Manifest] = ()
+    """Of other packages, which may hold parts of this one."""
+
+
+async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
+    """Get a package ready.
+
+    Raises:
+        NotFoundError: it is not in the depot.
+        RefusedError: it is not signed.
+    """
+    manifest = await depot.manifest(depot.catalog.get(ref))
+    signature = await depot.catalog.signature(manifest.id)
+    if not signature:
+        raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
+    known = await depot.other_versions(ref)
+    return Parcel(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
+
+
+async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequence[Manifest]) -> list[Manifest]:
+    """Packages whose parts this one may carry. None where a version before it holds nearly all of it anyway."""
+    there = {id for one in known for id in one.chunk_ids()}
+    fresh = sum(entry.size for entry in manifest.chunks if entry.id not in there)
+    if fresh <= _MOSTLY_NEW * manifest.stream_size:
+        return []
+    pointers = sorted((p for p in depot.catalog.all() if p.ref.id != ref.id), key=lambda p: p.published, reverse=True)
+    return list((await depot.catalog.manifests_of(p.manifest_id for p in pointers[:OTHERS_MAX])).values())
+
+
+@asynccontextmanager
+async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
+    """Encoders and the memory of lines, for all that is sent from `depot` meanwhile: what is alike is encoded once."""
+    payloads = Payloads(depot.store.chunks)
+    try:
+        yield Shipping(payloads=payloads, lines=Lines(depot.store.documents), recipes=depot.recipes)
+    finally:
+        await payloads.close()
+
+
+def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pacer: Pacer | None = None) -> Shipping:
+    """How `what` is sent, given what it shares with all others."""
+    shipping = shipping or Shipping(lines=Lines(depot.store.documents), recipes=depot.recipes)
+    return replace(shipping, known=what.known, others=what.others, pacer=pacer or shipping.pacer)
+
+
+async def send_to(
+    depot: Depot,
+    what: Parcel,
+    relay: RelayClient,
+    progress: Progress,
+    patience: float = PATIENCE,
+    *,
+    shipping: Shipping | None = None,
+    pacer: Pacer | None = None,
+) -> Replicated:
+    """To one relay. `pacer` is the limit of its line, shared by all that goes there. Raises as `relay.transfer.replicate.replicate`."""
+    return await replicate(
+        what.manifest,
+        what.signature,
+        depot.store.chunks,
+        relay,
+        shipping_of(depot, what, shipping, pacer),
+        progress=progress,
+        patience=patience,
+    )
+
+
+async def send(
+    depot: Depot,
+    what: Parcel,
+    relays: Sequence[PlannedRelay],
+    clients: Mapping[str, RelayClient],
+    shipping: Shipping,
+    *,
+    bar: Bar,
+    patience: float = PATIENCE,
+) -> Cascaded:
+    """To all relays at once, by the ways that they name; one that fails leaves the others alone. `clients`: by name."""
+    bars = {relay.name: bar(relay.name) for relay in relays}
+    pacers = {relay.name: pacer_of(relay) for relay in relays}
+
+    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+        return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
+
+    def heard(relay: str, here: int, whole: int) -> None:
+        bars[relay](here, whole)
+
+    return await replicate_all(what.manifest, relays, clients, to, heard, patience=patience)
+
+
+def pacer_of(relay: PlannedRelay) -> Pacer | None:
+    """The limit of the line to it, where it has one."""
+    return Pacer(relay.limit) if relay.limit else None
+
+
+async def plan_for(
+    depot: Depot,
+    what: Parcel,
+    relays: Sequence[PlannedRelay],
+    clients: Mapping[str, RelayClient],
+    shipping: Shipping,
+) -> tuple[dict[str, Explained], dict[str, WaystationError]]:
+    """What `send` would do at each relay that the origin itself sends to, by name, and who could not be asked. Nothing
+    is sent but questions.
+    """
+    planned: dict[str, Explained] = {}
+    failed: dict[str, WaystationError] = {}
+    for relay in relays:
+        if relay.upstream:
+            continue
+        how = shipping_of(depot, what, shipping, pacer_of(relay))
+        try:
+            planned[relay.name] = await plan(what.manifest, depot.store.chunks, clients[relay.name], how)
+        except WaystationError as error:
+            failed[relay.name] = error
+    return planned, failed
+
+
+# --- the relays of an environment
+
+
+def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
+    """All relays that the environment names, in its order.
+
+    Raises:
+        PlanError: a `from:` or `limit:` that cannot be.
+    """
+    if mistakes := wrong_ways(environment):
+        raise PlanError(mistakes)
+    upstreams = upstreams_of(environment.value)
+
+    def near(path: str) -> str:
+        return os.path.normpath(os.path.join(environment.folder, path)) if path else ""
+
+    return [
+        PlannedRelay(
+            name,
+            relay.url,
+            relay.site or "",
+            relay.generic,
+            SecretSource(near(relay.token.file or ""), relay.token.env or "") if relay.token else None,
+            near(relay.ca_file or ""),
+            upstreams.get(name, ""),
+            limit_of(relay),
+        )
+        for name, relay in environment.value.relays.items()
+    ]
+
+
+def open_relay(relay: PlannedRelay) -> RelayClient:
+    """A client for a relay of the environment, with its token. Contacts nobody.
+
+    Raises:
+        NotFoundError, RefusedError: its token cannot be read.
+        UsageError: it has no usable URL.
+    """
+    token = None if relay.token is None else read_secret(f"token of relay {relay.name}", relay.token).reveal()
+    return RelayClient(relay.url, token=token, tls=tls_from(relay.ca_file or None))

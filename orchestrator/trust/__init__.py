@@ -1,0 +1,3 @@
+"""Keys that sign packages and orders; secrets, read when they are needed.
+Start with keyring.py.
+"""

@@ -1,0 +1,3 @@
+"""How chunks travel: bundles of runs, their encodings, and which encoding is chosen.
+Start with bundle.py, then planner.py.
+"""

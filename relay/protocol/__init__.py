@@ -1,0 +1,3 @@
+"""The protocol between relays and all that speaks to them.
+Start with messages.py, which both sides read.
+"""

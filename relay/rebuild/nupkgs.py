@@ -1,0 +1,386 @@
+"""The identical nupkg of a package: the file itself where it is kept, else made of its chunks, else taken from a parent.
+
+NuGet clients compare its SHA-512, so nothing leaves here that was not compared with the manifest's. That is done once:
+when the file is made or taken, or when it is first asked for. Afterwards its SHA-256, which names it and is checked each
+time that it is read, suffices: bytes with the same SHA-256 are the same bytes, and have the same SHA-512.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import tempfile
+from base64 import b64encode
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, cast
+
+import aiofiles
+
+from relay.engines.encoders import EncoderDiedError
+from relay.engines.engine_pool import Engines
+from relay.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    NotFoundError,
+    RefusedError,
+    UntrustedError,
+)
+from relay.package.manifest import Manifest
+from relay.package.part_reader import parts_of_chunks
+from relay.package.recipe import Blob, Opaque, Recipe
+from relay.package.zip_reader import Entry, walk
+from relay.rebuild.rebuilder import RebuildError, rebuild
+from relay.rebuild.recipe_store import Recipes
+from relay.rebuild.zip_layout import verbatim_bytes
+from relay.stores.open import Store, parse_location
+from relay.stores.volume import translate
+
+if TYPE_CHECKING:
+    from relay.protocol.client import RelayClient
+
+log = logging.getLogger(__name__)
+
+AT_ONCE: Final = 2
+"""Nupkgs that are made or taken at the same time; later ones wait."""
+_CHECKED_MAX: Final = 100_000
+
+Progress = Callable[[int, int], None]
+"""Bytes of the nupkg that are done, and all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lacks:
+    """What stands between a store and an identical nupkg."""
+
+    recipe: bool = False
+    """There is none, or the one that was here gave another file."""
+    encoders: tuple[str, ...] = ()
+    """Those that the recipe names and this side has not."""
+    verbatim_bytes: int = 0
+    """Bytes that no encoder makes; they are not here."""
+    chunks: bool = False
+    """Chunks are damaged or gone."""
+
+    def __str__(self) -> str:
+        told = (
+            "there is no recipe that gives it" if self.recipe else "",
+            f"the encoder {', '.join(self.encoders)} is not there" if self.encoders else "",
+            f"{self.verbatim_bytes} verbatim bytes are not there" if self.verbatim_bytes else "",
+            "chunks are damaged or gone" if self.chunks else "",
+        )
+        return " and ".join(filter(None, told)) or "nobody says why"
+
+
+class NotExactError(NotFoundError):
+    """The identical nupkg is not here, and cannot be made here."""
+
+    def __init__(self, package: object, lacks: Lacks, where: str = "here") -> None:
+        hint = "Send the package again with 'waystation package replicate --exact', or give the relay a parent"
+        super().__init__(f"the identical nupkg of {package} cannot be had {where}: {lacks}", hint=hint)
+        self.lacks = lacks
+
+
+class Nupkgs:
+    """The nupkgs of one store. `close` it; the engines are the caller's."""
+
+    def __init__(self, store: Store, engines: Engines, parent: Callable[[], RelayClient] | None = None) -> None:
+        """Nupkgs of the packages in `store`; `parent` opens the relay to take from what cannot be made here."""
+        self.recipes = Recipes(store)
+        self.rebuilt = 0
+        """How many were made of chunks by this object."""
+        self._store = store
+        self._engines = engines
+        self._parent = parent
+        self._folder = _work_folder(store.location)
+        self._checked: set[tuple[str, str]] = set()
+        self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def close(self) -> None:
+        """Stop what is being made. Twice is once."""
+        flights = tuple(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+
+    async def ensure(self, manifest: Manifest) -> None:
+        """Have the nupkg among the blobs, its SHA-512 checked. However many ask, it is made once.
+
+        Raises:
+            NotExactError: it cannot be made or taken.
+            UnreachableError: the parent, or our own medium, cannot serve now.
+        """
+        key = (manifest.nupkg.sha256, manifest.nupkg.sha512)
+        if key in self._checked and await self._store.blobs.has(key[0]):
+            return
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = asyncio.create_task(self._bring(manifest))
+            flight.add_done_callback(lambda done: self._land(key, done))
+        # Shielded: one reader that goes away must not take it from the others.
+        await asyncio.shield(flight)
+
+    async def read(self, manifest: Manifest) -> AsyncGenerator[bytes, None]:
+        """The nupkg in pieces, the last one held back until all are known to be right. Raises as `ensure`, and
+
+        ChunkInvalid: it was damaged since; cut the answer off.
+        """
+        for again in (True, False):
+            await self.ensure(manifest)
+            begun = False
+            try:
+                async with _closing(self._store.blobs.read(manifest.nupkg.sha256)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+            except (ChunkMissing, ChunkInvalid):
+                # Damaged since, and put aside: it is made anew, unless some of it has left already.
+                if begun or not again:
+                    raise
+            else:
+                return
+
+    # --- blobs from outside, and for others
+
+    async def blob_size(self, sha256: str, manifest: Manifest) -> int | None:
+        """Bytes of a blob that belongs to this package: its nupkg, or what its recipe names; None for any other."""
+        if sha256 == manifest.nupkg.sha256:
+            return manifest.nupkg.size
+        recipe = await self.recipes.find(manifest)
+        if recipe is None or recipe.verbatim is None or recipe.verbatim.id != sha256:
+            return None
+        return recipe.verbatim.size
+
+    async def take_blob(self, sha256: str, size: int, pieces: AsyncIterator[bytes]) -> None:
+        """Keep a blob of `size` bytes. Raises `UntrustedError`, `ChunkInvalid`, `StoreError`, and what `pieces` raises."""
+        async with self._spooled(pieces, size) as path:
+            await self._store.blobs.put_file(sha256, path)
+
+    async def lacks_blob(self, manifest: Manifest) -> bool:
+        """Whether the kept recipe names verbatim bytes that are not here, not even in the nupkg."""
+        recipe = await self.recipes.find(manifest)
+        if recipe is None or recipe.verbatim is None or await self._store.blobs.has(manifest.nupkg.sha256):
+            return False
+        return not await self._store.blobs.has(recipe.verbatim.id)
+
+    async def lacking_encoders(self, manifest: Manifest) -> tuple[str, ...]:
+        """The encoders that the kept recipe names and this side has not; none where the nupkg is here."""
+        recipe = await self.recipes.find(manifest)
+        if recipe is None or not recipe.encoders or await self._store.blobs.has(manifest.nupkg.sha256):
+            return ()
+        async with self._engines.use(recipe.encoders) as encoders:
+            return tuple(sorted(recipe.encoders - set(encoders.names())))
+
+    async def blob(self, sha256: str, manifest: Manifest | None = None) -> AsyncGenerator[bytes, None]:
+        """A blob in pieces: as it is kept, or cut out of the nupkg of `manifest`, whose recipe names it.
+
+        Raises:
+            ChunkMissing: not here.
+            ChunkInvalid: damaged; cut the answer off.
+        """
+        if manifest is None or await self._store.blobs.has(sha256):
+            pieces = self._store.blobs.read(sha256)
+        else:
+            pieces = self._cut_out(sha256, manifest)
+        async with _closing(pieces) as all_pieces:
+            async for piece in all_pieces:
+                yield piece
+
+    @asynccontextmanager
+    async def as_file(self, manifest: Manifest) -> AsyncIterator[str]:
+        """The kept nupkg as a file of its own, while the context lasts. Raises `ChunkMissing`, `ChunkInvalid`."""
+        async with self._spooled(self._store.blobs.read(manifest.nupkg.sha256), manifest.nupkg.size) as path:
+            yield path
+
+    async def _cut_out(self, sha256: str, manifest: Manifest) -> AsyncGenerator[bytes, None]:
+        recipe = await self.recipes.find(manifest)
+        if recipe is None or recipe.verbatim is None or recipe.verbatim.id != sha256:
+            raise ChunkMissing(sha256)
+        async with self.as_file(manifest) as path:
+            with open(path, "rb") as file:  # noqa: ASYNC230 - read in threads below
+                entries: tuple[Entry, ...] = ()
+                if not isinstance(recipe.records, Opaque):
+                    entries = tuple(await asyncio.to_thread(walk, file))
+                pieces = verbatim_bytes(file, entries, recipe, manifest)
+                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                    yield piece
+
+    # --- making
+
+    async def _bring(self, manifest: Manifest) -> None:
+        key = (manifest.nupkg.sha256, manifest.nupkg.sha512)
+        async with self._turns:
+            if not await self._is_right(manifest):
+                try:
+                    await self._make(manifest)
+                except OSError as error:
+                    raise translate(error, f"make a nupkg in {self._folder}") from error
+        if len(self._checked) > _CHECKED_MAX:
+            self._checked.clear()
+        self._checked.add(key)
+
+    def _land(self, key: tuple[str, str], flight: asyncio.Task[None]) -> None:
+        self._flights.pop(key, None)
+        if not flight.cancelled():
+            # Every reader may be gone: the error was for them, and asyncio should not complain of it.
+            flight.exception()
+
+    async def _is_right(self, manifest: Manifest) -> bool:
+        """Whether the nupkg is here, and is what the manifest says."""
+        digest = hashlib.sha512()
+        try:
+            async for piece in self._store.blobs.read(manifest.nupkg.sha256):
+                await asyncio.to_thread(digest.update, piece)
+        except (ChunkMissing, ChunkInvalid):
+            return False
+        return _base64(digest.digest()) == manifest.nupkg.sha512
+
+    async def _make(self, manifest: Manifest) -> None:
+        recipe = await self.recipes.find(manifest)
+        async with self._opened_parent() as parent:
+            if recipe is None and parent is not None:
+                recipe = await _recipe_of(parent, manifest)
+                if recipe is not None:
+                    await self.recipes.keep(manifest, recipe)
+            lacks = await self._rebuild(manifest, recipe, parent)
+            if lacks is None:
+                return
+            if parent is None:
+                raise NotExactError(manifest.package, lacks)
+            await self._take_whole(manifest, lacks, parent)
+
+    async def _rebuild(self, manifest: Manifest, recipe: Recipe | None, parent: RelayClient | None) -> Lacks | None:
+        """Make it of chunks and keep it; what was lacking, or None when it is done."""
+        if recipe is None:
+            return Lacks(recipe=True)
+        if isinstance(recipe.records, Opaque):
+            return Lacks(verbatim_bytes=manifest.nupkg.size)
+        async with self._engines.use(recipe.encoders) as encoders:
+            lacks = Lacks(encoders=tuple(sorted(recipe.encoders - set(encoders.names()))))
+            blob = recipe.verbatim
+            # Without an encoder the bytes are no use: the parent is asked for the whole file, not for them first.
+            if blob is not None and not await self._has_verbatim(manifest, blob, None if lacks.encoders else parent):
+                lacks = replace(lacks, verbatim_bytes=blob.size)
+            if lacks != Lacks():
+                return lacks
+            verbatim = None if recipe.verbatim is None else self._store.blobs.read(recipe.verbatim.id)
+            output = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
+            read = parts_of_chunks(manifest, lambda index: self._store.chunks.get(manifest.chunk_id(index)))
+            try:
+                await rebuild(manifest, recipe, read, verbatim, encoders, output)
+                await self._store.blobs.put_file(manifest.nupkg.sha256, output)
+            except RebuildError as error:
+                log.warning("the recipe of %s lies, it is forgotten: %s", manifest.package, error)
+                await self.recipes.forget(manifest.nupkg.sha256)
+                return Lacks(recipe=True)
+            except (ChunkInvalid, ChunkMissing) as error:
+                return await self._damaged(manifest, recipe, error)
+            except EncoderDiedError as error:
+                log.warning("no nupkg of %s: %s", manifest.package, error)
+                return Lacks(encoders=tuple(sorted(recipe.encoders)))
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(output)
+        self.rebuilt += 1
+        return None
+
+    async def _damaged(self, manifest: Manifest, recipe: Recipe, error: ChunkInvalid | ChunkMissing) -> Lacks:
+        log.warning("no nupkg of %s: %s", manifest.package, error)
+        if recipe.verbatim is not None and error.id == recipe.verbatim.id:
+            return Lacks(verbatim_bytes=recipe.verbatim.size)
+        return Lacks(chunks=True)
+
+    # --- the parent
+
+    @asynccontextmanager
+    async def _opened_parent(self) -> AsyncIterator[RelayClient | None]:
+        if self._parent is None:
+            yield None
+            return
+        async with self._parent() as client:
+            yield client
+
+    async def _has_verbatim(self, manifest: Manifest, blob: Blob, parent: RelayClient | None) -> bool:
+        """Whether the blob is here, in the end."""
+        if await self._store.blobs.has(blob.id):
+            return True
+        if parent is None:
+            return False
+        try:
+            async with aclosing(parent.blob(blob.id, manifest)) as pieces:
+                await self.take_blob(blob.id, blob.size, pieces)
+        except (RefusedError, UntrustedError) as error:
+            # Another recipe is there: the whole file may still be had.
+            log.warning("no verbatim bytes of %s from %s: %s", manifest.package, parent.url, error)
+            return False
+        return True
+
+    async def _take_whole(self, manifest: Manifest, lacks: Lacks, parent: RelayClient) -> None:
+        """The file itself. Raises `NotExactError`, `UnreachableError`, `StoreError`."""
+        try:
+            async with (
+                aclosing(parent.nupkg(manifest.package)) as pieces,
+                self._spooled(pieces, manifest.nupkg.size) as path,
+            ):
+                await asyncio.to_thread(_check_sha512, path, manifest)
+                await self._store.blobs.put_file(manifest.nupkg.sha256, path)
+        except (RefusedError, UntrustedError) as error:
+            log.warning("no nupkg of %s from %s: %s", manifest.package, parent.url, error)
+            raise NotExactError(manifest.package, lacks) from error
+
+    @asynccontextmanager
+    async def _spooled(self, pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[str]:
+        """`pieces`, which must be `size` bytes, as a file that is gone afterwards."""
+        path = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
+        try:
+            try:
+                left = size
+                async with aiofiles.open(path, "xb") as file:
+                    async for piece in pieces:
+                        left -= len(piece)
+                        if left < 0:
+                            break
+                        await file.write(piece)
+            except OSError as error:
+                raise translate(error, f"write to {self._folder}") from error
+            if left:
+                raise UntrustedError(f"{size} bytes were told, {'more' if left < 0 else 'fewer'} came")
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _closing(pieces: AsyncIterator[bytes]) -> aclosing[AsyncGenerator[bytes, None]]:
+    """What reads a blob is a generator, whatever the contract calls it."""
+    return aclosing(cast("AsyncGenerator[bytes, None]", pieces))
+
+
+async def _recipe_of(parent: RelayClient, manifest: Manifest) -> Recipe | None:
+    try:
+        return await parent.recipe(manifest)
+    except (RefusedError, UntrustedError) as error:
+        log.warning("no recipe of %s from %s: %s", manifest.package, parent.url, error)
+        return None
+
+
+def _work_folder(location: str) -> str:
+    """Where large files grow: a disk store's own `tmp`, which is swept when the store is opened."""
+    parsed = parse_location(location)
+    return os.path.join(parsed.path, "tmp") if parsed.kind == "disk" else tempfile.gettempdir()
+
+
+def _check_sha512(path: str, manifest: Manifest) -> None:
+    """Raises `UntrustedError`."""
+    with open(path, "rb") as file:
+        if _base64(hashlib.file_digest(file, "sha512").digest()) != manifest.nupkg.sha512:
+            raise UntrustedError("the nupkg has another SHA-512 than the manifest says")
+
+
+def _base64(digest: bytes) -> str:
+    return b64encode(digest).decode()

@@ -1,0 +1,3 @@
+"""What stands between handlers and the network: connections, access, tokens, bodies, problems.
+Start with listen.py.
+"""

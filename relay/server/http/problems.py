@@ -1,0 +1,240 @@
+"""What a relay answers when it cannot do what was asked: RFC 9457 problem documents with fixed texts.
+
+Nothing of the request and nothing of an error's message goes into an answer: the title belongs to the code, and the
+random id leads to the line in the log that says more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.typedefs import Handler
+
+from relay.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    ConflictError,
+    LockedError,
+    NotFoundError,
+    RefusedError,
+    SignatureError,
+    StoreError,
+    UnknownLeaseError,
+    UnreachableError,
+    UntrustedError,
+)
+from relay.server.http.tokens import TokenError
+
+PROBLEM_TYPE: Final = "application/problem+json"
+SERVER: Final = "waystation"
+"""The Server header: no versions."""
+RETRY_SECONDS: Final = 2.0
+"""What a busy relay asks for when the error names no time itself."""
+FULL_RETRY_SECONDS: Final = 60.0
+"""What a relay without space asks for: somebody has to make room first."""
+
+TITLES: Final[Mapping[str, str]] = {
+    "bad_request": "The request is malformed",
+    "bad_host": "The Host header is missing or malformed",
+    "bad_json": "The body is not JSON, is nested too deep, or names a key twice",
+    "bad_fields": "The JSON body does not have the expected fields",
+    "bad_body": "The body breaks off or breaks its framing",
+    "untrusted": "What was sent breaks its format",
+    "refused": "A rule of this relay refuses the request",
+    "misplaced_token": "A token belongs into one Authorization header and nowhere else",
+    "unauthenticated": "A valid token is needed",
+    "forbidden": "The token has not the scope for this",
+    "unknown_peer": "This relay does not fetch from there",
+    "not_found": "There is nothing here under this name",
+    "not_exact": "The identical nupkg is not here, and cannot be made here",
+    "unknown_lease": "This lease is unknown or has ended",
+    "method_not_allowed": "This method is not for this path",
+    "too_slow": "The body came too slowly",
+    "conflict": "The same name already stands for something else",
+    "missing_chunks": "Chunks of this manifest are not here yet",
+    "locked": "Somebody else holds the lock",
+    "too_large": "The body is larger than this relay takes",
+    "content_coding": "Bodies with a Content-Encoding are not taken",
+    "media_type": "The body has another media type than this path takes",
+    "expectation": "Only 100-continue can be expected",
+    "misdirected": "This relay does not answer for this host name",
+    "digest_mismatch": "The bytes do not match their digest or signature",
+    "too_many_connections": "This peer has too many connections",
+    "header_too_large": "The request line or a header is too long",
+    "internal": "The relay failed; its log says more under this id",
+    "store_failed": "The relay's store failed; its log says more under this id",
+    "busy": "The relay cannot serve this now",
+    "http_version": "Only HTTP/1.0 and HTTP/1.1 are spoken here",
+    "store_full": "The relay has no space left",
+}
+"""The fixed text of every code."""
+
+_BY_STATUS: Final[Mapping[int, str]] = {
+    400: "bad_request",
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "too_slow",
+    409: "conflict",
+    413: "too_large",
+    415: "media_type",
+    417: "expectation",
+    503: "busy",
+}
+
+_ENDS: Final = frozenset({400, 408, 421, 505})
+
+log = logging.getLogger(__name__)
+
+
+class HttpRefusal(RefusedError):  # noqa: N818 - a refusal, in the word of its root
+    """A request that is refused with a status and code of its own. The code must be one of `TITLES`."""
+
+    def __init__(self, status: int, code: str, *, retry_after: float | None = None) -> None:
+        super().__init__(TITLES[code])
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an error is told to a peer. `retry_after` is in seconds, before jitter."""
+
+    status: int
+    code: str
+    retry_after: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def verdict_of(error: BaseException) -> Verdict:
+    """The answer that an error deserves. Everything unknown is a 500."""
+    match error:
+        case HttpRefusal():
+            return Verdict(error.status, error.code, error.retry_after)
+        case TokenError():
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+            return Verdict(error.status, error.code, headers=headers)
+        case web.HTTPException():
+            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            default = "internal" if error.status >= 500 else "bad_request"
+            return Verdict(error.status, _BY_STATUS.get(error.status, default), headers=allow)
+        case LineTooLong():
+            return Verdict(431, "header_too_large")
+        case web.RequestPayloadError():
+            return Verdict(400, "bad_body")
+        case HttpProcessingError():
+            return Verdict(400, "bad_request")
+        case SignatureError() | ChunkInvalid():
+            return Verdict(422, "digest_mismatch")
+        case UntrustedError():
+            return Verdict(400, "untrusted")
+        case UnknownLeaseError():
+            return Verdict(404, "unknown_lease")
+        case NotFoundError() | ChunkMissing():
+            return Verdict(404, "not_found")
+        case ConflictError():
+            return Verdict(409, "conflict")
+        case LockedError():
+            return Verdict(409, "locked")
+        case RefusedError():
+            return Verdict(400, "refused")
+        case StoreError() if error.full:
+            return Verdict(507, "store_full", error.retry_after or FULL_RETRY_SECONDS)
+        case StoreError():
+            return Verdict(500, "store_failed")
+        case UnreachableError():
+            return Verdict(503, "busy", error.retry_after or RETRY_SECONDS)
+        case _:
+            return Verdict(500, "internal")
+
+
+def problem(
+    status: int,
+    code: str,
+    *,
+    retry_after: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+    cause: BaseException | None = None,
+) -> web.Response:
+    """A problem document, and a line in the log under the same id.
+
+    Args:
+        status: the HTTP status.
+        code: a key of `TITLES`.
+        retry_after: seconds; up to half as much again is added, so that refused peers do not come back as one.
+        extra: further members, such as the ranges that are missing. Never put a request's own text here.
+        headers: further headers.
+        cause: what happened, for the log alone; with its traceback when `status` is 500.
+    """
+    id = secrets.token_hex(8)
+    # ascii() keeps control characters of a hostile message from forging lines of the log.
+    log.log(
+        logging.ERROR if status == 500 else logging.INFO,
+        "problem %s: %d %s %s",
+        id,
+        status,
+        code,
+        ascii(f"{type(cause).__name__}: {cause}")[:300] if cause else "",
+        exc_info=cause if status == 500 else None,
+    )
+    document = dict(extra or {}) | {
+        "type": f"urn:waystation:problem:{code}",
+        "title": TITLES[code],
+        "status": status,
+        "code": code,
+        "id": id,
+    }
+    told = {"Server": SERVER, **(headers or {})}
+    if retry_after is not None:
+        # Spread, not secrecy: an ordinary random number will do.
+        told["Retry-After"] = str(math.ceil(retry_after * random.uniform(1.0, 1.5)))  # noqa: S311
+    return web.Response(status=status, body=msgspec.json.encode(document), content_type=PROBLEM_TYPE, headers=told)
+
+
+def problem_of(error: BaseException) -> web.Response:
+    """The problem document for an error, by `verdict_of`."""
+    verdict = verdict_of(error)
+    return problem(verdict.status, verdict.code, retry_after=verdict.retry_after, headers=verdict.headers, cause=error)
+
+
+@web.middleware
+async def problem_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error becomes a problem document. The connection ends with a request that was malformed, or whose body
+    nobody read to its end: what follows on it cannot be trusted to be the next request.
+
+    Once the answer has begun there is nothing left to say: the connection is cut, so that the peer sees it broken off.
+    """
+    try:
+        response = await handler(request)
+        if not isinstance(response, web.StreamResponse):
+            raise TypeError("a handler returned no response")
+    except Exception as error:
+        response = _answer_to(request, error)
+    if response.status in _ENDS or (response.status >= 400 and not request.content.is_eof()):
+        response.force_close()
+    return response
+
+
+def _answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the peer has gone") from error
+    if isinstance(error, web.HTTPException) and error.status < 400:
+        raise error
+    if request.writer.output_size:
+        log.warning("an answer broke off", exc_info=error)
+        transport.abort()
+        raise ConnectionResetError("the answer broke off") from error
+    return problem_of(error)

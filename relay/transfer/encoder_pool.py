@@ -1,0 +1,536 @@
+"""Payloads of runs, made on demand: one encoder however many ask, read while it still works, kept for a while.
+
+What is encoded is named by its chunks, its bases and its coding. Encoders run in threads, few at a time; all that they
+hold (chunks, bases, what they make, what is kept) stays under one budget in bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from typing import Final
+
+from relay.encoding.codecs import RAW, Coding, encode
+from relay.errors import StoreError
+from relay.package.identity import ChunkId
+from relay.stores.contract import PIECE, ChunkReader
+
+KEPT_BYTES = 64 << 20
+"""Bytes of finished payloads that are kept for whoever asks next."""
+MEMORY_BYTES = 264 << 20
+"""Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
+zstd level 19 at once, so that a thin line waits for no encoder."""
+
+_READS: Final = 4
+"""Chunks that are read from the store at once, for one run."""
+_KEPT: Final = 4096
+"""Finished payloads that are kept, however small they are."""
+_MADE: Final = 4096
+"""Finished payloads of which size and time are remembered."""
+_ZSTD_TABLES: Final = ((4, 4 << 20), (9, 14 << 20), (12, 44 << 20), (15, 70 << 20), (sys.maxsize, 88 << 20))
+"""Up to which level zstd's tables take how many bytes, however small the run is: it does not know that when it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What to encode. Two that are equal have the same payload."""
+
+    chunks: tuple[ChunkId, ...]
+    bases: tuple[ChunkId, ...]
+    coding: Coding
+    size: int
+    """Bytes of the chunks."""
+    base_size: int = 0
+    """Bytes of the bases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A payload that was finished."""
+
+    payload_bytes: int
+    seconds: float
+    """Of one core, or of waiting for the store. 0 where it came from elsewhere."""
+
+
+def expected_payload(spec: RunSpec) -> int:
+    """Bytes to set aside for a payload that is not made yet: above what packages of code take, as a rule."""
+    if spec.coding.encoding == "raw":
+        return spec.size
+    return spec.size // (4 if spec.coding.needs_bases else 2)
+
+
+def working_bytes(spec: RunSpec) -> int:
+    """Bytes that the encoder of `spec` holds at its peak: run, bases, its own tables, and the payload.
+
+    Measured as the peak of resident memory, on .NET packages, runs and bases of 8 to 48 MiB. HDiffPatch's suffix array
+    takes 4.0 to 4.1 bytes for each of the base, and what it finds up to the run; then zstd packs the differences. zstd takes
+    its window (as large as run and prefix) 1.1 to 1.2 times, and the tables of its level.
+    """
+    size, base_size, coding = spec.size, spec.base_size, spec.coding
+    if coding.encoding == "raw":
+        tables = 0
+    elif coding.encoding == "hdiff":
+        tables = max(41 * base_size // 10, _zstd_bytes(coding.level, size)) + size
+    else:
+        tables = _zstd_bytes(coding.level, size + base_size)
+    return size + base_size + tables + expected_payload(spec)
+
+
+def _zstd_bytes(level: int, window: int) -> int:
+    return next(size for most, size in _ZSTD_TABLES if level <= most) + 6 * window // 5
+
+
+class _Payload:
+    """Pieces, as many as there are by now. Touched in the loop's thread only."""
+
+    def __init__(self, spec: RunSpec, *, is_arriving: bool) -> None:
+        self.spec = spec
+        self.is_arriving = is_arriving
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.counted = 0
+        """Bytes that it counts for in the budget."""
+        self.readers = 0
+        self.is_whole = False
+        self.error: Exception | None = None
+        self.stopped = threading.Event()
+        self.waiting: asyncio.Task[None] | None = None
+        """What waits for its turn, or reads its chunks: can be cancelled. An encoder can only be told to stop."""
+        self._news = asyncio.Event()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.is_whole or self.error is not None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_whole and not self.readers
+
+    def add(self, piece: bytes) -> None:
+        if self.has_ended:
+            return
+        self.pieces.append(piece)
+        self.size += len(piece)
+        self.wake()
+
+    def wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def read(self) -> AsyncIterator[bytes]:
+        at = 0
+        while True:
+            while at < len(self.pieces):
+                yield self.pieces[at]
+                at += 1
+            if self.error is not None:
+                raise self.error
+            if self.is_whole:
+                return
+            await self._news.wait()
+
+
+class Growing:
+    """A payload on its way in from elsewhere. Readers of it see each piece as it is added.
+
+    One that is thrown away without `finish` has failed.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        add: Callable[[bytes], None],
+        finish: Callable[[], None],
+        fail: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._add = add
+        self._finish = finish
+        self._fail = fail
+
+    def add(self, piece: bytes) -> None:
+        """The next bytes, once they were decoded here without fault."""
+        for part in _recut(piece):
+            self._tell(self._add, part)
+
+    def finish(self) -> None:
+        """It is whole, and its chunks were verified."""
+        self._tell(self._finish)
+
+    def fail(self) -> None:
+        """It will not be whole: its readers get a `StoreError`, and it is forgotten. After `finish` it changes nothing."""
+        self._tell(self._fail)
+
+    def __del__(self) -> None:
+        self.fail()
+
+    def _tell(self, what: Callable[..., None], *values: object) -> None:
+        # A loop that is closed has no readers any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what, *values)
+
+
+class _Gate:
+    """Lets encoders in, first come, first served, while there are threads and memory for them."""
+
+    def __init__(self, slots: int, reserve: Callable[[int, int], bool], release: Callable[[int], None]) -> None:
+        """`reserve` takes bytes, and how many are inside; it may not refuse who is alone: nobody would ever make room."""
+        self._slots = slots
+        self._reserve = reserve
+        self._release = release
+        self._inside = 0
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    async def enter(self, size: int) -> None:
+        """Wait for a turn. Whoever came in has to `leave`."""
+        ticket = asyncio.get_running_loop().create_future()
+        place = (size, ticket)
+        self._queue.append(place)
+        self.look()
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if place in self._queue:
+                self._queue.remove(place)
+                self.look()
+            else:
+                self.leave(size)
+            raise
+
+    def leave(self, size: int) -> None:
+        self._inside -= 1
+        self._release(size)
+        self.look()
+
+    def look(self) -> None:
+        """Let in whoever can be let in now."""
+        while self._queue and self._inside < self._slots:
+            size, ticket = self._queue[0]
+            if not self._reserve(size, self._inside):
+                return
+            self._queue.popleft()
+            self._inside += 1
+            ticket.set_result(None)
+
+
+class Payloads:
+    """The payloads of one process over one store. All of it belongs to one event loop."""
+
+    def __init__(
+        self,
+        source: ChunkReader,
+        *,
+        kept_bytes: int = KEPT_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
+        threads: int | None = None,
+    ) -> None:
+        """`threads`: encoders at a time; by default one for each core."""
+        threads = threads or os.cpu_count() or 1
+        self._source = source
+        self._kept_bytes = kept_bytes
+        self._memory_bytes = memory_bytes
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
+        # One more than there are threads: it reads its chunks while the others encode.
+        self._gate = _Gate(threads + 1, self._reserve, self._release)
+        self._reserved = 0
+        self._counted = 0
+        self._payloads: OrderedDict[RunSpec, _Payload] = OrderedDict()
+        self._by_first: dict[ChunkId, list[_Payload]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._made: OrderedDict[bytes, Made] = OrderedDict()
+        self._news = asyncio.Event()
+        self._closed = False
+
+    # --- reading
+
+    async def pieces(self, spec: RunSpec) -> AsyncIterator[bytes]:
+        """The payload, in pieces of at most 256 KiB, each as soon as it is made. Any number may read one payload.
+
+        Waits for its turn where encoders or memory are short. An encoder that nobody reads any more is stopped.
+
+        Raises:
+            ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
+        """
+        payload = self._payloads.get(spec) or self._start(_at_a_level(spec))
+        self._payloads.move_to_end(payload.spec)
+        payload.readers += 1
+        try:
+            async for piece in payload.read():
+                yield piece
+        finally:
+            payload.readers -= 1
+            self._reader_left(payload)
+
+    def find(
+        self, chunks: Collection[ChunkId], bases: Collection[ChunkId], encodings: Collection[str]
+    ) -> RunSpec | None:
+        """A payload that is kept, being made or arriving, whose chunks are all among `chunks` and whose bases all among
+        `bases`; the one with the most bytes of chunks. `pieces` of it costs nothing.
+        """
+        wanted, there = frozenset(chunks), frozenset(bases)
+        fitting = [
+            payload
+            for first in self._by_first.keys() & wanted
+            for payload in self._by_first[first]
+            if payload.spec.coding.encoding in encodings
+            and wanted.issuperset(payload.spec.chunks)
+            and there.issuperset(payload.spec.bases)
+        ]
+        best = max(fitting, key=lambda payload: (payload.spec.size, payload.is_whole, -payload.counted), default=None)
+        return None if best is None else best.spec
+
+    async def changed(self) -> None:
+        """Return when the next payload begins to arrive or to be made (cut it with a timeout)."""
+        await self._news.wait()
+
+    def made(self, spec: RunSpec) -> Made | None:
+        """How large it is and what it took, where it was finished before (kept or not; the newest few thousand)."""
+        return self._made.get(_digest(spec))
+
+    def is_busy(self) -> bool:
+        """Whether whoever asks for a new payload now would have to wait long: who can do with stored chunks should."""
+        return self._gate.waiting > 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that encoders and payloads count for now."""
+        return self._reserved + self._counted
+
+    async def close(self) -> None:
+        """Stop all encoders, forget everything. Twice is once."""
+        self._closed = True
+        for payload in list(self._payloads.values()):
+            self._forget(payload)
+            self._fail(payload, StoreError("the payloads of this process were closed"))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._pool.shutdown(wait=False)
+
+    # --- arriving
+
+    def adopt(self, spec: RunSpec) -> Growing | None:
+        """Keep a payload that arrives here as it grows, so that it can be handed on as it came; None without room for it,
+        or where the same one is here already.
+
+        `spec.coding.level` is 0: it is not known here. The `Growing` may be fed from other threads.
+        """
+        room = expected_payload(spec)
+        if self._closed or spec in self._payloads or not self._make_room(room):
+            return None
+        payload = _Payload(spec, is_arriving=True)
+        self._enlist(payload)
+        self._count(payload, room)
+
+        def add(piece: bytes) -> None:
+            more = payload.size + len(piece) - payload.counted
+            if payload.has_ended:
+                return
+            if more > 0 and not self._make_room(more):
+                self._fail(payload, StoreError("no memory for a payload that was to be handed on"))
+                return
+            payload.add(piece)
+            self._count(payload, max(payload.size, payload.counted))
+
+        def finish() -> None:
+            if not payload.has_ended:
+                self._finish(payload, 0.0)
+
+        def fail() -> None:
+            self._fail(payload, StoreError("a payload broke off on its way in"))
+
+        return Growing(asyncio.get_running_loop(), add, finish, fail)
+
+    # --- making
+
+    def _start(self, spec: RunSpec) -> _Payload:
+        if self._closed:
+            raise StoreError("the payloads of this process were closed")
+        if (known := self._payloads.get(spec)) is not None:
+            return known
+        payload = _Payload(spec, is_arriving=False)
+        self._enlist(payload)
+        task = payload.waiting = asyncio.create_task(self._make(payload))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return payload
+
+    async def _make(self, payload: _Payload) -> None:
+        """Never more than one at a time for one spec, and never for nobody: its last reader cancels or stops it."""
+        need = working_bytes(payload.spec)
+        try:
+            await self._gate.enter(need)
+            try:
+                await self._encode(payload)
+            finally:
+                self._gate.leave(need)
+        except Exception as error:
+            # Whatever it is, it is for the readers to know.
+            self._fail(payload, error)
+        except asyncio.CancelledError:
+            self._fail(payload, StoreError("the encoder of this payload was stopped"))
+            raise
+
+    async def _encode(self, payload: _Payload) -> None:
+        loop, spec = asyncio.get_running_loop(), payload.spec
+        run, base = await self._join(spec.chunks), await self._join(spec.bases)
+        payload.waiting = None
+        # What the thread hands over is in the loop's queue before its end is.
+        seconds = await loop.run_in_executor(self._pool, _encode_into, payload, run, base, loop)
+        if not payload.has_ended:
+            self._finish(payload, seconds)
+
+    async def _join(self, ids: tuple[ChunkId, ...]) -> bytes:
+        found: list[bytes] = [b""] * len(ids)
+        left = iter(enumerate(ids))
+
+        async def read() -> None:
+            for at, id in left:
+                found[at] = (await self._source.get(id)).data
+
+        readers = [asyncio.create_task(read()) for _ in range(min(_READS, len(ids)))]
+        try:
+            await asyncio.gather(*readers)
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+        return b"".join(found)
+
+    def _finish(self, payload: _Payload, seconds: float) -> None:
+        payload.is_whole = True
+        key = _digest(payload.spec)
+        self._made[key] = Made(payload.size, seconds)
+        self._made.move_to_end(key)
+        if len(self._made) > _MADE:
+            self._made.popitem(last=False)
+        self._count(payload, payload.size)
+        payload.wake()
+        self._tidy()
+
+    def _fail(self, payload: _Payload, error: Exception) -> None:
+        """Tell its readers, stop its encoder; whoever asks next begins anew."""
+        if payload.has_ended:
+            return
+        payload.error = error
+        payload.pieces.clear()
+        payload.stopped.set()
+        if payload.waiting is not None:
+            payload.waiting.cancel()
+        self._forget(payload)
+        payload.wake()
+        self._tidy()
+
+    def _reader_left(self, payload: _Payload) -> None:
+        if payload.readers:
+            return
+        if not payload.has_ended and not payload.is_arriving:
+            self._fail(payload, StoreError("nobody reads this payload any more"))
+        self._tidy()
+
+    # --- memory
+
+    def _enlist(self, payload: _Payload) -> None:
+        self._payloads[payload.spec] = payload
+        self._by_first.setdefault(payload.spec.chunks[0], []).append(payload)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _forget(self, payload: _Payload) -> None:
+        if self._payloads.get(payload.spec) is not payload:
+            return
+        del self._payloads[payload.spec]
+        first = payload.spec.chunks[0]
+        self._by_first[first].remove(payload)
+        if not self._by_first[first]:
+            del self._by_first[first]
+        self._count(payload, 0)
+
+    def _count(self, payload: _Payload, size: int) -> None:
+        self._counted += size - payload.counted
+        payload.counted = size
+
+    def _tidy(self) -> None:
+        """Something ended: let go of what is too much, and let in who waits."""
+        self._evict(self._kept_bytes, entries=_KEPT)
+        self._gate.look()
+
+    def _evict(self, most: int, *, entries: int = sys.maxsize) -> None:
+        """Forget what nobody reads, the longest unused first, until payloads count for at most `most` bytes."""
+        if self._counted <= most and len(self._payloads) <= entries:
+            return
+        for payload in [payload for payload in self._payloads.values() if payload.is_idle]:
+            if self._counted <= most and len(self._payloads) <= entries:
+                return
+            self._forget(payload)
+
+    def _make_room(self, size: int) -> bool:
+        """Whether `size` bytes are free; kept payloads give way, but only where that is enough."""
+        room = self._memory_bytes - self._reserved - size
+        if self._counted > room:
+            idle = sum(payload.counted for payload in self._payloads.values() if payload.is_idle)
+            if self._counted - idle > room:
+                return False
+            self._evict(room)
+        return True
+
+    def _reserve(self, size: int, beside: int) -> bool:
+        if not self._make_room(size):
+            if beside:
+                return False
+            self._evict(0)
+        self._reserved += size
+        return True
+
+    def _release(self, size: int) -> None:
+        self._reserved -= size
+
+
+def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.AbstractEventLoop) -> float:
+    """Returns seconds of this thread: what it waits for, on a busy machine, says nothing of the encoder."""
+    started = time.thread_time()
+    if payload.stopped.is_set():
+        return 0.0
+    for made in encode(payload.spec.coding, run, base):
+        for piece in _recut(made):
+            if payload.stopped.is_set():
+                return 0.0
+            loop.call_soon_threadsafe(payload.add, piece)
+    return time.thread_time() - started
+
+
+def _recut(data: bytes) -> Iterator[bytes]:
+    if len(data) <= PIECE:
+        if data:
+            yield bytes(data)
+        return
+    view = memoryview(data)
+    for start in range(0, len(view), PIECE):
+        yield bytes(view[start : start + PIECE])
+
+
+def _at_a_level(spec: RunSpec) -> RunSpec:
+    """An arriving payload's level is not known; where it is gone by now, it is made with the usual one."""
+    if spec.coding.level or spec.coding == RAW:
+        return spec
+    return RunSpec(spec.chunks, spec.bases, Coding.parse(spec.coding.encoding), spec.size, spec.base_size)
+
+
+def _digest(spec: RunSpec) -> bytes:
+    """A short name for what is remembered long."""
+    text = " ".join(chain([str(spec.coding)], spec.chunks, ["over"], spec.bases))
+    return blake2b(text.encode(), digest_size=16).digest()

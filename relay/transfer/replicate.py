@@ -1,0 +1,370 @@
+"""Bring one package from one place to another: ask what is there, offer the manifest, send what is missing, publish last."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
+
+from relay.encoding.codecs import Coding
+from relay.encoding.planner import Line
+from relay.errors import NotFoundError, RefusedError, UnreachableError
+from relay.package.identity import PackageRef
+from relay.package.manifest import Manifest
+from relay.package.ranges import Ranges, indexes
+from relay.package.recipe import opaque
+from relay.protocol import messages
+from relay.protocol.client import LeaseLostError, MissingChunksError, RelayClient
+from relay.rebuild.nupkgs import Nupkgs
+from relay.rebuild.recipe_store import Recipes
+from relay.stores.contract import ChunkReader
+from relay.support.rate_limit import Pacer
+from relay.transfer.encoder_pool import Payloads
+from relay.transfer.link_history import Lines, Meter, Remembered
+from relay.transfer.probe import Explained, Survey, confirm, explain, guess, line_of, survey
+from relay.transfer.sender import Progress, Sender, run_bytes
+
+__all__ = ["PATIENCE", "Progress", "Replicated", "Shipping", "plan", "replicate"]
+
+FRUITLESS_MAX = 3
+"""Tries in a row, after the first, that may end without the relay holding more than before."""
+PATIENCE = 60.0
+"""Seconds that a relay may be away before its replication is given up."""
+_PAUSE = 0.2
+"""Seconds before the next try, doubled with each fruitless one: what is sent in vain crosses the line all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shipping:
+    """What is at hand for sending packages, and how it is to be done. One may serve many replications at a time.
+
+    Attributes:
+        payloads: encoders over the source, shared by all relays: what two of them need alike is encoded once. None: own
+            ones, for this replication.
+        lines: the memory of lines; None: each line is a new one.
+        known: manifests of other versions of the package: against one that the relay keeps too, the new one travels as
+            a difference, and its chunks build on that one's.
+        others: manifests of other packages at hand, whose parts may be found again in this one.
+        force: the encoding to use, whatever the plan; a delta without a base goes as zstd.
+        pacer: the limit of the line, shared by all that is sent over it.
+        explains: whether the result carries the whole arithmetic; some encoders run for it alone.
+        recipes: how nupkgs are made again, to be sent along.
+        nupkgs: where given, the relay gets what it takes to make the identical nupkg by itself: the bytes that no
+            encoder makes, or the whole file where it lacks an encoder.
+    """
+
+    payloads: Payloads | None = None
+    lines: Lines | None = None
+    known: Sequence[Manifest] = ()
+    others: Sequence[Manifest] = ()
+    force: Coding | None = None
+    pacer: Pacer | None = None
+    explains: bool = False
+    recipes: Recipes | None = None
+    nupkgs: Nupkgs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """What one replication moved."""
+
+    relay: str
+    package_bytes: int
+    """Bytes of the nupkg: what sending the whole file would have cost."""
+    chunks: int
+    """Chunks of the package."""
+    chunks_sent: int
+    wire_bytes: int
+    """Bytes that crossed the line in both directions: bodies and heads of HTTP."""
+    payload_bytes: int
+    """Bytes of frame payloads sent: the content alone."""
+    overhead_bytes: int
+    """The rest of `wire_bytes`: manifest, signature, headers, questions and answers."""
+    seconds: float
+    interruptions: int
+    """How often the relay was lost and found again."""
+    encodings: tuple[messages.EncodedBytes, ...] = ()
+    fallbacks: int = 0
+    """Runs that were refused as deltas and went plainly."""
+    goodput: float = 0.0
+    """Bytes per second that the line was found to carry; 0 where nothing was learnt."""
+    explained: Explained | None = None
+    """Where it was asked for."""
+    exact_bytes: int = 0
+    """Bytes of the nupkg itself that the relay was given, so that it can make or serve the identical one."""
+
+
+async def replicate(
+    manifest: Manifest,
+    signature: bytes,
+    source: ChunkReader,
+    relay: RelayClient,
+    shipping: Shipping | None = None,
+    *,
+    progress: Progress | None = None,
+    patience: float = PATIENCE,
+) -> Replicated:
+    """Make `relay` hold and list the package. Running it again sends only what is still missing, at last nothing.
+
+    Raises:
+        UnreachableError: the relay was not there at the start, or was away for longer than `patience` seconds, or
+            comes and goes without taking more.
+        ConflictError: it lists other bytes under this id and version.
+        RefusedError: it refuses the token, or chunks that were sent.
+        ChunkMissing, ChunkInvalid, StoreError: the source lacks, or damaged, or cannot read what it should have.
+    """
+    shipping = shipping or Shipping()
+    async with AsyncExitStack() as stack:
+        if shipping.payloads is None:
+            shipping = replace(shipping, payloads=_own_payloads(source, stack))
+        return await _Replication(manifest, signature, relay, shipping, progress, patience).run()
+
+
+async def plan(
+    manifest: Manifest, source: ChunkReader, relay: RelayClient, shipping: Shipping | None = None, *, receivers: int = 1
+) -> Explained:
+    """What `replicate` would do, and why. Nothing is sent but questions. Raises as `replicate`."""
+    shipping = shipping or Shipping()
+    async with AsyncExitStack() as stack:
+        payloads = shipping.payloads or _own_payloads(source, stack)
+        remembered = await shipping.lines.recall(relay.url) if shipping.lines else None
+        there = await survey(manifest, relay, shipping.known, shipping.others)
+        line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None)
+        return await _explain(
+            manifest, there.missing(manifest), there, line, payloads, remembered, shipping.force, receivers
+        )
+
+
+def _version_before(package: PackageRef, known: Sequence[Manifest]) -> Manifest | None:
+    """The newest of `known` that is older than this; where none is, the newest."""
+    older = [one for one in known if one.package.version < package.version]
+    return max(older or known, key=lambda one: one.package.version, default=None)
+
+
+def _own_payloads(source: ChunkReader, stack: AsyncExitStack) -> Payloads:
+    payloads = Payloads(source)
+    stack.push_async_callback(payloads.close)
+    return payloads
+
+
+async def _explain(
+    manifest: Manifest,
+    missing: Ranges,
+    there: Survey,
+    line: Line,
+    payloads: Payloads,
+    remembered: Remembered | None,
+    force: Coding | None,
+    receivers: int = 1,
+) -> Explained:
+    return await explain(
+        manifest,
+        missing,
+        there.held,
+        line,
+        payloads,
+        remembered=remembered,
+        force=force,
+        receivers=receivers,
+        # As long as the middle ones will be: the first ones of a line that is not known are short.
+        run_bytes=lambda whole: run_bytes(line, whole, whole, has_bases=bool(there.held)),
+    )
+
+
+class _Replication:
+    """One package on its way to one relay, through all interruptions."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        signature: bytes,
+        relay: RelayClient,
+        shipping: Shipping,
+        progress: Progress | None,
+        patience: float,
+    ) -> None:
+        self._manifest = manifest
+        self._signature = signature
+        self._relay = relay
+        self._shipping = shipping
+        self._progress = progress
+        self._patience = patience
+        self._reached = False
+        """Whether the relay answered anything yet."""
+        self._has_guessed = False
+        self._explained: Explained | None = None
+        self._exact_bytes = 0
+
+    async def run(self) -> Replicated:
+        started, before = time.monotonic(), self._relay.traffic.total
+        remembered = await self._recall()
+        pacer = self._shipping.pacer
+        meter = Meter(line_of(remembered, pacer.rate if pacer else None))
+        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
+        sender = Sender(
+            self._manifest,
+            self._shipping.payloads,
+            self._relay,
+            meter,
+            force=self._shipping.force,
+            pacer=pacer,
+            progress=self._progress,
+        )
+        interruptions = await self._persist(sender, meter, remembered)
+        if self._shipping.lines is not None:
+            await self._shipping.lines.remember(self._relay.url, meter)
+            await self._shipping.lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
+        crossed = self._relay.traffic.total - before
+        return Replicated(
+            relay=self._relay.url,
+            package_bytes=self._manifest.nupkg.size,
+            chunks=len(self._manifest.chunks),
+            chunks_sent=sender.sent.chunks,
+            wire_bytes=crossed,
+            payload_bytes=sender.sent.payload_bytes,
+            overhead_bytes=max(0, crossed - sender.sent.payload_bytes - self._exact_bytes),
+            seconds=time.monotonic() - started,
+            interruptions=interruptions,
+            encodings=tuple(sender.sent.by_encoding.values()),
+            fallbacks=sender.sent.fallbacks,
+            goodput=meter.line.goodput or 0.0,
+            explained=self._explained,
+            exact_bytes=self._exact_bytes,
+        )
+
+    async def _recall(self) -> Remembered | None:
+        lines = self._shipping.lines
+        return None if lines is None else await lines.recall(self._relay.url)
+
+    async def _persist(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> int:
+        """Try until it is done; how often the relay was lost and found again."""
+        interruptions = fruitless = 0
+        gained, fewest = time.monotonic(), len(self._manifest.chunks) + 1
+        while True:
+            try:
+                await self._bring(sender, meter, remembered)
+                await self._give_exact()
+                return interruptions
+            except (UnreachableError, LeaseLostError) as error:
+                # A relay that was never there is a wrong address, not an interruption: said at once.
+                if sender.source_failed or not self._reached:
+                    raise
+                interruptions += 1
+                sender.connections.failed()
+                # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
+                if sender.lacking < fewest:
+                    gained, fewest, fruitless = time.monotonic(), sender.lacking, 0
+                else:
+                    fruitless += 1
+                pause = getattr(error, "retry_after", None)
+                is_busy = pause is not None and time.monotonic() - gained < self._patience
+                if fruitless > FRUITLESS_MAX and not is_busy:
+                    raise
+                await asyncio.sleep(min(max(pause or 0.0, _PAUSE * 2**fruitless), self._patience))
+                await self._relay.wait_until_ready(self._patience)
+
+    async def _bring(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> None:
+        manifest, relay = self._manifest, self._relay
+        there, offer = await self._offer_unasked()
+        if offer is None:
+            asked = time.monotonic()
+            there = await survey(manifest, relay, self._shipping.known, self._shipping.others)
+            self._reached = True
+            meter.round_trip(time.monotonic() - asked)
+            if there.is_whole and await self._is_published():
+                sender.report(())
+                if self._shipping.explains:
+                    self._explained = await self._why((), there, meter, remembered)
+                return
+            asked = time.monotonic()
+            # Against itself, where the relay keeps it already: nothing of it crosses.
+            offer = await self._offer(manifest if there.is_offered else there.base)
+            meter.round_trip(time.monotonic() - asked)
+        missing, held = offer.missing, there.held
+        if missing:
+            held = await confirm(relay, offer.lease, there.held, there.base)
+        if self._shipping.explains and self._explained is None:
+            self._explained = await self._why(missing, there, meter, remembered)
+        sent: set[int] = set()
+        while True:
+            await sender.send(offer.lease, missing, held)
+            sent.update(indexes(missing))
+            try:
+                await relay.publish(manifest)
+                return
+            except MissingChunksError as error:
+                if not sent.isdisjoint(indexes(error.missing)):
+                    raise RefusedError(f"relay {relay.url} does not keep the chunks that it is sent") from error
+                missing = error.missing
+
+    async def _offer_unasked(self) -> tuple[Survey, messages.OfferAnswer | None]:
+        """Offer against the version that this relay was sent last, without a question before: a round trip less.
+
+        Where nothing is remembered, the version before this one stands in: most relays hold it. Once: where it turns
+        out to be wrong, everything is asked.
+        """
+        nothing = Survey(is_offered=False, is_whole=False, base=None, held=())
+        lines, package = self._shipping.lines, self._manifest.package
+        if lines is None or self._reached or self._has_guessed:
+            return nothing, None
+        self._has_guessed = True
+        sent = await lines.recall_sent(self._relay.url, package.id)
+        known = self._shipping.known
+        base = _version_before(package, known) if sent is None else next((one for one in known if one.id == sent), None)
+        if base is None or base.id == self._manifest.id:
+            return nothing, None
+        try:
+            offer = await self._offer(base)
+        except NotFoundError:
+            return nothing, None
+        self._reached = True
+        return guess(self._manifest, base, self._shipping.known, self._shipping.others), offer
+
+    async def _offer(self, base: Manifest | None) -> messages.OfferAnswer:
+        """With the recipe against the one of `base`. Where the relay keeps another one of `base`, it goes plainly after."""
+        recipes = self._shipping.recipes
+        packed = b"" if recipes is None else await recipes.pack(self._manifest, base)
+        answer = await self._relay.offer(self._manifest, self._signature, base, packed)
+        recipe = await recipes.find(self._manifest) if recipes is not None and answer.recipe_unread else None
+        if recipe is not None:
+            await self._relay.put_recipe(self._manifest, recipe)
+        return answer
+
+    async def _give_exact(self) -> None:
+        """Whatever the relay lacks to make the identical nupkg, where that was asked for."""
+        nupkgs, manifest = self._shipping.nupkgs, self._manifest
+        if nupkgs is None:
+            return
+        recipe = await nupkgs.recipes.find(manifest) or opaque(manifest)
+        lacks = await self._relay.put_recipe(manifest, recipe)
+        if not lacks.blob_missing and not lacks.encoders_missing:
+            return
+        sha256, size = manifest.nupkg.sha256, manifest.nupkg.size
+        if recipe.verbatim is not None and not lacks.encoders_missing:
+            sha256, size = recipe.verbatim.id, recipe.verbatim.size
+        async with aclosing(self._paced(nupkgs.blob(sha256, manifest))) as pieces:
+            await self._relay.put_blob(sha256, manifest, pieces)
+        self._exact_bytes += size
+
+    async def _paced(self, pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if self._shipping.pacer is not None:
+                    await self._shipping.pacer.wait(len(piece))
+                yield piece
+
+    async def _why(self, missing: Ranges, there: Survey, meter: Meter, remembered: Remembered | None) -> Explained:
+        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
+        return await _explain(
+            self._manifest, missing, there, meter.line, self._shipping.payloads, remembered, self._shipping.force
+        )
+
+    async def _is_published(self) -> bool:
+        package = self._manifest.package
+        try:
+            pointer = await self._relay.package(package.id, package.version)
+        except NotFoundError:
+            return False
+        return pointer.manifest == self._manifest.id and pointer.signature == self._signature

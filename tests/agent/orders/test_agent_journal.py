@@ -1,0 +1,259 @@
+"""The agent's journal: what was accepted is there before anything acts, survives everything, and is forgotten in time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from harness.orders_kit import DEPLOYMENT, OTHER, Desk, desk_in
+
+from agent.orders.acceptance import Accepted, Known, Me, Refused, judge
+from agent.orders.envelopes import order_digest, sign_report
+from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, Entry, Journal
+from agent.orders.keys import load_report_signer
+from agent.orders.orders import SKEW_SECONDS, Order, Report, Survey
+from relay.errors import StoreError
+
+NOW = 1_800_000_000.0
+GONE = NOW + 3600 + 2 * SKEW_SECONDS + 1
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return desk_in(tmp_path)
+
+
+def order(desk: Desk, name: str = "survey", **changes) -> Order:
+    return desk.order(Survey(()), name, **{"not_before": NOW, "not_after": NOW + 3600, **changes})
+
+
+def accept(journal: Journal, desk: Desk, made: Order) -> Entry:
+    envelope = desk.sign(made)
+    return journal.accept(made, order_digest(envelope), envelope)
+
+
+def end(journal: Journal, desk: Desk, entry: Entry, state="done", *, durable: bool = False) -> None:
+    report = Report(
+        1, entry.operation, entry.deployment, "web1", desk.identity.fingerprint, entry.digest, 1, state, "because"
+    )
+    journal.finish(entry, report, sign_report(report, load_report_signer(desk.home)), durable=durable)
+
+
+def judged(journal: Journal, desk: Desk, made: Order, now: float = NOW):
+    return judge(desk.sign(made), desk.pins, Me("web1", desk.identity.fingerprint), journal.memory(), now)
+
+
+def test_what_was_accepted_is_known_to_the_next_process(desk: Desk) -> None:
+    made = order(desk)
+    accept(Journal(desk.home), desk, made)
+
+    journal = Journal(desk.home)
+
+    assert isinstance(judged(journal, desk, made), Known)
+    assert [entry.operation for entry in journal.unfinished()] == [made.operation]
+    assert journal.order(journal.entries[made.operation]) == made
+    other = judged(journal, desk, msgspec.structs.replace(made, not_after=NOW + 1))
+    assert isinstance(other, Refused)
+    assert other.code == "altered"
+
+
+def test_the_order_is_synced_with_its_folders_before_accept_returns(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    entry = accept(Journal(desk.home), desk, order(desk))
+
+    assert os.path.join(entry.folder, "order") in synced
+    assert synced.index(entry.folder) < synced.index(os.path.dirname(entry.folder))
+
+
+def test_an_order_that_a_crash_tore_was_never_accepted(desk: Desk) -> None:
+    made = order(desk)
+    entry = accept(Journal(desk.home), desk, made)
+    path = Path(entry.folder, "order")
+    path.write_bytes(path.read_bytes()[:-20])
+
+    journal = Journal(desk.home)
+    assert journal.entries == {}
+    journal.sweep()
+
+    assert not os.path.exists(entry.folder)
+    assert isinstance(judged(journal, desk, made), Accepted)
+    accept(journal, desk, made)
+
+
+def test_a_disk_that_fails_leaves_nothing_that_could_be_obeyed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(desk.home)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StoreError) as caught:
+            accept(journal, desk, order(desk))
+
+    assert caught.value.full
+    assert Journal(desk.home).entries == journal.entries == {}
+    accept(journal, desk, order(desk))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_final_report_is_the_same_bytes_after_a_restart(desk: Desk, *, durable: bool) -> None:
+    journal = Journal(desk.home)
+    entry = accept(journal, desk, order(desk))
+    end(journal, desk, entry, durable=durable)
+
+    again = Journal(desk.home).entries[entry.operation]
+
+    assert (again.report, again.envelope) == (entry.report, entry.envelope)
+    assert Journal(desk.home).unfinished() == []
+
+
+def test_a_report_that_a_crash_tore_does_not_count(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    entry = accept(journal, desk, order(desk))
+    end(journal, desk, entry)
+    Path(entry.folder, "report").write_bytes(b"")
+
+    assert [entry.operation for entry in Journal(desk.home).unfinished()] == [entry.operation]
+
+
+def test_acknowledged_is_remembered_and_told_once(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    entry = accept(journal, desk, order(desk))
+    assert journal.acknowledge([entry.operation]) == [], "it is not over"
+    end(journal, desk, entry)
+
+    assert journal.acknowledge([entry.operation, "unknown"]) == [entry]
+    assert journal.acknowledge([entry.operation]) == []
+    assert Journal(desk.home).unacknowledged() == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "acknowledged", "now", "forgotten"),
+    [
+        (True, True, GONE, True),
+        (True, True, GONE - 2, False),
+        (True, False, GONE, False),
+        (True, False, NOW + 3600 + KEPT_SECONDS + 1, True),
+        (False, False, NOW + 3600 + KEPT_SECONDS + 1, False),
+    ],
+)
+def test_only_what_is_over_known_and_too_old_is_forgotten(
+    desk: Desk, *, ended: bool, acknowledged: bool, now: float, forgotten: bool
+) -> None:
+    journal = Journal(desk.home)
+    entry = accept(journal, desk, order(desk))
+    if ended:
+        end(journal, desk, entry)
+    if acknowledged:
+        journal.acknowledge([entry.operation])
+
+    assert journal.forget(now) == int(forgotten)
+    assert os.path.exists(entry.folder) is not forgotten
+    assert bool(Journal(desk.home).entries) is not forgotten
+
+
+def test_what_is_forgotten_is_not_obeyed_again_when_the_clock_goes_back(desk: Desk) -> None:
+    made = order(desk)
+    journal = Journal(desk.home)
+    end(journal, desk, accept(journal, desk, made))
+    journal.acknowledge([made.operation])
+    assert journal.forget(GONE) == 1
+
+    for each in (journal, Journal(desk.home)):
+        found = judged(each, desk, made, NOW + 10)
+        assert isinstance(found, Refused)
+        assert found.code == "expired"
+
+
+def test_fences_outlive_the_orders_that_raised_them(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    made = order(desk, fence=7)
+    end(journal, desk, accept(journal, desk, made))
+    journal.acknowledge([made.operation])
+    journal.forget(GONE)
+
+    again = Journal(desk.home)
+
+    assert again.fences["test"].fence == 7
+    assert (
+        judged(again, desk, order(desk, "old", fence=6, not_before=GONE, not_after=GONE + 60), GONE).code
+        == "fenced_off"
+    )
+
+
+def test_a_fence_is_open_until_its_own_deployment_ends(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    accept(journal, desk, order(desk, fence=7))
+    assert Journal(desk.home).fences["test"].open
+
+    journal.close("test", OTHER)
+    assert Journal(desk.home).fences["test"].open
+    journal.close("test", DEPLOYMENT)
+    assert not Journal(desk.home).fences["test"].open
+    accept(journal, desk, order(desk, "late", fence=7))
+    assert not Journal(desk.home).fences["test"].open, "what follows at the same fence does not open it again"
+    accept(journal, desk, order(desk, "next", fence=8))
+    assert Journal(desk.home).fences["test"].open
+
+
+def test_an_order_that_is_not_kept_raises_the_fence_durably(desk: Desk) -> None:
+    Journal(desk.home).lead(order(desk, fence=9))
+
+    assert Journal(desk.home).fences["test"].fence == 9
+
+
+def test_a_damaged_memory_of_fences_is_not_taken_for_none(desk: Desk) -> None:
+    Journal(desk.home).lead(order(desk, fence=9))
+    Path(desk.home, "journal.json").write_bytes(b"{")
+
+    with pytest.raises(StoreError, match=r"journal\.json"):
+        Journal(desk.home)
+
+
+def test_refusals_are_bounded_escaped_and_noted_once(desk: Desk) -> None:
+    journal = Journal(desk.home)
+
+    for number in range(3 * REFUSALS_MAX):
+        digest = f"{number:064}"
+        assert journal.refuse("forged", "bad\x1b[31m\n", operation="x\ny", digest=digest, relay="r", now=NOW)
+        assert not journal.refuse("forged", "again", operation="x", digest=digest, relay="r", now=NOW)
+
+    lines = Path(desk.home, "refusals.jsonl").read_bytes().splitlines()
+    assert REFUSALS_MAX <= len(lines) <= 2 * REFUSALS_MAX + 1
+    kept = Journal(desk.home).refusals()
+    assert len(kept) == REFUSALS_MAX
+    assert kept[-1].digest == f"{3 * REFUSALS_MAX - 1:064}"
+    assert (kept[-1].text + kept[-1].operation).isprintable()
+
+
+def test_a_torn_line_of_refusals_costs_that_line(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    journal.refuse("forged", "bad", operation="x", digest="0" * 64, relay="r", now=NOW)
+    with Path(desk.home, "refusals.jsonl").open("ab") as file:
+        file.write(b'{"at": 1, "co')
+
+    assert [refusal.digest for refusal in Journal(desk.home).refusals()] == ["0" * 64]
+
+
+def test_a_removal_that_a_crash_interrupted_leaves_no_operation(desk: Desk) -> None:
+    journal = Journal(desk.home)
+    entry = accept(journal, desk, order(desk))
+    aside = os.path.join(os.path.dirname(entry.folder), f".gone-{os.path.basename(entry.folder)}")
+    shutil.move(entry.folder, aside)
+
+    again = Journal(desk.home)
+    assert again.entries == {}
+    again.sweep()
+    assert not os.path.exists(aside)

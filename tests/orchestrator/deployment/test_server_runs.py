@@ -1,0 +1,458 @@
+"""What runs on the server: as it was planned, in the environment that is promised and no other, at most once, to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from harness.support import eventually
+
+from agent.runs.runs import Outcome
+from agent.runs.scripts import base_environment
+from orchestrator.deployment.releases import FileChangedError
+from orchestrator.deployment.server_runs import ServerRuns
+from orchestrator.plan.plan import FrozenFile, SecretSource, ServerRun
+from orchestrator.trust.secrets import SecretStore
+from relay.errors import RefusedError, UsageError
+
+DEPLOYMENT = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+BEFORE = f"{DEPLOYMENT}/1/web1/before"
+SECRET = "s3cr3t-of-the-balancer"
+
+
+@dataclass
+class Server:
+    """A deployment's own folder, a project with scripts, and what the hooks heard."""
+
+    folder: Path
+    project: Path
+    heard: list[tuple[str, str, Outcome | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        (self.project / "lb").mkdir(parents=True)
+        token = self.project / "lb/token"
+        token.write_text(SECRET + "\n")
+        token.chmod(0o600)
+        self.secrets = SecretStore({"lb-token": SecretSource(file=str(token))})
+        self.runs = self.again()
+
+    def again(self) -> ServerRuns:
+        """As another process would have it."""
+        return ServerRuns(str(self.folder), self.secrets, {".rb": "sh"}, self._before, self._after)
+
+    def script(self, text: str, name: str = "out.sh") -> FrozenFile:
+        path = self.project / "lb" / name
+        path.write_text(textwrap.dedent(text))
+        return FrozenFile(str(self.project), f"lb/{name}", hashlib.sha256(path.read_bytes()).hexdigest())
+
+    async def run(self, text: str, operation: str = BEFORE, extra=None, name: str = "out.sh", **more):
+        script = self.script(text, name)
+        self.runs.freeze([script])
+        return await self.runs.run(ServerRun("take out", script, **more), operation, extra or {})
+
+    def files(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+    def kinds(self) -> list[tuple[str, str]]:
+        return [(kind, operation.removeprefix(f"{DEPLOYMENT}/")) for kind, operation, _ in self.heard]
+
+    async def _before(self, operation: str) -> None:
+        # What is to be journaled must not have begun.
+        name = operation.removeprefix(f"{DEPLOYMENT}/").replace("/", "~")
+        assert not (self.folder / "runs" / name / "begun").exists()
+        self.heard.append(("before", operation, None))
+
+    async def _after(self, operation: str, outcome: Outcome) -> None:
+        self.heard.append(("after", operation, outcome))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path / "deployment", tmp_path / "project")
+
+
+def log(result) -> str:
+    return Path(result.log_path).read_text()
+
+
+def runner_of(folder: Path) -> int:
+    """The process that has this folder as its last argument."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if os.fsencode(folder) in command:
+                return int(entry.name)
+    raise AssertionError(f"no runner works in {folder}")
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- what it sees
+
+
+async def test_the_environment_is_what_is_promised_and_nothing_else(server: Server, monkeypatch) -> None:
+    monkeypatch.setenv("OPERATORS_PASSWORD", "hunter2")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    run = ServerRun(
+        "show", None, (("env", "-0"),), variables={"VAR_PORT": "8080", "MACHINE": "web1"}, secrets=("lb-token",)
+    )
+    result = await server.runs.run(run, BEFORE, {"OUTCOME": "deployed", "MACHINE": "web2"})
+    assert result.ok
+    seen = dict(line.split("=", 1) for line in log(result).split("\0") if line)
+    assert seen == {
+        **base_environment(),
+        "VAR_PORT": "8080",
+        "MACHINE": "web2",
+        "OUTCOME": "deployed",
+        "DEPLOYMENT": DEPLOYMENT,
+        "ATTEMPT": "1",
+        "SECRET_LB_TOKEN": "********",
+    }
+    assert "OPERATORS_PASSWORD" not in seen
+    assert "PATH" in seen
+
+
+async def test_a_script_gets_its_secret_and_no_variable_takes_its_place(server: Server) -> None:
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    result = await server.run(
+        '#!/bin/sh\nprintf %s "$SECRET_LB_TOKEN" | sha256sum\n',
+        extra={"SECRET_LB_TOKEN": "not this"},
+        secrets=("lb-token",),
+    )
+    assert log(result).split() == [digest, "-"]
+
+
+async def test_a_secret_is_in_no_file_no_log_and_no_result(server: Server) -> None:
+    result = await server.run(
+        """\
+        #!/bin/sh
+        echo "the token is $SECRET_LB_TOKEN"
+        printf %s "$SECRET_LB_TOKEN" | base64
+        printf %s "$SECRET_LB_TOKEN" | cut -c1-9 | tr -d '\\n'; sleep 0.05; printf %s "$SECRET_LB_TOKEN" | cut -c10-
+        echo "$SECRET_LB_TOKEN" >&2
+        exit 3
+        """,
+        secrets=("lb-token",),
+    )
+    assert result.exit_status == 3
+    assert log(result).count("********") >= 4
+    assert SECRET not in repr(result) + repr(server.heard) + repr(server.runs) + repr(vars(server.runs))
+    import base64
+
+    forms = [SECRET.encode(), base64.b64encode(SECRET.encode()), SECRET.encode()[:20]]
+    files = server.files()
+    assert len(files) > 5
+    assert [path for path, data in files.items() if any(each in data for each in forms)] == []
+    assert not any(path.endswith("/token") for path in files), "the secret's file beside the script was copied"
+
+
+async def test_nobody_else_may_look_into_the_folders(server: Server) -> None:
+    result = await server.run("#!/bin/sh\necho hello\n")
+    folders = [path for path in server.folder.rglob("*") if path.is_dir()]
+    copies = list((server.folder / "scripts").rglob("*.sh"))
+    assert len(folders) >= 5
+    assert copies
+    assert [path for path in (*folders, *copies, Path(result.log_path)) if path.stat().st_mode & 0o077] == []
+
+
+async def test_a_script_finds_what_stands_beside_it(server: Server) -> None:
+    (server.project / "lb/common.sh").write_text("greet() { echo hello from $1; }\n")
+    (server.project / "lb/helper").write_text("#!/bin/sh\necho helped\n")
+    (server.project / "lb/helper").chmod(0o755)
+    result = await server.run("#!/bin/sh\n. ./common.sh\ngreet $MACHINE\n./helper\n", extra={"MACHINE": "web1"})
+    assert log(result) == "hello from web1\nhelped\n"
+
+
+async def test_interpreters_are_settings(server: Server) -> None:
+    known, unknown = server.script("echo from sh\n", "x.rb"), server.script("echo\n", "x.unknown")
+    server.runs.freeze([known, unknown])
+    assert log(await server.runs.run(ServerRun("x", known), BEFORE, {})) == "from sh\n"
+    result = await server.runs.run(ServerRun("x", unknown), BEFORE, {})
+    assert not result.ok
+    assert "cannot tell how to start 'x.unknown'" in result.reason
+
+
+# --- frozen
+
+
+async def test_what_is_edited_after_the_freeze_does_not_run(server: Server) -> None:
+    script = server.script("#!/bin/sh\necho planned\n")
+    assert server.runs.freeze([script]) == []
+    server.script("#!/bin/sh\necho edited\n")
+    assert log(await server.runs.run(ServerRun("x", script), BEFORE, {})) == "planned\n"
+    [note] = server.again().freeze([script])
+    assert "lb/out.sh has the SHA-256" in note
+    assert "goes on with the copy" in note
+
+
+def test_what_was_edited_before_the_freeze_is_refused(server: Server) -> None:
+    script, other = server.script("#!/bin/sh\necho planned\n"), server.script("#!/bin/sh\n", "in.sh")
+    server.script("#!/bin/sh\necho edited\n")
+    with pytest.raises(FileChangedError, match=r"lb/out\.sh has .*Plan and deploy again"):
+        server.runs.freeze([other, script])
+
+
+async def test_a_copy_that_was_altered_does_not_run(server: Server) -> None:
+    script = server.script("#!/bin/sh\necho planned\n")
+    server.runs.freeze([script])
+    [copy] = (server.folder / "scripts").rglob("out.sh")
+    copy.write_text("#!/bin/sh\necho evil\n")
+    result = await server.runs.run(ServerRun("x", script), BEFORE, {})
+    assert not result.ok
+    assert "planned was" in result.reason
+    assert not Path(result.log_path).exists()
+    with pytest.raises(FileChangedError):
+        server.again().freeze([script])
+
+
+async def test_a_script_that_was_not_frozen_does_not_run(server: Server) -> None:
+    result = await server.runs.run(ServerRun("x", server.script("#!/bin/sh\n")), BEFORE, {})
+    assert not result.ok
+    assert "copy of the script lb/out.sh is gone" in result.reason
+
+
+def test_scripts_of_one_folder_are_copied_once_and_together(server: Server) -> None:
+    scripts = [server.script("#!/bin/sh\n", name) for name in ("out.sh", "in.sh", ".state.sh")]
+    (server.project / "lb/also.sh").symlink_to("in.sh")
+    server.runs.freeze([*scripts, FrozenFile(str(server.project), "lb/also.sh", scripts[0].sha256)])
+    [snapshot] = (server.folder / "scripts").iterdir()
+    assert {path.name for path in snapshot.iterdir()} == {"out.sh", "in.sh", ".state.sh", "also.sh"}
+
+
+def test_too_much_beside_a_script_is_refused_and_nothing_is_left(server: Server) -> None:
+    script = server.script("#!/bin/sh\n")
+    (server.project / "lb/huge").write_bytes(bytes(5 << 20))
+    with pytest.raises(RefusedError, match="folder of its own"):
+        server.runs.freeze([script])
+    assert server.files() == {}
+
+
+# --- ends
+
+
+async def test_a_success_is_heard_before_and_after(server: Server) -> None:
+    result = await server.run("#!/bin/sh\nexit 0\n")
+    assert (result.ok, result.exit_status, result.timed_out, result.attempts, result.reason) == (True, 0, False, 1, "")
+    assert (result.state, result.operation) == ("done", f"{BEFORE}/1")
+    assert server.kinds() == [("before", "1/web1/before/1"), ("after", "1/web1/before/1")]
+    outcome = server.heard[1][2]
+    assert outcome is not None
+    assert outcome.state == "done"
+    assert 0 < outcome.started <= outcome.ended
+
+
+async def test_a_failure_is_tried_again_as_often_as_planned(server: Server) -> None:
+    result = await server.run("#!/bin/sh\necho try $ATTEMPT\nexit 7\n", attempts=3, delay=0.01)
+    assert (result.ok, result.exit_status, result.attempts, result.state) == (False, 7, 3, "failed")
+    assert "'take out' on the server (attempt 3 of 3)" in result.reason
+    assert "7" in result.reason
+    assert result.log_path in result.reason
+    assert log(result) == "try 3\n"
+    assert server.kinds() == [(kind, f"1/web1/before/{n}") for n in (1, 2, 3) for kind in ("before", "after")]
+
+
+async def test_trying_again_ends_with_the_first_success(server: Server) -> None:
+    result = await server.run('#!/bin/sh\n[ "$ATTEMPT" = 2 ]\n', attempts=5, delay=0.01)
+    assert (result.ok, result.attempts, result.operation) == (True, 2, f"{BEFORE}/2")
+
+
+async def test_a_later_run_of_the_same_operation_is_a_new_attempt(server: Server) -> None:
+    text = "#!/bin/sh\necho $ATTEMPT\n"
+    assert [log(await server.run(text)) for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    assert log(await server.run(text, operation=f"{DEPLOYMENT}/1/web1/before-2")) == "1\n"
+
+
+async def test_an_action_is_named_by_a_word(server: Server) -> None:
+    result = await server.run("#!/bin/sh\n", operation=f"{DEPLOYMENT}/0/server/open vpn: part 1/2")
+    assert result.operation == f"{DEPLOYMENT}/0/server/open-vpn-part-1-2/1"
+    for operation in (DEPLOYMENT, f"{DEPLOYMENT}/1/web1", f"{DEPLOYMENT}/1/we b/before", "../../x/y"):
+        with pytest.raises(UsageError, match="is no operation"):
+            await server.run("#!/bin/sh\n", operation=operation)
+
+
+async def test_at_its_time_limit_a_hanging_script_is_killed_with_its_children(server: Server) -> None:
+    result = await server.run(
+        """\
+        #!/bin/sh
+        sleep 600 & echo $!
+        setsid sleep 600 & sleep 0.1; pgrep -f 'sleep 600' -P $! ; echo $!
+        sleep 600
+        """,
+        timeout=1.0,
+    )
+    assert (result.ok, result.timed_out, result.state, result.attempts) == (False, True, "failed", 1)
+    assert "time limit of 1 s" in result.reason
+    children = [int(line) for line in log(result).split()]
+    assert len(children) >= 2
+    assert not any(lives(pid) for pid in children)
+
+
+async def test_commands_run_one_after_another_until_one_fails(server: Server) -> None:
+    commands = (("echo", "one; echo not a shell"), ("sh", "-c", "echo two; exit 4"), ("echo", "three"))
+    result = await server.runs.run(ServerRun("x", None, commands), BEFORE, {})
+    assert (result.ok, result.exit_status, result.attempts) == (False, 4, 1)
+    assert "sh (command 2 of 3)" in result.reason
+    assert log(result) == "one; echo not a shell\ntwo\n"
+    outcome = server.heard[1][2]
+    assert outcome is not None
+    assert outcome.output_bytes == len(log(result))
+    result = await server.runs.run(ServerRun("x", None, commands[::2]), BEFORE, {})
+    assert (result.ok, log(result)) == (True, "one; echo not a shell\nthree\n")
+
+
+async def test_commands_share_one_time_limit(server: Server) -> None:
+    commands = (("sleep", "0.6"), ("sleep", "600"))
+    result = await server.runs.run(ServerRun("x", None, commands, timeout=1.0), BEFORE, {})
+    assert result.timed_out
+    outcome = server.heard[1][2]
+    assert outcome is not None
+    assert "0." in outcome.reason, "the second had only what the first left"
+
+
+async def test_a_program_that_is_not_there_is_a_failure_with_a_reason(server: Server) -> None:
+    result = await server.runs.run(ServerRun("x", None, (("no-such-program",),)), BEFORE, {})
+    assert (result.ok, result.exit_status, result.state) == (False, None, "failed")
+    assert "could not be started" in result.reason
+
+
+async def test_a_secret_that_cannot_be_read_fails_the_run_before_it_starts(server: Server) -> None:
+    (server.project / "lb/token").chmod(0o644)
+    result = await server.run("#!/bin/sh\necho ran\n", secrets=("lb-token",))
+    assert not result.ok
+    assert "open to others" in result.reason
+    assert not Path(result.log_path).exists()
+
+
+async def test_a_hook_that_fails_keeps_the_script_from_starting(server: Server) -> None:
+    async def no(operation: str) -> None:
+        raise RefusedError("the journal is full")
+
+    server.runs = ServerRuns(str(server.folder), server.secrets, {}, no, server._after)
+    with pytest.raises(RefusedError, match="journal is full"):
+        await server.run(f"#!/bin/sh\ntouch {server.project}/ran\n")
+    await asyncio.sleep(0.1)
+    assert not (server.project / "ran").exists()
+
+
+# --- stopped, cancelled, taken up
+
+
+async def test_stop_all_ends_what_runs_and_no_attempt_follows(server: Server) -> None:
+    started = server.project / "started"
+    task = asyncio.create_task(server.run(f"#!/bin/sh\ntouch {started}\nsleep 600\n", attempts=5, delay=0.01))
+    await eventually(started.exists)
+    await server.runs.stop_all()
+    result = await task
+    assert (result.ok, result.state, result.attempts, result.timed_out) == (False, "stopped", 1, False)
+    later = ServerRun("put in", None, (("true",),))
+    assert (await server.runs.run(later, f"{DEPLOYMENT}/1/web1/after", {})).ok, "what comes later runs"
+
+
+async def test_stop_all_ends_the_pause_before_another_attempt(server: Server) -> None:
+    task = asyncio.create_task(server.run("#!/bin/sh\nexit 1\n", attempts=5, delay=600.0))
+    await eventually(lambda: len(server.heard) == 2)
+    await server.runs.stop_all()
+    result = await task
+    assert (result.state, result.attempts) == ("failed", 1)
+
+
+async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(server: Server) -> None:
+    go, out = server.project / "go", server.project / "out"
+    text = f"#!/bin/sh\necho began $ATTEMPT >> {out}\nwhile [ ! -e {go} ]; do sleep 0.02; done\necho ended $ATTEMPT >> {out}\n"
+    task = asyncio.create_task(server.run(text))
+    await eventually(out.exists)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    again = asyncio.create_task(server.run(text))
+    await asyncio.sleep(0.3)
+    assert out.read_text() == "began 1\n"
+    go.touch()
+    assert (await again).operation == f"{BEFORE}/2"
+    assert out.read_text() == "began 1\nended 1\nbegan 2\nended 2\n"
+
+
+async def test_after_a_kill_another_process_takes_the_run_up(server: Server) -> None:
+    go, out = server.project / "go", server.project / "out"
+    script = server.script(
+        f"#!/bin/sh\necho began\ntouch {out}\nwhile [ ! -e {go} ]; do sleep 0.02; done\necho ended\nexit 5\n"
+    )
+    server.runs.freeze([script])
+    program = f"""
+import asyncio
+from orchestrator.plan.plan import FrozenFile, ServerRun
+from orchestrator.trust.secrets import SecretStore
+from orchestrator.deployment.server_runs import ServerRuns
+async def hook(*_): pass
+runs = ServerRuns({str(server.folder)!r}, SecretStore({{}}), {{}}, hook, hook)
+asyncio.run(runs.run(ServerRun("x", {script!r}), {BEFORE!r}, {{}}))
+"""
+    engine = await asyncio.to_thread(subprocess.Popen, [sys.executable, "-c", program])
+    try:
+        await eventually(out.exists)
+    finally:
+        engine.kill()
+        assert engine.wait() == -signal.SIGKILL
+    run = ServerRun("x", script)
+    assert await server.runs.take_up(run, f"{DEPLOYMENT}/1/web2/before", {}) is None
+    task = asyncio.create_task(server.runs.take_up(run, BEFORE, {}))
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    go.touch()
+    result = await task
+    assert result is not None
+    assert (result.exit_status, result.operation, result.state) == (5, f"{BEFORE}/1", "failed")
+    assert log(result) == "began\nended\n"
+    assert server.kinds() == [("after", "1/web1/before/1")]
+    again = await server.again().take_up(run, BEFORE, {})
+    assert again == result, "it is told again, and nothing is begun"
+    assert log(result) == "began\nended\n"
+
+
+@pytest.mark.parametrize(("idempotent", "states"), [(False, ["unknown"]), (True, ["unknown", "done"])])
+async def test_an_unknown_outcome_is_repeated_only_where_that_is_allowed(
+    server: Server, idempotent: bool, states: list[str]
+) -> None:
+    began = server.project / "began"
+    text = f"#!/bin/sh\n[ $ATTEMPT = 2 ] && exit 0\necho $$ > {began}.new\nmv {began}.new {began}\nsleep 600\n"
+    task = asyncio.create_task(server.run(text, attempts=3, delay=0.01, idempotent=idempotent))
+    await eventually(began.exists)
+    runner = runner_of(server.folder / "runs" / "1~web1~before~1")
+    os.kill(runner, signal.SIGKILL)
+    result = await task
+    assert [outcome.state for _, _, outcome in server.heard if outcome] == states
+    assert result.ok == idempotent
+    if idempotent:
+        assert not lives(int(began.read_text())), "what may still run is ended before a repeat"
+    else:
+        assert "nobody knows" in result.reason
+        await server.runs.stop_all()
+    await eventually(lambda: not lives(int(began.read_text())))
+
+
+async def test_stop_all_ends_what_an_earlier_process_left(server: Server) -> None:
+    began = server.project / "began"
+    task = asyncio.create_task(server.run(f"#!/bin/sh\necho $$ > {began}.new\nmv {began}.new {began}\nsleep 600\n"))
+    await eventually(began.exists)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert lives(int(began.read_text()))
+    await server.again().stop_all()
+    assert not lives(int(began.read_text()))

@@ -1,0 +1,199 @@
+"""The lock of an environment: one winner, a name for the others, and nothing that outlives its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.journal.journal import Journal
+from orchestrator.journal.locks import EnvironmentLockedError, Holder, hold, holder
+from orchestrator.journal.tables import holders
+from relay.errors import LockedError, StoreError
+
+ULID = "01JD0000000000000000000000"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(str(tmp_path / "journal.db")) as opened:
+        yield opened
+
+
+def take(journal: Journal, environment: str = "production") -> None:
+    with hold(journal, environment, operator="bob", label="1.4.3", why="deploy"):
+        pass
+
+
+TAKER = """
+import os, sys
+from orchestrator.journal.journal import Journal
+from orchestrator.journal.locks import hold
+from relay.errors import LockedError
+path, name = sys.argv[1:]
+with Journal.open(path) as journal:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            with hold(journal, line.strip(), operator=name, label="1.4.2", why="deploy"):
+                print("won", os.getpid(), flush=True)
+                sys.stdin.readline()
+        except LockedError as error:
+            print("lost", error.holder.pid, error.exit_code, flush=True)
+            sys.stdin.readline()
+"""
+
+
+def taker(journal: Journal, name: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKER, journal.path, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert heard(process) == ["ready"]
+    return process
+
+
+def say(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.readline().split()
+
+
+def end(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        process.communicate(timeout=30)
+
+
+def test_who_must_wait_is_told_for_whom_and_since_when(journal: Journal) -> None:
+    before = time.time()
+    with hold(journal, "production", operator="ann", label="1.4.2", why="deploy", deployment=ULID) as mine:
+        with pytest.raises(EnvironmentLockedError) as told:
+            take(journal)
+        assert told.value.holder == mine == holder(journal, "production")
+        assert mine == Holder(
+            "production", "ann", socket.gethostname(), os.getpid(), mine.since, "1.4.2", "deploy", ULID
+        )
+        assert before <= mine.since <= time.time()
+        for word in ("production", "ann", socket.gethostname(), f"pid {os.getpid()}", "UTC", "deploy 1.4.2"):
+            assert word in str(told.value)
+        assert isinstance(told.value, LockedError)
+        assert told.value.exit_code == 4
+    assert holder(journal, "production") is None
+    take(journal)
+
+
+def test_environments_do_not_hold_each_other_up(journal: Journal) -> None:
+    with hold(journal, "production", operator="ann", label="1", why="deploy"):
+        for other in ("staging", "Production", "../production", "pro/duction", "ü" * 200):
+            take(journal, other)
+            assert holder(journal, other) is None
+    folder = Path(f"{journal.path}.locks")
+    assert all(path.parent == folder for path in folder.rglob("*")), "a name never leaves the folder"
+
+
+def test_an_error_inside_gives_the_lock_back(journal: Journal) -> None:
+    with pytest.raises(ZeroDivisionError), hold(journal, "production", operator="ann", label="1", why="deploy"):
+        raise ZeroDivisionError
+    take(journal)
+
+
+def test_of_twenty_starts_at_once_one_wins_and_the_others_name_it(journal: Journal) -> None:
+    processes = [taker(journal, f"op{number}") for number in range(20)]
+    for round in range(8):
+        for process in processes:
+            say(process, f"environment {round}")
+        told = [heard(process) for process in processes]
+        won = [words for words in told if words[0] == "won"]
+        lost = [words for words in told if words[0] == "lost"]
+        assert len(won) == 1
+        assert lost == [["lost", won[0][1], "4"]] * 19
+        for process in processes:
+            say(process, "on")
+    end(*processes)
+    assert [process.returncode for process in processes] == [0] * 20
+
+
+def test_a_kill_of_the_holder_frees_the_environment(journal: Journal) -> None:
+    process = taker(journal, "ann")
+    say(process, "production")
+    assert heard(process) == ["won", str(process.pid)]
+    with pytest.raises(EnvironmentLockedError, match=f"pid {process.pid}"):
+        take(journal)
+    process.kill()
+    end(process)
+    assert process.returncode == -signal.SIGKILL
+    with journal.database.reading() as connection:
+        left = connection.execute(holders.select()).all()
+    assert [row.pid for row in left] == [process.pid], "the killed process' row must still be there"
+    assert holder(journal, "production") is None
+    with hold(journal, "production", operator="bob", label="1", why="deploy") as mine:
+        assert holder(journal, "production") == mine
+    with journal.database.reading() as connection:
+        assert connection.execute(holders.select()).all() == []
+
+
+def test_a_stopped_holder_still_holds(journal: Journal) -> None:
+    process = taker(journal, "ann")
+    say(process, "production")
+    assert heard(process)[0] == "won"
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EnvironmentLockedError, match="ann"):
+            take(journal)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    say(process, "on")
+    end(process)
+    take(journal)
+
+
+def test_a_process_that_the_holder_started_does_not_hold_on(journal: Journal) -> None:
+    with hold(journal, "production", operator="ann", label="1", why="deploy"):
+        left_behind = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    take(journal)
+    assert left_behind.poll() is None, "it must have been alive meanwhile"
+    left_behind.communicate(b"\n", timeout=30)
+
+
+def test_looking_never_takes_the_lock_from_those_who_want_it(journal: Journal) -> None:
+    """`status` looks at the lock by trying it; a start at that moment must not fail because of it."""
+    stop, looks = threading.Event(), 0
+
+    def look() -> None:
+        nonlocal looks
+        with Journal.open(journal.path) as mine:
+            while not stop.is_set():
+                holder(mine, "production")
+                looks += 1
+                time.sleep(0.001)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(100):
+            take(journal)
+            time.sleep(0.001)
+    finally:
+        stop.set()
+        watcher.join(30)
+    assert looks > 10
+
+
+def test_a_lock_file_that_cannot_be_made_is_a_store_error(journal: Journal) -> None:
+    Path(f"{journal.path}.locks").write_text("a file where the folder belongs")
+    with pytest.raises(StoreError, match="the lock of production"):
+        take(journal)
+    with pytest.raises(StoreError):
+        holder(journal, "production")

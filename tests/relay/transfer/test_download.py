@@ -1,0 +1,565 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from harness.support import cut_package, noise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.encoding.bundle import Aborted, BaseMissingError, CutShortError, Event, NotSent, Received, RunRefused, Whole
+from relay.encoding.choose_bases import Held
+from relay.errors import (
+    ChunkInvalid,
+    FrameError,
+    RefusedError,
+    StoreError,
+    UnreachableError,
+    UntrustedError,
+    WaystationError,
+)
+from relay.package.manifest import Manifest
+from relay.transfer import download as fetching
+from relay.transfer.download import NoSourceLeftError, fetch
+
+CUT = cut_package({f"lib/{i:02}.dll": noise(i, 65536 + i) for i in range(24)})
+MANIFEST = CUT.manifest
+EVERY = set(CUT.indexes)
+PATIENCE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch):
+    """Several requests from a small package, and no pauses worth noticing."""
+    monkeypatch.setattr(fetching, "SEGMENT_BYTES", 200_000)
+    monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(fetching, "_BUSY_SECONDS", 0.001)
+
+
+def got(index: int) -> Received:
+    chunk = CUT.chunk(index)
+    return Received(MANIFEST.id, index, chunk, chunk.size)
+
+
+@dataclass
+class Source:
+    """Serves everything, but for what its `script` says: one entry is used up by each request."""
+
+    name: str = "relay"
+    script: list[object] = field(default_factory=list)
+    """None serves; `(n, trouble)` serves n chunks first: an exception is raised, an event or a list of them yielded."""
+    always: object = None
+    """What holds when the script is used up."""
+    asked: list[list[int]] = field(default_factory=list)
+    closed: int = 0
+
+    async def stream(self, manifest: Manifest, indexes: Sequence[int], **how: object) -> AsyncGenerator[Event, None]:
+        assert manifest is MANIFEST
+        self.asked.append(list(indexes))
+        step = self.script.pop(0) if self.script else self.always
+        served, trouble = step if step is not None else (len(indexes), Whole(len(indexes)))
+        try:
+            for index in list(indexes)[:served]:
+                await asyncio.sleep(0)
+                yield got(index)
+            if isinstance(trouble, BaseException):
+                raise trouble
+            rest = tuple((manifest.id, index) for index in list(indexes)[served:])
+            if isinstance(trouble, str):
+                if rest:
+                    yield NotSent(rest, trouble)
+            elif isinstance(trouble, list):
+                for event in trouble:
+                    yield event
+            else:
+                yield trouble
+        finally:
+            self.closed += 1
+
+
+class Sink:
+    """Takes what is delivered, and remembers it."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.failed: list[tuple[str, WaystationError]] = []
+
+    async def deliver(self, batch: list[Received]) -> None:
+        await asyncio.sleep(0)
+        self.taken += [received.index for received in batch]
+
+    async def on_failure(self, source: Source, error: WaystationError) -> None:
+        self.failed.append((source.name, error))
+
+
+async def run(*sources: Source, sink: Sink | None = None, wanted=EVERY, **options):
+    sink = sink or Sink()
+    async with asyncio.timeout(PATIENCE):
+        tallies = await fetch(MANIFEST, wanted, sources, sink.deliver, on_failure=sink.on_failure, **options)
+    return sink, tallies
+
+
+def each_once(sink: Sink, wanted=EVERY) -> bool:
+    return Counter(sink.taken) == Counter(wanted)
+
+
+# --- when all is well
+
+
+async def test_every_chunk_is_delivered_once_from_the_first_source():
+    first, second = Source("first"), Source("second")
+    sink, tallies = await run(first, second)
+    assert each_once(sink)
+    assert second.asked == []
+    assert tallies["first"].chunks == len(EVERY)
+    assert tallies["first"].bytes == sum(entry.size for entry in MANIFEST.chunks)
+    assert len(tallies["first"].measured) == len(first.asked) > 3
+    assert first.closed == len(first.asked)
+
+
+async def test_only_what_is_wanted_is_asked_for():
+    source = Source()
+    sink, _ = await run(source, wanted={3, 5, 4})
+    assert each_once(sink, {3, 4, 5})
+    assert sorted(index for indexes in source.asked for index in indexes) == [3, 4, 5]
+
+
+async def test_nothing_wanted_asks_nobody():
+    source = Source()
+    sink, tallies = await run(source, wanted=())
+    assert (sink.taken, tallies, source.asked) == ([], {}, [])
+
+
+async def test_no_more_requests_at_a_time_than_agreed():
+    running = most = 0
+
+    class Counting(Source):
+        async def stream(self, manifest, indexes, **how):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            try:
+                await asyncio.sleep(0.001)
+                for index in indexes:
+                    yield got(index)
+            finally:
+                running -= 1
+
+    await run(Counting(), connections=3)
+    assert (running, most) == (0, 3)
+
+
+# --- when sources fail
+
+
+TROUBLES = [
+    UnreachableError("gone"),
+    UntrustedError("lies"),
+    RefusedError("no"),
+    FrameError("broken"),
+    Aborted("store_failed"),
+    RunRefused(((MANIFEST.id, 0),), ChunkInvalid("ab" * 32, "cd" * 32)),
+    "absent",
+    Whole(0),
+]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: type(trouble).__name__)
+@pytest.mark.parametrize("served", [0, 1])
+async def test_a_source_that_fails_is_named_and_the_next_goes_on_with_what_is_missing(trouble, served):
+    bad, good = Source("bad", always=(served, trouble)), Source("good")
+    sink, tallies = await run(bad, good)
+    assert each_once(sink)
+    assert [name for name, _ in sink.failed] == ["bad"]
+    assert tallies["bad"].error is sink.failed[0][1]
+    assert tallies["good"].error is None
+    assert tallies["bad"].chunks + tallies["good"].chunks == len(EVERY)
+    # What came verified before the failure was kept, and not asked for again.
+    assert tallies["bad"].chunks == served * len(bad.asked)
+    assert len(bad.asked) <= fetching.CONNECTIONS
+
+
+async def test_a_lying_source_is_not_asked_again_in_this_fetch():
+    liar, good = Source("liar", [(0, UntrustedError("other bytes"))]), Source("good")
+    _, tallies = await run(liar, good, connections=1)
+    assert len(liar.asked) == 1
+    assert isinstance(tallies["liar"].error, UntrustedError)
+
+
+@pytest.mark.parametrize(
+    "lie", [[Whole(0)], [], [got(0), got(0)], [got(23)], [NotSent(((MANIFEST.id, 0),), "arriving")]]
+)
+async def test_a_source_that_passes_over_chunks_or_sends_others_is_left(lie):
+    """Also one that says nothing at all: it must not be asked for ever."""
+    liar, good = Source("liar", always=(0, lie)), Source("good")
+    sink, tallies = await run(liar, good, wanted={0, 1, 2}, connections=1)
+    assert each_once(sink, {0, 1, 2})
+    assert isinstance(tallies["liar"].error, FrameError)
+    assert len(liar.asked) == 1
+
+
+async def test_no_source_left_names_each_with_its_reason_and_keeps_what_came():
+    one = Source("one", [None], always=(1, UnreachableError("the line broke")))
+    two = Source("two", always=(0, UntrustedError("other bytes")))
+    sink = Sink()
+    with pytest.raises(NoSourceLeftError) as caught:
+        await run(one, two, sink=sink, connections=1)
+    assert "one: the line broke" in str(caught.value)
+    assert "two: other bytes" in str(caught.value)
+    assert set(caught.value.errors) == {"one", "two"}
+    assert len(sink.taken) == len(set(sink.taken)) == len(one.asked[0]) + 1
+
+
+async def test_without_any_source_the_error_says_so():
+    with pytest.raises(NoSourceLeftError, match="there is none"):
+        await run()
+
+
+# --- chunks on their way
+
+
+async def test_chunks_that_are_still_arriving_are_asked_for_again():
+    source = Source(script=[(1, "arriving"), (0, "arriving"), (0, "arriving"), (2, "arriving")])
+    sink, tallies = await run(source, connections=1)
+    assert each_once(sink)
+    assert tallies["relay"].error is None
+
+
+async def test_a_source_where_nothing_arrives_any_more_is_left_for_the_next():
+    stuck, good = Source("stuck", always=(0, "arriving")), Source("good")
+    sink, tallies = await run(stuck, good, stall_seconds=0.05)
+    assert each_once(sink)
+    assert isinstance(tallies["stuck"].error, UnreachableError)
+
+
+async def test_the_next_source_gets_its_own_patience():
+    """It is not held against it that the one before it stood still."""
+    stuck = Source("stuck", always=(0, "arriving"))
+    slow = Source("slow", [(0, "arriving"), (0, "arriving")])
+    sink, tallies = await run(stuck, slow, stall_seconds=0.1, connections=1)
+    assert each_once(sink)
+    assert tallies["slow"].error is None
+
+
+async def test_a_source_that_asks_for_patience_gets_it():
+    busy = UnreachableError("busy", retry_after=1.0)
+    source, other = Source("busy", [(0, busy), (1, busy)]), Source("other")
+    sink, tallies = await run(source, other)
+    assert each_once(sink)
+    assert other.asked == []
+    assert tallies["busy"].error is None
+
+
+async def test_patience_with_a_busy_source_ends():
+    busy = Source("busy", always=(0, UnreachableError("busy", retry_after=0.0)))
+    sink, tallies = await run(busy, Source("other"), stall_seconds=0.05)
+    assert each_once(sink)
+    assert tallies["busy"].error is not None
+
+
+# --- what is not the sources' fault
+
+
+class FullDisk(Sink):
+    calls = 0
+
+    async def deliver(self, batch):
+        self.calls += 1
+        raise StoreError("no room", full=True)
+
+
+async def test_an_error_of_the_receiver_is_raised_as_itself_and_blames_no_source():
+    sink, source = FullDisk(), Source()
+    with pytest.raises(StoreError) as caught:
+        await run(source, Source("other"), sink=sink)
+    assert caught.value.full
+    assert sink.failed == []
+    assert source.closed == len(source.asked)
+
+
+async def test_a_batch_that_could_not_be_delivered_is_not_delivered_again():
+    sink = FullDisk()
+    with pytest.raises(StoreError):
+        await run(Source(), sink=sink, connections=1)
+    assert sink.calls == 1
+
+
+class BoomError(Exception):
+    pass
+
+
+async def test_a_worker_that_dies_of_something_else_ends_the_fetch_and_hangs_nobody():
+    class Hanging(Source):
+        async def stream(self, manifest, indexes, **how):
+            self.asked.append(list(indexes))
+            if len(self.asked) == 1:
+                yield got(indexes[0])
+                await asyncio.sleep(3600)
+            raise BoomError
+
+    source, sink = Hanging(), Sink()
+    with pytest.raises(BoomError):
+        await run(source, sink=sink)
+    assert len(source.asked) == 2
+    assert sink.taken == [source.asked[0][0]]  # what had come was kept all the same
+
+
+async def test_a_fetch_that_is_cancelled_keeps_what_came_and_closes_its_requests():
+    class Slow(Source):
+        async def stream(self, manifest, indexes, **how):
+            self.asked.append(list(indexes))
+            try:
+                yield got(indexes[0])
+                await asyncio.sleep(3600)
+            finally:
+                self.closed += 1
+
+    source, sink = Slow(), Sink()
+    task = asyncio.create_task(run(source, sink=sink))
+    while len(source.asked) < fetching.CONNECTIONS:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sorted(sink.taken) == sorted(indexes[0] for indexes in source.asked)
+    assert source.closed == len(source.asked)
+
+
+# --- differences from what is held here
+
+OLDER = cut_package({f"lib/{i:02}.dll": noise(f"older {i}", 65536 + i) for i in range(24)}, version="0.9.0")
+HOLDINGS = SimpleNamespace(held=(Held(OLDER.manifest, ((0, len(OLDER.indexes)),)),), load=None)
+THIN, LAN = 100_000.0, 100e6
+
+
+class Differing(Source):
+    """Sends differences to whoever names bases, as long as `wrong` says nothing else; plain chunks to others."""
+
+    def __init__(self, name: str = "relay", wrong: object = None, plain: object = None) -> None:
+        super().__init__(name)
+        self.wrong, self.plain = wrong, plain
+        self.asked_with: list[tuple[list[int], bool, float]] = []
+
+    async def stream(self, manifest, indexes, *, bases=None, goodput=0.0, tap=None):
+        self.asked.append(list(indexes))
+        self.asked_with.append((list(indexes), bases is not None, goodput))
+        run = tuple((manifest.id, index) for index in indexes)
+        try:
+            await asyncio.sleep(0)
+            error = self.plain if bases is None else self.wrong
+            if bases is None:
+                for place in run:
+                    tap((place,), (), "zstd")
+            elif not isinstance(error, BaseMissingError):
+                tap(run, ((OLDER.manifest.id, 0),), "hdiff")
+            if error is not None:
+                yield RunRefused(run[1:], error)
+            for index in indexes[: 1 if error is not None else None]:
+                yield got(index)
+            yield Whole(1)
+        finally:
+            self.closed += 1
+
+
+async def held_here():
+    return HOLDINGS
+
+
+@pytest.mark.parametrize(
+    "error", [FrameError("nonsense"), ChunkInvalid("ab" * 32, "cd" * 32), BaseMissingError("gone")]
+)
+async def test_a_difference_that_fails_is_asked_for_again_plainly_of_the_same_source(error):
+    source, other = Differing(wrong=error), Source("other")
+    sink, tallies = await run(source, other, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert other.asked == []
+    assert sink.failed == []
+    [(_, first, _), (_, second, _)] = source.asked_with
+    assert (first, second) == (True, False)
+    assert tallies["relay"].fallbacks == 1
+    if not isinstance(error, BaseMissingError):
+        assert {name: each.chunks for name, each in tallies["relay"].encodings.items()} == {
+            "hdiff": 1,
+            "zstd": len(EVERY) - 1,
+        }
+
+
+async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
+    liar, good = Differing("liar", FrameError("nonsense"), ChunkInvalid("ab" * 32, "cd" * 32)), Source("good")
+    sink, tallies = await run(liar, good, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert [with_bases for _, with_bases, _ in liar.asked_with] == [True, False]
+    assert isinstance(tallies["liar"].error, UntrustedError)
+    assert tallies["liar"].fallbacks == 1
+
+
+async def test_a_source_whose_differences_fail_again_and_again_is_asked_for_none_any_more(monkeypatch):
+    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 140_000)
+    source = Differing(wrong=FrameError("nonsense"))
+    sink, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: THIN)
+    assert each_once(sink)
+    assert tallies["relay"].fallbacks == fetching.FALLBACKS_MAX
+    assert sum(with_bases for _, with_bases, _ in source.asked_with) == fetching.FALLBACKS_MAX
+    assert len(source.asked) > 2 * fetching.FALLBACKS_MAX
+
+
+async def test_a_refused_run_is_a_lie_where_no_bases_were_named():
+    liar, good = Differing("liar", plain=FrameError("nonsense")), Source("good")
+    sink, tallies = await run(liar, good, connections=1)
+    assert each_once(sink)
+    assert isinstance(tallies["liar"].error, FrameError)
+    assert tallies["liar"].fallbacks == 0
+
+
+async def test_what_is_held_is_looked_for_once_and_only_where_a_line_is_not_fast():
+    looked = 0
+
+    async def find():
+        nonlocal looked
+        looked += 1
+        await asyncio.sleep(0.001)
+        return HOLDINGS
+
+    fast = Differing()
+    await run(fast, find_bases=find, goodput_of=lambda _: LAN)
+    assert looked == 0
+    assert not any(with_bases for _, with_bases, _ in fast.asked_with)
+    medium = Differing()
+    await run(medium, find_bases=find, goodput_of=lambda _: 10e6, connections=3)
+    assert looked == 1
+    assert all(with_bases for _, with_bases, _ in medium.asked_with)
+
+
+async def test_who_holds_nothing_names_nothing():
+    for nothing in (None, SimpleNamespace(held=(), load=None)):
+
+        async def find(found=nothing):
+            return found
+
+        source = Differing()
+        await run(source, find_bases=find, goodput_of=lambda _: THIN)
+        assert not any(with_bases for _, with_bases, _ in source.asked_with)
+
+
+async def test_a_thin_line_has_one_request_at_a_time_and_the_source_is_told_of_it():
+    running = most = 0
+
+    class Counting(Differing):
+        async def stream(self, manifest, indexes, **how):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            async for event in super().stream(manifest, indexes, **how):
+                await asyncio.sleep(0)
+                yield event
+            running -= 1
+
+    source = Counting()
+    await run(source, goodput_of=lambda _: THIN, connections=4)
+    assert most == 1
+    assert {goodput for _, _, goodput in source.asked_with} == {THIN}
+
+
+async def test_a_relay_that_broke_off_for_a_moment_is_asked_again():
+    source, other = Source("relay", [(1, Aborted("busy")), (0, Aborted("busy"))]), Source("other")
+    sink, tallies = await run(source, other, connections=1)
+    assert each_once(sink)
+    assert other.asked == []
+    assert tallies["relay"].error is None
+
+
+@given(st.floats(0.0, 1e12), st.booleans())
+def test_bases_are_named_on_lines_that_are_not_fast_and_thin_ones_get_long_segments(goodput, can_have_bases):
+    how = fetching.manner(goodput, can_have_bases=can_have_bases)
+    assert how.with_bases == (can_have_bases and goodput < fetching.FAST_GOODPUT)
+    assert how.one_at_a_time == (how.segment_bytes == fetching.THIN_SEGMENT_BYTES)
+    if goodput >= fetching.THIN_GOODPUT:
+        assert not how.one_at_a_time
+    if not goodput and not can_have_bases:
+        assert how == fetching.Manner(fetching.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
+
+
+async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(monkeypatch):
+    monkeypatch.setattr(fetching, "_TELLING_BYTES", 1)
+    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 300_000)
+
+    class Slow(Differing):
+        async def stream(self, manifest, indexes, **how):
+            await asyncio.sleep(0.05)
+            async for event in super().stream(manifest, indexes, **how):
+                yield event
+
+    source = Slow()
+    _, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: 2e6)
+    assert len(source.asked) > 2
+    assert not any(measured.is_steady for measured in tallies["relay"].measured)
+    assert all(goodput >= 2e6 for _, _, goodput in source.asked_with)
+
+
+# --- whatever happens
+
+steps = st.one_of(
+    st.none(),
+    st.tuples(st.integers(0, 6), st.sampled_from([*TROUBLES, "arriving", "arriving"])),
+    st.tuples(st.integers(0, 6), st.just(UnreachableError("busy", retry_after=0.5))),
+)
+scripts = st.lists(st.tuples(st.lists(steps, max_size=6), st.booleans()), max_size=4)
+
+
+@given(scripts, st.sets(st.sampled_from(sorted(EVERY))), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_whatever_fails_either_all_is_delivered_once_or_no_source_is_left(scripts, wanted, connections):
+    sources = [
+        Source(f"relay {i}", list(script), always=None if steady else (0, UnreachableError("gone")))
+        for i, (script, steady) in enumerate(scripts)
+    ]
+    sink = Sink()
+
+    async def attempt():
+        try:
+            return (await run(*sources, sink=sink, wanted=wanted, connections=connections, stall_seconds=5.0))[1]
+        except NoSourceLeftError as error:
+            return error
+
+    ended = asyncio.run(attempt())
+    assert Counter(sink.taken) <= Counter(wanted)
+    if isinstance(ended, NoSourceLeftError):
+        assert set(sink.taken) < set(wanted)
+        assert set(ended.errors) == {source.name for source in sources}
+    else:
+        assert each_once(sink, wanted)
+        assert sum(tally.chunks for tally in ended.values()) == len(wanted)
+    for source in sources:
+        assert source.closed == len(source.asked)
+    assert [name for name, _ in sink.failed] == list(dict.fromkeys(name for name, _ in sink.failed))
+
+
+@given(st.sets(st.sampled_from(sorted(EVERY))), st.sets(st.sampled_from(sorted(EVERY))))
+def test_segments_hold_every_index_once_in_order_of_one_kind_and_within_their_bound(wanted, plainly):
+    run = fetching._Fetch(MANIFEST, wanted, [], None, None, 1.0, None, lambda _: 0.0)
+    run._todo.extend(sorted(wanted))
+    run._plainly = plainly
+    segments = []
+    while run._todo:
+        segment, is_plain = run._next_segment(200_000)
+        segments.append(segment)
+        assert {index in plainly for index in segment} == {is_plain}
+        assert len(segment) == 1 or sum(MANIFEST.chunks[i].size for i in segment) <= 200_000
+    assert [index for segment in segments for index in segment] == sorted(wanted)
+
+
+async def test_a_run_that_its_sender_itself_cuts_short_is_no_lie_and_is_asked_for_again():
+    cut_short = RunRefused(
+        tuple((MANIFEST.id, index) for index in range(2)), CutShortError("its sender could not go on")
+    )
+    source, other = Source("relay", [(0, [cut_short, Aborted("busy")])]), Source("other")
+    sink, tallies = await run(source, other, connections=1)
+    assert each_once(sink)
+    assert other.asked == []
+    assert tallies["relay"].error is None
+    assert tallies["relay"].fallbacks == 0
