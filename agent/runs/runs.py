@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
@@ -170,7 +171,7 @@ def stop(folder: str) -> None:
 
 # --- the runner as our child
 
-_CODE_FOLDER: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_CODE_FOLDER: Final = str(Path(__file__).resolve().parents[2])
 # Without Python's tidying up at the end: it would take a sixth of the processor time that a runner needs in all.
 _START: Final = "import sys; sys.path.append(sys.argv[1]); from agent.runs.runner import main; main(sys.argv[2]); import os; os._exit(0)"
 

@@ -27,6 +27,7 @@ from asyncio.subprocess import Process
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -310,7 +311,7 @@ class Laboratory:
             await asyncio.wait([asyncio.ensure_future(process.wait()) for process in living], timeout=_STOP_SECONDS)
 
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ROOT = str(Path(__file__).resolve().parents[2])
 _SYSCTLS = (
     "net.ipv4.ip_forward=1",
     # Otherwise the kernel's own questions for routers are counted with the bytes of the line.

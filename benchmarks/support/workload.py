@@ -6,8 +6,9 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
-SHARED = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "shared", "data")
+SHARED = str(Path(__file__).resolve().parents[3] / "shared" / "data")
 """Real packages, where somebody put them beside the project."""
 
 

@@ -63,7 +63,7 @@ def test_the_libraries_on_the_page_are_those_of_the_project() -> None:
 
 def test_every_house_on_the_page_is_there() -> None:
     named = _table(ARCHITECTURE, "house")
-    assert {"relay/content/", "agent/", "orchestrator/"} <= named
+    assert {"relay/package/", "agent/runs/", "orchestrator/plan/"} <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -360,7 +360,7 @@ def test_no_named_number_of_these_modules_is_left_out(name: str) -> None:
 def _answered() -> set[tuple[int, str]]:
     """Every (status, code) that the relay's source can answer with."""
     found = set()
-    for path in (ROOT / "relay/server").glob("*.py"):
+    for path in (ROOT / "relay/server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or len(node.args) < 2:
                 continue

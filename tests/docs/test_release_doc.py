@@ -19,9 +19,10 @@ from orchestrator.deployment.releases import SNAPSHOT_BYTES, SNAPSHOT_FILES
 from orchestrator.deployment.steps import STUCK_SECONDS
 from orchestrator.files import environment, process
 from orchestrator.files.decode import Written, _written_in
+from orchestrator.files.values import NotificationKind
 from orchestrator.files.yaml_positions import PlanError
 from orchestrator.fleet.presence import LOST_SECONDS
-from orchestrator.plan import plan, unsupported
+from orchestrator.plan import unsupported
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import MachineStep, Plan, PlannedPackage, ServerStep
 from orchestrator.rolling import turn
@@ -201,7 +202,9 @@ def test_every_word_that_after_hears_is_told() -> None:
 
 
 def test_every_event_is_told() -> None:
-    assert [event for event in get_args(plan.Event) if f"`{event}`" not in section(PAGE, "## Notifications")] == []
+    assert [
+        event for event in get_args(NotificationKind) if f"`{event}`" not in section(PAGE, "## Notifications")
+    ] == []
 
 
 # --- what is not built
