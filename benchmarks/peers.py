@@ -358,7 +358,7 @@ def _counted_nginx(work: Work) -> Iterator[ThreadedProxy]:
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 _FIRST_BOUND = "zstd -19 --long over the sorted tree"
 _ZSTD_LONG_FROM = 27
-"""The window from which on zstd must be told of it, as a power of two: 128 MiB."""
+"""The window (log2 of its bytes) from which on zstd must be told of it."""
 BOUND = Peer("bound", "bsdiff over the sorted tree, zstd -19 --long", (), first=True, send=_bound)
 PEERS = (
     Peer("nupkg", "the whole file", (), first=True, send=_whole),
