@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import os
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
-from click.testing import CliRunner
 from commands import WAYSTATION, Done, Serving, environment, wait_for
 
 from relay.main import waystation
@@ -89,10 +91,14 @@ class Yesterday:
 
     def call(self, *words: object) -> Done:
         """A command of today at the origin, in this process."""
-        kept = environment(self.home, HOME=str(self.folder))
-        called = [str(word) for word in words]
-        done = CliRunner().invoke(waystation, called, env=kept, standalone_mode=False, catch_exceptions=False)
-        return Done(done.return_value or 0, done.stdout, done.stderr)
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, environment(self.home, HOME=str(self.folder)), clear=True),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            code = waystation.main([str(word) for word in words], standalone_mode=False)
+        return Done(code or 0, out.getvalue(), err.getvalue())
 
     def json(self, *words: object) -> Any:
         return self.call(*words, "--json").json
