@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Serving, run, serving
+from harness.commands import Serving, run, serving
 from old_commit import COMMIT, NotInHistoryError, take_out
 from yesterday import Agent, Yesterday
 

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import yaml
-from commands import WAYSTATION, Done, Serving, environment, wait_for
+from harness.commands import WAYSTATION, Done, Serving, environment, wait_for
 
 from relay.main import waystation
 
