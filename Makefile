@@ -22,7 +22,7 @@ test-newest test-oldest: test-%:
 
 soak:
 	@deploy/setup.sh dnsmasq haproxy nginx curl zip unzip strace --optional 7z rsync rdiff zsync casync xdelta3 zstd ip tc
-	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -q -p no:cacheprovider --durations=25 >tests/soak.txt 2>&1; \
+	@WAYSTATION_SOAK=1 $(PYTHON) -m pytest -p no:cacheprovider --durations=25 >tests/soak.txt 2>&1; \
 		result=$$?; tail -n 40 tests/soak.txt; exit $$result
 
 lint:
