@@ -11,7 +11,8 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.mail.mailbox import Box, Letter, Mail, MailLimits, Numbered
+from relay.mail.letters import Box, Letter, MailLimits, Numbered
+from relay.mail.mailbox import Mail
 from relay.mail.presences import Presences
 from relay.protocol import messages
 from relay.server import metrics

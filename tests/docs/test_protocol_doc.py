@@ -81,7 +81,7 @@ async def test_every_route_of_the_relay_is_in_the_table_with_its_scope_and_no_ot
     transfer, config, limits = Transfer(store), RelayConfig(), Limits()
     replications = Replications(transfer, store, Peers(config), limits)
     nupkgs = Nupkgs(store, Engines())
-    app = RelayApp(transfer, config, limits, None, Mail(store.documents), replications, nupkgs).build()
+    app = RelayApp(transfer, config, limits, None, Mail(None), replications, nupkgs).build()
     registered = {(route.method, route.path, route.scope) for route in iter_routes(app)}
     methods = {method for method, _, _ in registered}
     told = {tuple(map(_bare, row[:3])) for row in rows(section(PAGE, "## The wire")) if _bare(row[0]) in methods}
@@ -324,6 +324,8 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.package.ranges",
         "relay.transfer.download",
         "relay.transfer.link_history",
+        "relay.mail.letter_database",
+        "relay.mail.letters",
         "relay.mail.mailbox",
         "relay.support.rate_limit",
         "relay.transfer.encoder_pool",

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import shutil
+import time
 from dataclasses import replace
 
 import aiohttp
@@ -18,6 +19,7 @@ from yarl import URL
 
 from relay.config import RelayConfig
 from relay.errors import ConflictError, UnreachableError, UntrustedError
+from relay.mail.letter_database import LetterDatabase
 from relay.mail.mailbox import Mail
 from relay.mail.presences import FORGET_SECONDS, Presences
 from relay.protocol import messages
@@ -28,7 +30,6 @@ from relay.server.http.connection import Limits
 from relay.server.http.problems import PROBLEM_TYPE
 from relay.server.http.tokens import SCOPES
 from relay.server.packages import Transfer
-from relay.stores.disk import DiskDocuments
 from relay.stores.open import open_store
 
 D = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -364,7 +365,7 @@ async def call(session, method, path, body=None, bearer=None, kind=messages.JSON
 async def test_this_sweep_knows_every_route_of_mail_and_what_it_asks_for():
     store = await open_store("memory:")
     bare = RelayApp(Transfer(store), RelayConfig(), RELAY_LIMITS, None).build()
-    whole = RelayApp(Transfer(store), RelayConfig(), RELAY_LIMITS, None, Mail(store.documents)).build()
+    whole = RelayApp(Transfer(store), RelayConfig(), RELAY_LIMITS, None, Mail(None)).build()
     routes = [{(r.method, r.path): r.scope for r in iter_routes(app)} for app in (bare, whole)]
     assert {key: scope for key, scope in routes[1].items() if key not in routes[0]} == NEEDS
     assert set(CALLS) == set(NEEDS)
@@ -699,19 +700,20 @@ async def test_a_relay_whose_mail_was_emptied_tells_its_readers(tmp_path):
     assert [o.envelope for o in after.orders] == [b"two"]
 
 
-async def test_many_posts_at_once_are_few_documents_on_the_disk(relay, client, monkeypatch):
-    """Each write is held for a moment, so that what is posted meanwhile must wait; the documents are then counted."""
-    writes = []
-    write = DiskDocuments.write
+async def test_many_posts_at_once_are_few_commits(relay, client, monkeypatch):
+    """Each commit is held for a moment, so that what is posted meanwhile must wait; the commits are then counted."""
+    commits = []
+    take = LetterDatabase.take
 
-    async def slow(self, name, data):
-        writes.append(name)
-        await asyncio.sleep(0.2)
-        await write(self, name, data)
+    def slow(self, requests, arrived):
+        commits.append(len(requests))
+        time.sleep(0.2)
+        return take(self, requests, arrived)
 
-    monkeypatch.setattr(DiskDocuments, "write", slow)
+    monkeypatch.setattr(LetterDatabase, "take", slow)
     await asyncio.gather(*(client.post_orders([order(n)]) for n in range(60)))
-    assert 1 <= len(writes) <= 6
+    assert 1 <= len(commits) <= 6
+    assert sum(commits) == 60
     assert len((await client.poll("web1", poll())).orders) == 60
 
 
