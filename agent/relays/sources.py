@@ -45,7 +45,8 @@ from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest
-from relay.protocol.client import ClientLimits, ManifestDocument, PackagePointer, RelayClient, tls_from, token_from
+from relay.protocol.client import ManifestDocument, PackagePointer, RelayClient
+from relay.protocol.connection import ClientLimits, tls_from, token_from
 from relay.stores.catalog import Catalog
 from relay.stores.open import Store, open_store
 from relay.transfer.download import Measured

@@ -18,7 +18,7 @@ from relay.errors import UnreachableError, WaystationError
 from relay.protocol import messages
 
 if TYPE_CHECKING:
-    from relay.protocol.client import RelayClient
+    from relay.protocol.mail_client import MailClient
 
 
 class Reader(Protocol):
@@ -91,7 +91,7 @@ class Mailroom:
     """Use it as an async context manager. Reports and output are read at every relay while it is open."""
 
     def __init__(
-        self, deployment: str, relays: Mapping[str, RelayClient], reader: Reader, pauses: Pauses | None = None
+        self, deployment: str, relays: Mapping[str, MailClient], reader: Reader, pauses: Pauses | None = None
     ) -> None:
         self._deployment = deployment
         self._relays = relays

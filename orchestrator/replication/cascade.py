@@ -285,7 +285,7 @@ class _Cascade:
         book: _Book,
     ) -> None:
         """Until it is done; a relay that went away is asked again when it is back."""
-        from relay.protocol.client import TokenRefusedError
+        from relay.protocol.connection import TokenRefusedError
 
         fruitless, most = 0, -1
         while True:

@@ -16,7 +16,8 @@ from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, indexes
 from relay.package.recipe import opaque
 from relay.protocol import messages
-from relay.protocol.client import LeaseLostError, MissingChunksError, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import LeaseLostError, MissingChunksError
 from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.contract import ChunkReader

@@ -33,7 +33,7 @@ from relay.package import manifest
 from relay.package.chunk import Chunk
 from relay.package.zip_reader import WalkLimits
 from relay.protocol import messages
-from relay.protocol.client import ClientLimits
+from relay.protocol.connection import ClientLimits
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server.app import RelayApp
 from relay.server.http.access import iter_routes
@@ -282,7 +282,7 @@ def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) ->
     ("prefix", "type"),
     [
         ("relay.server.http.connection.Limits", Limits),
-        ("relay.protocol.client.ClientLimits", ClientLimits),
+        ("relay.protocol.connection.ClientLimits", ClientLimits),
         ("relay.package.zip_reader.WalkLimits", WalkLimits),
         ("relay.server.relay_download.FetchLimits", FetchLimits),
     ],

@@ -22,7 +22,7 @@ from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import FrameError, NotFoundError, StoreError, UnreachableError, UntrustedError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
-from relay.protocol.client import ClientLimits
+from relay.protocol.connection import ClientLimits
 from relay.transfer.download import Measured
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)

@@ -32,7 +32,8 @@ from relay.errors import (
     UnreachableError,
 )
 from relay.protocol import messages
-from relay.protocol.client import LeaseLostError, RelayClient, TokenRefusedError
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import LeaseLostError, TokenRefusedError
 from relay.server.leases import Leases
 from relay.stores.memory import MemoryChunks, MemoryDocuments
 from relay.stores.open import open_store
