@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import stamina
 
 from relay.encoding.bundle import BundleDecoder, Event, NeedsBases, Tap
 from relay.encoding.codecs import ENCODINGS
@@ -26,7 +25,9 @@ from relay.protocol import messages
 from relay.protocol.connection import Connection, MissingChunksError, Request
 from relay.protocol.packed_envelope import pack_envelope
 from relay.support.incompressible import noise
+from relay.support.persistence import Persistence
 
+_UNTIL_READY = Persistence(first_pause=0.2, longest_pause=2.0, spread=0.5)
 _BASES_MAX = 64
 """Manifests that one request may name bases of."""
 
@@ -66,11 +67,7 @@ class RelayClient(Connection):
 
     async def wait_until_ready(self, patience: float) -> None:
         """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""
-        async for attempt in stamina.retry_context(
-            on=UnreachableError, attempts=None, timeout=patience, wait_initial=0.2, wait_max=2.0
-        ):
-            with attempt:
-                await self.health(attempts=1)
+        await _UNTIL_READY.call(lambda: self.health(attempts=1), seconds=patience)
 
     async def measure_up(self, size: int) -> float:
         """Send `size` bytes that do not compress; the seconds until the relay said that it has them. Not retried."""

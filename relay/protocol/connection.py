@@ -20,7 +20,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import msgspec
-import stamina
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from relay.errors import (
@@ -36,12 +35,12 @@ from relay.package.ranges import Ranges
 from relay.protocol import messages
 from relay.protocol.http_bytes import Traffic, chunk_bytes, header_bytes
 from relay.support.json_bounds import JsonTooDeepError, check_depth
-
-# Its default hooks import a metrics library and log; what is retried here is told by whoever gives up.
-stamina.instrumentation.set_on_retry_hooks([])
+from relay.support.persistence import Persistence
 
 T = TypeVar("T")
 
+_PERSISTENCE = Persistence(first_pause=0.5, longest_pause=2.0, spread=0.5)
+"""Of a small request."""
 _LINE_MAX = 64 << 10
 """Bytes of one line of progress."""
 
@@ -169,17 +168,13 @@ class Connection:
 
     async def fetch(self, request: Request) -> bytes:
         """The answer as it came. Retried where that may help."""
-        async for attempt in stamina.retry_context(
-            on=_may_help,
-            attempts=request.attempts or self.limits.attempts,
-            timeout=None,
-            wait_initial=0.1,
-            wait_max=2.0,
-        ):
-            with attempt:
-                async with self.open(request) as response:
-                    return await self.body(response, request.answer_max or messages.JSON_MAX)
-        raise AssertionError("unreachable")  # pragma: no cover - the last attempt returns or raises
+
+        async def once() -> bytes:
+            async with self.open(request) as response:
+                return await self.body(response, request.answer_max or messages.JSON_MAX)
+
+        attempts = request.attempts or self.limits.attempts
+        return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
 
     async def upload(self, request: Request, body: AsyncIterator[bytes], answer: type[T]) -> T:
         """As `ask`, with a body that is made as it goes. Not retried. Raises what `body` raises, too."""
@@ -394,13 +389,6 @@ class _FixedResolver(AbstractResolver):
 
     async def close(self) -> None:
         return
-
-
-def _may_help(error: Exception) -> bool | float:
-    """Whether, and after how many seconds, the same request may succeed."""
-    if not isinstance(error, UnreachableError):
-        return False
-    return min(error.retry_after, 30.0) if error.retry_after else True
 
 
 def _parse_problem(body: bytes) -> messages.ProblemAnswer:

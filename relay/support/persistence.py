@@ -39,7 +39,7 @@ class Persistence:
     patience: float = 0.0
     """A side that answers, and asks to be asked again later, is borne for so long without a gain, beyond `failures`."""
     spread: float = 0.0
-    """Share of a pause that chance takes off at most: so those that lost the same relay do not come back at once."""
+    """Share of a pause of our own that chance takes off at most: so those that lost one relay do not come back at once."""
 
     def tries(
         self,
@@ -65,7 +65,8 @@ class Persistence:
         """Seconds to wait after so many failures in a row, the other side having asked for `asked`."""
         # The bound on the exponent keeps the number finite, where tries have no end.
         own = min(self.first_pause * 2.0 ** min(failures - 1, 32), self.longest_pause)
-        return max(own, min(asked, self.longest_asked)) * random.uniform(1.0 - self.spread, 1.0)  # noqa: S311 - no secret
+        own *= random.uniform(1.0 - self.spread, 1.0)  # noqa: S311 - nothing is gained by guessing it
+        return max(own, min(asked, self.longest_asked))
 
     async def call(
         self,

@@ -60,12 +60,12 @@ def test_a_side_that_asks_for_patience_gets_it_for_so_long_without_a_gain() -> N
 
 
 @given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(0.0, 1.0), st.floats(0.0, 3600.0), st.integers(1, 5000))
-def test_no_pause_is_longer_than_is_allowed_nor_shortened_by_more_than_the_spread(
+def test_no_pause_is_longer_than_is_allowed_nor_shorter_than_was_asked_for(
     first: float, longest: float, spread: float, asked: float, failures: int
 ) -> None:
     pause = Persistence(first, longest, longest_asked=60.0, spread=spread).pause(failures, asked)
-    whole = max(min(first, longest), min(asked, 60.0))
-    assert whole * (1.0 - spread) * 0.999 <= pause <= max(longest, min(asked, 60.0))
+    least = max(min(first, longest) * (1.0 - spread) * 0.999, min(asked, 60.0))
+    assert least <= pause <= max(longest, min(asked, 60.0))
 
 
 async def failing(errors: list[Exception]) -> str:
