@@ -388,7 +388,8 @@ def _relays(urls: tuple[str, ...], environment: str | None, token_file: str | No
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.plan.plan import PlannedRelay
     from orchestrator.replication.send import open_relay, relays_of
-    from relay.protocol.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import tls_from, token_from
 
     if environment is not None:
         if urls or token_file or ca_file:
