@@ -622,6 +622,9 @@ def _obeyed_cancel() -> None:
 
 async def _warm_up() -> None:
     """Load what the first order needs, before it comes."""
+    import agent.runs.runs
+    import agent.runs.scripts
+    import agent.trees.pull  # noqa: F401 - loaded for those who import them later
 
 
 def _load_cursors(path: str) -> dict[str, messages.Cursor]:

@@ -307,11 +307,7 @@ async def _with_addresses(resolver: Resolver, reply: _Reply) -> _Reply:
     notes += [f"{name}: has no address" for name, some in found.items() if some == ()]
     if all(some is None for some in found.values()):
         return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=TTL_MIN)
-    placed = tuple(
-        replace(source, address=some[0], alternates=some[1:])
-        for source in reply.sources or ()
-        if (some := found[source.target])
-    )
+    placed = tuple(replace(source, address=some[0]) for source in reply.sources or () if (some := found[source.target]))
     return replace(reply, sources=placed, notes=(*reply.notes, *notes))
 
 
@@ -363,25 +359,20 @@ async def probe(
     connect_timeout: float,
     *,
     stagger: float = 0.25,
-    limit: int = 3,
-    first_only: bool = False,
 ) -> dict[str, ProbeResult]:
-    """Check the first `limit` sources, each starting `stagger` seconds after the one before it (RFC 8305), or at once
-    when another has come to its end.
+    """Check all sources, each starting `stagger` seconds after the one before it (RFC 8305), or at once when another
+    has come to its end.
 
     Args:
         sources: the best in front.
         check: does the asking; its errors become results.
         connect_timeout: seconds for one check as a whole.
         stagger: seconds.
-        limit: how many are checked at most.
-        first_only: a race. Stop at the first good answer; those still under way are given up and have no result,
-            because having been slower than the fastest is no failure.
 
     Returns:
         Results by URL, in the order in which they came.
     """
-    waiting = list(sources[:limit])
+    waiting = list(sources)
     running: dict[asyncio.Task[ProbeResult], str] = {}
     results: dict[str, ProbeResult] = {}
     try:
@@ -393,8 +384,6 @@ async def probe(
             done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 results[running.pop(task)] = task.result()
-            if first_only and any(one.ok for one in results.values()):
-                break
     finally:
         for task in running:
             task.cancel()

@@ -93,7 +93,7 @@ class Source:
     """One place to fetch from: a relay, or a store that stands in for one (`disk:`, `s3://`).
 
     `url` names it (`https://fra1.example.net:7400`, always with host name and port) and is what TLS and the Host header
-    go by. `endpoints` says where to connect: at the looked-up addresses, if `resolver:` gave any.
+    go by.
     """
 
     url: str
@@ -106,8 +106,6 @@ class Source:
     """Host name or literal address; empty for a store."""
     address: str | None = None
     """Where to connect instead of asking the system's resolver for `target`."""
-    alternates: tuple[str, ...] = ()
-    """Further addresses of the same target."""
     remembered: bool = False
     """DNS did not answer this time; this is from the last good answer."""
 
@@ -119,27 +117,15 @@ class Source:
         """
         if not (0 <= self.priority <= 0xFFFF and 0 <= self.weight <= 0xFFFF):
             raise ValueError("priority and weight are 16-bit numbers")
-        if not all(_is_ip(one) for one in self.addresses):
-            raise ValueError("an address is not an IP address")
-        if not self.is_store and (not self.target or _host_and_port(self.url)[0] != self.target):
+        if self.address is not None and not _is_ip(self.address):
+            raise ValueError("the address is not an IP address")
+        if not self.is_store and (not self.target or _parse_url(self.url)[1] != self.target):
             raise ValueError("the URL does not name the target")
 
     @property
     def is_store(self) -> bool:
         """Read by the store contract, not by the protocol; carries no mail."""
         return self.url.startswith(_STORES)
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        return (self.address, *self.alternates) if self.address is not None else ()
-
-    @property
-    def endpoints(self) -> tuple[tuple[str, int], ...]:
-        """(address or host name, port) to connect to, in order of preference; empty for a store."""
-        if self.is_store:
-            return ()
-        port = _host_and_port(self.url)[1]
-        return tuple((host, port) for host in self.addresses or (self.target,))
 
     @property
     def tier(self) -> tuple[int, int]:
@@ -225,11 +211,6 @@ def _parse_url(text: str) -> tuple[str, str, int]:
     if port == 0:
         raise ValueError("port is not between 1 and 65535")
     return parts.scheme, host, port or _DEFAULT_PORT[parts.scheme]
-
-
-def _host_and_port(url: str) -> tuple[str, int]:
-    _, host, port = _parse_url(url)
-    return host, port
 
 
 def _url(scheme: str, host: str, port: int) -> str:

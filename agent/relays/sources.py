@@ -207,7 +207,7 @@ class Sources:
     async def _probe(self, sources: Sequence[Source]) -> dict[str, ProbeResult]:
         if not sources:
             return {}
-        results = await probe(sources, self._check, _PROBE_SECONDS, limit=len(sources))
+        results = await probe(sources, self._check, _PROBE_SECONDS)
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
 

@@ -107,8 +107,8 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
         raise StoreError(f"cannot start a runner in {folder}: {error}") from error
 
 
-async def watch(folder: str, on_output: OnOutput | None = None, *, offset: int = 0) -> Outcome:
-    """Wait for the end, however it comes, and hand over the output from `offset` on as it grows. Stops nothing.
+async def watch(folder: str, on_output: OnOutput | None = None) -> Outcome:
+    """Wait for the end, however it comes, and hand over the output as it grows. Stops nothing.
 
     Raises:
         StoreError: it never began, and no runner is there to begin it; `launch` it again. Or the folder is unreadable.
@@ -117,6 +117,7 @@ async def watch(folder: str, on_output: OnOutput | None = None, *, offset: int =
     began = time.monotonic()
     give_up = began + _START_SECONDS
     look_at_lock = 0.0
+    offset = 0
     while True:
         result = _result(folder)
         offset = await _tell(folder, on_output, offset)

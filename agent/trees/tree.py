@@ -69,7 +69,6 @@ class IncomingTree:
         except BaseException:
             self.close()
             raise
-        self.resumed = len(self.have)
 
     @property
     def missing(self) -> list[int]:

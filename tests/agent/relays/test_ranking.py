@@ -143,11 +143,10 @@ def test_an_srv_port_out_of_range_is_refused(port):
 
 
 def test_a_looked_up_address_is_where_to_connect_and_the_name_stays_in_the_url():
-    placed = replace(A, address="192.0.2.1", alternates=("2001:db8::1",))
-    assert placed.url == "http://a.example.test:7400"
-    assert placed.endpoints == (("192.0.2.1", 7400), ("2001:db8::1", 7400))
-    assert A.endpoints == (("a.example.test", 7400),)
-    assert static_source("http://[2001:db8::2]:80").endpoints == (("2001:db8::2", 80),)
+    placed = replace(A, address="192.0.2.1")
+    assert (placed.url, placed.address) == ("http://a.example.test:7400", "192.0.2.1")
+    with pytest.raises(ValueError, match="address"):
+        replace(A, address="b.example.test")
 
 
 def test_a_source_that_does_not_hang_together_cannot_be_made():
