@@ -155,7 +155,7 @@ def test_a_source_that_does_not_hang_together_cannot_be_made():
             replace(A, **broken)
 
 
-def test_nearest_imports_neither_dns_nor_aiohttp():
+def test_ranking_and_its_memory_load_neither_dns_nor_aiohttp():
     code = (
         "import sys, agent.relays.ranking, agent.relays.dns; print(*{'dns', 'aiohttp', 'msgspec'} & set(sys.modules))"
     )
