@@ -1,6 +1,6 @@
 """A process that has a runner's modules loaded and forks off runners: to start an interpreter for each is most of its cost.
 
-It is a child of the process that launches (`Nursery`, here), started by its first launch, in a session of its own. It has
+It is a child of the process that launches (`ForkServer`, here), started by its first launch, in a session of its own. It has
 one thread, and hears its parent by a socket that is its standard input: what goes through that is never in a file or on a
 command line.
 
@@ -105,8 +105,8 @@ class Runner:
         return None if platform.process_mark(self.pid) == self._mark else 0
 
 
-class Nursery:
-    """The nursery of this process, if it needs one; any thread may ask."""
+class ForkServer:
+    """The fork server of this process, if it needs one; any thread may ask."""
 
     def __init__(self, code_folder: str) -> None:
         """`code_folder` is where the packages of ours lie. Nothing is started yet."""

@@ -15,7 +15,7 @@ come back.
 The end is the end of the script's own process. A daemon that it left behind lives on, and the runner stays to read what
 it still prints, so that it never meets a closed pipe.
 
-Start-up time is paid by every script of every deployment (without a nursery by all, else by the first of a process): only
+Start-up time is paid by every script of every deployment (without a fork server by all, else by the first of a process): only
 cheap modules of the standard library are imported, and all of them at the start, because an update may replace the files
 of a runner that lives for hours.
 """

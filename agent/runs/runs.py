@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from agent import platform
-from agent.runs.fork_server import Nursery
+from agent.runs.fork_server import ForkServer
 from agent.runs.masking import SHORTEST
 from agent.runs.runner import BEGUN, COMPLAINTS, EXIT, LEADER, LOCK, OUTPUT, SPEC, STOP
 from relay.errors import StoreError, UsageError
@@ -188,12 +188,12 @@ class _Child(Protocol):
 
 
 _children: list[tuple[str, _Child]] = []
-_nursery: Final = Nursery(_CODE_FOLDER)
+_fork_server: Final = ForkServer(_CODE_FOLDER)
 
 
 def _start(folder: str, environment: Mapping[str, str]) -> _Child:
-    """A runner for the folder: forked off by the nursery, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
-    if runner := _nursery.start(folder, environment):
+    """A runner for the folder: forked off by the fork server, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
+    if runner := _fork_server.start(folder, environment):
         return runner
     command = [sys.executable, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
     return platform.start_detached(command, environment, complaints=os.path.join(folder, COMPLAINTS))
