@@ -218,8 +218,7 @@ class _Tail:
 
     async def end(self) -> None:
         """The command is over; a daemon that it left may hold the pipe open, and is not waited for."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._task, 0.2)
+        await asyncio.wait({self._task}, timeout=0.2)
 
     def stop(self) -> None:
         self._task.cancel()

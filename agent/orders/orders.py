@@ -50,6 +50,11 @@ class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """A value that was signed: unknown fields are refused, because nobody checked what they mean."""
 
 
+def deployment_of(operation: str) -> str:
+    """The deployment that an operation's id names."""
+    return operation.partition("/")[0]
+
+
 # --- what may be ordered
 
 

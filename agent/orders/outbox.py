@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -19,11 +18,12 @@ from relay.errors import ConflictError, WaystationError
 from relay.protocol import messages
 from relay.protocol.connection import Connection
 from relay.protocol.mail_client import MailClient
+from relay.support.persistence import Persistence
 
 REPEAT_SECONDS = 30.0
 """A final report that was not acknowledged by then goes to the next relay as well."""
-PAUSE_MIN, PAUSE_MAX = 0.2, 10.0
-"""Seconds before all relays are tried again when none takes what there is to say; jittered."""
+PERSISTENCE = Persistence(first_pause=0.3, longest_pause=15.0, spread=2 / 3)
+"""Before all relays are tried again when none takes what there is to say."""
 NOTES_MAX = 64
 """Letters that are sent once and not kept: progress and refusals. What is more is dropped, the oldest first."""
 _LOG_BATCH = 16
@@ -64,7 +64,6 @@ class Outbox:
         self._notes: dict[tuple[str, str], tuple[str, messages.ReportLetter]] = {}
         self._reports_wait = asyncio.Event()
         self._logs_wait = asyncio.Event()
-        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
 
     # --- what is said
 
@@ -114,8 +113,7 @@ class Outbox:
         return self._kept.setdefault(operation, _Kept(deployment, operation))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether everything that was said stands at some relay."""
+    def _is_empty(self) -> bool:
         return not self._notes and not any(self._is_new(kept) or self._log_lags(kept) for kept in self._kept.values())
 
     # --- sending
@@ -127,16 +125,24 @@ class Outbox:
             tasks.create_task(self._work(self._logs_wait, self._send_logs))
 
     async def _work(self, wakes: asyncio.Event, send: Callable[[], Awaitable[bool]]) -> None:
-        pause = PAUSE_MIN
+        failures = 0
         while True:
             wakes.clear()
             if await send():
-                pause = PAUSE_MIN
+                failures = 0
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(wakes.wait(), REPEAT_SECONDS / 2)
+                    async with asyncio.timeout(REPEAT_SECONDS / 2):
+                        await wakes.wait()
             else:
-                await asyncio.sleep(pause * self._random.uniform(0.5, 1.5))
-                pause = min(pause * 2, PAUSE_MAX)
+                failures += 1
+                await asyncio.sleep(PERSISTENCE.pause(failures))
+
+    async def flush(self, seconds: float) -> None:
+        """Wait until everything that was said stands at some relay, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._is_empty:  # noqa: ASYNC110 - a look now and then, for a moment
+                    await asyncio.sleep(0.02)
 
     # --- reports
 
