@@ -230,7 +230,7 @@ class _Tail:
 
 @asynccontextmanager
 async def _output() -> AsyncIterator[tuple[_Tail, IO[bytes]]]:
-    """A pipe of our own: with asyncio's, a command is not over before whoever inherited the pipe is."""
+    """A pipe of our own: with asyncio's, a command is not over before the last process that inherited the pipe is."""
     reader, writer = (os.fdopen(end, mode, buffering=0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     stream = asyncio.StreamReader()
     with writer:

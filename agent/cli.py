@@ -123,7 +123,7 @@ async def _serve(service: Service) -> None:
 @_home_option
 @json_option
 def status(limit: int, home_folder: str | None, as_json: bool) -> None:
-    """Show what this agent was ordered, what became of it, what it refused, and who leads. Asks nobody."""
+    """Show what this agent was ordered, what became of it, what it refused, and which deployment leads. Contacts nothing."""
     from agent import platform
     from agent.orders.journal import OperationJournal
     from agent.service import lock_path, name_of

@@ -1,4 +1,4 @@
-"""What every folder of an agent's needs: its errors told, its files replaced, its folders removed."""
+"""Small files and folders of an agent's: read, replaced, removed, and what a failing disk means."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import errno
 import os
 import shutil
 from contextlib import suppress
+from typing import TypeVar
+
+import msgspec
 
 from relay.errors import StoreError
 
+T = TypeVar("T")
+_JSON_MAX = 1 << 20
+
 
 def store_error(error: OSError, where: str, *, full_hint: str = "") -> StoreError:
-    """What a person is told of a disk that failed; `full_hint` where it is full."""
+    """A disk that failed, in a person's words; `full_hint` where it is full."""
     full = error.errno in {errno.ENOSPC, errno.EDQUOT}
     return StoreError(f"{where}: {error.strerror or error}", full=full, hint=full_hint if full else "")
+
+
+def read_json(path: str, type: type[T]) -> T | None:
+    """What the file says; None where there is none, or it cannot be read as such."""
+    try:
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(_JSON_MAX), type=type)
+    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
 
 
 def replace_file(path: str, data: bytes) -> None:

@@ -98,7 +98,7 @@ class Inbox:
     def _acknowledge(self, action: Acknowledge, order: Order) -> None:
         mine = [operation for operation in action.operations if self._is_of(operation, order.environment)]
         self._journal.acknowledge(mine)
-        self._reporter.acknowledged(mine)
+        self._reporter.outbox.acknowledged(mine)
         if action.ends:
             self._journal.close(order.environment, order.deployment)
             self._scheduler.deployment_ended()

@@ -1,6 +1,6 @@
-"""What an agent does when it is told to: each kind of order, from the decision to obey to how it ended.
+"""What an agent does by order: each kind of order, from the decision to obey to how it ended.
 
-Nothing here knows of relays' mail or of other orders: `agent/service.py` decides what runs when, and tells of it.
+Nothing here knows of relays' mail or of other orders: `agent/scheduler.py` decides what runs when.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ _TEXT_CHARS = 400
 _log = logging.getLogger(__name__)
 
 Output = Callable[[int, bytes, str], None]
-"""Told of new output: (offset, bytes, path of the file that it is in)."""
+"""Called with new output: (offset, bytes, path of the file that it is in)."""
 Progress = Callable[[int, int], None]
-"""Told of (bytes done, bytes of the whole)."""
+"""Called with (bytes done, bytes of the whole)."""
 
 
 class NotRunError(WaystationError):
@@ -79,7 +79,7 @@ class NotRunError(WaystationError):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How an operation ended; what a report says of it. Seconds since 1970; 0 where nobody knows."""
+    """How an operation ended; what a report says of it. Seconds since 1970; 0 where that is not known."""
 
     state: State
     reason: str = ""
@@ -148,7 +148,7 @@ class Operations:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
-        # A mistake of ours must be told as the end of the operation, or somebody would wait for it for ever.
+        # A mistake of ours must be told as the end of the operation, or the orchestrator would wait for it for ever.
         except Exception as error:
             _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
@@ -326,9 +326,7 @@ class Operations:
             raise NotRunError(f"{manifest.package} holds no {path!r}")
         script = os.path.join(record.path, path)
         if _sha256_of(script) != manifest.part_sha256(paths.index(path)):
-            raise NotRunError(
-                f"{script} is not as it was signed: somebody changed it", hint="Acquire its package again"
-            )
+            raise NotRunError(f"{script} is not as it was signed: it was changed", hint="Acquire its package again")
         return script
 
     def _secrets(self, action: RunScript, operation: str) -> dict[str, str]:

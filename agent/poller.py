@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import msgspec
 
-from agent.disk import replace_file
+from agent.disk import read_json, replace_file
 from agent.inbox import Inbox
 from agent.relays.sources import Sources
 from agent.reporter import Reporter
@@ -26,7 +26,6 @@ POLLED = 2
 """Relays polled at one time."""
 PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
 """With a relay that failed."""
-_CURSORS_MAX = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class Cursors:
     def __init__(self, home: str) -> None:
         """Read them; blocking."""
         self._path = os.path.join(home, "cursors.json")
-        self._by_url = _load(self._path)
+        self._by_url = read_json(self._path, dict[str, messages.Cursor]) or {}
 
     def get(self, url: str) -> messages.Cursor | None:
         return self._by_url.get(url)
@@ -102,20 +101,8 @@ class Cursors:
         cursor = messages.Cursor(answer.epoch, max((letter.number for letter in answer.orders), default=same))
         if cursor != before:
             self._by_url[url] = cursor
-            await asyncio.to_thread(_save, self._path, dict(self._by_url))
-
-
-def _load(path: str) -> dict[str, messages.Cursor]:
-    try:
-        with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(_CURSORS_MAX), type=dict[str, messages.Cursor])
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def _save(path: str, cursors: dict[str, messages.Cursor]) -> None:
-    with suppress(OSError):
-        replace_file(path, msgspec.json.encode(cursors))
+            with suppress(OSError):
+                await asyncio.to_thread(replace_file, self._path, msgspec.json.encode(self._by_url))
 
 
 class Poller:
@@ -177,17 +164,14 @@ class Poller:
     async def _ask(self, relay: RelayClient, wait: float) -> messages.PollAnswer:
         cursor = self._cursors.get(relay.url)
         request = messages.PollRequest(presence=self._reporter.presence(), after=cursor, wait=wait)
-        answer = await MailClient(relay).poll(self._reporter.name, request)
+        answer = await MailClient(relay).poll(self._reporter.author.name, request)
         self._relays.answered(relay)
-        self._tell_ready(relay.url)
-        if cursor is not None and cursor.epoch != answer.epoch:
-            self._reporter.lost(relay.url)
-        return answer
-
-    def _tell_ready(self, url: str) -> None:
         if self._on_ready is not None:
-            self._on_ready(url)
+            self._on_ready(relay.url)
             self._on_ready = None
+        if cursor is not None and cursor.epoch != answer.epoch:
+            self._reporter.outbox.lost(relay.url)
+        return answer
 
 
 def _spread(least: float, most: float) -> float:

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,34 +54,29 @@ class Reporter:
 
     def __init__(self, author: Author, journal: OperationJournal, outbox: Outbox, clock: Callable[[], float]) -> None:
         """`clock` gives seconds since 1970."""
-        self._author = author
+        self.author = author
         self._journal = journal
-        self._outbox = outbox
+        self.outbox = outbox
         self._clock = clock
         self._version = importlib.metadata.version("waystation")
         self._number = 0
-
-    @property
-    def name(self) -> str:
-        """The agent's."""
-        return self._author.name
 
     def presence(self) -> bytes:
         """That this agent is there now, as an envelope."""
         refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self._journal.refusals()]
         presence = Presence(
             format=1,
-            name=self._author.name,
-            signing=self._author.identity.signing_public,
-            sealing=self._author.identity.sealing_public,
+            name=self.author.name,
+            signing=self.author.identity.signing_public,
+            sealing=self.author.identity.sealing_public,
             version=self._version,
             system=platform.system_name(),
-            site=self._author.site,
+            site=self.author.site,
             time=self._clock(),
             fences=dict(self._journal.fences),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
         )
-        return sign_presence(presence, self._author.signer)
+        return sign_presence(presence, self.author.signer)
 
     # --- of one operation
 
@@ -95,12 +90,8 @@ class Reporter:
                 told = now
                 report = self._report(record.operation, record.digest, self._next_number(), Ended("running"))
                 report = msgspec.structs.replace(report, done=now[0], whole=now[1])
-                self._outbox.note(record.deployment, self._letter(report), "progress")
+                self.outbox.note(record.deployment, self._letter(report), "progress")
             await asyncio.sleep(PROGRESS_SECONDS)
-
-    def log(self, record: OperationRecord, path: str, size: int) -> None:
-        """Its output in `path` has `size` bytes now."""
-        self._outbox.log(record.deployment, record.operation, path, size)
 
     async def finish(self, record: OperationRecord, ended: Ended, *, durable: bool) -> None:
         """Keep how it ended, as the journal's `finish` does, and tell it until it is acknowledged."""
@@ -119,18 +110,19 @@ class Reporter:
             return
         letter = messages.ReportLetter(operation=record.operation, number=report.number, envelope=envelope)
         if report.log_bytes:
-            self.log(record, os.path.join(last_run(record.folder), OUTPUT), report.log_bytes)
-        self._outbox.final(record.deployment, letter, lambda: self._renumbered(record))
+            path = os.path.join(last_run(record.folder), OUTPUT)
+            self.outbox.log(record.deployment, record.operation, path, report.log_bytes)
+        self.outbox.final(record.deployment, letter, lambda: self._renumbered(record))
 
     def answer_again(self, record: OperationRecord, relay: str) -> None:
         """Its order came once more, by this relay."""
         if record.report is None:
             return
         if not record.acknowledged:
-            self._outbox.again(record.operation, relay)
+            self.outbox.again(record.operation, relay)
         elif envelope := self._journal.report(record):
             letter = messages.ReportLetter(operation=record.operation, number=record.report.number, envelope=envelope)
-            self._outbox.note(record.deployment, letter, "again")
+            self.outbox.note(record.deployment, letter, "again")
 
     def _renumbered(self, record: OperationRecord) -> messages.ReportLetter:
         """The same end under a new number: a relay holds something else under the old one."""
@@ -164,15 +156,7 @@ class Reporter:
         # being reported.
         number = _REFUSAL_NUMBERS | int(refused.digest[:12], 16)
         report = self._report(operation, refused.digest, number, Ended("refused", f"{refused.code}: {refused.text}"))
-        self._outbox.note(deployment, self._letter(report), f"refused {refused.digest}")
-
-    def acknowledged(self, operations: Collection[str]) -> None:
-        """The orchestrator has their ends."""
-        self._outbox.acknowledged(operations)
-
-    def lost(self, relay: str) -> None:
-        """This relay lost its mail."""
-        self._outbox.lost(relay)
+        self.outbox.note(deployment, self._letter(report), f"refused {refused.digest}")
 
     # --- making reports
 
@@ -186,8 +170,8 @@ class Reporter:
             format=1,
             operation=operation,
             deployment=deployment_of(operation),
-            agent=self._author.name,
-            key=self._author.identity.fingerprint,
+            agent=self.author.name,
+            key=self.author.identity.fingerprint,
             order=digest,
             number=number,
             state=ended.state,
@@ -202,8 +186,8 @@ class Reporter:
 
     def _letter(self, report: Report) -> messages.ReportLetter:
         try:
-            envelope = sign_report(report, self._author.signer)
+            envelope = sign_report(report, self.author.signer)
         except UsageError:
             # The end must be told, also where all that was found out does not fit.
-            envelope = sign_report(msgspec.structs.replace(report, facts=None), self._author.signer)
+            envelope = sign_report(msgspec.structs.replace(report, facts=None), self.author.signer)
         return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)

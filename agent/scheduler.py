@@ -27,29 +27,14 @@ _ONE_AT_A_TIME = (*_RUNS, *_SETTLED_ACTIONS)
 
 @dataclass(slots=True)
 class _ActiveOperation:
-    """`begun`: it has its turn. `bytes_done` of `bytes_whole`, where it can say so."""
+    """`begun`: it has its turn. `progress`: bytes done, bytes of the whole."""
 
     record: OperationRecord
     order: Order
     begun: bool = False
     stopped: bool = False
-    bytes_done: int = 0
-    bytes_whole: int = 0
+    progress: tuple[int, int] = (0, 0)
     task: asyncio.Task[None] | None = None
-
-    @property
-    def is_run(self) -> bool:
-        return isinstance(self.order.action, _RUNS)
-
-    @property
-    def is_settled(self) -> bool:
-        return isinstance(self.order.action, _SETTLED_ACTIONS)
-
-    def progress(self) -> tuple[int, int]:
-        return self.bytes_done, self.bytes_whole
-
-    def set_progress(self, done: int, whole: int) -> None:
-        self.bytes_done, self.bytes_whole = done, whole
 
 
 class Scheduler:
@@ -108,16 +93,16 @@ class Scheduler:
         if active.stopped:
             return
         active.stopped = True
-        if active.is_run and active.begun:
+        if isinstance(active.order.action, _RUNS) and active.begun:
             self._tasks.create_task(_stop_run(active))
-        elif active.task is not None and not (active.is_settled and active.begun):
+        elif active.task is not None and not (isinstance(active.order.action, _SETTLED_ACTIONS) and active.begun):
             active.task.cancel()
 
     # --- one operation
 
     async def _operate(self, active: _ActiveOperation, barred: str) -> None:
         began = self._clock()
-        progress = self._tasks.create_task(self._reporter.follow(active.record, active.progress))
+        progress = self._tasks.create_task(self._reporter.follow(active.record, lambda: active.progress))
         try:
             ended = await self._perform(active, barred)
         except asyncio.CancelledError:
@@ -129,7 +114,7 @@ class Scheduler:
             progress.cancel()
         del self._active[active.record.operation]
         ended = replace(ended, started=ended.started or began, ended=ended.ended or self._clock())
-        await self._reporter.finish(active.record, ended, durable=active.is_settled)
+        await self._reporter.finish(active.record, ended, durable=isinstance(active.order.action, _SETTLED_ACTIONS))
 
     async def _perform(self, active: _ActiveOperation, barred: str) -> Ended:
         if active.stopped:
@@ -138,8 +123,10 @@ class Scheduler:
         job = Job(
             active.order,
             record.folder,
-            on_output=lambda offset, data, path: self._reporter.log(record, path, offset + len(data)),
-            on_progress=active.set_progress,
+            on_output=lambda offset, data, path: self._reporter.outbox.log(
+                record.deployment, record.operation, path, offset + len(data)
+            ),
+            on_progress=lambda done, whole: setattr(active, "progress", (done, whole)),
             barred=barred,
         )
         if not isinstance(active.order.action, _ONE_AT_A_TIME):
@@ -156,7 +143,7 @@ class Scheduler:
         """Whether it still may, now that its turn has come; what runs already is only followed."""
         if fenced_off(active.order, self._journal.fences) is None:
             return True
-        if not active.is_run:
+        if not isinstance(active.order.action, _RUNS):
             return False
         return await asyncio.to_thread(runs.state_of, last_run(active.record.folder)) != "new"
 

@@ -1,8 +1,8 @@
 """May this order be obeyed? Pure: bytes, pins, clock and what is remembered go in, a verdict comes out, never an error.
 
 The steps, in this order: who signed it, and may they order here; is it for this agent; does its name belong to its
-deployment; was it seen before; is its sender still the one who leads; is it in time. A relay, and whoever else carries
-orders, is believed in nothing.
+deployment; was it seen before; is its sender still the one who leads; is it in time. Nothing is
+believed of a relay, or of anything else that carries orders.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def judge(envelope: bytes, pins: TrustPins | None, me: Me, memory: Memory, now: 
     """What to do with `envelope`, which came from anywhere, at `now` (seconds since 1970)."""
     digest = order_digest(envelope)
     if pins is None:
-        return Refused("no_pins", "this agent has no trust.json, so it believes nobody", digest)
+        return Refused("no_pins", "this agent has no trust.json, so it believes no key", digest)
     try:
         order = verify_order(envelope, pins)
     except ScopeError as error:

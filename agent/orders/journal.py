@@ -5,7 +5,7 @@
 <home>/operations/<hash of the id>/acknowledged  the orchestrator has it
 <home>/operations/<hash of the id>/run-<n>/      the runner's folder (scripts and services)
 <home>/journal.json                              fences, and what is remembered of orders that are forgotten
-<home>/refusals.jsonl                            letters that were not obeyed, and why
+<home>/refusals.jsonl                            orders that were not obeyed, and why
 
 Blocking, small files. One process writes (`agent serve` holds a lock); `agent status` reads beside it.
 """
@@ -55,7 +55,7 @@ class OperationRecord:
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A letter that was not obeyed. `operation` is what it, or the relay that brought it, called itself."""
+    """An order that was not obeyed. `operation` is the id in it, or the one under which the relay brought it."""
 
     at: float
     code: str
@@ -179,7 +179,7 @@ class OperationJournal:
             if record is None or record.report is None or record.acknowledged:
                 continue
             record.acknowledged, record.envelope = True, None
-            # Lost in a crash, the result is sent once more, which harms nobody.
+            # Lost in a crash, the result is sent once more, which does no harm.
             with suppress(OSError):
                 replace_file(os.path.join(record.folder, "acknowledged"), b"")
             news.append(record)
@@ -220,7 +220,7 @@ class OperationJournal:
     # --- refusals
 
     def refuse(self, code: Code | str, text: str, *, operation: str, digest: str, relay: str, now: float) -> bool:
-        """Note a letter that was not obeyed; False where the same letter was noted before."""
+        """Note an order that was not obeyed; False where the same envelope was noted before."""
         if digest in self._refused:
             return False
         refusal = Refusal(now, code, _printable(text, 500), _printable(operation, 255), digest, _printable(relay, 255))

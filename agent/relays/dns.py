@@ -117,7 +117,7 @@ class DiscoveryConfig:
 
 
 def discovery_of(config: AgentConfig) -> DiscoveryConfig:
-    """Where agent.yaml says to look for relays. Raises `UsageError` where a value can be nobody's."""
+    """Where agent.yaml says to look for relays. Raises `UsageError` where a value cannot be right."""
     return DiscoveryConfig(
         site=config.site,
         domain=config.domain,
@@ -268,7 +268,7 @@ async def _srv(resolver: Resolver, name: str) -> tuple[list[SRV], float]:
     """The records and their seconds to live; no records where there is no such name.
 
     Raises:
-        _DnsFailedError: nobody answered.
+        _DnsFailedError: no server answered.
     """
     import dns.rdtypes.IN.SRV
 
@@ -313,7 +313,7 @@ async def _with_addresses(resolver: Resolver, reply: _Reply) -> _Reply:
 
 
 async def _addresses(resolver: Resolver, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
-    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where nobody answered."""
+    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where no server answered."""
     async with gate:
         answers = await asyncio.gather(*(_texts(resolver, target, kind) for kind in ("A", "AAAA")))
     found = tuple(text for some in answers for text in some or ())[:ADDRESSES_MAX]

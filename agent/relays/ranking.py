@@ -159,7 +159,7 @@ def srv_source(origin: Origin, scheme: Scheme, target: str, port: int, priority:
     """One SRV record (RFC 2782).
 
     Raises:
-        ValueError: target or port can be nobody's. A DNS answer is a stranger's text.
+        ValueError: target or port cannot be right. A DNS answer is a stranger's text.
     """
     host = target.removesuffix(".").lower()
     if not is_host_name(host):
@@ -438,7 +438,7 @@ def rank(
 
 
 def order_for_pull(ranking: Ranking, exclude: Collection[str]) -> tuple[Source, ...]:
-    """Whom to ask in this pull, in order, without the URLs that failed hard in it.
+    """The sources to ask in this pull, in order, without the URLs that failed hard in it.
 
     The ill ones stand at the end: better an unlikely source than none. One refused connection moves this pull on at
     once; the kept ranking changes only by `record_failure`.

@@ -98,7 +98,7 @@ class StoreSource:
             yield Received(manifest.id, index, chunk, chunk.size)
 
     async def health(self, *, attempts: int = 1) -> None:  # noqa: ARG002 - as a relay's
-        # Reading what nobody wrote is enough: a share that is not mounted says so.
+        # Reading a name that is not there is enough: a share that is not mounted says so.
         await (await self._open()).documents.read("packages/none")
 
     async def close(self) -> None:
@@ -160,7 +160,7 @@ class Sources:
         return self
 
     async def look_again(self) -> None:
-        """Ask DNS once more, for whoever lives longer than its answers. What is open stays open."""
+        """Ask DNS once more, for a process that lives longer than its answers. What is open stays open."""
         found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
         self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
@@ -183,7 +183,7 @@ class Sources:
         return rank(self._found, self._kept.healths, self._kept.current, self._clock(), self._seed)
 
     def in_order(self) -> list[AnySource]:
-        """Every source, the one to ask first in front, opened (which contacts nobody).
+        """Every source, the one to ask first in front, opened (which contacts none of them).
 
         Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
         """
@@ -228,7 +228,7 @@ class Sources:
     def failed(self, name: str, error: WaystationError) -> None:
         """It could not be reached, or sent other bytes: the latter puts it out at once.
 
-        Whoever lies answers questions for its health all the better, so counting to three would never end.
+        A relay that lies answers questions for its health all the better, so counting to three would never end.
         """
         url = self._url_of(name)
         health = self._health(url)

@@ -65,10 +65,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
     Attributes:
         state: `done`: exit status 0. `failed`: another one, its time limit, or it could not be started. `stopped`:
-            somebody asked for it. `unknown`: it began, and its runner was lost before the end; it may even still run.
+            it was asked for. `unknown`: it began, and its runner was lost before the end; it may even still run.
         exit_status: of the script, negative for the signal that ended it; None if there is none.
         reason: a sentence for a person; empty when done.
-        started, ended: seconds since 1970; 0 where nobody knows.
+        started, ended: seconds since 1970; 0 where that is not known.
         output_bytes: size of the output as it is kept.
     """
 
@@ -184,7 +184,7 @@ class _Child(Protocol):
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """None while it lives. Somebody must ask, or it stays as a zombie."""
+        """None while it lives. Its parent must ask, or it stays as a zombie."""
 
 
 _children: list[tuple[str, _Child]] = []
@@ -275,7 +275,7 @@ def _piece(folder: str, offset: int) -> bytes:
 
 
 def _write_spec(path: str, data: bytes) -> None:
-    """As a whole, but not synced: after a power cut nobody reads it. What had begun is unknown, the rest is launched again."""
+    """As a whole, but not synced: after a power cut it is not read. What had begun is unknown, the rest is launched again."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from agent.config import AgentConfig
-from agent.disk import remove_folder, store_error
+from agent.disk import read_json, remove_folder, store_error
 from agent.relays.dns import discovery_of
 from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
@@ -103,14 +103,18 @@ class AgentState:
         for name in _names(os.path.join(self.home, "trees")):
             if not name.endswith(".json"):
                 continue
-            record = self._read_record(name)
+            record = read_json(os.path.join(self.home, "trees", name), TreeRecord)
             if record is not None and os.path.isdir(record.path):
                 found.append(record)
         return sorted(found, key=lambda record: record.ulid, reverse=True)
 
     def manifest(self, record: TreeRecord) -> Manifest | None:
         """The manifest of an installed tree; None where it is lost or damaged."""
-        return self._read_manifest(record.manifest)
+        try:
+            with open(os.path.join(self.home, "manifests", parse_digest(record.manifest)), "rb") as file:
+                return manifests.parse_named(file.read(), record.manifest)
+        except (OSError, ManifestError, IdentityError):
+            return None
 
     def signature(self, manifest: str) -> bytes:
         """The envelope that came with a manifest, not verified; empty where none is kept."""
@@ -163,11 +167,7 @@ class AgentState:
 
     def settled(self, root: str) -> Settled | None:
         """What was last found good under this root; None where nothing was."""
-        try:
-            with open(self._settled_path(root), "rb") as file:
-                return msgspec.json.decode(file.read(), type=Settled)
-        except (OSError, ValueError, RecursionError):
-            return None
+        return read_json(self._settled_path(root), Settled)
 
     def settle(self, record: TreeRecord, fingerprint: str) -> Settled:
         """Remember that this tree is good, and which was before it. Raises `StoreError`."""
@@ -206,20 +206,6 @@ class AgentState:
     def newest_of(self, ref: PackageRef) -> list[TreeRecord]:
         """Installed trees, those of the same package first, newest first: where to look for chunks."""
         return sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key)
-
-    def _read_record(self, name: str) -> TreeRecord | None:
-        try:
-            with open(os.path.join(self.home, "trees", name), "rb") as file:
-                return msgspec.json.decode(file.read(), type=TreeRecord)
-        except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
-            return None
-
-    def _read_manifest(self, id: str) -> Manifest | None:
-        try:
-            with open(os.path.join(self.home, "manifests", parse_digest(id)), "rb") as file:
-                return manifests.parse_named(file.read(), id)
-        except (OSError, ManifestError, IdentityError):
-            return None
 
     def _write(self, folder: str, name: str, data: bytes) -> None:
         path = os.path.join(self.home, folder)

@@ -49,7 +49,7 @@ class IncomingTree:
         Raises:
             LockedError: another process builds the same tree under this root.
             StoreError: the file system says no; `full` where it has no room for the tree, and then nothing is left of it.
-            UntrustedError: somebody else could write into the build's folder.
+            UntrustedError: another user could write into the build's folder.
         """
         self.manifest = manifest
         self.target = target
@@ -314,7 +314,7 @@ def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk
 
 
 class TreeHoldings:
-    """Chunks of installed trees, read through their manifests, for whoever sends differences from them.
+    """Chunks of installed trees, read through their manifests, for a sender of differences from them.
 
     Nothing keeps a tree from being edited or removed meanwhile: each chunk is hashed whenever it is read.
     """
