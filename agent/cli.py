@@ -244,7 +244,7 @@ def pull(
 @json_option
 def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, as_json: bool) -> None:
     """Show the relays in the order in which this agent asks them, and why in that order."""
-    from agent.relays.ranking import UNKNOWN
+    from agent.relays.health import UNKNOWN
     from agent.trees.installed import AgentState
 
     state = AgentState(_home(home_folder))

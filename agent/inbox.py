@@ -74,14 +74,14 @@ class Inbox:
                 # Not obeyed: without a note of it, it could be done twice.
                 text = f"this machine cannot write it down: {error.message}"
                 order_of = verdict.order if isinstance(verdict, Accepted | Refused) else None
-                refused = Refused("disk", text, verdict.digest, order_of)
-                await self._reporter.refuse(refused, letter.operation, relay)
+                await self._reporter.refuse(Refused("disk", text, verdict.digest, order_of), letter.operation, relay)
             except Exception as error:
                 # One letter must not end the agent, whatever is wrong with it: it would be read again at every start.
                 _log.exception("agent.letter_failed", extra={"operation": letter.operation, "relay": relay})
                 text = f"the agent failed over it: {type(error).__name__}"
-                refused = Refused("internal", text, order_digest(letter.envelope))
-                await self._reporter.refuse(refused, letter.operation, relay)
+                await self._reporter.refuse(
+                    Refused("internal", text, order_digest(letter.envelope)), letter.operation, relay
+                )
 
     async def _obey(self, order: Order, digest: str, envelope: bytes) -> None:
         match order.action:

@@ -36,6 +36,9 @@ class _ActiveOperation:
     progress: tuple[int, int] = (0, 0)
     task: asyncio.Task[None] | None = None
 
+    def set_progress(self, done: int, whole: int) -> None:
+        self.progress = (done, whole)
+
 
 class Scheduler:
     """Starts and stops operations, each in a task of its own."""
@@ -126,7 +129,7 @@ class Scheduler:
             on_output=lambda offset, data, path: self._reporter.outbox.log(
                 record.deployment, record.operation, path, offset + len(data)
             ),
-            on_progress=lambda done, whole: setattr(active, "progress", (done, whole)),
+            on_progress=active.set_progress,
             barred=barred,
         )
         if not isinstance(active.order.action, _ONE_AT_A_TIME):

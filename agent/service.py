@@ -13,6 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from agent import platform
@@ -76,18 +77,15 @@ class Service:
                 hint="Put the origin's trust.json beside agent.yaml, or use 'agent init --trust FILE'",
             )
         self._home = home
-        self._config = config
         self._pins = pins
-        self._relays = tuple(relays)
-        self._token_file = token_file
         self._on_ready = on_ready
         self._clock = clock
-        self._limits = limits
+        self._open_sources = partial(
+            Sources, config, Path(home) / "relays.json", relays=relays, token_file=token_file, limits=limits
+        )
         identity = load_agent_identity(home)
         self._author = Author(name_of(config.name), config.site or "", identity, load_report_signer(home))
-        self._operations = Operations(
-            state, config, pins, load_sealing_key(home), relays=self._relays, token_file=token_file
-        )
+        self._operations = Operations(state, config, pins, load_sealing_key(home), relays=relays, token_file=token_file)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Runners are left alone then: the next process collects their results.
@@ -110,10 +108,6 @@ class Service:
         journal.sweep()
         journal.forget(self._clock())
         return journal
-
-    def _open_sources(self) -> Sources:
-        path = Path(self._home) / "relays.json"
-        return Sources(self._config, path, relays=self._relays, token_file=self._token_file, limits=self._limits)
 
     async def _work(self, journal: OperationJournal, cursors: Cursors, sources: Sources, stop: asyncio.Event) -> None:
         relays, name = MailRelays(sources), self._author.name

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -171,19 +171,13 @@ class OperationJournal:
     def unacknowledged(self) -> list[OperationRecord]:
         return [record for record in self.operations.values() if record.report is not None and not record.acknowledged]
 
-    def acknowledge(self, operations: Iterable[str]) -> list[OperationRecord]:
-        """The orchestrator has these results; gives those that are news."""
-        news = []
-        for operation in operations:
-            record = self.operations.get(operation)
-            if record is None or record.report is None or record.acknowledged:
-                continue
+    def acknowledge(self, operations: Collection[str]) -> None:
+        """The orchestrator has these results."""
+        for record in [record for record in self.unacknowledged() if record.operation in operations]:
             record.acknowledged, record.envelope = True, None
             # Lost in a crash, the result is sent once more, which does no harm.
             with suppress(OSError):
                 replace_file(os.path.join(record.folder, "acknowledged"), b"")
-            news.append(record)
-        return news
 
     def forget(self, now: float) -> int:
         """Remove what is over, known to the orchestrator and too old to be replayed; how many.

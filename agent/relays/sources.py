@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -14,32 +13,22 @@ from pathlib import Path
 from typing import Self
 
 from agent.config import AgentConfig
-from agent.relays.dns import (
-    TTL_MIN,
-    DiscoveryConfig,
-    State,
-    discovery_of,
-    find_sources,
-    load_state,
-    log_changes,
-    probe,
-    save_state,
-)
-from agent.relays.ranking import (
+from agent.relays.candidates import Source
+from agent.relays.dns import TTL_MIN, DiscoveryConfig, discovery_of, find_sources
+from agent.relays.health import (
     FAILS_OUT,
     UNKNOWN,
     Health,
     ProbeResult,
-    Ranking,
-    Source,
     known,
     next_probe,
-    order_for_pull,
-    rank,
     record_failure,
     record_probes,
     record_success,
 )
+from agent.relays.memory import State, load_state, log_changes, save_state
+from agent.relays.probe import probe
+from agent.relays.ranking import Ranking, order_for_pull, rank
 from relay.encoding.bundle import Event, NotSent, Received, Tap
 from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
@@ -271,14 +260,11 @@ class Sources:
                     token=self._token,
                     connect_to=source.address,
                     limits=self._limits,
-                    tls=self._tls(),
+                    tls=tls_from(self._config.ca_file or None),
                 )
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened
-
-    def _tls(self) -> ssl.SSLContext | None:
-        return tls_from(self._config.ca_file or None)
 
     def _url_of(self, name: str) -> str:
         return next((url for url, opened in self._open.items() if opened.name == name), name)

@@ -90,7 +90,7 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
         StoreError: the folder cannot be written, or no process can be started; nothing was started.
     """
     _check(spec, environment)
-    folder = _absolute(folder)
+    folder = os.path.abspath(folder)
     try:
         if not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -113,7 +113,7 @@ async def watch(folder: str, on_output: OnOutput | None = None) -> Outcome:
     Raises:
         StoreError: it never began, and no runner is there to begin it; `launch` it again. Or the folder is unreadable.
     """
-    folder = _absolute(folder)
+    folder = os.path.abspath(folder)  # noqa: ASYNC240 - contacts no disk
     began = time.monotonic()
     give_up = began + _START_SECONDS
     look_at_lock = 0.0
@@ -280,10 +280,6 @@ def _write_spec(path: str, data: bytes) -> None:
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
     os.replace(temporary, path)
-
-
-def _absolute(folder: str) -> str:
-    return os.path.abspath(folder)
 
 
 def _size(folder: str) -> int:

@@ -14,29 +14,13 @@ import msgspec
 import pytest
 from harness.dns_server import DOMAIN, Srv, dns_server
 
-from agent.relays import dns
-from agent.relays.dns import (
-    RECORDS_MAX,
-    STATE_BYTES_MAX,
-    DiscoveryConfig,
-    LastAnswer,
-    State,
-    find_sources,
-    load_state,
-    log_changes,
-    probe,
-    save_state,
-)
-from agent.relays.ranking import (
-    UNKNOWN,
-    Source,
-    rank,
-    record_failure,
-    record_probes,
-    record_success,
-    srv_source,
-    static_source,
-)
+from agent.relays import dns, memory
+from agent.relays.candidates import Source, srv_source, static_source
+from agent.relays.dns import RECORDS_MAX, DiscoveryConfig, LastAnswer, find_sources
+from agent.relays.health import UNKNOWN, record_failure, record_probes, record_success
+from agent.relays.memory import STATE_BYTES_MAX, State, load_state, log_changes, save_state
+from agent.relays.probe import probe
+from agent.relays.ranking import rank
 from relay.errors import StoreError, UsageError
 
 SITE = f"_waystation._tcp.fra._sites.{DOMAIN}"
@@ -505,7 +489,7 @@ def test_a_failed_write_leaves_the_old_state_and_no_rubbish(tmp_path, monkeypatc
         failed.append(handle)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dns.os, "fsync", no_sync)
+    monkeypatch.setattr(memory.os, "fsync", no_sync)
     with pytest.raises(StoreError) as caught:
         save_state(path, State(current="new"))
     assert failed

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.relays.ranking import (
+from agent.relays.candidates import Source, by_weight, candidates, srv_source, static_source
+from agent.relays.health import (
     FAILS_OUT,
-    GOODPUT_KEPT,
     PROBE_ILL,
     PROBE_ILL_MAX,
     PROBE_WELL,
@@ -20,19 +20,13 @@ from agent.relays.ranking import (
     Average,
     Health,
     ProbeResult,
-    Source,
-    by_weight,
-    candidates,
     known,
     next_probe,
-    order_for_pull,
-    rank,
     record_failure,
     record_probes,
     record_success,
-    srv_source,
-    static_source,
 )
+from agent.relays.ranking import GOODPUT_KEPT, order_for_pull, rank
 from relay.errors import UsageError
 
 
@@ -155,7 +149,7 @@ def test_a_source_that_does_not_hang_together_cannot_be_made():
             replace(A, **broken)
 
 
-def test_ranking_and_its_memory_load_neither_dns_nor_aiohttp():
+def test_ranking_and_look_ups_load_neither_dns_nor_aiohttp():
     code = (
         "import sys, agent.relays.ranking, agent.relays.dns; print(*{'dns', 'aiohttp', 'msgspec'} & set(sys.modules))"
     )
