@@ -32,9 +32,10 @@ import yaml
 from agent import platform
 from benchmarks.support.agents import make_agent
 from benchmarks.support.programs import WAYSTATION, Served, relay, run, waystation
+from orchestrator.journal.events import Dispatched, Event, Note, Reported
+from orchestrator.journal.recorder import Recorder
 
 if TYPE_CHECKING:
-    from agent.orders.orders import Report
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.events import Entry
     from orchestrator.journal.journal import Journal
@@ -373,21 +374,24 @@ class Trip:
     done: float
 
 
-class _Marks:
-    """The fleet's hooks: they keep no journal here."""
+class _Marks(Recorder):
+    """Marks when an order leaves. Nothing is kept in the journal."""
 
-    def __init__(self) -> None:
+    def __init__(self, deployment: str) -> None:
+        self.deployment = deployment
         self.posted: dict[str, float] = {}
 
-    async def before_dispatch(self, operation: str, _machine: str, _order: str) -> None:
-        self.posted[operation] = time.time()
-
-    async def after_report(self, machine: str, report: Report) -> None:
-        if report.state != "done":
-            raise RuntimeError(f"{machine}: {report.state}: {report.reason}")
-
-    async def note(self, machine: str, text: str) -> None:
-        print(f"note: {machine}: {text}", file=sys.stderr)
+    async def record(self, *events: Event) -> None:
+        for event in events:
+            match event:
+                case Dispatched(operation=operation):
+                    self.posted[operation] = time.time()
+                case Reported(machine=machine, state=state, reason=reason) if state != "done":
+                    raise RuntimeError(f"{machine}: {state}: {reason}")
+                case Note(text=text, machine=machine):
+                    print(f"note: {machine}: {text}", file=sys.stderr)
+                case _:
+                    pass
 
 
 async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[list[Trip], list[Trip]]:
@@ -406,7 +410,7 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
     os.makedirs(folder, mode=0o700)
     assert plan.scripts is not None
     script = RunScript(plan.scripts.manifest, "deploy/quick.sh", {})
-    signer, marks = load_signer(made.trust, "order"), _Marks()
+    signer, marks = load_signer(made.trust, "order"), _Marks(ulid)
 
     async def one(fleet: Fleet, machine: str, number: int) -> tuple[str, float, float]:
         asked = time.time()
@@ -414,11 +418,10 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
         return fleet.operation(machine, number, "quick", 1), asked, time.time()
 
     async with open_relay(plan.relays[0]) as client:
-        fleet = Fleet(
-            plan, ulid, {plan.relays[0].name: client}, signer=signer, journal=journal_id, folder=folder, hooks=marks
-        )
-        fleet.claim(fence)
-        async with fleet:
+        clients = {plan.relays[0].name: client}
+        async with Fleet(
+            plan, clients, signer=signer, journal=journal_id, folder=folder, recorder=marks, fence=fence
+        ) as fleet:
             await asyncio.gather(*(one(fleet, machine, 1) for machine in made.machines))
             single = [
                 await one(fleet, made.machines[n % len(made.machines)], 2 + n // len(made.machines))

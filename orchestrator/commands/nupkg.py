@@ -161,12 +161,13 @@ def fetch(
 
     async def take() -> Fetched:
         from orchestrator.depot.depot import open_depot
-        from orchestrator.replication.export import fetch_from_depot, fetch_from_relay, read_pins
+        from orchestrator.replication.export import fetch_from_depot, fetch_from_relay
+        from orchestrator.trust.keyring import load_pins
         from relay.protocol.client import RelayClient, tls_from, token_from
 
         ref = package_ref(id, version)
         path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")  # noqa: ASYNC240 - contacts no disk
-        pins = read_pins(options.trust_folder(trust_folder))
+        pins = load_pins(options.trust_folder(trust_folder))
         with progress_bars() as bar:
             if url is None:
                 async with open_depot(depot_location(depot)) as opened:

@@ -22,13 +22,14 @@ from relay.support.console import json_option, print_json, printable, progress_b
 
 if TYPE_CHECKING:
     from orchestrator.deployment.deployment import Result
+    from orchestrator.deployment.setup import DeployRequest
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.files.process import ProcessFile
-    from orchestrator.journal.events import Event
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.views import DeploymentView, OpenBracket
     from orchestrator.paths import Places
     from orchestrator.plan.plan import Plan
+    from orchestrator.replication.send import Bar
 
 DONE, FAILED, WITH_EXCLUSIONS, CANCELLED = 0, 1, 5, 130
 
@@ -134,7 +135,7 @@ def create(
 ) -> None:
     """Freeze and sign the process, its scripts and package versions as LABEL."""
     _check_installed()
-    from orchestrator.deployment.setup import create_release
+    from orchestrator.deployment.create_release import create_release
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.files.process import load_process
 
@@ -216,7 +217,8 @@ def deploy(
     Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
     """
     _check_installed()
-    from orchestrator.deployment.setup import Wish, create_release
+    from orchestrator.deployment.create_release import create_release
+    from orchestrator.deployment.setup import DeployRequest
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.files.process import load_process
 
@@ -228,8 +230,9 @@ def deploy(
         if packages and process is not None:
             versions = _pairs(packages, "--package", "web=1.4.2")
             run(create_release(places, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
-        wish = Wish(label, project or (process.value.project if process else None), where, prompts, adopt)
-        ulid, result = run(_deploy(places, opened, wish, bar, as_json))
+        project = project or (process.value.project if process else None)
+        request = DeployRequest(label, project, where, prompts, adopt)
+        ulid, result = run(_deploy(places, opened, request, bar, as_json))
         if as_json:
             print_json(_view_document(_view(opened, ulid)))
         else:
@@ -237,21 +240,19 @@ def deploy(
     return _exit_code(result)
 
 
-async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json: bool) -> tuple[str, Result]:  # noqa: ANN401 - lazily imported types
+async def _deploy(
+    places: Places, journal: Journal, request: DeployRequest, bar: Bar, as_json: bool
+) -> tuple[str, Result]:
     """Run it in the foreground; a signal is a decision like any other."""
-    from orchestrator.deployment.deployment import CANCEL
-    from orchestrator.deployment.setup import deploy as start
+    from orchestrator.deployment.decisions import CANCEL
+    from orchestrator.deployment.deployment import deploy as start
     from orchestrator.paths import operator
 
     began = time.monotonic()
     running: list[str] = []
 
-    def tell(event: Event) -> None:
-        from orchestrator.journal.event_text import line
-
-        said = line(event)
-        if said:
-            click.echo(f"{time.monotonic() - began:7.1f} s  {printable(said)}", err=as_json)
+    def tell(line: str) -> None:
+        click.echo(f"{time.monotonic() - began:7.1f} s  {printable(line)}", err=as_json)
 
     def begun(ulid: str, plan: Plan) -> None:
         running.append(ulid)
@@ -271,13 +272,13 @@ async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json
             task.cancel()
             return
         click.echo("cancelling: machines in flight come to their end; once more leaves now", err=True)
-        journal.decide(wish.environment.value.environment, running[0], CANCEL, {}, operator())
+        journal.decide(request.environment.value.environment, running[0], CANCEL, {}, operator())
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        return await start(places, journal, wish, begun=begun, tell=tell, bar=bar)
+        return await start(places, journal, request, begun=begun, tell=tell, bar=bar)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
@@ -435,7 +436,7 @@ def close(
 ) -> int:
     """Put MACHINE back: run its rotation's `after` with OUTCOME=put_back, and note that it is in again."""
     _check_installed()
-    from orchestrator.deployment.close_bracket import close_bracket
+    from orchestrator.deployment.recovery import close_bracket
 
     places = _places(None, None, journal)
     with _journal(places) as opened:

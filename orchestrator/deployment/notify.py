@@ -14,7 +14,8 @@ import asyncio
 import base64
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
@@ -51,44 +52,50 @@ class _Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-async def notify(
-    plans: Iterable[NotifyPlan],
-    secrets: SecretStore,
-    signer: Signer,
-    event: Mapping[str, Any],
-    *,
-    seconds: float = SECONDS,
-) -> list[str]:
-    """Tell every receiver that asked for this event, all at once. Nobody's failure stops anything: it never raises.
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """Tells the receivers of one plan."""
 
-    Args:
-        plans: the receivers.
-        secrets: where URLs are that are secret; such a URL is shown nowhere, also not in an error.
-        signer: the order key.
-        event: `event` (one of `NotificationKind`), `project`, `environment` and `deployment` (its ULID); `id` (unique in the
-            deployment) and `time` (seconds since 1970) where they are known. It is sent whole, as the event's data.
-        seconds: for each attempt.
+    plans: Sequence[NotifyPlan]
+    secrets: SecretStore
+    """Where URLs are that are secret; such a URL is shown nowhere, also not in an error."""
+    signer: Signer
+    """The order key."""
+    seconds: float = SECONDS
+    """For each attempt."""
 
-    Returns:
-        A sentence for each receiver that could not be told.
-    """
-    wanted = [plan for plan in plans if event.get("event") in plan.on]
-    if not wanted:
-        return []
-    try:
-        body = cloud_event(event)
-        signature = await asyncio.to_thread(_sign, body, signer)
-    except Exception as error:  # this edge promises not to raise: a deployment is worth more than its news
-        log.exception("a notification could not be made")
-        return [f"nobody was told of {event.get('event')!r}: {error}"]
-    import aiohttp
+    def targets(self, event: NotificationKind) -> str:
+        """The receivers of this event, for people and records; empty where it has none."""
+        return ", ".join(target_of(plan) for plan in self.plans if event in plan.on)
 
-    # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
-    async with aiohttp.ClientSession(
-        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=seconds)
-    ) as session:
-        told = await asyncio.gather(*(_tell(session, plan, secrets, body, signature) for plan in wanted))
-    return [error for error in told if error]
+    async def notify(self, event: Mapping[str, Any]) -> list[str]:
+        """Tell every receiver of this event, all at once. No failure stops anything: it never raises.
+
+        Args:
+            event: `event` (one of `NotificationKind`), `project`, `environment` and `deployment` (its ULID); `id` (unique
+                in the deployment) and `time` (seconds since 1970) where they are known. It is sent whole, as the event's
+                data.
+
+        Returns:
+            A sentence for each receiver that could not be told.
+        """
+        wanted = [plan for plan in self.plans if event.get("event") in plan.on]
+        if not wanted:
+            return []
+        try:
+            body = cloud_event(event)
+            signature = await asyncio.to_thread(_sign, body, self.signer)
+        except Exception as error:  # this edge promises not to raise: a deployment is worth more than its news
+            log.exception("a notification could not be made")
+            return [f"no receiver was told of {event.get('event')!r}: {error}"]
+        import aiohttp
+
+        # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
+        async with aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=self.seconds)
+        ) as session:
+            errors = await asyncio.gather(*(_tell(session, plan, self.secrets, body, signature) for plan in wanted))
+        return [error for error in errors if error]
 
 
 def target_of(plan: NotifyPlan) -> str:

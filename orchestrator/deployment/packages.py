@@ -269,24 +269,39 @@ def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], pr
 # --- onto the server
 
 
-async def server_tree(depot_location: str, package: PlannedPackage, pins: TrustPins, folder: str) -> str:
-    """The verified tree of a package of the depot, for a step on the server; its path.
+class ServerTrees:
+    """Verified trees of packages of the depot, for steps on the server. Built as an agent builds them."""
 
-    Built as an agent builds it, out of what is below `folder` and in the depot; the same again is the same tree.
+    def __init__(self, depot_location: str, pins: TrustPins, folder: str) -> None:
+        """Build below `folder`, out of what is there and in the depot; the same package again is the same tree."""
+        self._depot_location = depot_location
+        self._pins = pins
+        self._folder = folder
+        self._built: dict[str, str] = {}
 
-    Raises:
-        SignatureError: no pinned package key signed exactly what was planned.
-        UntrustedError: the same, where no other source is left to ask.
-        NotFoundError, UnreachableError: it is not in the depot, or the depot lost some of it.
-        LockedError: another process builds the same tree.
-        StoreError: the disk is full or failed.
-    """
-    from agent.config import AgentConfig
-    from agent.relays.sources import Sources
-    from agent.trees.installed import AgentState
-    from agent.trees.pull import PullRequest, pull
+    async def build(self, package: PlannedPackage) -> str:
+        """The path of the package's tree; the second call builds nothing.
 
-    home = os.path.join(os.path.abspath(folder), "state")  # noqa: ASYNC240 - contacts no disk
-    request = PullRequest(ref_of(package), folder, ManifestId(parse_digest(package.manifest)), signed=True)
-    async with Sources(AgentConfig(name="server"), Path(home, "relays.json"), relays=[depot_location]) as sources:
-        return (await pull(request, AgentState(home), sources, pins)).tree
+        Raises:
+            SignatureError: no pinned package key signed exactly what was planned.
+            UntrustedError: the same, where no other source is left to ask.
+            NotFoundError, UnreachableError: it is not in the depot, or the depot lost some of it.
+            LockedError: another process builds the same tree.
+            StoreError: the disk is full or failed.
+        """
+        if package.manifest not in self._built:
+            self._built[package.manifest] = await self._pull(package)
+        return self._built[package.manifest]
+
+    async def _pull(self, package: PlannedPackage) -> str:
+        from agent.config import AgentConfig
+        from agent.relays.sources import Sources
+        from agent.trees.installed import AgentState
+        from agent.trees.pull import PullRequest, pull
+
+        home = os.path.join(os.path.abspath(self._folder), "state")  # noqa: ASYNC240 - contacts no disk
+        manifest = ManifestId(parse_digest(package.manifest))
+        request = PullRequest(ref_of(package), self._folder, manifest, signed=True)
+        config, relays = AgentConfig(name="server"), [self._depot_location]
+        async with Sources(config, Path(home, "relays.json"), relays=relays) as sources:
+            return (await pull(request, AgentState(home), sources, self._pins)).tree

@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -30,19 +30,21 @@ from orchestrator.deployment.releases import FileChangedError, check_script, rea
 from orchestrator.files.script_names import slug
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import file_name
+from orchestrator.journal.events import ServerRunDispatched, ServerRunEnded
 from orchestrator.trust.secrets import variable_of
 from relay.errors import StoreError, UsageError, WaystationError
 from relay.protocol.messages import OPERATION_ID
 from relay.support.durable import sync_folder
 
 if TYPE_CHECKING:
+    from orchestrator.journal.recorder import Recorder
     from orchestrator.plan.plan import FrozenFile, ServerRun
     from orchestrator.trust.secrets import SecretStore
 
-Before = Callable[[str], Awaitable[None]]
-"""Called with the id of an attempt before anything of it is started: put it into the journal."""
-After = Callable[[str, Outcome], Awaitable[None]]
-"""Called with the id of an attempt and what came of it, before anything follows from that."""
+SERVER: Final = "server"
+"""Stands in an operation's id where a machine would; no machine may be called so."""
+PROBE: Final = "probe"
+"""Action of a look at a rotation. It changes nothing, so it is not recorded."""
 
 State = Literal["done", "failed", "stopped", "unknown"]
 
@@ -61,7 +63,7 @@ class RunResult:
         attempts: how many were made now.
         reason: a sentence for a person; empty where it is ok.
         log_path: what the last attempt printed; there is no file where it printed nothing.
-        state: as an agent's report has it: `unknown` means that it began, and nobody saw its end.
+        state: as an agent's report has it: `unknown` means that it began, and its end was not seen.
         operation: id of the last attempt.
     """
 
@@ -86,15 +88,14 @@ class _Mine:
 class ServerRuns:
     """The server's own scripts and commands of one deployment."""
 
-    def __init__(
-        self, folder: str, secrets: SecretStore, interpreters: Mapping[str, str], before: Before, after: After
-    ) -> None:
-        """Work below `folder`, which belongs to one deployment and is made where it is not there."""
+    def __init__(self, folder: str, secrets: SecretStore, recorder: Recorder) -> None:
+        """Work below `folder`, which belongs to one deployment and is made where it is not there.
+
+        `recorder` has an attempt before anything of it is started, and its end before anything follows from that.
+        """
         self._folder = os.path.abspath(folder)
         self._secrets = secrets
-        self._interpreters = dict(interpreters)
-        self._before = before
-        self._after = after
+        self._recorder = recorder
         self._mine: set[_Mine] = set()
 
     # --- scripts
@@ -173,8 +174,7 @@ class ServerRuns:
 
         Raises:
             UsageError: `operation` is none.
-            StoreError: our own folder cannot be written.
-            Exception: whatever the hooks raise.
+            StoreError: our own folder or the journal cannot be written.
         """
         operation = _checked(operation)
         with self._waiting() as mine:
@@ -183,7 +183,7 @@ class ServerRuns:
                 made += 1
                 await self._end_of_last(operation)
                 attempt = await asyncio.to_thread(self._next_attempt, operation)
-                await self._before(attempt)
+                await self._record(ServerRunDispatched(attempt, *_action_and_machine(attempt)))
                 result = await self._attempt(run, attempt, extra, mine, made)
                 if made >= run.attempts or not _may_repeat(run, result) or await _stopped_within(mine, run.delay):
                     return result
@@ -192,7 +192,7 @@ class ServerRuns:
         """What became of the last attempt that was begun, awaiting its end; None where there was none.
 
         For a deployment that is taken up again. Nothing is begun a second time; of commands, those that never began are.
-        The `after` hook is called (again, where the end came between it and the crash). Raises as `run` does.
+        The end is recorded (again, where the crash came right after it). Raises as `run` does.
         """
         operation = _checked(operation)
         attempts = await asyncio.to_thread(self._attempts, operation)
@@ -232,7 +232,18 @@ class ServerRuns:
     ) -> RunResult:
         log = self._log_path(operation)
         outcome, timed_out = await self._follow(run, operation, extra, log, mine)
-        await self._after(operation, outcome)
+        await self._record(
+            ServerRunEnded(
+                operation,
+                outcome.state,
+                _action_and_machine(operation)[1],
+                reason=outcome.reason,
+                exit_status=outcome.exit_status,
+                started=outcome.started,
+                ended=outcome.ended,
+                log_bytes=outcome.output_bytes,
+            )
+        )
         ok = outcome.state == "done"
         return RunResult(
             ok=ok,
@@ -244,6 +255,10 @@ class ServerRuns:
             state=outcome.state,
             operation=operation,
         )
+
+    async def _record(self, event: ServerRunDispatched | ServerRunEnded) -> None:
+        if _action_and_machine(event.operation)[0] != PROBE:
+            await self._recorder.record(event)
 
     async def _follow(
         self, run: ServerRun, operation: str, extra: Mapping[str, str], log: str, mine: _Mine
@@ -282,7 +297,7 @@ class ServerRuns:
         """The runner's folder, the working folder, and the command line of each process, in order."""
         if run.script is not None:
             script = self._frozen(run.script)
-            return [(folder, os.path.dirname(script), tuple(command_for(script, self._interpreters)))]
+            return [(folder, os.path.dirname(script), tuple(command_for(script, {})))]
         return [(os.path.join(folder, str(number)), folder, argv) for number, argv in enumerate(run.commands, 1)]
 
     # --- folders
@@ -410,6 +425,12 @@ def _checked(operation: str) -> str:
     if len(parts) != 4 or not re.match(OPERATION_ID, f"{operation}/1"):
         raise UsageError(f"{operation!r} is no operation: expected deployment/step/machine/action")
     return operation
+
+
+def _action_and_machine(operation: str) -> tuple[str, str]:
+    """The machine is empty where the run serves none."""
+    _, _, who, action, _ = operation.split("/")
+    return action, "" if who == SERVER else who
 
 
 def _runners(attempt: str) -> list[str]:

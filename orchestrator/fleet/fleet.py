@@ -1,12 +1,12 @@
-"""The machines of one deployment as the engine reaches them: orders out through the relays, signed results back.
+"""The machines of one deployment as the orchestrator reaches them: orders out through the relays, signed results back.
 
 An order goes to every relay of its machine's list; whichever the agent hears first counts, as it acts on an operation
 once. Results come by long polls that are open all the time (`orchestrator/fleet/relay_mail.py`), so that nothing here sleeps
 between an order and its result. Relays are believed in nothing: what an agent did not sign with the keys that the plan
 names is dropped and noted.
 
-The journal comes first: an order is on disk, and its hook has returned, before it leaves; the hook of a result has
-returned before anybody acts on it.
+The journal comes first: an order is on disk and recorded before it leaves; a result is recorded before anything follows
+from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from agent.orders.envelopes import order_digest, sign_order, verify_report
 from agent.orders.keys import AgentIdentity
@@ -29,6 +29,7 @@ from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook, file_name
 from orchestrator.fleet.presence import LOST_SECONDS, Answers, Muster, muster, sight_of
 from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
+from orchestrator.journal.events import Dispatched, Note, Refused, Reported
 from orchestrator.plan.plan import Plan, PlannedMachine
 from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
@@ -36,6 +37,7 @@ from relay.protocol import messages
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
+    from orchestrator.journal.recorder import Recorder
     from relay.protocol.client import RelayClient
 
 OPERATIONS_AT_ONCE = 1024
@@ -58,19 +60,6 @@ class LostError(UnreachableError):
         super().__init__(f"{machine} is lost: no relay has seen it for {seconds:.0f} s")
         self.machine = machine
         self.seconds = seconds
-
-
-class Hooks(Protocol):
-    """What the engine does around an order. They are awaited; an error of the first two ends that `perform`."""
-
-    async def before_dispatch(self, operation: str, machine: str, order: str) -> None:
-        """The order with this SHA-256 of its envelope is about to leave; after a crash it may be so again."""
-
-    async def after_report(self, machine: str, report: Report) -> None:
-        """The final report came, its signature checked."""
-
-    async def note(self, machine: str, text: str) -> None:
-        """Something that a person should know, told once; `machine` is empty where it is about none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +102,13 @@ class Fleet:
     def __init__(
         self,
         plan: Plan,
-        deployment: str,
         relays: Mapping[str, RelayClient],
         *,
         signer: Signer,
         journal: str,
         folder: str,
-        hooks: Hooks,
-        fence: int = 0,
+        recorder: Recorder,
+        fence: int,
         limits: FleetLimits | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -128,14 +116,13 @@ class Fleet:
 
         Args:
             plan: the frozen plan; machines, their keys and relays are taken from it.
-            deployment: its ULID.
             relays: open clients by the plan's names of relays; their tokens have the scope `order`. The caller
                 closes them.
             signer: the order key.
             journal: id of the journal, 32 hex digits.
             folder: of this deployment, private; `orders/` and `logs/` are made in it.
-            hooks: the journal's side.
-            fence: see `claim`.
+            recorder: has an order before it leaves, and its result before `perform` returns.
+            fence: signed into every order; it may be raised later.
             limits: how long to bear with what.
             clock: seconds since 1970.
 
@@ -143,15 +130,15 @@ class Fleet:
             RefusedError: a folder is not private, or cannot be made.
         """
         self._plan = plan
-        self._deployment = deployment
+        self._deployment = recorder.deployment
         self._signer = signer
         self._journal = journal
-        self._hooks = hooks
-        self._fence = fence
+        self._recorder = recorder
+        self.fence = fence
         self._limits = limits or FleetLimits()
         self._clock = clock
         self._machines = {machine.name.lower(): machine for machine in plan.machines}
-        self._room = Mailroom(deployment, relays, self, self._limits.pauses)
+        self._room = Mailroom(recorder.deployment, relays, self, self._limits.pauses)
         self._book = OrderBook(os.path.join(folder, "orders"))
         self._log_folder = os.path.join(folder, "logs")
         os.makedirs(self._log_folder, mode=0o700, exist_ok=True)
@@ -175,10 +162,6 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._room.__aexit__(kind, error, trace)
-
-    def claim(self, fence: int) -> None:
-        """Sign this fence into every order from now on."""
-        self._fence = fence
 
     # --- who is there
 
@@ -239,12 +222,12 @@ class Fleet:
         flight = await self._begin(operation, self._plan.machine(machine), action, on_progress)
         try:
             if not flight.result.done():
-                await self._hooks.before_dispatch(operation, machine, flight.digest)
+                await self._recorder.record(Dispatched(operation, machine, flight.digest))
                 await self._dispatch(flight)
             report = await flight.result
         finally:
             self._end(flight)
-        await self._hooks.after_report(machine, report)
+        await self._recorder.record(Reported.of(machine, report), *_refusals(machine, report))
         self._unacknowledged[operation] = report
         await self._compare_log(operation)
         return report
@@ -313,7 +296,7 @@ class Fleet:
         """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""
         if (kept := self._book.find(operation)) is not None:
             return kept
-        if self._fence < 1:
+        if self.fence < 1:
             raise ValueError("no fence was claimed")
         now = self._clock()
         order = Order(
@@ -321,7 +304,7 @@ class Fleet:
             operation=operation,
             deployment=self._deployment,
             environment=self._plan.environment,
-            fence=self._fence,
+            fence=self.fence,
             journal=self._journal,
             agent=machine.name,
             key=machine.key,
@@ -525,7 +508,11 @@ class Fleet:
         """Once: what a relay repeats every second is one thing to know."""
         if (machine, text) not in self._told and len(self._told) < NOTES_MAX:
             self._told.add((machine, text))
-            await self._hooks.note(machine, text)
+            await self._recorder.record(Note(text, machine))
+
+
+def _refusals(machine: str, report: Report) -> list[Refused]:
+    return [Refused(machine, report.reason, report.operation)] if report.state == "refused" else []
 
 
 def _machine_in(operation: str) -> str:

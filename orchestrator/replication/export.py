@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 import aiofiles
 
 from agent.trees.pull import check_signature
-from orchestrator.trust.keyring import PINS_FILE
 from relay.errors import ConflictError, UntrustedError, UsageError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.support.durable import sync_folder
-from relay.trust.keys import parse_pins
 
 if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
@@ -39,16 +37,6 @@ class Fetched:
     path: str
     new: bool
     """False where the same file stood there already."""
-
-
-def read_pins(folder: str) -> TrustPins:
-    """Whose signatures count. Raises `UsageError`, `SignatureError`."""
-    path = os.path.join(folder, PINS_FILE)
-    try:
-        with open(path, "rb") as file:
-            return parse_pins(file.read(1 << 20))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="Name the folder of trust.json with --trust") from error
 
 
 async def fetch_from_depot(depot: Depot, ref: PackageRef, pins: TrustPins, path: str, progress: Progress) -> Fetched:

@@ -149,18 +149,6 @@ def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Depl
 
 
 def test_an_order_that_is_not_done_ends_the_benchmark() -> None:
-    from agent.orders.orders import Report
-
-    report = Report(
-        format=1,
-        operation="D/1/a/quick/1",
-        deployment="D",
-        agent="a",
-        key="",
-        order="",
-        number=1,
-        state="failed",
-        reason="it ended with exit status 1",
-    )
+    reported = Reported("D/1/a/quick/1", "a", "failed", "it ended with exit status 1")
     with pytest.raises(RuntimeError, match="exit status 1"):
-        asyncio.run(rollout._Marks().after_report("a", report))
+        asyncio.run(rollout._Marks("D").record(reported))

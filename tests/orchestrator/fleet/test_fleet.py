@@ -26,6 +26,8 @@ from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
 from orchestrator.fleet.presence import Answers, muster
 from orchestrator.fleet.relay_mail import Mailroom, Pauses
+from orchestrator.journal.events import Dispatched, Event, Note, Reported
+from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
 from relay.errors import StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
@@ -46,29 +48,27 @@ DEAD = "http://127.0.0.1:9"
 
 
 @dataclass
-class Told:
-    """Hooks that remember. `journal` is every event in order."""
+class Told(Recorder):
+    """A recorder that keeps what it hears here. `events` are those of operations, in order."""
 
-    journal: list[tuple[str, ...]] = field(default_factory=list)
+    deployment: str = DEPLOYMENT
+    events: list[Event] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
-    """`before_dispatch` waits for it, where there is one."""
+    """A dispatch waits for it, where there is one."""
 
-    async def before_dispatch(self, operation: str, machine: str, order: str) -> None:
-        if self.hold is not None:
-            await self.hold.wait()
-        self.journal.append(("dispatched", operation, machine, order))
-
-    async def after_report(self, machine: str, report: Report) -> None:
+    async def record(self, *events: Event) -> None:
         await asyncio.sleep(0)
-        self.journal.append(("reported", report.operation, machine, report.state))
-
-    async def note(self, machine: str, text: str) -> None:
-        self.notes.append(f"{machine}: {text}" if machine else text)
+        for event in events:
+            if isinstance(event, Note):
+                self.notes.append(f"{event.machine}: {event.text}" if event.machine else event.text)
+            elif isinstance(event, Dispatched) and self.hold is not None:
+                await self.hold.wait()
+        self.events += [event for event in events if not isinstance(event, Note)]
 
     @property
     def kinds(self) -> list[str]:
-        return [event[0] for event in self.journal]
+        return [event.kind() for event in self.events]
 
 
 class Agent:
@@ -234,12 +234,11 @@ class World:
     ) -> Fleet:
         return Fleet(
             plan_of([machine or machine_of(agent, urls)], urls),
-            DEPLOYMENT,
             clients,
             signer=order_signer(agent),
             journal=JOURNAL,
             folder=str(self.folder / "deployment"),
-            hooks=self.told,
+            recorder=self.told,
             fence=7,
             limits=limits,
         )
@@ -293,19 +292,19 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene.told.hold.set()
     report = await running
     digest = order_digest(scene.agent.envelopes[0])
-    assert scene.told.journal == [
-        ("dispatched", report.operation, "web1", digest),
-        ("reported", report.operation, "web1", "done"),
+    assert scene.told.events == [
+        Dispatched(report.operation, "web1", digest),
+        Reported.of("web1", report),
     ], "when perform returned, the journal had both"
 
 
 async def test_a_journal_that_cannot_be_written_keeps_the_order_here(world: World) -> None:
     scene = await world.scene()
 
-    async def full(operation: str, machine: str, order: str) -> None:
+    async def full(*events: Event) -> None:
         raise StoreError("no space left", full=True)
 
-    scene.told.before_dispatch = full  # type: ignore[method-assign]
+    scene.told.record = full  # type: ignore[method-assign]
     with pytest.raises(StoreError):
         await perform(scene)
     seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
@@ -428,12 +427,11 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     urls = {"a": relay.url}
     fleet = Fleet(
         plan_of([machine_of(web1, urls), machine_of(web2, urls)], urls),
-        DEPLOYMENT,
         {"a": client},
         signer=order_signer(web1),
         journal=JOURNAL,
         folder=str(world.folder / "deployment"),
-        hooks=world.told,
+        recorder=world.told,
         fence=1,
         limits=QUICK,
     )
@@ -588,7 +586,7 @@ async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World)
 
 async def test_without_a_fence_nothing_leaves(world: World) -> None:
     scene = await world.scene()
-    scene.fleet.claim(0)
+    scene.fleet.fence = 0
     with pytest.raises(ValueError, match="fence"):
         await perform(scene)
     assert scene.agent.orders == []
