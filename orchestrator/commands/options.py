@@ -48,11 +48,11 @@ def pointer_document(pointer: Pointer) -> dict[str, Any]:
     }
 
 
-def package_ref(id: str, version: str) -> PackageRef:
+def package_ref(id: str, version: str, hint: str = "") -> PackageRef:
     """What was typed as ID VERSION. Raises `UsageError`."""
     from relay.package.identity import NuGetVersion, PackageId, PackageRef
 
     try:
         return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
     except IdentityError as error:
-        raise UsageError(error.message) from error
+        raise UsageError(error.message, hint=hint) from error
