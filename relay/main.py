@@ -24,7 +24,7 @@ _COMMANDS = {
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
     "bench": ("benchmarks.cli", "bench", "What a line and the machines at its ends can do, measured."),
-    "trust": ("orchestrator.commands.package", "trust", "Keys that sign packages and orders."),
+    "trust": ("orchestrator.commands.trust", "trust", "Keys that sign packages and orders."),
 }
 
 

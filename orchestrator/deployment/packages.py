@@ -126,18 +126,15 @@ async def _take_from_feed(
     bar: Bar | None,
     policy: FeedPolicy,
 ) -> None:
-    from orchestrator.depot.nuget_client import download
+    from orchestrator.depot.add import add_from_feed
 
     ref = ref_of(package)
     credentials = _credentials(secrets.value(feed.secret).reveal()) if feed.secret else None
-    with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
-        path = os.path.join(folder, "package.nupkg")
-        try:
-            got = await download(feed.url, ref.id, ref.version, path, policy=policy, credentials=credentials)
-        except NotFoundError as error:
-            raise _not_found(package, str(error)) from error
-        provenance = Provenance("added", got.source_url, got.verified_by)
-        await depot.add(path, signer, provenance, progress=bar(str(ref)) if bar else None, expected=ref)
+    progress = bar(str(ref)) if bar else None
+    try:
+        await add_from_feed(depot, signer, feed.url, ref, policy=policy, credentials=credentials, progress=progress)
+    except NotFoundError as error:
+        raise _not_found(package, str(error)) from error
 
 
 def _credentials(secret: str) -> FeedCredentials:
@@ -250,7 +247,7 @@ async def _add_scripts(
 
 
 def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:
-    from relay.package.pack import pack
+    from relay.package.pack import pack_file
 
     ref = ref_of(package)
     tree = os.path.join(folder, "tree")
@@ -260,9 +257,8 @@ def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], pr
         target.write_bytes(data)
         # A script is started by its interpreter; its mode must not make another package of the same bytes.
         target.chmod(0o644)
-    output = os.path.join(folder, "scripts.nupkg")
-    with open(output, "xb") as file:
-        pack(tree, file, id=ref.id, version=ref.version, authors="Waystation", description=f"Scripts of {project}")
+    output, about = os.path.join(folder, "scripts.nupkg"), f"Scripts of {project}"
+    pack_file(tree, output, id=ref.id, version=ref.version, authors="Waystation", description=about)
     return output
 
 
