@@ -17,9 +17,9 @@ from relay.errors import RefusedError, UnreachableError, WaystationError
 from relay.support.console import printable
 
 _COMMANDS = {
-    "init": ("orchestrator.commands.release", "init", "Commented files to start from."),
+    "init": ("orchestrator.commands.init", "init", "Commented files to start from."),
     "release": ("orchestrator.commands.release", "release", "Releases, and their deployments into environments."),
-    "rotation": ("orchestrator.commands.release", "rotation", "Machines that are out of their load balancer."),
+    "rotation": ("orchestrator.commands.rotation", "rotation", "Machines that are out of their load balancer."),
     "package": ("orchestrator.commands.package", "package", "Packages in the depot, and their way to the relays."),
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),

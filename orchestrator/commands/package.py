@@ -10,13 +10,13 @@ import click
 from orchestrator.commands import options
 from orchestrator.commands.compare import diff, lint
 from orchestrator.commands.nupkg import fetch, show
-from orchestrator.commands.options import depot_location, depot_option, package_ref, pointer_document, trust_option
+from orchestrator.commands.options import depot_option, in_depot, package_ref, pointer_document, trust_option
 from orchestrator.commands.replicate import replicate
 from relay.errors import UsageError, WaystationError
-from relay.support.console import json_option, print_json, printable, progress_bars, run, size, table
+from relay.support.console import json_option, print_json, printable, progress_bars, size, table
 
 if TYPE_CHECKING:
-    from orchestrator.depot.depot import Added
+    from orchestrator.depot.depot import Added, Depot
 
 
 @click.group()
@@ -76,6 +76,7 @@ def add(
     as_json: bool,
 ) -> int:
     """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
+    from orchestrator.trust.keyring import load_signer
     from relay.support.malloc import share_arenas
 
     if feed and len(names) != 2:
@@ -86,27 +87,22 @@ def add(
         if not os.path.isfile(path):
             raise UsageError(f"{path} is not a file", hint="Expected the path of a .nupkg file; nothing was added")
 
-    async def take() -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    async def take(opened: Depot) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
         from orchestrator.depot.add import add_files, add_from_feed
-        from orchestrator.depot.depot import open_depot
         from orchestrator.depot.feed_policy import FeedPolicy
-        from orchestrator.trust.keyring import load_signer
 
-        signer = load_signer(options.trust_folder(trust_folder), "package")
-        with progress_bars() as bar:
-            async with open_depot(depot_location(depot)) as opened:
-                if not feed:
-                    added, errors = await add_files(opened, signer, names, bar)
-                    return [_added(one) for one in added], errors
-                policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
-                ref, progress = package_ref(*names), bar(" ".join(names))
-                one, got = await add_from_feed(
-                    opened, signer, feed, ref, sha512=sha512, policy=policy, progress=progress
-                )
-                return [_added(one) | {"verified_by": got.verified_by}], {}
+        if not feed:
+            done, refused = await add_files(opened, signer, names, bar)
+            return [_added(one) for one in done], refused
+        policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
+        ref, progress = package_ref(*names), bar(" ".join(names))
+        one, got = await add_from_feed(opened, signer, feed, ref, sha512=sha512, policy=policy, progress=progress)
+        return [_added(one) | {"verified_by": got.verified_by}], {}
 
     share_arenas()
-    added, errors = run(take())
+    signer = load_signer(options.trust_folder(trust_folder), "package")
+    with progress_bars() as bar:
+        added, errors = in_depot(depot, take)
     if as_json:
         failed = [{"file": path, "error": error.message} for path, error in errors.items()]
         print_json({"format": 1, "packages": added, "failed": failed})
@@ -133,13 +129,10 @@ def _added(result: Added) -> dict[str, Any]:
 def list_(depot: str | None, as_json: bool) -> None:
     """Show the packages in the depot."""
 
-    async def look() -> list[dict[str, Any]]:
-        from orchestrator.depot.depot import open_depot
+    async def listed(opened: Depot) -> list[dict[str, Any]]:
+        return [pointer_document(pointer) for pointer in opened.catalog.all()]
 
-        async with open_depot(depot_location(depot)) as opened:
-            return [pointer_document(pointer) for pointer in opened.catalog.all()]
-
-    packages = run(look())
+    packages = in_depot(depot, listed)
     if as_json:
         print_json({"format": 1, "packages": packages})
     elif packages:
@@ -156,14 +149,8 @@ def list_(depot: str | None, as_json: bool) -> None:
 @json_option
 def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
     """Take a package out of the depot. Relays and machines keep what they have."""
-
-    async def take_out() -> dict[str, Any]:
-        from orchestrator.depot.depot import open_depot
-
-        async with open_depot(depot_location(depot)) as opened:
-            return pointer_document(await opened.remove(package_ref(id, version)))
-
-    removed = run(take_out())
+    ref = package_ref(id, version)
+    removed = pointer_document(in_depot(depot, lambda opened: opened.remove(ref)))
     if as_json:
         print_json({"format": 1, "removed": removed})
     else:

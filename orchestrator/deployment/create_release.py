@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.deployment.packages import build_scripts_package, ensure_packages, ref_of, wanted_packages
+from orchestrator.deployment.packages import (
+    build_scripts_package,
+    ensure_packages,
+    known_packages,
+    ref_of,
+    wanted_packages,
+)
 from orchestrator.deployment.releases import Release, freeze_release
 from orchestrator.files.process import ProcessFile, machine_scripts, server_scripts
 from orchestrator.files.script_files import OnDisk
 from orchestrator.paths import Places, operator
 from orchestrator.plan.make_plan import make_plan
-from orchestrator.plan.plan import FrozenFile, PlannedPackage
+from orchestrator.plan.plan import FrozenFile, Plan, PlannedPackage
 from orchestrator.trust.keyring import load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import UsageError
@@ -26,6 +32,19 @@ if TYPE_CHECKING:
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.journal.journal import Journal
     from orchestrator.replication.send import Bar
+
+
+async def plan_release(
+    depot_location: str,
+    process: ProcessFile,
+    environment: EnvironmentFile,
+    label: str,
+    versions: Mapping[str, str],
+    prompts: Mapping[str, str],
+) -> Plan:
+    """What a deployment of the files as they are would do. Raises `PlanError`; contacts nothing."""
+    packages = await known_packages(depot_location, wanted_packages(process, versions))
+    return make_plan(process, environment, label=label, packages=packages, scripts=None, prompts=prompts)
 
 
 async def create_release(

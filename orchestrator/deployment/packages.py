@@ -57,9 +57,11 @@ def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[s
 
 
 async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) -> dict[str, PlannedPackage]:
-    """Fill in what the depot knows of these; one that it lacks stays as it is."""
+    """Fill in what the depot knows of these; one that it lacks stays as it is. No depot is made where there is none."""
     from orchestrator.depot.depot import open_depot
 
+    if location.startswith("disk:") and not os.path.isdir(location.removeprefix("disk:")):  # noqa: ASYNC240 - once
+        return dict(packages)
     found: dict[str, PlannedPackage] = {}
     async with open_depot(location) as depot:
         for name, package in packages.items():

@@ -48,6 +48,16 @@ class Added:
     chunks_stored: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackageDetails:
+    """All that the depot knows of a package. `recipe` is None where nobody found how its nupkg is made again."""
+
+    pointer: Pointer
+    manifest: Manifest
+    signed: bool
+    recipe: Recipe | None
+
+
 class Depot:
     """Packages of one store, with the manifests and signatures that vouch for them."""
 
@@ -121,6 +131,13 @@ class Depot:
                 entries = await asyncio.to_thread(_walk_file, path)
                 await self._find_recipe(path, manifest, entries, None)
         return await self.recipes.find(manifest)
+
+    async def details(self, ref: PackageRef) -> PackageDetails:
+        """Raises `NotFoundError`, and as `recipe`."""
+        pointer = self.catalog.get(ref)
+        manifest = await self.manifest(pointer)
+        recipe, signature = await self.recipe(manifest), await self.catalog.signature(manifest.id)
+        return PackageDetails(pointer, manifest, bool(signature), recipe)
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
         """Manifests of the newest other versions of the same id, newest first."""
