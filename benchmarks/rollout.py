@@ -30,6 +30,7 @@ import msgspec
 import yaml
 
 from agent import platform
+from agent.orders.operation_id import OperationId
 from benchmarks.support.agents import make_agent
 from benchmarks.support.programs import WAYSTATION, Served, relay, run, waystation
 from orchestrator.journal.events import Dispatched, Event, Note, Reported
@@ -305,15 +306,15 @@ def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: 
             case (
                 events.Reported(operation=operation, state="done")
                 | events.ServerRunEnded(operation=operation, state="done")
-            ) if operation.split("/")[1] == str(number):
+            ) if OperationId.parse(operation).step == number:
                 took[operation] = entry.at - begun[operation]
     own = {operation: own_time_of(operation) for operation in took}
     parts: dict[str, list[float]] = defaultdict(list)
     inside: dict[str, float] = defaultdict(float)
     for operation, seconds in took.items():
-        _, _, machine, action, _ = operation.split("/")
-        parts[re.sub(r"\A\d+-|\.sh\Z", "", action)].append(seconds - own[operation])
-        inside[machine] += own[operation]
+        id = OperationId.parse(operation)
+        parts[re.sub(r"\A\d+-|\.sh\Z", "", id.action)].append(seconds - own[operation])
+        inside[id.who] += own[operation]
     return Measured(
         kind,
         len(turns),
@@ -326,9 +327,10 @@ def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: 
 
 def own_time(logs: str, operation: str) -> float:
     """Seconds between a script's first and last act; 0 of what is no script. Raises `RuntimeError`: it did not say."""
-    if operation.split("/")[3].partition("-")[2] in _NO_SCRIPTS or operation.split("/")[3] in _NO_SCRIPTS:
+    id = OperationId.parse(operation)
+    if id.action.partition("-")[2] in _NO_SCRIPTS or id.action in _NO_SCRIPTS:
         return 0.0
-    stamps = _stamps(os.path.join(logs, f"{operation.partition('/')[2].replace('/', '~')}.log"))
+    stamps = _stamps(os.path.join(logs, f"{id.file_name}.log"))
     if len(stamps) != 2:
         raise RuntimeError(f"{operation} printed {len(stamps)} times, not two")
     return stamps[1] - stamps[0]
@@ -412,10 +414,10 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
     script = RunScript(plan.scripts.manifest, "deploy/quick.sh", {})
     signer, marks = load_signer(made.trust, "order"), _Marks(ulid)
 
-    async def one(fleet: Fleet, machine: str, number: int) -> tuple[str, float, float]:
-        asked = time.time()
-        await fleet.perform(machine, number, "quick", 1, script)
-        return fleet.operation(machine, number, "quick", 1), asked, time.time()
+    async def one(fleet: Fleet, machine: str, number: int) -> tuple[OperationId, float, float]:
+        asked, operation = time.time(), OperationId.of(ulid, number, machine, "quick")
+        await fleet.perform(operation, script)
+        return operation, asked, time.time()
 
     async with open_relay(plan.relays[0]) as client:
         clients = {plan.relays[0].name: client}
@@ -434,9 +436,9 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
             return [_trip(fleet, marks, *each) for each in single], [_trip(fleet, marks, *each) for each in whole]
 
 
-def _trip(fleet: Fleet, marks: _Marks, operation: str, asked: float, done: float) -> Trip:
+def _trip(fleet: Fleet, marks: _Marks, operation: OperationId, asked: float, done: float) -> Trip:
     acted = _stamps(fleet.log_path(operation))[0]
-    return Trip(marks.posted[operation] - asked, acted - asked, done - asked)
+    return Trip(marks.posted[str(operation)] - asked, acted - asked, done - asked)
 
 
 def tell_orders(made: Farm, deployment: Deployed, rounds: int) -> None:

@@ -85,7 +85,7 @@ async def _stop_pulls(context: DeploymentContext) -> None:
     async def stop(machine: str) -> None:
         with suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
-                await context.fleet.stop(context.fleet.operation(machine, 0, "acquire", 1))
+                await context.fleet.stop(context.operation(0, machine, "acquire"))
 
     await together([stop(machine.name) for machine in context.plan.machines])
 
@@ -97,7 +97,7 @@ async def _survey(context: DeploymentContext) -> dict[str, SurveyFacts]:
     """Ask every machine at once what stands under its roots. Raises `DeploymentFailedError`, `UnreachableError`."""
 
     async def ask(name: str) -> tuple[str, SurveyFacts]:
-        report = await context.fleet.perform(name, 0, "survey", 1, Survey(trees_of(context.plan, name)))
+        report = await context.fleet.perform(context.operation(0, name, "survey"), Survey(trees_of(context.plan, name)))
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
@@ -231,9 +231,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         arriving.lacks(name, f"{context.plan.acquire.per_relay} others of {machine.site} pulled (acquire: per_relay)")
         async with slots[machine.site]:
             arriving.lacks(name, "nothing was heard of its pull")
+            shown = _shown(context, name, arriving)
             what = Acquire(trees, deadline=context.plan.acquire.deadline, stall=context.plan.acquire.stall)
             try:
-                report = await context.fleet.perform(name, 0, "acquire", 1, what, _shown(context, name, arriving))
+                report = await context.fleet.perform(context.operation(0, name, "acquire"), what, shown)
             except StoreError:
                 raise
             except WaystationError as error:

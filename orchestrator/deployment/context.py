@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.deployment.server_runs import SERVER, RunResult, ServerRuns
+from agent.orders.operation_id import SERVER, OperationId
 from orchestrator.journal.events import UndoEnded, UndoStarted
-from orchestrator.plan.plan import Plan, PreAcquire, ServerRun
+from orchestrator.plan.plan import Plan, PreAcquire
 from relay.errors import WaystationError, first_of
 
 if TYPE_CHECKING:
     from orchestrator.deployment.notify import Notifier
     from orchestrator.deployment.packages import ServerTrees
+    from orchestrator.deployment.server_runs import ServerRuns
     from orchestrator.depot.depot import Depot
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
@@ -67,11 +68,8 @@ class DeploymentContext:
     refused_before: dict[str, tuple[str, ...]] | None = None
     """What agents had refused, by their own word, before any order of this deployment left; None until all were met."""
 
-    async def run_here(
-        self, run: ServerRun, step: int, who: str, name: str, extra: Mapping[str, str] | None = None
-    ) -> RunResult:
-        """Run something of the plan on the server; `who` is the machine that it serves, or `server`."""
-        return await self.runs.run(run, f"{self.recorder.deployment}/{step}/{who}/{name}", extra or {})
+    def operation(self, step: int, who: str, action: str, attempt: int = 1) -> OperationId:
+        return OperationId.of(self.recorder.deployment, step, who, action, attempt)
 
 
 async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder) -> bool:
@@ -79,7 +77,7 @@ async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder) -> b
     if step.undo is None:
         return True
     await recorder.record(UndoStarted(step.run.name))
-    operation = f"{recorder.deployment}/0/{SERVER}/undo-{step.run.name}"
+    operation = OperationId.of(recorder.deployment, 0, SERVER, f"undo-{step.run.name}")
     result = await runs.run(step.undo, operation, {"UNDO": "1"})
     await recorder.record(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))
     return result.ok

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, together, undo_step
 from orchestrator.deployment.decisions import decisions_obeyed, obey
-from orchestrator.deployment.server_runs import SERVER
 from orchestrator.deployment.setup import DeployRequest, set_up
 from orchestrator.deployment.steps import Outcome, run_steps
 from orchestrator.files.values import NotificationKind
@@ -149,7 +149,7 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
             raise DeploymentFailedError(context.stop.reason)
         await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
         undo.owe(step)
-        result = await context.run_here(step.run, 0, SERVER, f"pre-{step.run.name}")
+        result = await context.runs.run(step.run, context.operation(0, SERVER, f"pre-{step.run.name}"), {})
         await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
         )

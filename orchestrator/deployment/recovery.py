@@ -6,16 +6,15 @@ Everything here stands under the environment's lock: no deployment runs there.
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from agent.orders.operation_id import SERVER, OperationId
 from agent.runs import runs as processes
 from orchestrator.deployment.context import undo_step
-from orchestrator.deployment.server_runs import SERVER, ServerRuns
-from orchestrator.fleet.order_book import file_name
+from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.journal.events import BracketClosed, Ended, Note
 from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder
@@ -70,7 +69,7 @@ async def _undo(places: Places, journal: Journal, deployment: str) -> None:
             if step.run.name != name or step.undo is None:
                 continue
             try:
-                await runs.take_up(step.run, f"{deployment}/0/{SERVER}/pre-{name}", {})
+                await runs.take_up(step.run, OperationId.of(deployment, 0, SERVER, f"pre-{name}"), {})
                 await undo_step(step, runs, recorder)
             except WaystationError as error:
                 await recorder.record(Note(f"{name} could not be undone: {error}"))
@@ -81,18 +80,16 @@ async def wait_for_orphans(places: Places, journal: Journal, bracket: OpenBracke
 
     Nothing may be said to the balancer beside it: what it says last would win. Its own time limit bounds the wait.
     """
-    folder = places.deployment(bracket.owner)
     for one in operations(journal.entries(bracket.owner)).values():
-        action = one.operation.split("/")[3]
-        if one.result is not None or one.machine != bracket.machine or action not in {"before", "after"}:
-            continue
-        run_folder = os.path.join(folder, "runs", file_name(one.operation))
-        if await asyncio.to_thread(processes.state_of, run_folder) == "new":
+        operation = OperationId.parse(one.operation)
+        if one.result is not None or one.machine != bracket.machine or operation.action not in {"before", "after"}:
             continue
         plan, runs = of_deployment(places, journal, bracket.owner)
+        if await asyncio.to_thread(processes.state_of, runs.run_folder(operation)) == "new":
+            continue
         rotation, turn, _ = planned_bracket(plan, bracket)
-        script = rotation.before if action == "before" else rotation.after
-        await runs.take_up(script, one.operation.rpartition("/")[0], turn.variables)
+        script = rotation.before if operation.action == "before" else rotation.after
+        await runs.take_up(script, operation, turn.variables)
 
 
 def of_deployment(places: Places, journal: Journal, deployment: str) -> tuple[Plan, ServerRuns]:
@@ -164,6 +161,6 @@ def _the_bracket(journal: Journal, machine: str, environment: str | None) -> Ope
 async def _run_after(places: Places, journal: Journal, bracket: OpenBracket) -> Closed:
     plan, runs = of_deployment(places, journal, bracket.owner)
     rotation, turn, step = planned_bracket(plan, bracket)
-    operation = f"{bracket.owner}/{step}/{bracket.machine}/after-put-back"
+    operation = OperationId.of(bracket.owner, step, bracket.machine, "after-put-back")
     done = await runs.run(rotation.after, operation, {**turn.variables, "OUTCOME": PUT_BACK})
     return Closed(bracket.rotation, done.ok, done.reason)

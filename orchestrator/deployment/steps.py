@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from agent.checks import run_checks
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import (
     Action,
     CommandCheck,
@@ -30,7 +31,7 @@ from agent.orders.orders import (
 )
 from orchestrator.deployment.context import DeploymentContext, together
 from orchestrator.deployment.decisions import obey
-from orchestrator.deployment.server_runs import PROBE, SERVER, RunResult
+from orchestrator.deployment.server_runs import PROBE, RunResult
 from orchestrator.journal.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
 from orchestrator.plan.plan import (
     OLD_VERSION,
@@ -101,7 +102,7 @@ def _why_skipped(step: MachineStep | ServerStep, outcome: Outcome, stopping: str
 
 async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
     extra = {"PACKAGE_DIR": await context.trees.build(context.plan.packages[step.package])} if step.package else {}
-    result = await context.run_here(step.run, step.number, SERVER, step.run.name, extra)
+    result = await context.runs.run(step.run, context.operation(step.number, SERVER, step.run.name), extra)
     return "" if result.ok else result.reason
 
 
@@ -199,8 +200,8 @@ class RollingStep:
         )
 
     async def _probe(self, probe: ServerRun, machine: str) -> int | None:
-        variables = self._turns[machine].variables
-        result = await self._context.run_here(probe, self._step.number, machine, PROBE, variables)
+        operation = self._context.operation(self._step.number, machine, PROBE)
+        result = await self._context.runs.run(probe, operation, self._turns[machine].variables)
         return result.exit_status
 
 
@@ -285,8 +286,7 @@ class MachineTurnRunner:
         return _done(result)
 
     async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
-        variables = {**self.variables, **extra}
-        return await self._context.run_here(what, self._step.number, self._turn.machine, name, variables)
+        return await self._context.runs.run(what, self._operation(name), {**self.variables, **extra})
 
     # --- on the machine
 
@@ -303,14 +303,13 @@ class MachineTurnRunner:
         raise AssertionError("unreachable")
 
     async def _perform(self, name: str, attempt: int, action: ApplyAction) -> Report:
-        machine = self._turn.machine
-        order = self._order(action, self._context.fleet.operation(machine, self._step.number, name, attempt), attempt)
-        return await self._context.fleet.perform(machine, self._step.number, name, attempt, order)
+        operation = self._operation(name, attempt)
+        return await self._context.fleet.perform(operation, self._order(action, operation))
 
-    async def _perform_once(self, name: str, what: Action) -> Report:
-        return await self._context.fleet.perform(self._turn.machine, self._step.number, name, 1, what)
+    def _operation(self, name: str, attempt: int = 1) -> OperationId:
+        return self._context.operation(self._step.number, self._turn.machine, name, attempt)
 
-    def _order(self, action: ApplyAction, operation: str, attempt: int) -> Action:
+    def _order(self, action: ApplyAction, operation: OperationId) -> Action:
         match action:
             case SwitchAction():
                 return Switch(self._turn.root, self._context.plan.packages[self._step.package].manifest)
@@ -322,23 +321,24 @@ class MachineTurnRunner:
                 return RunScript(
                     package=scripts.manifest,
                     path=action.path,
-                    variables={**self.variables, **action.variables, "ATTEMPT": str(attempt)},
+                    variables={**self.variables, **action.variables, "ATTEMPT": str(operation.attempt)},
                     secrets=self._sealed(action.secrets, operation),
                     root=self._turn.root,
                     timeout=action.timeout,
                     idempotent=action.idempotent,
                 )
 
-    def _sealed(self, names: Collection[str], operation: str) -> dict[str, bytes]:
+    def _sealed(self, names: Collection[str], operation: OperationId) -> dict[str, bytes]:
         """Secrets as only this machine can open them, and only in this operation."""
         if not names:
             return {}
-        return self._context.secrets.sealed(names, self._context.fleet.presence(self._turn.machine).sealing, operation)
+        sealing = self._context.fleet.presence(self._turn.machine).sealing
+        return self._context.secrets.sealed(names, sealing, str(operation))
 
     async def _settle(self) -> Done:
         manifest = self._context.plan.packages[self._step.package].manifest
         what = Settle(self._turn.root, manifest, self._turn.fingerprint, self._step.keep)
-        return _done_by(await self._perform_once("settle", what))
+        return _done_by(await self._context.fleet.perform(self._operation("settle"), what))
 
     async def _verify(self, name: str, checks: Sequence[tuple[PlannedCheck, TimedCheck]]) -> Done:
         """The machine's checks and the server's at once; the first that fails is the reason."""
@@ -352,7 +352,7 @@ class MachineTurnRunner:
         scripts = self._context.plan.scripts
         signed = tuple(_signed(timed, scripts.manifest if scripts else "") for timed in checks)
         what = Verify(signed, self._turn.root, self.variables)
-        return _done_by(await self._perform_once(name, what))
+        return _done_by(await self._context.fleet.perform(self._operation(name), what))
 
 
 def _signed(timed: TimedCheck, scripts: str) -> TimedCheck:

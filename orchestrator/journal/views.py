@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from agent.orders.operation_id import action_of
 from agent.orders.orders import FINAL, SwitchFacts
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import DeploymentRecord, Entry
@@ -403,7 +404,7 @@ def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
 def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[OpenBracket]) -> tuple[MachineView, ...]:
     began, known = turns(entries), _versions(entries)
     ordered = operations(entries).values()
-    doing = {one.machine: _action(one.operation) for one in ordered if one.result is None}
+    doing = {one.machine: action_of(one.operation) for one in ordered if one.result is None}
     stages = _acquisition_stages(entries)
     named = [machine.name for machine in plan.machines] if plan else []
     named += [*stages, *(machine for _, machine in began), *(one.machine for one in ordered if one.machine)]
@@ -443,10 +444,10 @@ def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
             case ev.Surveyed(machine=machine):
                 if found.get(machine) != "acquired":
                     found[machine] = "surveyed"
-            case ev.Dispatched(machine=machine, operation=operation) if _action(operation) == "acquire":
+            case ev.Dispatched(machine=machine, operation=operation) if action_of(operation) == "acquire":
                 if found.get(machine) != "acquired":
                     found[machine] = "acquiring"
-            case ev.Reported(machine=machine, operation=operation, state=state) if _action(operation) == "acquire":
+            case ev.Reported(machine=machine, operation=operation, state=state) if action_of(operation) == "acquire":
                 if state != "done" and found.get(machine) == "acquiring":
                     found[machine] = "surveyed"
             case ev.Acquired(machine=machine):
@@ -495,12 +496,6 @@ def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
                     yield NoteView(entry.at, f"excluded: {reason}", machine)
             case _:
                 pass
-
-
-def _action(operation: str) -> str:
-    """Of deployment ULID/step/machine/action/attempt; empty where the id is formed otherwise."""
-    parts = operation.split("/")
-    return parts[3] if len(parts) == 5 else ""
 
 
 def _end(*, ok: bool) -> Progress:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from agent.orders.envelopes import order_digest, sign_presence, sign_report, verify_order
 from agent.orders.keys import load_agent_identity, load_report_signer, make_agent_keys
+from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acknowledge, Order, Presence, Report, RunScript, Stop, Survey
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
@@ -34,6 +35,7 @@ from relay.protocol import messages
 from relay.protocol.client import RelayClient
 
 DEPLOYMENT = "01J9ZZZZZZZZZZZZZZZZZZZZZ0"
+OPERATION = OperationId.of("01J9ZZZZZZZZZZZZZZZZZZZZZ0", 0, "web1", "survey")
 JOURNAL = "0" * 31 + "1"
 SURVEY = Survey(())
 SCRIPT = RunScript(package="a" * 64, path="configure.sh", variables={})
@@ -193,7 +195,7 @@ class Scene:
     folder: Path
 
     def path(self, operation: str) -> Path:
-        return Path(self.fleet.log_path(operation))
+        return Path(self.fleet.log_path(OperationId.parse(operation)))
 
 
 class World:
@@ -258,7 +260,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def perform(scene: Scene, action: Any = SURVEY, **more: Any) -> Report:
-    return await scene.fleet.perform("web1", 0, "survey", 1, action, **more)
+    return await scene.fleet.perform(OPERATION, action, **more)
 
 
 # --- out and back
@@ -281,8 +283,7 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     await scene.fleet.presences()
     # A letter that had left would be at the relay by now, and that relay answers at once.
     seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
@@ -357,7 +358,7 @@ async def test_a_relay_that_dies_with_the_order_is_made_up_for_when_it_comes_bac
         await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, urls, {"a": client})
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         async with asyncio.timeout(10):
             while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
@@ -444,7 +445,7 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     web1.answers = meddled
     async with fleet, web1.polling(client), web2.polling(await world.client(relay.url)):
         await all_present(fleet)
-        report = await fleet.perform("web1", 0, "survey", 1, SURVEY)
+        report = await fleet.perform(OPERATION, SURVEY)
     assert (report.state, report.agent) == ("failed", "web1")
 
 
@@ -461,7 +462,7 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     urls = {"a": relay.url}
     fleet = world.fleet(agent, urls, {"a": client})
     async with fleet:
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(f"{DEPLOYMENT}/0/web1/survey/1")
         assert envelope is not None
@@ -483,7 +484,7 @@ async def test_the_same_again_after_a_crash_sends_the_same_bytes_and_gets_the_fi
 
     again = world.fleet(scene.agent, {"a": scene.relays["a"].url}, scene.relays)
     async with again:
-        report = await again.perform("web1", 0, "survey", 1, SCRIPT)
+        report = await again.perform(OPERATION, SCRIPT)
     assert report == first
     assert len(scene.agent.orders) == 1, "another order left under the same name"
     assert isinstance(scene.agent.orders[0].action, Survey)
@@ -494,12 +495,11 @@ async def test_an_order_that_was_written_down_but_never_left_leaves_now(world: W
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    kept = book.find(operation)
+    kept = book.find(OPERATION)
     scene.told.hold = None
 
     assert (await perform(scene)).state == "done"
@@ -516,7 +516,7 @@ async def test_a_machine_that_is_gone_is_lost_after_a_while(world: World) -> Non
     await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
     async with world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=0.3)) as fleet:
         with pytest.raises(LostError, match="web1 is lost"):
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert (await fleet.presences()).missing["web1"].startswith("lost: relay a has seen it last")
 
 
@@ -549,7 +549,7 @@ async def test_where_no_relay_takes_the_order_the_road_is_named(world: World) ->
     client = await world.client(DEAD)
     async with world.fleet(agent, {"a": DEAD}, {"a": client}, limits=limits_with(lost=0.3, look=30.0)) as fleet:
         with pytest.raises(UnreachableError, match="no relay has taken an order for web1") as caught:
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert not isinstance(caught.value, LostError)
         found = await fleet.presences()
     assert "none of its relays answers" in found.missing["web1"]
@@ -564,7 +564,7 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
         await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=3.0))
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         async with asyncio.timeout(10):
             while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
@@ -767,8 +767,8 @@ async def test_results_are_acknowledged_once_their_output_is_here(world: World) 
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(output)))
 
     scene.agent.answers = lacking
-    first = await scene.fleet.perform("web1", 0, "survey", 1, SURVEY)
-    second = await scene.fleet.perform("web1", 0, "survey", 2, SURVEY)
+    first = await scene.fleet.perform(OPERATION, SURVEY)
+    second = await scene.fleet.perform(replace(OPERATION, attempt=2), SURVEY)
     await scene.fleet.acknowledge("web1")
     await eventually(lambda: len(scene.agent.orders) == 3)
     assert scene.agent.orders[-1].action == Acknowledge((first.operation,)), "the second's output is not here yet"
@@ -793,23 +793,13 @@ async def test_a_running_operation_can_be_stopped(world: World) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, "running", 1))
 
     scene.agent.answers = hangs
-    running = asyncio.create_task(scene.fleet.perform("web1", 3, "1-configure", 1, SCRIPT))
+    running = asyncio.create_task(scene.fleet.perform(OperationId.of(DEPLOYMENT, 3, "web1", "1-configure"), SCRIPT))
     await eventually(lambda: len(taken) == 1)
-    await scene.fleet.stop(taken[0][0].operation)
+    await scene.fleet.stop(OperationId.parse(taken[0][0].operation))
     await eventually(lambda: any(isinstance(order.action, Stop) for order in scene.agent.orders))
     assert scene.agent.orders[-1].action == Stop(f"{DEPLOYMENT}/3/web1/1-configure/1")
     await scene.agent.send(scene.relays["a"], scene.agent.report(*taken[0], "stopped", 2))
     assert (await running).state == "stopped"
-
-
-def test_names_of_actions_become_part_of_an_operation(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o700)
-    agent = Agent(tmp_path)
-    fleet = World(tmp_path, AsyncExitStack()).fleet(agent, {}, {})
-    assert fleet.operation("web1", 2, "3-restart the app!", 1) == f"{DEPLOYMENT}/2/web1/3-restart-the-app/1"
-    assert fleet.operation("web1", 2, "üß", 1).endswith("/action/1")
-    assert len(fleet.operation("w" * 63, 999, "x" * 500, 12)) < 200
-    assert fleet.log_path(fleet.operation("web1", 2, "switch", 1)).endswith("/logs/2~web1~switch~1.log")
 
 
 # --- the mailroom
