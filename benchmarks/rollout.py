@@ -38,7 +38,7 @@ from orchestrator.journal.recorder import Recorder
 
 if TYPE_CHECKING:
     from orchestrator.fleet.fleet import Fleet
-    from orchestrator.journal.events import Entry
+    from orchestrator.journal.events import JournalEntry
     from orchestrator.journal.journal import Journal
     from orchestrator.plan.plan import Plan
 
@@ -283,7 +283,9 @@ def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
     return [measure(kind, number, entries, lambda each: own_time(logs, each)) for number, kind in enumerate(STEPS, 1)]
 
 
-def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: Callable[[str], float]) -> Measured:
+def measure(
+    kind: StepKind, number: int, entries: Sequence[JournalEntry], own_time_of: Callable[[str], float]
+) -> Measured:
     """Step `number`, by the journal's entries and the seconds that an operation's script says it took itself."""
     from orchestrator.journal import events
 

@@ -16,7 +16,7 @@ from relay.support.console import json_option, print_json, printable, progress_b
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.compare.diff import Package, PartChange
+    from orchestrator.compare.diff import OpenedPackage, PartChange
     from orchestrator.compare.lint import Finding, Lint
     from orchestrator.compare.measure import Comparison
     from orchestrator.compare.read_package import NamedPackage
@@ -72,7 +72,7 @@ def diff(names: tuple[str, ...], with_parts: bool, codings_text: str, depot: str
         click.echo(f"and {len(found.changes) - _SHOWN} more parts: --parts lists all, and what each takes")
 
 
-def _diff_document(old: Package, new: Package, found: Comparison) -> dict[str, Any]:
+def _diff_document(old: OpenedPackage, new: OpenedPackage, found: Comparison) -> dict[str, Any]:
     return {
         "format": 1,
         "old": _side(old),
@@ -98,7 +98,7 @@ def _pair_named(names: tuple[str, ...]) -> list[NamedPackage]:
     return [_depot_named(id, old), _depot_named(id, new)]
 
 
-def _side(package: Package) -> dict[str, Any]:
+def _side(package: OpenedPackage) -> dict[str, Any]:
     manifest = package.manifest
     return {
         "id": str(manifest.package.id),
@@ -112,7 +112,7 @@ def _side(package: Package) -> dict[str, Any]:
     }
 
 
-def _counts(new: Package, changes: Sequence[PartChange]) -> dict[str, int]:
+def _counts(new: OpenedPackage, changes: Sequence[PartChange]) -> dict[str, int]:
     from orchestrator.compare.diff import CHANGES
 
     counts: dict[str, int] = dict.fromkeys(CHANGES, 0)
@@ -121,7 +121,7 @@ def _counts(new: Package, changes: Sequence[PartChange]) -> dict[str, int]:
     return counts | {"same": len(new.manifest.parts) - len(changes) + counts["removed"]}
 
 
-def _encoding(coding: Coding, payload: int, new: Package) -> dict[str, Any]:
+def _encoding(coding: Coding, payload: int, new: OpenedPackage) -> dict[str, Any]:
     share = payload / max(new.manifest.nupkg.size, 1)
     return {"encoding": str(coding), "payload_bytes": payload, "of_nupkg": round(share, 6)}
 
@@ -197,7 +197,7 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
     if against is not None and len(named) != 1:
         raise UsageError(f"--against with {len(named)} files: expected one", hint="Name one file, or ID VERSION")
     other = [_against(against, named[0], names)] if against is not None else []
-    results: list[tuple[Package, Package | None, Lint]] = []
+    results: list[tuple[OpenedPackage, OpenedPackage | None, Lint]] = []
     with progress_bars() as bar, ExitStack() as stack:
         for each in named:
             package, *others = stack.enter_context(opened_packages([each, *other], depot_location(depot), bar))
@@ -227,7 +227,7 @@ def _against(text: str, package: NamedPackage, names: tuple[str, ...]) -> NamedP
     return _depot_named(names[0], text)
 
 
-def _lint_document(package: Package, other: Package | None, found: Lint) -> dict[str, Any]:
+def _lint_document(package: OpenedPackage, other: OpenedPackage | None, found: Lint) -> dict[str, Any]:
     return {
         **{key: value for key, value in _side(package).items() if key in {"id", "version", "name", "nupkg_sha256"}},
         "against": other.name if other else "",
@@ -236,7 +236,7 @@ def _lint_document(package: Package, other: Package | None, found: Lint) -> dict
     }
 
 
-def _lint_text(package: Package, other: Package | None, found: Lint) -> str:
+def _lint_text(package: OpenedPackage, other: OpenedPackage | None, found: Lint) -> str:
     head = f"{package.manifest.package}" + (f" against {other.name}" if other else "")
     if not found.findings:
         lines = [f"{head}: nothing that differs from build to build"]

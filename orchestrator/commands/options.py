@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from orchestrator.depot.depot import Depot
     from orchestrator.journal.journal import Journal
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
     from relay.package.identity import PackageRef
     from relay.stores.catalog import Pointer
 
@@ -60,11 +60,11 @@ def trust_folder(given: str | None) -> str:
     return os.path.abspath(given) if given else os.path.join(home(), "trust")
 
 
-def paths_of(depot: str | None = None, trust: str | None = None, journal: str | None = None) -> Places:
+def paths_of(depot: str | None = None, trust: str | None = None, journal: str | None = None) -> Paths:
     """Where all of this orchestrator is, given what was typed."""
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
 
-    return Places(
+    return Paths(
         home=home(),
         depot=depot_location(depot),
         trust=trust_folder(trust),
@@ -80,12 +80,12 @@ def check_installed() -> None:
         )
 
 
-def open_journal(places: Places) -> Journal:
+def open_journal(paths: Paths) -> Journal:
     """Raises `UsageError` where only what agents and relays need is installed, and as `Journal.open`."""
     check_installed()
     from orchestrator.journal.journal import Journal
 
-    return Journal.open(places.journal)
+    return Journal.open(paths.journal)
 
 
 def time_text(seconds: float) -> str:

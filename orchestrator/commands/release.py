@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from orchestrator.deployment.setup import DeployRequest
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.views import DeploymentView, OpenBracket
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan
-    from orchestrator.replication.send import Bar
+    from relay.support.console import Bar
 
 _process_option = click.option(
     "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
@@ -120,13 +120,13 @@ def create(
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.files.process import load_process
 
-    places = paths_of(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal)
     process = load_process(process_path)
     where = None if environment is None else load_environment(environment_path(environment))
-    with open_journal(places) as opened, progress_bars() as bar:
+    with open_journal(paths) as opened, progress_bars() as bar:
         made, new = run(
             create_release(
-                places,
+                paths,
                 opened,
                 label,
                 process,
@@ -204,17 +204,17 @@ def deploy(
     from orchestrator.files.process import load_process
     from orchestrator.journal.status import deployment_view
 
-    places = paths_of(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal)
     where = load_environment(environment_path(environment))
     prompts = _prompts(variables)
     process = load_process(process_path) if packages or os.path.exists(process_path) else None
-    with open_journal(places) as opened, progress_bars() as bar:
+    with open_journal(paths) as opened, progress_bars() as bar:
         if packages and process is not None:
             versions = _versions(packages)
-            run(create_release(places, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
+            run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
         project = project or (process.value.project if process else None)
         request = DeployRequest(label, project, where, prompts, adopt)
-        ulid, result = run(_deploy(places, opened, request, bar, as_json))
+        ulid, result = run(_deploy(paths, opened, request, bar, as_json))
         if as_json:
             print_json(deployment_view(opened, ulid))
         else:
@@ -223,7 +223,7 @@ def deploy(
 
 
 async def _deploy(
-    places: Places, journal: Journal, request: DeployRequest, bar: Bar, as_json: bool
+    paths: Paths, journal: Journal, request: DeployRequest, bar: Bar, as_json: bool
 ) -> tuple[str, Result]:
     """Run it in the foreground; a signal is a decision like any other."""
     from orchestrator.deployment.decisions import CANCEL
@@ -260,7 +260,7 @@ async def _deploy(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        return await start(places, journal, request, begun=begun, tell=tell, bar=bar)
+        return await start(paths, journal, request, begun=begun, tell=tell, bar=bar)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
@@ -360,10 +360,10 @@ def log(
     from orchestrator.fleet.log_reader import LogReader
     from orchestrator.journal.status import deployment_view, find_deployment
 
-    places = paths_of(journal=journal)
-    with open_journal(places) as opened:
+    paths = paths_of(journal=journal)
+    with open_journal(paths) as opened:
         ulid = find_deployment(opened, deployment, environment)
-        reader = LogReader(os.path.join(places.deployment(ulid), "logs"), machine)
+        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
         while True:
             is_over = deployment_view(opened, ulid).summary.state != "running"
             for entry in reader.news(final=is_over or not follow):

@@ -63,17 +63,17 @@ def replicate(
     What is sent is encoded so that it is there first: as the difference from what the relay holds, or compressed as hard
     as the line is slow. --explain shows the arithmetic, one table for each relay.
     """
-    from orchestrator.replication.replicate_package import How, plan_replication, replicate_package
+    from orchestrator.replication.replicate_package import SendOptions, plan_replication, replicate_package
     from relay.encoding.codecs import Coding
 
-    how = How(patience, None if encoding is None else Coding.parse(encoding), explain, exact)
+    options = SendOptions(patience, None if encoding is None else Coding.parse(encoding), explain, exact)
     targets = _targets(relays, environment, token_file, ca_file).limited(None if limit is None else limit * 1e6 / 8)
     location, ref = depot_location(depot), package_ref(id, version)
     with progress_bars() as bar:
         if dry_run:
-            done = run(plan_replication(location, ref, targets, how))
+            done = run(plan_replication(location, ref, targets, options))
         else:
-            done = run(replicate_package(location, ref, targets, how, bar))
+            done = run(replicate_package(location, ref, targets, options, bar))
     documents = _documents(done, targets, dry_run=dry_run)
     if as_json:
         failed = [{"relay": url, "error": error.message} for url, error in done.failed.items()]

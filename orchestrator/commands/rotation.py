@@ -53,9 +53,9 @@ def close(
     check_installed()
     from orchestrator.deployment.recovery import close_bracket
 
-    places = paths_of(journal=journal)
-    with open_journal(places) as opened:
-        closed = run(close_bracket(places, opened, machine, environment, by_hand=by_hand, message=message))
+    paths = paths_of(journal=journal)
+    with open_journal(paths) as opened:
+        closed = run(close_bracket(paths, opened, machine, environment, by_hand=by_hand, message=message))
     if as_json:
         print_json({"format": 1, "machine": machine, "closed": closed.ok, "reason": closed.reason})
     elif closed.ok:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from orchestrator.compare.diff import (
     Chunks,
-    Package,
+    OpenedPackage,
     PartChange,
     compare_parts,
     count_chunks,
@@ -24,7 +24,7 @@ from orchestrator.compare.diff import (
 from relay.encoding.codecs import Coding
 
 if TYPE_CHECKING:
-    from relay.transfer.replicate import Progress
+    from relay.support.console import Progress
 
 _ENCODERS: Final = 2
 """At a time: one takes up to some 300 MB."""
@@ -42,7 +42,7 @@ class Comparison:
 
 
 def compare(
-    old: Package, new: Package, codings: Sequence[Coding], progress: Progress, *, with_parts: bool
+    old: OpenedPackage, new: OpenedPackage, codings: Sequence[Coding], progress: Progress, *, with_parts: bool
 ) -> Comparison:
     """Compare, and encode the chunks in each way. `with_parts`: measure the difference of each part too. Blocking."""
     changes = compare_parts(old, new)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
-from orchestrator.compare.diff import Package, ZipPart
+from orchestrator.compare.diff import OpenedPackage, ZipPart
 from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
 from orchestrator.depot.depot import open_depot
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError
@@ -23,8 +23,7 @@ from relay.package.zip_records import CENTRAL, LOCAL
 from relay.support.console import run
 
 if TYPE_CHECKING:
-    from orchestrator.replication.send import Bar
-    from relay.transfer.replicate import Progress
+    from relay.support.console import Bar, Progress
 
 _PIECE: Final = 1 << 20
 
@@ -38,7 +37,7 @@ class NamedPackage(NamedTuple):
 
 
 @contextmanager
-def opened_packages(named: Sequence[NamedPackage], depot_location: str, bar: Bar) -> Iterator[list[Package]]:
+def opened_packages(named: Sequence[NamedPackage], depot_location: str, bar: Bar) -> Iterator[list[OpenedPackage]]:
     """Open all of them. Blocking.
 
     Raises:
@@ -74,7 +73,7 @@ async def _copy_out(location: str, ref: PackageRef, path: str) -> None:
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _read_package(path: str, name: str, spool: BinaryIO, progress: Progress) -> Package:
+def _read_package(path: str, name: str, spool: BinaryIO, progress: Progress) -> OpenedPackage:
     """Cut a nupkg as the depot would, and put its tree stream into `spool`."""
     with open_nupkg(path) as file:
         entries, nuspec = read_directory(file)
@@ -86,7 +85,7 @@ def _read_package(path: str, name: str, spool: BinaryIO, progress: Progress) -> 
             _write(spool, data)
             done += len(data)
             progress(done, whole)
-        return Package(name, cutter.manifest(), tuple(_zip_parts(file, entries)), _reader(spool))
+        return OpenedPackage(name, cutter.manifest(), tuple(_zip_parts(file, entries)), _reader(spool))
 
 
 def _write(spool: BinaryIO, data: bytes) -> None:

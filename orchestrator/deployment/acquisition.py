@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Final
 from agent.orders.orders import Acquire, AcquireFacts, Report, Survey, SurveyFacts
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, together
 from orchestrator.deployment.packages import ref_of
-from orchestrator.journal.events import Acquired, Barrier, LineBytes, Note, Replicated, Surveyed
+from orchestrator.journal.events import Acquired, Barrier, Note, Replicated, Surveyed
 from orchestrator.plan.placement import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
 from orchestrator.plan.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
 from orchestrator.replication.cascade import Delivered, replicate_all
-from orchestrator.replication.send import open_relay, pacer_of, parcel, send_to, shipping_from
+from orchestrator.replication.send import open_relay, pacer_of, package_to_send, send_to, shipping_from
 from relay.errors import StoreError, UnreachableError, WaystationError
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
+    from relay.support.console import Progress
     from relay.support.rate_limit import Pacer
-    from relay.transfer.replicate import Progress, Shipping
     from relay.transfer.replicate import Replicated as Sent
+    from relay.transfer.replicate import Shipping
 
 
 STOP_SECONDS: Final = 5.0
@@ -175,7 +176,7 @@ async def _replicate(
 ) -> None:
     """One package to all relays that get it. One that only passes it on may fail: then it is passed by."""
     ref = ref_of(package)
-    what = await parcel(context.depot, ref)
+    what = await package_to_send(context.depot, ref)
     bars = {relay.name: context.bar(f"{relay.name} {ref}") for relay in relays}
 
     def heard(relay: str, here: int, whole: int) -> None:
@@ -197,7 +198,7 @@ async def _replicate(
                 chunks=done.chunks,
                 chunks_sent=done.chunks_sent,
                 seconds=done.seconds,
-                lines=tuple(LineBytes(one.line, one.wire_bytes, one.encodings) for one in done.lines),
+                lines=done.lines,
                 fallbacks=done.fallbacks,
             )
         )

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
-    from orchestrator.replication.send import Bar
     from orchestrator.trust.secrets import SecretStore
+    from relay.support.console import Bar
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from orchestrator.deployment.packages import (
 from orchestrator.deployment.releases import Release, freeze_release
 from orchestrator.files.process import ProcessFile, machine_scripts, server_scripts
 from orchestrator.files.script_files import OnDisk
-from orchestrator.paths import Places, operator
+from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, Plan, PlannedPackage
 from orchestrator.trust.keyring import load_signer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.journal.journal import Journal
-    from orchestrator.replication.send import Bar
+    from relay.support.console import Bar
 
 
 async def plan_release(
@@ -48,7 +48,7 @@ async def plan_release(
 
 
 async def create_release(
-    places: Places,
+    paths: Paths,
     journal: Journal,
     label: str,
     process: ProcessFile,
@@ -70,9 +70,9 @@ async def create_release(
     from orchestrator.depot.depot import open_depot
 
     packages = wanted_packages(process, versions)
-    package_signer, order_signer = load_signer(places.trust, "package"), load_signer(places.trust, "order")
+    package_signer, order_signer = load_signer(paths.trust, "package"), load_signer(paths.trust, "order")
     secret_files: frozenset[str] = frozenset()
-    async with open_depot(places.depot) as depot:
+    async with open_depot(paths.depot) as depot:
         if environment is not None:
             plan = make_plan(process, environment, label=label, packages=packages, scripts=None, prompts=prompts)
             secrets = SecretStore(plan.secrets, plan.machine_secrets)

@@ -17,7 +17,7 @@ from orchestrator.deployment.acquisition import acquire
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, together, undo_step
 from orchestrator.deployment.decisions import decisions_obeyed, obey
 from orchestrator.deployment.setup import DeployRequest, set_up
-from orchestrator.deployment.steps import Outcome, run_steps
+from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.files.values import NotificationKind
 from orchestrator.journal.events import (
     BracketAdopted,
@@ -31,13 +31,13 @@ from orchestrator.journal.events import (
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
 
 if TYPE_CHECKING:
-    from orchestrator.fleet.presence import Muster
+    from orchestrator.fleet.presence import Presences
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.recorder import Tell
     from orchestrator.journal.views import OpenBracket
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan, PreAcquire
-    from orchestrator.replication.send import Bar
+    from relay.support.console import Bar
 
 ACKNOWLEDGE_SECONDS: Final = 10.0
 """For a relay to take an agent's acknowledgement at the end. An agent that gets none keeps its results for longer."""
@@ -56,7 +56,7 @@ class Result:
 
 
 async def deploy(
-    places: Places,
+    paths: Paths,
     journal: Journal,
     request: DeployRequest,
     *,
@@ -67,7 +67,7 @@ async def deploy(
     """Run a release in an environment, from plan to end. The deployment's ULID, and how it ended.
 
     Args:
-        places: of this orchestrator.
+        paths: of this orchestrator.
         journal: where the release is, and where the deployment is recorded.
         request: what a person asked for.
         begun: called with ULID and plan once the deployment stands in the journal.
@@ -81,7 +81,7 @@ async def deploy(
         NotFoundError: no such release or package.
         StoreError: the journal could not be written: what it could not take did not happen.
     """
-    async with set_up(places, journal, request, tell=tell, bar=bar) as (context, brackets):
+    async with set_up(paths, journal, request, tell=tell, bar=bar) as (context, brackets):
         begun(context.recorder.deployment, context.plan)
         return context.recorder.deployment, await _roll_out(context, brackets, adopt=request.adopt)
 
@@ -99,7 +99,7 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
                 await undo.those_until_acquired()
                 outcome = await run_steps(context, facts)
             except WaystationError as error:
-                outcome = Outcome(failed=[str(error)])
+                outcome = StepsOutcome(failed=[str(error)])
         not_undone = await undo.everything()
         result = _result_of(context, outcome, not_undone)
         await _close(context, result)
@@ -119,7 +119,7 @@ def _open_things_told(context: DeploymentContext, undo: _Undo) -> Iterator[None]
         raise
 
 
-def _result_of(context: DeploymentContext, outcome: Outcome, not_undone: Sequence[str]) -> Result:
+def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Sequence[str]) -> Result:
     stop = context.stop
     reasons = [stop.reason, *(why for why in outcome.failed if why != stop.reason)]
     reason = "; ".join(filter(None, reasons))
@@ -205,7 +205,7 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     context.refused_before = {name: presence.refused for name, presence in here.present.items()}
 
 
-def _other_orchestrators(context: DeploymentContext, here: Muster) -> list[str]:
+def _other_orchestrators(context: DeploymentContext, here: Presences) -> list[str]:
     seen = {name: presence.fences.get(context.plan.environment) for name, presence in here.present.items()}
     return [
         f"{name} knows deployment {fence.deployment}"
@@ -214,7 +214,7 @@ def _other_orchestrators(context: DeploymentContext, here: Muster) -> list[str]:
     ]
 
 
-async def _claim(context: DeploymentContext, here: Muster) -> None:
+async def _claim(context: DeploymentContext, here: Presences) -> None:
     """A fence above all that any agent has seen shuts out, from the first order on, the orchestrator that led before."""
     environment = context.plan.environment
     fences = [presence.fences.get(environment) for presence in here.present.values()]

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
     from orchestrator.depot.depot import Depot
-    from orchestrator.replication.send import Bar
     from orchestrator.trust.secrets import SecretStore
+    from relay.support.console import Bar
     from relay.trust.keys import TrustPins
 
 _FEED_POLICY: Final = FeedPolicy(allow_private=True)

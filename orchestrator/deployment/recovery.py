@@ -26,14 +26,14 @@ from relay.errors import NotFoundError, RefusedError, UsageError, WaystationErro
 
 if TYPE_CHECKING:
     from orchestrator.journal.journal import Journal
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
 
 
 PUT_BACK: Final = "put_back"
 """OUTCOME that `after` gets where a person puts a machine back."""
 
 
-async def settle(places: Places, journal: Journal, environment: str, *, adopt: bool) -> list[OpenBracket]:
+async def settle(paths: Paths, journal: Journal, environment: str, *, adopt: bool) -> list[OpenBracket]:
     """Make room for a new deployment: those whose process is dead are over, and what they owed is done.
 
     Gives the open brackets, which the new deployment answers for.
@@ -49,20 +49,20 @@ async def settle(places: Places, journal: Journal, environment: str, *, adopt: b
             hint="'waystation rotation list' shows them, 'rotation close MACHINE' closes one, or deploy with --adopt",
         )
     for bracket in brackets:
-        await wait_for_orphans(places, journal, bracket)
+        await wait_for_orphans(paths, journal, bracket)
     for left in journal.deployments(environment, state="running", limit=None):
-        await _undo(places, journal, left.deployment)
+        await _undo(paths, journal, left.deployment)
         reason = "interrupted: its process ended before it did"
         journal.set_state(left.deployment, "failed", reason, Ended("failed", reason))
     return brackets
 
 
-async def _undo(places: Places, journal: Journal, deployment: str) -> None:
+async def _undo(paths: Paths, journal: Journal, deployment: str) -> None:
     """What was opened before acquisition is closed, however late. One that fails is written down, and the others follow."""
     due = undos_due(journal.entries(deployment))
     if not due:
         return
-    plan, runs = of_deployment(places, journal, deployment)
+    plan, runs = of_deployment(paths, journal, deployment)
     recorder = Recorder(journal, deployment)
     for name in due:
         for step in plan.pre_acquire:
@@ -75,7 +75,7 @@ async def _undo(places: Places, journal: Journal, deployment: str) -> None:
                 await recorder.record(Note(f"{name} could not be undone: {error}"))
 
 
-async def wait_for_orphans(places: Places, journal: Journal, bracket: OpenBracket) -> None:
+async def wait_for_orphans(paths: Paths, journal: Journal, bracket: OpenBracket) -> None:
     """Wait for the `before` or `after` of this machine that a dead process left running, and write its end down.
 
     Nothing may be said to the balancer beside it: what it says last would win. Its own time limit bounds the wait.
@@ -84,7 +84,7 @@ async def wait_for_orphans(places: Places, journal: Journal, bracket: OpenBracke
         operation = OperationId.parse(one.operation)
         if one.result is not None or one.machine != bracket.machine or operation.action not in {"before", "after"}:
             continue
-        plan, runs = of_deployment(places, journal, bracket.owner)
+        plan, runs = of_deployment(paths, journal, bracket.owner)
         if await asyncio.to_thread(processes.state_of, runs.run_folder(operation)) == "new":
             continue
         rotation, turn, _ = planned_bracket(plan, bracket)
@@ -92,11 +92,11 @@ async def wait_for_orphans(places: Places, journal: Journal, bracket: OpenBracke
         await runs.take_up(script, operation, turn.variables)
 
 
-def of_deployment(places: Places, journal: Journal, deployment: str) -> tuple[Plan, ServerRuns]:
+def of_deployment(paths: Paths, journal: Journal, deployment: str) -> tuple[Plan, ServerRuns]:
     """The plan of a deployment, and what runs its scripts: in its own folder and journal."""
     plan = msgspec.json.decode(journal.plan(deployment), type=Plan)
     secrets = SecretStore(plan.secrets, plan.machine_secrets)
-    return plan, ServerRuns(places.deployment(deployment), secrets, Recorder(journal, deployment))
+    return plan, ServerRuns(paths.deployment(deployment), secrets, Recorder(journal, deployment))
 
 
 def planned_bracket(plan: Plan, bracket: OpenBracket) -> tuple[RotationPlan, MachineTurn, int]:
@@ -123,7 +123,7 @@ class Closed:
 
 
 async def close_bracket(
-    places: Places, journal: Journal, machine: str, environment: str | None, *, by_hand: bool, message: str
+    paths: Paths, journal: Journal, machine: str, environment: str | None, *, by_hand: bool, message: str
 ) -> Closed:
     """Run the `after` that the deployment had planned, with OUTCOME=put_back; `by_hand` runs nothing.
 
@@ -138,8 +138,8 @@ async def close_bracket(
     ):
         result = Closed(bracket.rotation, ok=True)
         if not by_hand:
-            await wait_for_orphans(places, journal, bracket)
-            result = await _run_after(places, journal, bracket)
+            await wait_for_orphans(paths, journal, bracket)
+            result = await _run_after(paths, journal, bracket)
         if result.ok:
             why = f"put back by {operator()}" + (" by hand" if by_hand else "") + (f": {message}" if message else "")
             journal.append(
@@ -158,8 +158,8 @@ def _the_bracket(journal: Journal, machine: str, environment: str | None) -> Ope
     return found[0]
 
 
-async def _run_after(places: Places, journal: Journal, bracket: OpenBracket) -> Closed:
-    plan, runs = of_deployment(places, journal, bracket.owner)
+async def _run_after(paths: Paths, journal: Journal, bracket: OpenBracket) -> Closed:
+    plan, runs = of_deployment(paths, journal, bracket.owner)
     rotation, turn, step = planned_bracket(plan, bracket)
     operation = OperationId.of(bracket.owner, step, bracket.machine, "after-put-back")
     done = await runs.run(rotation.after, operation, {**turn.variables, "OUTCOME": PUT_BACK})

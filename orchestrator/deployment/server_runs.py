@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 PROBE: Final = "probe"
 """Action of a look at a rotation. It changes nothing, so it is not recorded."""
 
-State = Literal["done", "failed", "stopped", "unknown"]
+EndState = Literal["done", "failed", "stopped", "unknown"]
 
 _LOOK_SECONDS: Final = 0.05
 _KEY_DIGITS: Final = 16
@@ -63,7 +63,7 @@ class RunResult:
     exit_status: int | None
     reason: str
     log_path: str
-    state: State
+    state: EndState
     operation: OperationId
 
 

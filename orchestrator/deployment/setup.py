@@ -23,13 +23,14 @@ from orchestrator.files.process import load_process
 from orchestrator.fleet.fleet import Fleet
 from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
-from orchestrator.paths import Places, operator
+from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun
-from orchestrator.replication.send import Bar, open_relay
+from orchestrator.replication.send import open_relay
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import NotFoundError
+from relay.support.console import Bar
 from relay.support.private_files import make_private_folder
 
 if TYPE_CHECKING:
@@ -52,17 +53,17 @@ class DeployRequest:
 
 @asynccontextmanager
 async def set_up(
-    places: Places, journal: Journal, request: DeployRequest, *, tell: Tell, bar: Bar
+    paths: Paths, journal: Journal, request: DeployRequest, *, tell: Tell, bar: Bar
 ) -> AsyncIterator[tuple[DeploymentContext, list[OpenBracket]]]:
     """All that a deployment works with, and the brackets that it answers for. It has begun in the journal, and holds the
     environment's lock until the block ends. Raises as `orchestrator.deployment.deployment.deploy`.
     """
     from orchestrator.depot.depot import open_depot
 
-    pins = load_pins(places.trust)
+    pins = load_pins(paths.trust)
     release = _signed_release(journal, request, pins)
     ulid = str(ULID())
-    folder = places.deployment(ulid)
+    folder = paths.deployment(ulid)
     async with AsyncExitStack() as stack:
         stack.enter_context(_removed_unless_begun(folder, journal, ulid))
         plan = _plan(release, journal, request, folder)
@@ -70,13 +71,13 @@ async def set_up(
         secrets.check()
         held = hold(journal, plan.environment, operator=operator(), label=plan.label, why="deploy", deployment=ulid)
         stack.enter_context(held)
-        brackets = await settle(places, journal, plan.environment, adopt=request.adopt)
-        depot = await stack.enter_async_context(open_depot(places.depot))
-        signer = load_signer(places.trust, "package")
+        brackets = await settle(paths, journal, plan.environment, adopt=request.adopt)
+        depot = await stack.enter_async_context(open_depot(paths.depot))
+        signer = load_signer(paths.trust, "package")
         packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar)
         plan = msgspec.structs.replace(plan, packages=packages)
 
-        order_signer = load_signer(places.trust, "order")
+        order_signer = load_signer(paths.trust, "order")
         recorder = Recorder(journal, ulid, tell)
         runs = ServerRuns(folder, secrets, recorder)
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))
@@ -93,7 +94,7 @@ async def set_up(
             runs=runs,
             secrets=secrets,
             depot=depot,
-            trees=ServerTrees(places.depot, pins, os.path.join(folder, "packages")),
+            trees=ServerTrees(paths.depot, pins, os.path.join(folder, "packages")),
             notifier=Notifier(plan.notify, secrets, order_signer),
             bar=bar,
         )

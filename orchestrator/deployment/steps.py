@@ -46,7 +46,7 @@ from orchestrator.plan.plan import (
     SwitchAction,
 )
 from orchestrator.rolling import rolling, turn
-from orchestrator.rolling.rolling import Roll, Service
+from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
 from relay.errors import StoreError, WaystationError
 
@@ -56,7 +56,7 @@ _LOOK_AGAIN = 1.0
 
 
 @dataclass(slots=True)
-class Outcome:
+class StepsOutcome:
     """How the steps went."""
 
     failed: list[str] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Outcome:
     """Machines whose turn failed within what their step allows."""
 
 
-async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]) -> Outcome:
+async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]) -> StepsOutcome:
     """All steps, as their `when` says. A step that fails keeps those for success from starting."""
-    outcome = Outcome()
+    outcome = StepsOutcome()
     for step in context.plan.steps:
         # Right before anything starts, so that nothing starts after a cancel.
         await obey(context.recorder, context.stop)
@@ -87,7 +87,7 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
     return outcome
 
 
-def _why_skipped(step: MachineStep | ServerStep, outcome: Outcome, stopping: str) -> str:
+def _why_skipped(step: MachineStep | ServerStep, outcome: StepsOutcome, stopping: str) -> str:
     if stopping:
         return stopping
     if outcome.failed and step.when == "success":
@@ -110,7 +110,7 @@ async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
 
 
 async def _on_machines(
-    context: DeploymentContext, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: Outcome
+    context: DeploymentContext, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: StepsOutcome
 ) -> str:
     """Start turns as the window allows until all are through. Why the step failed; empty where it did not."""
     rolling_step = RollingStep(context, step, facts)
@@ -154,8 +154,8 @@ class RollingStep:
             elif not roll.is_over:
                 stuck_since = stuck_since or clock()
                 why = rolling.why_waiting(roll, service)
-                if why is not None and clock() - stuck_since > STUCK_SECONDS:
-                    roll = rolling.stop(roll, why.reason)
+                if why and clock() - stuck_since > STUCK_SECONDS:
+                    roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
         return roll
 
@@ -185,16 +185,16 @@ class RollingStep:
             roll = rolling.ended(roll, machine, failure=result.failure, stop_roll=result.stop_roll)
         return roll
 
-    async def _service(self, roll: Roll) -> Service:
+    async def _service(self, roll: Roll) -> RotationState:
         """Which machines are in service now: as the rotation's probe says, or as our own brackets know."""
         machines = [machine for machine in roll.machines if machine not in roll.in_flight]
         rotation = self._step.rotation
         if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
-            return Service.by_brackets(roll.machines, self._context.out)
+            return RotationState.by_brackets(roll.machines, self._context.out)
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))
-        return Service(
+        return RotationState(
             inside=frozenset(machine for machine, answer in status.items() if answer == 0),
             out=frozenset(machine for machine, answer in status.items() if answer == 1),
         )

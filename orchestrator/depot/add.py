@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from securesystemslib.signer import CryptoSigner
 
-    from orchestrator.depot.depot import Added, Depot, Progress
+    from orchestrator.depot.depot import Added, Depot
     from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
     from relay.package.identity import PackageRef
+    from relay.support.console import Progress
 
 
 async def add_files(

@@ -6,7 +6,7 @@ Order keeps it safe: chunks durable first, then the nupkg itself, then the manif
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -27,14 +27,11 @@ from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.open import Store, open_store
+from relay.support.console import Progress
 from relay.trust.envelopes import PackageStatement, sign_package
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes that are done, of all). Each byte counts as it is stored, and those of the nupkg once more as it is
-found out how they can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,8 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed, and find out how it can be made again. Adding the same one again
+        """Take a nupkg in, chunked and signed, and find out how it can be made again. `progress` counts each byte as it is
+        stored, and those of the nupkg once more as it is found out how they can be made again. Adding the same one again
         changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
         better recipe where there are engines that were not there before.
 

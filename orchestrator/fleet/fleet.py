@@ -27,7 +27,7 @@ from agent.orders.operation_id import OperationId
 from agent.orders.orders import ACCEPT_SECONDS, FINAL, SKEW_SECONDS, Acknowledge, Action, Order, Presence, Report, Stop
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
-from orchestrator.fleet.presence import LOST_SECONDS, Answers, Muster, muster, sight_of
+from orchestrator.fleet.presence import LOST_SECONDS, Answers, Presences, merge_presences, sight_of
 from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
 from orchestrator.journal.events import Dispatched, Note, Refused, Reported
 from orchestrator.plan.plan import Plan, PlannedMachine
@@ -160,7 +160,7 @@ class Fleet:
 
     # --- who is there
 
-    async def presences(self) -> Muster:
+    async def presences(self) -> Presences:
         """Ask all relays at once who is there. A relay that does not answer in time is named, not waited for."""
         return await self._meet(await self._room.agents())
 
@@ -452,7 +452,7 @@ class Fleet:
 
     # --- who is lost
 
-    async def _meet(self, answers: Answers) -> Muster:
+    async def _meet(self, answers: Answers) -> Presences:
         """Remember who was seen, and take up reports that waited for a key to be shown."""
         now = asyncio.get_running_loop().time()
         for machine in self._plan.machines:
@@ -463,7 +463,7 @@ class Fleet:
             self._seen[machine.name] = max(now - sight.age, self._seen.get(machine.name, 0.0))
             for relay, letter in self._unproven.pop(machine.name, ()):
                 await self._take_report(relay, machine, letter)
-        return muster(self._plan.machines, answers, self._clock(), self._limits.lost)
+        return merge_presences(self._plan.machines, answers, self._clock(), self._limits.lost)
 
     async def _watch(self) -> None:
         """While something is in flight, look who is there: a machine that is gone must not be awaited for ever."""
@@ -476,7 +476,7 @@ class Fleet:
                 if error is not None and not flight.result.done():
                     flight.result.set_exception(error)
 
-    def _why_given_up(self, flight: _Flight, found: Muster) -> UnreachableError | None:
+    def _why_given_up(self, flight: _Flight, found: Presences) -> UnreachableError | None:
         now = asyncio.get_running_loop().time()
         unseen = now - max(flight.since, self._seen.get(flight.machine.name, 0.0))
         if unseen >= self._limits.lost:

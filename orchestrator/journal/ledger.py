@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from orchestrator.journal import events as ev
-from orchestrator.journal.events import Entry
+from orchestrator.journal.events import JournalEntry
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.routes import ORIGIN, line_name
 from relay.protocol.messages import EncodedBytes, summed
@@ -117,7 +117,7 @@ class LedgerView(_View, frozen=True):
     saved: SavedView
 
 
-def ledger(entries: Iterable[Entry], plan: Plan | None = None) -> LedgerView:
+def ledger(entries: Iterable[JournalEntry], plan: Plan | None = None) -> LedgerView:
     """What the acquisition of a deployment moved. `plan` knows the names of relays, and sizes of packages."""
     book = _Book(plan)
     for entry in entries:

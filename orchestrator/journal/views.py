@@ -16,7 +16,7 @@ import msgspec
 from agent.orders.operation_id import action_of
 from agent.orders.orders import FINAL, SwitchFacts
 from orchestrator.journal import events as ev
-from orchestrator.journal.events import DeploymentRecord, Entry
+from orchestrator.journal.events import DeploymentRecord, JournalEntry
 from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.plan.plan import MachineStep, Plan
 
@@ -25,8 +25,8 @@ VIEW_FORMAT: Final = 1
 DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
 """`interrupted`: written as running, but no engine is alive that runs it."""
 Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
-Progress = Literal["waiting", "running", "done", "failed", "skipped"]
-Undo = Literal["none", "due", "running", "done", "failed"]
+StepState = Literal["waiting", "running", "done", "failed", "skipped"]
+UndoState = Literal["none", "due", "running", "done", "failed"]
 MachineStage = Literal["waiting", "surveyed", "acquiring", "acquired", "in flight", "through", "excluded"]
 
 
@@ -76,8 +76,8 @@ class DeploymentSummary(_View, frozen=True):
 
 class PreAcquireView(_View, frozen=True):
     name: str
-    state: Progress
-    undo: Undo
+    state: StepState
+    undo: UndoState
     since: float | None = None
     reason: str = ""
 
@@ -101,7 +101,7 @@ class StepView(_View, frozen=True):
 
     number: int
     name: str
-    state: Progress
+    state: StepState
     started: float | None = None
     ended: float | None = None
     reason: str = ""
@@ -188,7 +188,7 @@ class DeploymentView(_View, frozen=True):
 
 def view(
     record: DeploymentRecord,
-    entries: Sequence[Entry],
+    entries: Sequence[JournalEntry],
     *,
     is_alive: bool,
     plan: Plan | None = None,
@@ -251,7 +251,7 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
 # --- what a resume and the next deployment ask
 
 
-def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Entry]]]) -> list[OpenBracket]:
+def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[JournalEntry]]]) -> list[OpenBracket]:
     """All that is open, oldest first.
 
     A bracket is one machine in one rotation of an environment, whoever opened or closed it: so all deployments of an
@@ -287,7 +287,7 @@ def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Entry]]
     return sorted(found.values(), key=lambda bracket: bracket.number)
 
 
-def operations(entries: Iterable[Entry]) -> dict[str, OperationView]:
+def operations(entries: Iterable[JournalEntry]) -> dict[str, OperationView]:
     """Every operation that was about to begin, by its id, in the order of their beginnings.
 
     An order sent again keeps its result, as an agent acts once; a run on the server that began again has none yet.
@@ -309,7 +309,7 @@ def operations(entries: Iterable[Entry]) -> dict[str, OperationView]:
     return found
 
 
-def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
+def turns(entries: Iterable[JournalEntry]) -> dict[tuple[int, str], TurnView]:
     """The last turn of each (step, machine), in the order in which they first began."""
     found: dict[tuple[int, str], TurnView] = {}
     for entry in entries:
@@ -334,7 +334,7 @@ def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
     return found
 
 
-def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
+def undos_due(entries: Iterable[JournalEntry]) -> tuple[str, ...]:
     """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
     return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
 
@@ -342,7 +342,7 @@ def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
 # --- the parts of a view
 
 
-def _stage(record: DeploymentRecord, entries: Iterable[Entry]) -> Stage:
+def _stage(record: DeploymentRecord, entries: Iterable[JournalEntry]) -> Stage:
     if record.state != "running":
         return "ended"
     stage: Stage = "pre_acquire"
@@ -357,7 +357,7 @@ def _stage(record: DeploymentRecord, entries: Iterable[Entry]) -> Stage:
     return stage
 
 
-def _pre_acquire(entries: Iterable[Entry], plan: Plan | None) -> tuple[PreAcquireView, ...]:
+def _pre_acquire(entries: Iterable[JournalEntry], plan: Plan | None) -> tuple[PreAcquireView, ...]:
     found = {one.run.name: PreAcquireView(one.run.name, "waiting", "none") for one in plan.pre_acquire} if plan else {}
     for entry in entries:
         match entry.event:
@@ -369,14 +369,14 @@ def _pre_acquire(entries: Iterable[Entry], plan: Plan | None) -> tuple[PreAcquir
             case ev.UndoStarted(name=name) if name in found:
                 found[name] = msgspec.structs.replace(found[name], undo="running")
             case ev.UndoEnded(name=name, ok=ok, reason=reason) if name in found:
-                undone: Undo = "done" if ok else "failed"
+                undone: UndoState = "done" if ok else "failed"
                 found[name] = msgspec.structs.replace(found[name], undo=undone, reason=reason or found[name].reason)
             case _:
                 pass
     return tuple(found.values())
 
 
-def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
+def _steps(entries: Sequence[JournalEntry], plan: Plan | None) -> tuple[StepView, ...]:
     found: dict[int, StepView] = {}
     for step in plan.steps if plan else ():
         count = len(step.turns) if isinstance(step, MachineStep) else 0
@@ -390,7 +390,7 @@ def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
                 found[number] = msgspec.structs.replace(known, state="running", started=since, ended=None, reason="")
             case ev.StepEnded(step=number, ok=ok, skipped=skipped, reason=reason):
                 known = found.get(number, StepView(number, "", "waiting"))
-                state: Progress = "skipped" if skipped else _end(ok=ok)
+                state: StepState = "skipped" if skipped else _end(ok=ok)
                 found[number] = msgspec.structs.replace(known, state=state, ended=entry.at, reason=reason)
             case _:
                 pass
@@ -401,7 +401,9 @@ def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
     )
 
 
-def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[OpenBracket]) -> tuple[MachineView, ...]:
+def _machines(
+    entries: Sequence[JournalEntry], plan: Plan | None, brackets: Sequence[OpenBracket]
+) -> tuple[MachineView, ...]:
     began, known = turns(entries), _versions(entries)
     ordered = operations(entries).values()
     doing = {one.machine: action_of(one.operation) for one in ordered if one.result is None}
@@ -437,7 +439,7 @@ def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[Op
     return tuple(views)
 
 
-def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
+def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineStage]:
     found: dict[str, MachineStage] = {}
     for entry in entries:
         match entry.event:
@@ -459,7 +461,7 @@ def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
     return found
 
 
-def _versions(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
+def _versions(entries: Iterable[JournalEntry]) -> dict[str, dict[str, str]]:
     """What is current on each machine, by root: as surveyed, then as switched."""
     current: dict[str, dict[str, str]] = {}
     of_trees: dict[tuple[str, str], str] = {}
@@ -482,7 +484,7 @@ def _versions(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
     return current
 
 
-def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
+def _notes(entries: Iterable[JournalEntry]) -> Iterable[NoteView]:
     for entry in entries:
         match entry.event:
             case ev.Note(text=text, machine=machine, step=step):
@@ -498,5 +500,5 @@ def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
                 pass
 
 
-def _end(*, ok: bool) -> Progress:
+def _end(*, ok: bool) -> StepState:
     return "done" if ok else "failed"

@@ -13,10 +13,19 @@ from orchestrator.depot.depot import Depot, open_depot
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.replication.alternatives import Alternatives, alternatives
 from orchestrator.replication.cascade import PATIENCE, Delivered
-from orchestrator.replication.send import Bar, Parcel, open_relay, parcel, plan_for, relays_of, send, shipping_from
+from orchestrator.replication.send import (
+    PackageToSend,
+    open_relay,
+    package_to_send,
+    plan_for,
+    relays_of,
+    send,
+    shipping_from,
+)
 from relay.errors import UsageError, WaystationError
 from relay.package.identity import PackageRef
 from relay.protocol.client import RelayClient
+from relay.support.console import Bar
 from relay.transfer.probe import Explained
 from relay.transfer.replicate import Shipping
 
@@ -60,7 +69,7 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class SendOptions:
     """How a package is sent.
 
     Attributes:
@@ -95,7 +104,9 @@ class Replication:
     replans: Sequence[str] = ()
 
 
-async def replicate_package(location: str, ref: PackageRef, targets: Targets, how: How, bar: Bar) -> Replication:
+async def replicate_package(
+    location: str, ref: PackageRef, targets: Targets, options: SendOptions, bar: Bar
+) -> Replication:
     """Send it to all targets at once. One that fails leaves the others alone.
 
     Raises:
@@ -103,8 +114,8 @@ async def replicate_package(location: str, ref: PackageRef, targets: Targets, ho
         RefusedError: it is not signed.
         UsageError, StoreError: the depot cannot be opened, or its medium failed.
     """
-    async with _ready(location, ref, targets, how) as (depot, package, shipping):
-        done = await send(depot, package, targets.relays, targets.clients, shipping, bar=bar, patience=how.patience)
+    async with _ready(location, ref, targets, options) as (depot, package, shipping):
+        done = await send(depot, package, targets.relays, targets.clients, shipping, bar=bar, patience=options.patience)
         explained = {one.relay: one.sent.explained for one in done.delivered if one.sent and one.sent.explained}
         return Replication(
             package.manifest.nupkg.size,
@@ -115,9 +126,13 @@ async def replicate_package(location: str, ref: PackageRef, targets: Targets, ho
         )
 
 
-async def plan_replication(location: str, ref: PackageRef, targets: Targets, how: How) -> Replication:
+async def plan_replication(location: str, ref: PackageRef, targets: Targets, options: SendOptions) -> Replication:
     """Ask what is missing, and send nothing. Raises as `replicate_package`."""
-    async with _ready(location, ref, targets, replace(how, explains=True, exact=False)) as (depot, package, shipping):
+    async with _ready(location, ref, targets, replace(options, explains=True, exact=False)) as (
+        depot,
+        package,
+        shipping,
+    ):
         explained, failed = await plan_for(depot, package, targets.relays, targets.clients, shipping)
         arithmetic = await _arithmetic(depot, package, explained, targets.machines)
         return Replication(package.manifest.nupkg.size, (), arithmetic, _by_url(targets, failed))
@@ -125,23 +140,23 @@ async def plan_replication(location: str, ref: PackageRef, targets: Targets, how
 
 @asynccontextmanager
 async def _ready(
-    location: str, ref: PackageRef, targets: Targets, how: How
-) -> AsyncIterator[tuple[Depot, Parcel, Shipping]]:
+    location: str, ref: PackageRef, targets: Targets, options: SendOptions
+) -> AsyncIterator[tuple[Depot, PackageToSend, Shipping]]:
     async with AsyncExitStack() as stack:
         depot = await stack.enter_async_context(open_depot(location))
         for client in targets.clients.values():
             await stack.enter_async_context(client)
-        package = await parcel(depot, ref)
+        package = await package_to_send(depot, ref)
         shipping = await stack.enter_async_context(shipping_from(depot))
-        if how.exact:
+        if options.exact:
             # Engines may be here that were not when it was added: then less has to be sent.
             await depot.recipe(package.manifest)
-        nupkgs = depot.nupkgs if how.exact else None
-        yield depot, package, replace(shipping, force=how.encoding, explains=how.explains, nupkgs=nupkgs)
+        nupkgs = depot.nupkgs if options.exact else None
+        yield depot, package, replace(shipping, force=options.encoding, explains=options.explains, nupkgs=nupkgs)
 
 
 async def _arithmetic(
-    depot: Depot, package: Parcel, explained: Mapping[str, Explained], machines: int
+    depot: Depot, package: PackageToSend, explained: Mapping[str, Explained], machines: int
 ) -> dict[str, Arithmetic]:
     bases = {str(one.package.version): one for one in package.known}
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -18,14 +18,12 @@ from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient, tls_from
+from relay.support.console import Bar, Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines
 from relay.transfer.probe import Explained
-from relay.transfer.replicate import PATIENCE, Progress, Replicated, Shipping, plan, replicate
-
-Bar = Callable[[str], Progress]
-"""Makes a named progress bar."""
+from relay.transfer.replicate import PATIENCE, Replicated, Shipping, plan, replicate
 
 OTHERS_MAX = 256
 """Other packages of the depot, the newest first, whose parts are looked for in the one that is sent."""
@@ -34,7 +32,7 @@ _MOSTLY_NEW = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackageToSend:
     """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
 
     ref: PackageRef
@@ -45,7 +43,7 @@ class Parcel:
     """Of other packages, which may hold parts of this one."""
 
 
-async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
+async def package_to_send(depot: Depot, ref: PackageRef) -> PackageToSend:
     """Get a package ready.
 
     Raises:
@@ -57,7 +55,7 @@ async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
     if not signature:
         raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
     known = await depot.other_versions(ref)
-    return Parcel(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
+    return PackageToSend(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
 
 
 async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequence[Manifest]) -> list[Manifest]:
@@ -80,7 +78,9 @@ async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
         await payloads.close()
 
 
-def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pacer: Pacer | None = None) -> Shipping:
+def shipping_of(
+    depot: Depot, what: PackageToSend, shipping: Shipping | None = None, pacer: Pacer | None = None
+) -> Shipping:
     """How `what` is sent, given what it shares with all others."""
     shipping = shipping or Shipping(lines=Lines(depot.store.documents), recipes=depot.recipes)
     return replace(shipping, known=what.known, others=what.others, pacer=pacer or shipping.pacer)
@@ -88,7 +88,7 @@ def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pa
 
 async def send_to(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relay: RelayClient,
     progress: Progress,
     patience: float = PATIENCE,
@@ -110,7 +110,7 @@ async def send_to(
 
 async def send(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,
@@ -138,7 +138,7 @@ def pacer_of(relay: PlannedRelay) -> Pacer | None:
 
 async def plan_for(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,

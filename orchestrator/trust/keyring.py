@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.signer import CryptoSigner
 
-Role = Literal["package", "order"]
+KeyRole = Literal["package", "order"]
 
 PINS_FILE = "trust.json"
 PINS_MAX = 1 << 20
@@ -46,7 +46,7 @@ def init_trust(folder: str) -> TrustPins:
     return pins
 
 
-def load_signer(folder: str, role: Role) -> CryptoSigner:
+def load_signer(folder: str, role: KeyRole) -> CryptoSigner:
     """The private key of `role` in `folder`.
 
     Raises:

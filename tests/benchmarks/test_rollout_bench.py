@@ -12,8 +12,8 @@ from benchmarks import rollout
 from benchmarks.rollout import STEPS, Deployed, Farm, StepKind, measure
 from orchestrator.journal.events import (
     Dispatched,
-    Entry,
     Event,
+    JournalEntry,
     Reported,
     ServerRunDispatched,
     ServerRunEnded,
@@ -26,11 +26,11 @@ from orchestrator.journal.events import (
 # --- by arithmetic
 
 
-def entries_of(*told: tuple[float, Event]) -> list[Entry]:
-    return [Entry(number, "D", at, event) for number, (at, event) in enumerate(told, 1)]
+def entries_of(*told: tuple[float, Event]) -> list[JournalEntry]:
+    return [JournalEntry(number, "D", at, event) for number, (at, event) in enumerate(told, 1)]
 
 
-def two_turns(number: int, gap: float) -> list[Entry]:
+def two_turns(number: int, gap: float) -> list[JournalEntry]:
     """Machine a, then b, `gap` seconds later: each 1.5 s of `before` and a script."""
     told: list[tuple[float, Event]] = [(10.0, StepStarted(number, "s"))]
     for machine, at in (("a", 10.0), ("b", 10.0 + gap)):

@@ -13,7 +13,7 @@ import pytest
 
 from harness.paths import SHARED
 from harness.support import noise, nuspec
-from orchestrator.compare.diff import Package
+from orchestrator.compare.diff import OpenedPackage
 from orchestrator.compare.read_package import NamedPackage, opened_packages
 
 REAL = SHARED / "packages"
@@ -30,11 +30,11 @@ def real(name: str) -> str:
 
 
 @contextmanager
-def opener() -> Iterator[Callable[..., list[Package]]]:
+def opener() -> Iterator[Callable[..., list[OpenedPackage]]]:
     """A function that opens nupkgs as the commands do."""
     with ExitStack() as stack:
 
-        def open_(*paths: str) -> list[Package]:
+        def open_(*paths: str) -> list[OpenedPackage]:
             named = [NamedPackage(path, path) for path in paths]
             return stack.enter_context(opened_packages(named, "", lambda _: lambda *_: None))
 

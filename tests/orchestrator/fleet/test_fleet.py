@@ -25,7 +25,7 @@ from agent.orders.orders import Acknowledge, Order, Presence, Report, RunScript,
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
-from orchestrator.fleet.presence import Answers, muster
+from orchestrator.fleet.presence import Answers, merge_presences
 from orchestrator.fleet.relay_mail import Mailroom, Pauses
 from orchestrator.journal.events import Dispatched, Event, Note, Reported
 from orchestrator.journal.recorder import Recorder
@@ -611,7 +611,7 @@ def seen(agent: Agent, presence: bytes | None = None, *, age: float = 0.0) -> me
 
 def reason(agent: Agent, *seens: messages.AgentSeen, **changes: Any) -> str:
     machine = machine_of(agent, ["a"], **changes)
-    found = muster([machine], {"a": seens}, time.time())
+    found = merge_presences([machine], {"a": seens}, time.time())
     assert set(found.present) | set(found.missing) == {"web1"}
     return found.missing.get("web1", "")
 
@@ -651,10 +651,10 @@ def test_the_freshest_of_several_relays_counts(tmp_path: Path) -> None:
     agent = Agent(tmp_path)
     machine = machine_of(agent, ["a", "b", "c"])
     answers: Answers = {"a": [seen(agent, age=500.0)], "b": "cannot be reached", "c": [seen(agent, age=3.0)]}
-    found = muster([machine], answers, time.time())
+    found = merge_presences([machine], answers, time.time())
     assert set(found.present) == {"web1"}
     assert found.silent == {"b": "cannot be reached"}
-    gone = muster([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
+    gone = merge_presences([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
     assert gone.missing["web1"] == "none of its relays answers: a: no; b: no; c: no"
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -249,7 +250,8 @@ def test_a_label_stands_for_one_document_for_ever(journal: Journal) -> None:
     with pytest.raises(ConflictError, match=r"1\.4\.2"):
         journal.add_release("shop", "1.4.2", b"other", ENVELOPE, {}, "bob")
     assert journal.release("shop", "1.4.2").document == b"document"
-    assert [(one.label, one.operator) for one in journal.releases()] == [("1.4.2", "ann")]
+    with raw(journal.path) as connection:
+        assert connection.execute("SELECT label, operator FROM releases").fetchall() == [("1.4.2", "ann")]
 
 
 def test_a_label_of_two_projects_must_be_named_with_its_project(journal: Journal) -> None:
@@ -258,7 +260,6 @@ def test_a_label_of_two_projects_must_be_named_with_its_project(journal: Journal
     with pytest.raises(UsageError, match="desk, shop"):
         journal.release(None, "1")
     assert journal.release("desk", "1").document == b"b"
-    assert [one.project for one in journal.releases("desk")] == ["desk"]
     with pytest.raises(NotFoundError):
         journal.release("desk", "2")
 
@@ -266,7 +267,8 @@ def test_a_label_of_two_projects_must_be_named_with_its_project(journal: Journal
 def test_a_release_file_is_what_its_hash_says(journal: Journal) -> None:
     with pytest.raises(UntrustedError):
         journal.add_release("shop", "1", b"a", ENVELOPE, {HELLO: b"other"}, "ann")
-    assert journal.releases() == []
+    with pytest.raises(NotFoundError):
+        journal.release("shop", "1")
     with pytest.raises(NotFoundError):
         journal.release_file(HELLO)
     journal.add_release("shop", "1", b"a", ENVELOPE, {HELLO: b"hello"}, "ann")
@@ -421,8 +423,8 @@ def use_all(path: str) -> None:
             journal.plan(record.deployment)
         journal.brackets()
         journal.pending_decisions()
-        for release in journal.releases():
-            journal.release(release.project, release.label)
+        with suppress(NotFoundError):
+            journal.release("shop", "1")
         journal.append(ULID, ev.Note("after"))
         journal.claim("production")
 

@@ -19,7 +19,7 @@ from harness.support import Origin, Relay, depot_with, make_nupkg, noise, nuspec
 
 import relay.rebuild.nupkgs as module
 from benchmarks.lines.network import CountingProxy
-from orchestrator.replication.send import parcel, send_to, shipping_from
+from orchestrator.replication.send import package_to_send, send_to, shipping_from
 from relay.config import Peer
 from relay.errors import NotFoundError, RefusedError, UnreachableError, UntrustedError
 from relay.package import manifest as manifests
@@ -38,7 +38,7 @@ async def bring(origin: Origin, url: str, index: int = 0, *, exact: bool = False
     manifest = origin.added[index].manifest
     async with RelayClient(url) as client, shipping_from(origin.depot) as plain:
         shipping = replace(plain, nupkgs=origin.depot.nupkgs) if exact else plain
-        what = await parcel(origin.depot, manifest.package)
+        what = await package_to_send(origin.depot, manifest.package)
         return await send_to(origin.depot, what, client, lambda _done, _whole: None, shipping=shipping)
 
 
