@@ -17,15 +17,12 @@ from orchestrator.deployment.packages import ref_of
 from orchestrator.journal.events import Acquired, Barrier, Note, Replicated, Surveyed
 from orchestrator.plan.placement import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
 from orchestrator.plan.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
-from orchestrator.replication.cascade import Delivered, replicate_all
-from orchestrator.replication.send import open_relay, pacer_of, package_to_send, send_to, shipping_from
+from orchestrator.replication.cascade import Delivered
+from orchestrator.replication.send import open_relay, pacers_of, package_to_send, send, shipping_from
 from relay.errors import StoreError, UnreachableError, WaystationError
 
 if TYPE_CHECKING:
-    from relay.protocol.client import RelayClient
-    from relay.support.console import Progress
     from relay.support.rate_limit import Pacer
-    from relay.transfer.replicate import Replicated as Sent
     from relay.transfer.replicate import Shipping
 
 
@@ -154,7 +151,7 @@ async def _replicate_everything(context: DeploymentContext, arriving: _Arriving)
         relay.name: {package.manifest: package for package in packages_at(context.plan, relay.name)} for relay in relays
     }
     packages = {manifest: package for there in wanted.values() for manifest, package in there.items()}
-    pacers = {relay.name: pacer_of(relay) for relay in relays}
+    pacers = pacers_of(relays)
     async with shipping_from(context.depot) as shipping:
         await together(
             [
@@ -183,9 +180,6 @@ async def _replicate(
         arriving.offered(relay, package.manifest)
         bars[relay](here, whole)
 
-    async def send(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Sent:
-        return await send_to(context.depot, what, client, progress, shipping=shipping, pacer=pacers[relay.name])
-
     async def delivered(done: Delivered) -> None:
         arriving.offered(done.relay, package.manifest)
         await context.recorder.record(
@@ -206,7 +200,9 @@ async def _replicate(
     async with AsyncExitStack() as stack:
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in relays}
         must = set(relays_asked(context.plan))
-        done = await replicate_all(what.manifest, relays, clients, send, heard, delivered=delivered, must=must)
+        done = await send(
+            context.depot, what, relays, clients, shipping, heard, pacers=pacers, delivered=delivered, must=must
+        )
     for replan in done.replans:
         await context.recorder.record(Note(f"{ref}: {replan}"))
     for name, error in done.failed.items():

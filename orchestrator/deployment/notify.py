@@ -4,8 +4,7 @@ Format: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json
 https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/http-protocol-binding.md (structured content mode).
 
 The header `Waystation-Signature` holds, in base64, a DSSE envelope of type `SIGNATURE_TYPE` whose payload is
-`{"format":1,"sha256":"<of the body, hex>"}`; `verify_notification` is what a receiver does with it. The body names the
-event by `source` and `id`, which stay the same when it is sent again, so a receiver can tell a repetition.
+`{"format":1,"sha256":"<of the body, hex>"}`. The body names the event by `source` and `id`, which stay the same when it is sent again, so a receiver can tell a repetition.
 """
 
 from __future__ import annotations
@@ -17,22 +16,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import msgspec
 
 from orchestrator.files.values import NotificationKind
 from orchestrator.plan.plan import NotifyPlan
-from relay.errors import SignatureError, UnreachableError, UsageError, WaystationError
-from relay.trust.envelopes import sign_document, verify_document
+from relay.errors import UnreachableError, UsageError, WaystationError
+from relay.trust.envelopes import sign_document
 
 if TYPE_CHECKING:
     import aiohttp
     from securesystemslib.signer import Signer
 
     from orchestrator.trust.secrets import SecretStore
-    from relay.trust.keys import PublicKey
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 SIGNATURE_HEADER: Final = "Waystation-Signature"
@@ -45,11 +43,6 @@ SECONDS: Final = 10.0
 """For each attempt, from connecting to the answer's head."""
 
 log = logging.getLogger(__name__)
-
-
-class _Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Literal[1]
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,27 +122,8 @@ def cloud_event(event: Mapping[str, Any]) -> bytes:
     )
 
 
-def verify_notification(body: bytes, header: str, keys: Sequence[PublicKey]) -> None:
-    """Check that one of `keys` signed `body`, given the value of `Waystation-Signature`.
-
-    Raises:
-        SignatureError: none did, or another body.
-    """
-    try:
-        envelope = base64.b64decode(header, validate=True)
-    except ValueError as error:
-        raise SignatureError(f"{SIGNATURE_HEADER} is no base64: {error}") from error
-    payload, _ = verify_document(envelope, keys, SIGNATURE_TYPE)
-    try:
-        signed = msgspec.json.decode(payload, type=_Signed)
-    except (ValueError, RecursionError) as error:
-        raise SignatureError(f"{SIGNATURE_HEADER} signs something else: {error}") from error
-    if signed.sha256 != hashlib.sha256(body).hexdigest():
-        raise SignatureError("the notification is not the one that was signed")
-
-
 def _sign(body: bytes, signer: Signer) -> str:
-    signed = msgspec.json.encode(_Signed(1, hashlib.sha256(body).hexdigest()))
+    signed = msgspec.json.encode({"format": 1, "sha256": hashlib.sha256(body).hexdigest()})
     return base64.b64encode(sign_document(signed, SIGNATURE_TYPE, signer)).decode()
 
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from orchestrator.files.decode import Kind, Written, fit, schema_of
 from orchestrator.files.process import ProcessFile, Retry, Value, load_process
 from orchestrator.files.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
-from orchestrator.files.yaml_positions import LoadedFile, Mistake, PlanError, load, parse
+from orchestrator.files.yaml_positions import LoadedFile, Mistake, PlanError, load
 
 _Date = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="a date such as 2026-12-20")]
 _VariableOfProcess = Annotated[
@@ -149,11 +149,6 @@ def load_both(process_path: str, path: str) -> tuple[ProcessFile, EnvironmentFil
     if mistakes:
         raise PlanError(mistakes)
     return process, environment
-
-
-def parse_environment(text: bytes, name: str, folder: str) -> EnvironmentFile:
-    """An environment from its text, which mistakes call `name`; its scripts stand below `folder`. Raises `PlanError`."""
-    return fit(parse(text, name, folder), Environment)
 
 
 def json_schema() -> dict[str, Any]:

@@ -116,10 +116,6 @@ class Journal:
         """Of the file, absolute."""
         return self.database.path
 
-    def check(self) -> None:
-        """Read every page of the file. Raises `StoreError` where one is damaged."""
-        self.database.check()
-
     # --- releases
 
     def add_release(

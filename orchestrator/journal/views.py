@@ -17,7 +17,7 @@ from agent.orders.operation_id import action_of
 from agent.orders.orders import FINAL, SwitchFacts
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import DeploymentRecord, JournalEntry
-from orchestrator.journal.ledger import LedgerView, ledger
+from orchestrator.journal.ledger import LedgerView, View, ledger
 from orchestrator.plan.plan import MachineStep, Plan
 
 VIEW_FORMAT: Final = 1
@@ -30,11 +30,7 @@ UndoState = Literal["none", "due", "running", "done", "failed"]
 MachineStage = Literal["waiting", "surveyed", "acquiring", "acquired", "in flight", "through", "excluded"]
 
 
-class _View(msgspec.Struct, frozen=True):
-    """A part of what is printed."""
-
-
-class OpenBracket(_View, frozen=True):
+class OpenBracket(View, frozen=True):
     """A machine that may be out of its rotation: `before` was begun at `since`, and no `after` ended well since then.
 
     `deployment`, `label`, `step` and `number` (of the entry) are those of who opened it; `adopted_by` is the ULID of the
@@ -57,7 +53,7 @@ class OpenBracket(_View, frozen=True):
         return self.adopted_by or self.deployment
 
 
-class DeploymentSummary(_View, frozen=True):
+class DeploymentSummary(View, frozen=True):
     """A line of a list of deployments."""
 
     deployment: str
@@ -74,7 +70,7 @@ class DeploymentSummary(_View, frozen=True):
     ended: float | None
 
 
-class PreAcquireView(_View, frozen=True):
+class PreAcquireView(View, frozen=True):
     name: str
     state: StepState
     undo: UndoState
@@ -82,7 +78,7 @@ class PreAcquireView(_View, frozen=True):
     reason: str = ""
 
 
-class TurnView(_View, frozen=True):
+class TurnView(View, frozen=True):
     """One machine in one step; `ended` is None while it is in flight. `begun` counts from 1."""
 
     machine: str
@@ -96,7 +92,7 @@ class TurnView(_View, frozen=True):
     begun: int = 1
 
 
-class StepView(_View, frozen=True):
+class StepView(View, frozen=True):
     """`machines`: how many it has in all, 0 for a step on the server; `turns`: those that began, in that order."""
 
     number: int
@@ -109,7 +105,7 @@ class StepView(_View, frozen=True):
     turns: tuple[TurnView, ...] = ()
 
 
-class OperationView(_View, frozen=True):
+class OperationView(View, frozen=True):
     """An operation of an agent (`order`: SHA-256 of its envelope) or of the server (`order` is empty).
 
     `result` is None while nobody has seen its end.
@@ -122,7 +118,7 @@ class OperationView(_View, frozen=True):
     result: ev.Reported | ev.ServerRunEnded | None = None
 
 
-class MachineView(_View, frozen=True):
+class MachineView(View, frozen=True):
     """Where a machine stands.
 
     Attributes:
@@ -147,28 +143,28 @@ class MachineView(_View, frozen=True):
     out_since: float | None = None
 
 
-class RefusalView(_View, frozen=True):
+class RefusalView(View, frozen=True):
     at: float
     machine: str
     reason: str
     operation: str = ""
 
 
-class DecisionView(_View, frozen=True):
+class DecisionView(View, frozen=True):
     at: float
     operator: str
     what: str
     data: dict[str, Any]
 
 
-class NoteView(_View, frozen=True):
+class NoteView(View, frozen=True):
     at: float
     text: str
     machine: str = ""
     step: int = 0
 
 
-class DeploymentView(_View, frozen=True):
+class DeploymentView(View, frozen=True):
     """All of one deployment. `last` is the number of the newest entry that it was made of."""
 
     summary: DeploymentSummary

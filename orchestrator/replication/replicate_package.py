@@ -16,6 +16,7 @@ from orchestrator.replication.cascade import PATIENCE, Delivered
 from orchestrator.replication.send import (
     PackageToSend,
     open_relay,
+    pacers_of,
     package_to_send,
     plan_for,
     relays_of,
@@ -115,7 +116,17 @@ async def replicate_package(
         UsageError, StoreError: the depot cannot be opened, or its medium failed.
     """
     async with _ready(location, ref, targets, options) as (depot, package, shipping):
-        done = await send(depot, package, targets.relays, targets.clients, shipping, bar=bar, patience=options.patience)
+        relays, bars = targets.relays, {relay.name: bar(relay.name) for relay in targets.relays}
+        done = await send(
+            depot,
+            package,
+            relays,
+            targets.clients,
+            shipping,
+            lambda relay, here, whole: bars[relay](here, whole),
+            pacers=pacers_of(relays),
+            patience=options.patience,
+        )
         explained = {one.relay: one.sent.explained for one in done.delivered if one.sent and one.sent.explained}
         return Replication(
             package.manifest.nupkg.size,

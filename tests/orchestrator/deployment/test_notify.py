@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from harness.receiver import verify_notification
 from harness.support import Keys, small_server, trust_keys
 
 from orchestrator.deployment.notify import (
@@ -20,7 +21,6 @@ from orchestrator.deployment.notify import (
     Notifier,
     cloud_event,
     target_of,
-    verify_notification,
 )
 from orchestrator.plan.plan import NotifyPlan, SecretSource
 from orchestrator.trust.keyring import load_signer
