@@ -49,7 +49,7 @@ class Pauses:
 
 
 class Posting:
-    """A letter on its way to several relays, for as long as nobody cancels it: a relay that is down may come back."""
+    """A letter on its way to several relays, until it is cancelled: a relay that is down may come back."""
 
     def __init__(self, to: str) -> None:
         self._to = to
@@ -219,4 +219,4 @@ def _cursor(after: messages.Cursor | None, epoch: str, numbers: list[int]) -> me
 
 def _jittered(seconds: float) -> float:
     """So that readers that lost the same relay do not come back at the same moment."""
-    return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - nobody gains by guessing it
+    return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - nothing is gained by guessing it

@@ -1,7 +1,7 @@
 """A package to many relays at once: the roots are sent to from here, the others fetch from the relay above them, all at
 the same time, so that each byte leaves the origin once for each root.
 
-Who fetches from whom is decided here, and watched: where a relay dies or fails, those below it are told to go on with
+The way to each relay is decided here, and watched: where a relay dies or fails, those below it are made to go on with
 the next one above, or the origin itself sends them what they still lack.
 """
 
@@ -33,7 +33,7 @@ PATIENCE: Final = 60.0
 FRUITLESS_MAX: Final = 3
 """How often in a row a relay may be lost and found again without holding more than before."""
 GRACE_SECONDS: Final = 5.0
-"""How long a relay may get nothing from one that failed before it is told to go on elsewhere."""
+"""How long a relay may get nothing from one that failed before it is made to go on elsewhere."""
 
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
