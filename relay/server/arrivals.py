@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 from weakref import WeakValueDictionary
 
@@ -225,75 +224,3 @@ class _Adoption:
         # A loop that is closed has no readers any more.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(what)
-
-
-class Room:
-    """Bytes of memory that several take in turn, first come, first served."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._used = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @contextmanager
-    def place(self) -> Iterator[Place]:
-        """A place in it, with nothing taken yet."""
-        place = Place(self)
-        try:
-            yield place
-        finally:
-            place.give_back()
-
-    async def take(self, size: int) -> None:
-        """Wait for `size` bytes. Whoever is alone gets them, whatever the size: else it would wait for ever."""
-        ticket = asyncio.get_running_loop().create_future()
-        asked = (size, ticket)
-        self._queue.append(asked)
-        self._look()
-        try:
-            await ticket
-        except asyncio.CancelledError:
-            if asked in self._queue:
-                self._queue.remove(asked)
-                self._look()
-            else:
-                self.give_back(size)
-            raise
-
-    def give_back(self, size: int) -> None:
-        self._used -= size
-        self._look()
-
-    def _look(self) -> None:
-        while self._queue:
-            size, ticket = self._queue[0]
-            if self._used and self._used + size > self._size:
-                return
-            self._queue.popleft()
-            self._used += size
-            if not ticket.done():
-                ticket.set_result(None)
-
-
-class Place:
-    """What one holds of a `Room`."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._held = 0
-
-    async def take(self, size: int, seconds: float) -> bool:
-        """Hold `size` bytes in place of what was held; False, and nothing held, where they were not free in time."""
-        self.give_back()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._room.take(size)
-        except TimeoutError:
-            return False
-        self._held = size
-        return True
-
-    def give_back(self) -> None:
-        """Hold nothing. Twice is once."""
-        held, self._held = self._held, 0
-        self._room.give_back(held)

@@ -43,12 +43,13 @@ from relay.protocol import messages
 from relay.protocol.packed_envelope import unpack_envelope
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Arrivals, Landing, Place, Room, Shelf, adopting
+from relay.server.arrivals import Arrivals, Landing, Shelf, adopting
 from relay.server.bundle_answer import ANYBODY, Ground, Reader, give
 from relay.server.leases import Leases
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.contract import StoredChunk
 from relay.stores.open import Store
+from relay.support.byte_budget import ByteBudget, Place
 from relay.transfer.encoder_pool import Payloads
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class _Bases:
     async def provide(self, needs: NeedsBases) -> None:
         """Answer, if the bases are here and there is memory for them soon; else the run is refused, and a plain one follows."""
         # Once as they are read, once as they are joined.
-        if not await self._place.take(2 * size_of(needs.bases, self._known), _ROOM_SECONDS):
+        if not await self._place.enter(2 * size_of(needs.bases, self._known), _ROOM_SECONDS):
             log.warning("bundle: no memory for the bases of a run")
         elif not await answer(needs, self._holdings):
             log.warning("bundle: a run builds on chunks that are not here")
@@ -116,7 +117,7 @@ class Transfer:
         self._recipes = Recipes(store)
         self._arrivals = Arrivals()
         self._shelf = Shelf(self._store, self._arrivals, self._is_arriving)
-        self.room = Room(_BASES_BYTES)
+        self.room = ByteBudget(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
         self.payloads = Payloads(self._store)
         self.rates = rates

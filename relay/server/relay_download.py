@@ -33,10 +33,11 @@ from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Landing, Place, adopting
+from relay.server.arrivals import Landing, adopting
 from relay.server.packages import ChunksMissingError, Transfer
 from relay.stores.catalog import Pointer
 from relay.stores.open import Store
+from relay.support.byte_budget import Place
 from relay.support.persistence import Persistence
 from relay.support.rate_limit import Pacer
 from relay.transfer.download import (
@@ -96,7 +97,7 @@ class _BoundedHoldings:
 
     async def load(self, places: Places) -> list[bytes]:
         """As `Holdings.load`."""
-        if not await self._place.take(2 * size_of(places, self._known), _ROOM_SECONDS):
+        if not await self._place.enter(2 * size_of(places, self._known), _ROOM_SECONDS):
             # A run whose bases are not given is refused, and asked for plainly.
             raise ChunkMissing(self._known[places[0][0]].chunk_id(places[0][1]))
         return await self._holdings.load(places)
