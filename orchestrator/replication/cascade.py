@@ -25,7 +25,8 @@ from relay.support.persistence import Persistence
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress, Replicated
+    from relay.support.progress import Progress
+    from relay.transfer.replicate import Replicated
 
 PATIENCE: Final = 60.0
 """Seconds that a relay may be away in the middle before it is given up."""

@@ -34,6 +34,7 @@ from relay.errors import (
 from relay.package.ranges import Ranges
 from relay.protocol import messages
 from relay.protocol.http_bytes import Traffic, chunk_bytes, header_bytes
+from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.persistence import Persistence
 
@@ -91,24 +92,6 @@ class MissingChunksError(ConflictError):
 
 class UnknownPeerError(RefusedError):
     """The relay does not fetch from the other relay that it was told of."""
-
-
-class NotExactError(NotFoundError):
-    """The relay has the package, but neither its nupkg nor all that it takes to make the identical one."""
-
-    def __init__(self, message: str, lacks: messages.ExactLacks) -> None:
-        told = [
-            "it has no recipe that gives it" if lacks.recipe else "",
-            f"it lacks the encoder {', '.join(lacks.encoders)[:200]}" if lacks.encoders else "",
-            f"it lacks {lacks.verbatim_bytes:,} bytes that no encoder makes" if lacks.verbatim_bytes else "",
-            "chunks are damaged or gone there" if lacks.chunks else "",
-        ]
-        why = " and ".join(filter(None, told))
-        super().__init__(
-            f"{message}: {why}" if why else message,
-            hint="Send them with 'waystation package replicate --exact', or give that relay a parent",
-        )
-        self.lacks = lacks
 
 
 class LeaseLostError(RefusedError):

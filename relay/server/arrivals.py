@@ -130,7 +130,7 @@ class Landing:
         return batch
 
 
-class Shelf:
+class ArrivingChunks:
     """The chunks of a relay as a reader meets them: here, on their way, or neither."""
 
     def __init__(self, store: ChunkReader, arrivals: Arrivals, is_arriving: Callable[[Manifest], bool]) -> None:

@@ -43,7 +43,7 @@ from relay.protocol import messages
 from relay.protocol.packed_envelope import unpack_envelope
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Arrivals, Landing, Shelf, adopting
+from relay.server.arrivals import Arrivals, ArrivingChunks, Landing, adopting
 from relay.server.bundle_answer import ANYBODY, Ground, Reader, give
 from relay.server.leases import Leases
 from relay.stores.catalog import Catalog, Pointer, Provenance
@@ -116,7 +116,7 @@ class Transfer:
         self._store = store.chunks
         self._recipes = Recipes(store)
         self._arrivals = Arrivals()
-        self._shelf = Shelf(self._store, self._arrivals, self._is_arriving)
+        self._chunks = ArrivingChunks(self._store, self._arrivals, self._is_arriving)
         self.room = ByteBudget(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
         self.payloads = Payloads(self._store)
@@ -302,7 +302,7 @@ class Transfer:
 
         Where the store's medium fails before a chunk has begun, the bundle says so and ends.
         """
-        return give(wanted, reader, Ground(self._shelf, self.payloads, self._arriving_seconds, self.rates))
+        return give(wanted, reader, Ground(self._chunks, self.payloads, self._arriving_seconds, self.rates))
 
     async def chunk(self, id: ChunkId) -> StoredChunk:
         """One chunk, awaited where it is on its way here.
@@ -319,7 +319,7 @@ class Transfer:
             if manifest is None:
                 raise
         try:
-            found = await self._shelf.open(manifest, manifest.index_of[id], self._arriving_seconds)
+            found = await self._chunks.open(manifest, manifest.index_of[id], self._arriving_seconds)
         except TimeoutError as error:
             raise UnreachableError("this chunk is still on its way here", retry_after=1.0) from error
         if found is None:

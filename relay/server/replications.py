@@ -45,7 +45,7 @@ SILENCE_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReplicationOrder:
     """What to fetch, and from where."""
 
     package: PackageRef
@@ -56,7 +56,10 @@ class Flight:
     """One package on its way here."""
 
     def __init__(
-        self, order: Order, bring: Callable[[DownloadState], Coroutine[Any, Any, None]], places: asyncio.Semaphore
+        self,
+        order: ReplicationOrder,
+        bring: Callable[[DownloadState], Coroutine[Any, Any, None]],
+        places: asyncio.Semaphore,
     ) -> None:
         """Begin at once, or as soon as one of `places` is free."""
         self.order = order
@@ -225,7 +228,7 @@ class Replications:
         """Stop all flights. What came is kept. Twice is once."""
         await asyncio.gather(*(flight.stop() for flight in self._flights.values()))
 
-    async def _bring(self, order: Order, client: RelayClient, state: DownloadState) -> None:
+    async def _bring(self, order: ReplicationOrder, client: RelayClient, state: DownloadState) -> None:
         async with client:
             pacer = self._pacer(order.request)
             await RelayDownload(order.package, order.request, client, self._transfer, self._store, state, pacer).run()
@@ -243,9 +246,9 @@ class Replications:
         self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
-def _order(request: messages.ReplicationRequest) -> Order:
+def _order(request: messages.ReplicationRequest) -> ReplicationOrder:
     try:
         package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
     except IdentityError as error:
         raise HttpRefusal(400, "bad_fields") from error
-    return Order(package, request)
+    return ReplicationOrder(package, request)

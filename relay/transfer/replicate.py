@@ -21,13 +21,14 @@ from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.contract import ChunkReader
 from relay.support.persistence import Persistence
+from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines, Meter, Remembered
 from relay.transfer.probe import Explained, Survey, confirm, explain, guess, line_of, survey
-from relay.transfer.sender import Progress, Sender, run_bytes
+from relay.transfer.sender import Sender, run_bytes
 
-__all__ = ["PATIENCE", "Progress", "Replicated", "Shipping", "plan", "replicate"]
+__all__ = ["PATIENCE", "PERSISTENCE", "Replicated", "Shipping", "plan", "replicate"]
 
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
