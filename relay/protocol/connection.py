@@ -33,7 +33,7 @@ from relay.errors import (
 )
 from relay.package.ranges import Ranges
 from relay.protocol import messages
-from relay.protocol.http_bytes import Traffic, chunk_bytes, header_bytes
+from relay.protocol.http_bytes import Traffic, chunked_bytes, header_bytes
 from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.persistence import Persistence
@@ -167,10 +167,10 @@ class Connection:
         async def counted() -> AsyncIterator[bytes]:
             try:
                 async for piece in body:
-                    self.traffic.sent += len(piece) + chunk_bytes(len(piece))
+                    self.traffic.sent += chunked_bytes(len(piece))
                     yield piece
                     patience.reschedule(loop.time() + self.limits.answer_seconds)
-                self.traffic.sent += chunk_bytes(0)
+                self.traffic.sent += chunked_bytes(0)
             except WaystationError as error:
                 # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
                 own.append(error)

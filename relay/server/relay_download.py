@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.encoding.bundle import Places, Received, Sink
 from relay.encoding.choose_bases import Held, worth_asking
 from relay.encoding.codecs import Encoding
-from relay.encoding.holdings import Holdings, StoreHoldings, size_of
+from relay.encoding.holdings import BoundedHoldings, Holdings
 from relay.encoding.planner import Line
 from relay.errors import (
-    ChunkMissing,
     NotFoundError,
     RefusedError,
     StoreError,
@@ -60,8 +59,6 @@ _UNTIL_KNOWN = Persistence(first_pause=0.5, longest_pause=0.5)
 _MOSTLY_NEW = 0.05
 """Share of a package that must be missing for packages of other names to be looked into."""
 _RENEW_SECONDS = 60.0
-_ROOM_SECONDS = 20.0
-"""For memory for the bases of a run."""
 _OTHERS_MAX = 256
 """Packages of other names that are looked through for parts that are in this one, too."""
 
@@ -84,23 +81,6 @@ class DownloadState:
     @property
     def encodings(self) -> tuple[messages.EncodedBytes, ...]:
         return tuple(sum_encodings(self.tallies.values()))
-
-
-class _BoundedHoldings:
-    """Holdings that are read when there is memory for them: once as they are read, once as they are joined."""
-
-    def __init__(self, holdings: StoreHoldings, known: Mapping[ManifestId, Manifest], place: Place) -> None:
-        self.held: Sequence[Held] = holdings.held
-        self._holdings = holdings
-        self._known = known
-        self._place = place
-
-    async def load(self, places: Places) -> list[bytes]:
-        """As `Holdings.load`."""
-        if not await self._place.enter(2 * size_of(places, self._known), _ROOM_SECONDS):
-            # A run whose bases are not given is refused, and asked for plainly.
-            raise ChunkMissing(self._known[places[0][0]].chunk_id(places[0][1]))
-        return await self._holdings.load(places)
 
 
 class RelayDownload(Receiver):
@@ -247,7 +227,7 @@ class RelayDownload(Receiver):
         # Held before the source builds on them.
         await self._transfer.leases.use(lease, known)
         held = [Held(each, ((0, len(each.chunks)),)) for each in known.values()]
-        return _BoundedHoldings(StoreHoldings(self._store.chunks, known, held), known, place)
+        return BoundedHoldings(self._store.chunks, known, place, held)
 
     async def _others(self) -> list[Manifest]:
         """The newest version of packages of other names that are here."""

@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from harness.support import cut_package, encode_run, eventually, noise
 
+from relay.encoding import holdings
 from relay.encoding.bundle import BundleDecoder, BundleWriter, Received, Span, data_header, more_header
 from relay.errors import FrameError, StoreError
 from relay.package import manifest as manifests
 from relay.package.ranges import indexes
 from relay.protocol import messages
-from relay.server import packages as transferring
 from relay.server.packages import Transfer
 from relay.stores.open import open_store
 from relay.support.byte_budget import ByteBudget
@@ -218,7 +218,7 @@ async def test_a_medium_that_fails_under_a_base_is_told_to_the_sender(transfer, 
 async def test_bases_wait_for_memory_and_a_run_that_waits_too_long_is_refused(transfer, store, lease, monkeypatch):
     size = 2 * sum(OLD.manifest.chunks[i].size for i in BASES)
     transfer.room = ByteBudget(size)
-    monkeypatch.setattr(transferring, "_ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(holdings, "_ROOM_SECONDS", 0.05)
     async with asyncio.timeout(PATIENCE):
         await transfer.room.enter(1)
         assert refused("base_missing")(await transfer.take_bundle(lease, body(bundle(delta_run("hdiff")))))
