@@ -49,7 +49,7 @@ class Pauses:
 
 
 class Posting:
-    """A letter on its way to several relays, for as long as nobody cancels it: a relay that is down may come back."""
+    """A letter on its way to several relays, until it is cancelled: a relay that is down may come back."""
 
     def __init__(self, to: str) -> None:
         self._to = to

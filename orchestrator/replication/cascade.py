@@ -33,7 +33,7 @@ PATIENCE: Final = 60.0
 PERSISTENCE: Final = Persistence(first_pause=0.2, failures=4)
 """With a relay that is lost and found again: as long as it holds more each time."""
 GRACE_SECONDS: Final = 5.0
-"""How long a relay may get nothing from one that failed before it is told to go on elsewhere."""
+"""How long a relay may get nothing from one that failed before it is sent elsewhere."""
 
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
@@ -41,7 +41,7 @@ _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "inter
 Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["Replicated"]]
 """Sends the package from here to one relay. Raises as `relay.transfer.replicate.replicate`."""
 Heard = Callable[[str, int, int], None]
-"""Told (relay, bytes of the tree stream that are there, bytes of the whole), from the moment of the offer on."""
+"""Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
 SourceUrl = Callable[[PlannedRelay, PlannedRelay], str]
 """The URL under which a relay reaches the one above it: (the one above, the relay)."""
 

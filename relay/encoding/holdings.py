@@ -100,7 +100,7 @@ async def answer(needs: NeedsBases, holdings: Holdings | None) -> bool:
 async def next_events(batches: Iterator[list[Event]]) -> list[Event] | None:
     """The next batch, decoded in a thread; None at the end.
 
-    Who is cancelled meanwhile waits for the thread: afterwards nobody is at work in the decoder.
+    A caller that is cancelled meanwhile waits for the thread: afterwards the decoder is at rest.
 
     Raises:
         FrameError: as the decoder.

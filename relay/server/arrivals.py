@@ -1,4 +1,4 @@
-"""Chunks on their way into the store: whoever waits for one hangs on the one flight that brings it."""
+"""Chunks on their way into the store: all that wait for one hang on the one flight that brings it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ QUEUE_BYTES = 8 << 20
 
 
 class Arrivals:
-    """Who waits for which chunk."""
+    """The flights of chunks that are waited for."""
 
     def __init__(self) -> None:
-        # Weak: a flight that nobody waits for any more is forgotten by itself.
+        # Weak: a flight without a waiter is forgotten by itself.
         self._waiting: WeakValueDictionary[ChunkId, asyncio.Event] = WeakValueDictionary()
 
     def landed(self, ids: Sequence[ChunkId]) -> None:
@@ -151,7 +151,7 @@ class ArrivingChunks:
             return None
 
     async def open(self, manifest: Manifest, index: int, patience: float) -> StoredChunk | None:
-        """The chunk; None where it is not here and nobody brings it.
+        """The chunk; None where it is neither here nor on its way.
 
         Raises:
             TimeoutError: it did not arrive within `patience` seconds.

@@ -1,6 +1,6 @@
-"""Packages that this relay fetches from another one because it was told to: one flight for each, however many ask.
+"""Packages that this relay fetches from another one on request: one flight for each, however many ask.
 
-A flight belongs to the relay, not to who asked: it goes on when its watchers are gone, and ends with the relay.
+A flight belongs to the relay, not to its request: it goes on when its watchers are gone, and ends with the relay.
 What came stays; asked again, it goes on from there.
 """
 
@@ -39,9 +39,9 @@ AT_ONCE: Final = 3
 TELL_SECONDS: Final = 0.5
 """Between two lines of progress, where something came."""
 UNHEARD_SECONDS: Final = 60.0
-"""How long one that ended well while nobody listened can still be joined: who was cut off learns what it moved."""
+"""How long one that ended well without a watcher can still be joined: a watcher that was cut off learns what it moved."""
 SILENCE_SECONDS: Final = 2.0
-"""Between two lines of progress at most: who watches knows that we are there."""
+"""Between two lines of progress at most: watchers know that we are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class Replications:
     async def begin(self, request: messages.ReplicationRequest) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
 
-        One that fetches from elsewhere ends first: whoever asks last knows best which relays are alive.
+        One that fetches from elsewhere ends first: the last request knows best which relays are alive.
 
         Raises:
             HttpRefusal: 403 `unknown_peer`; 400 `bad_fields` where id or version are none.

@@ -18,7 +18,8 @@ Whether so many were let go of: they were given back to the budget meanwhile."""
 class ByteBudget:
     """At most `limit` bytes at a time. All of it belongs to one event loop.
 
-    Bytes that were taken at once (`take`) are given back; those that were waited for (`enter`) are left again.
+    A place takes what is free at once, or nothing; or one enters in turn, and leaves. `used` may be changed by a holder
+    of bytes that are there in any case; `look` lets those in that wait for what became free.
     """
 
     def __init__(
@@ -50,29 +51,15 @@ class ByteBudget:
         finally:
             place.release()
 
-    # --- at once
-
     def has_room(self, size: int) -> bool:
+        """Whether `size` bytes are free; they can be added to `used` then."""
         lacking = self.used + size - self.limit
         return lacking <= 0 or self._make_way(lacking, False)
-
-    def take(self, size: int) -> bool:
-        """Take `size` bytes where they are free."""
-        if not self.has_room(size):
-            return False
-        self.used += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        self.used -= size
-        self.look()
-
-    # --- in turn
 
     async def enter(self, size: int) -> None:
         """Wait for a turn and `size` bytes, first come, first served; `leave` with as many.
 
-        Who is alone inside gets them, whatever the size: nobody would ever make room.
+        One that is alone inside gets them, whatever the size: no other would ever make room.
         """
         ticket = asyncio.get_running_loop().create_future()
         asked = (size, ticket)
@@ -90,7 +77,8 @@ class ByteBudget:
 
     def leave(self, size: int) -> None:
         self._inside -= 1
-        self.give_back(size)
+        self.used -= size
+        self.look()
 
     def look(self) -> None:
         """Let in all that can be let in now."""
@@ -121,8 +109,9 @@ class Place:
         Raises:
             UnreachableError: there are not so many left now.
         """
-        if not self._budget.take(more):
+        if not self._budget.has_room(more):
             raise UnreachableError("too many bytes are in flight")
+        self._budget.used += more
         self._taken += more
 
     async def enter(self, size: int, seconds: float) -> bool:
@@ -143,4 +132,5 @@ class Place:
         if entered is not None:
             self._budget.leave(entered)
         if taken:
-            self._budget.give_back(taken)
+            self._budget.used -= taken
+            self._budget.look()

@@ -27,7 +27,7 @@ from relay.stores.contract import PIECE, ChunkReader
 from relay.support.byte_budget import ByteBudget
 
 KEPT_BYTES = 64 << 20
-"""Bytes of finished payloads that are kept for whoever asks next."""
+"""Bytes of finished payloads that are kept for the next reader."""
 MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
@@ -214,7 +214,7 @@ class Payloads:
     async def pieces(self, spec: RunSpec) -> AsyncIterator[bytes]:
         """The payload, in pieces of at most 256 KiB, each as soon as it is made. Any number may read one payload.
 
-        Waits for its turn where encoders or memory are short. An encoder that nobody reads any more is stopped.
+        Waits for its turn where encoders or memory are short. An encoder without a reader is stopped.
 
         Raises:
             ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
@@ -256,7 +256,7 @@ class Payloads:
         return self._made.get(_digest(spec))
 
     def is_busy(self) -> bool:
-        """Whether whoever asks for a new payload now would have to wait long: who can do with stored chunks should."""
+        """Whether a new payload would have to wait long now: a reader that can do with stored chunks should."""
         return self._budget.waiting > 0
 
     @property
@@ -323,7 +323,7 @@ class Payloads:
         return payload
 
     async def _make(self, payload: _Payload) -> None:
-        """Never more than one at a time for one spec, and never for nobody: its last reader cancels or stops it."""
+        """Never more than one at a time for one spec, and never without a reader: the last one cancels or stops it."""
         need = working_bytes(payload.spec)
         try:
             await self._budget.enter(need)
@@ -376,7 +376,7 @@ class Payloads:
         self._tidy()
 
     def _fail(self, payload: _Payload, error: Exception) -> None:
-        """Tell its readers, stop its encoder; whoever asks next begins anew."""
+        """Tell its readers, stop its encoder; the next request begins anew."""
         if payload.has_ended:
             return
         payload.error = error
@@ -392,7 +392,7 @@ class Payloads:
         if payload.readers:
             return
         if not payload.has_ended and not payload.is_arriving:
-            self._fail(payload, StoreError("nobody reads this payload any more"))
+            self._fail(payload, StoreError("this payload has no reader any more"))
         self._tidy()
 
     # --- memory
@@ -419,12 +419,12 @@ class Payloads:
         payload.counted = size
 
     def _tidy(self) -> None:
-        """Something ended: let go of what is too much, and let in who waits."""
+        """Something ended: let go of what is too much, and let in those that wait."""
         self._evict(self._kept_bytes, entries=_KEPT)
         self._budget.look()
 
     def _evict(self, most: int, *, entries: int = sys.maxsize) -> None:
-        """Forget what nobody reads, the longest unused first, until payloads count for at most `most` bytes."""
+        """Forget what has no reader, the longest unused first, until payloads count for at most `most` bytes."""
         if self._counted <= most and len(self._payloads) <= entries:
             return
         for payload in [payload for payload in self._payloads.values() if payload.is_idle]:

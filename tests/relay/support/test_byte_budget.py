@@ -48,11 +48,13 @@ def test_bytes_that_are_kept_for_no_need_give_way_only_where_that_is_enough() ->
         return True
 
     budget = ByteBudget(100, make_way=make_way)
-    assert budget.take(100)
-    assert not budget.take(41)
-    assert (kept, budget.used) == (40, 100)
-    assert budget.take(30)
-    assert (kept, budget.used) == (10, 100)
+    with budget.place() as place:
+        place.take(100)
+        with pytest.raises(UnreachableError):
+            place.take(41)
+        assert (kept, budget.used) == (40, 100)
+        place.take(30)
+        assert (kept, budget.used) == (10, 100)
 
 
 # --- in turn
@@ -125,11 +127,11 @@ async def test_no_more_enter_than_there_are_turns() -> None:
 async def test_bytes_that_were_taken_at_once_keep_the_others_waiting() -> None:
     budget = ByteBudget(100)
     await budget.enter(10)
-    assert budget.take(60)
-    waiting = asyncio.create_task(budget.enter(40))
-    await settle()
-    assert not waiting.done()
-    budget.give_back(60)
+    with budget.place() as place:
+        place.take(60)
+        waiting = asyncio.create_task(budget.enter(40))
+        await settle()
+        assert not waiting.done()
     async with asyncio.timeout(PATIENCE):
         await waiting
 
