@@ -162,7 +162,8 @@ def fetch(
     async def take() -> Fetched:
         from orchestrator.depot.depot import open_depot
         from orchestrator.replication.export import fetch_from_depot, fetch_from_relay, read_pins
-        from relay.protocol.client import RelayClient, tls_from, token_from
+        from relay.protocol.client import RelayClient
+        from relay.protocol.connection import tls_from, token_from
 
         ref = package_ref(id, version)
         path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")  # noqa: ASYNC240 - contacts no disk

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Added, Depot
     from orchestrator.depot.nuget_client import FeedPolicy
     from orchestrator.plan.plan import PlannedRelay
-    from orchestrator.replication.send import Parcel
+    from orchestrator.replication.send import PackageToSend
     from relay.encoding.codecs import Coding
     from relay.protocol.client import RelayClient
     from relay.transfer.probe import Explained
@@ -388,7 +388,8 @@ def _relays(urls: tuple[str, ...], environment: str | None, token_file: str | No
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.plan.plan import PlannedRelay
     from orchestrator.replication.send import open_relay, relays_of
-    from relay.protocol.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import tls_from, token_from
 
     if environment is not None:
         if urls or token_file or ca_file:
@@ -411,7 +412,7 @@ async def _replicate_all(id: str, version: str, where: _Where, how: _How, depot:
 
     from orchestrator.depot.depot import open_depot
     from orchestrator.replication.cascade import document_of
-    from orchestrator.replication.send import parcel, plan_for, send, shipping_from
+    from orchestrator.replication.send import package_to_send, plan_for, send, shipping_from
 
     clients = where.clients
     if len({client.url for client in clients.values()}) != len(where.relays):
@@ -422,7 +423,7 @@ async def _replicate_all(id: str, version: str, where: _Where, how: _How, depot:
             opened = await stack.enter_async_context(open_depot(depot_location(depot)))
             for client in clients.values():
                 await stack.enter_async_context(client)
-            what = await parcel(opened, package_ref(id, version))
+            what = await package_to_send(opened, package_ref(id, version))
             shipping = await stack.enter_async_context(shipping_from(opened))
             shipping = replace(shipping, force=how.force, explains=how.explains)
             if how.dry_run:
@@ -445,7 +446,7 @@ async def _replicate_all(id: str, version: str, where: _Where, how: _How, depot:
     return _Sent(documents, {clients[name].url: error for name, error in failed.items()}, replans)
 
 
-def _planned(relay: PlannedRelay, url: str, what: Parcel) -> dict[str, Any]:
+def _planned(relay: PlannedRelay, url: str, what: PackageToSend) -> dict[str, Any]:
     return {
         "relay": url,
         "name": relay.name,
@@ -454,7 +455,7 @@ def _planned(relay: PlannedRelay, url: str, what: Parcel) -> dict[str, Any]:
     }
 
 
-async def _explained(depot: Depot, what: Parcel, explained: Explained, machines: int) -> dict[str, Any]:
+async def _explained(depot: Depot, what: PackageToSend, explained: Explained, machines: int) -> dict[str, Any]:
     from orchestrator.replication.alternatives import alternatives
     from orchestrator.replication.explain_text import document_of
 

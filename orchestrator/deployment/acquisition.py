@@ -18,14 +18,15 @@ from orchestrator.journal.events import Acquired, Barrier, LineBytes, Note, Repl
 from orchestrator.plan.placement import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
 from orchestrator.plan.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
 from orchestrator.replication.cascade import Delivered, replicate_all
-from orchestrator.replication.send import parcel, send_to, shipping_from
+from orchestrator.replication.send import package_to_send, send_to, shipping_from
 from relay.errors import StoreError, WaystationError
 from relay.support.rate_limit import Pacer
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress, Shipping
+    from relay.support.progress import Progress
     from relay.transfer.replicate import Replicated as Sent
+    from relay.transfer.replicate import Shipping
 
 
 async def acquire(engine: Engine) -> dict[str, SurveyFacts]:
@@ -140,7 +141,7 @@ async def _replicate(
 ) -> None:
     """One package to all relays that get it. One that only passes it on may fail: then it is passed by."""
     ref = ref_of(package)
-    what = await parcel(engine.depot, ref)
+    what = await package_to_send(engine.depot, ref)
     bars = {relay.name: engine.bar(f"{relay.name} {ref}") for relay in relays}
 
     def heard(relay: str, here: int, whole: int) -> None:

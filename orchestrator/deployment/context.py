@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.journal.journal import Journal
     from orchestrator.trust.secrets import SecretStore
     from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress
+    from relay.support.progress import Progress
 
 T = TypeVar("T")
 

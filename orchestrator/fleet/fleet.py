@@ -32,11 +32,12 @@ from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
 from orchestrator.plan.plan import Plan, PlannedMachine
 from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
+from relay.protocol.mail_client import MailClient
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
-    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import Connection
 
 OPERATIONS_AT_ONCE = 1024
 """In one acknowledgement."""
@@ -114,7 +115,7 @@ class Fleet:
         self,
         plan: Plan,
         deployment: str,
-        relays: Mapping[str, RelayClient],
+        relays: Mapping[str, Connection],
         *,
         signer: Signer,
         journal: str,
@@ -151,7 +152,8 @@ class Fleet:
         self._limits = limits or FleetLimits()
         self._clock = clock
         self._machines = {machine.name.lower(): machine for machine in plan.machines}
-        self._room = Mailroom(deployment, relays, self, self._limits.pauses)
+        mail = {name: MailClient(relay) for name, relay in relays.items()}
+        self._room = Mailroom(deployment, mail, self, self._limits.pauses)
         self._book = OrderBook(os.path.join(folder, "orders"))
         self._log_folder = os.path.join(folder, "logs")
         os.makedirs(self._log_folder, mode=0o700, exist_ok=True)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,15 +20,13 @@ from relay.errors import ConflictError, UntrustedError, UsageError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.support.durable import sync_folder
+from relay.support.progress import Progress
 from relay.trust.keys import parse_pins
 
 if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
     from relay.protocol.client import RelayClient
     from relay.trust.keys import TrustPins
-
-Progress = Callable[[int, int], None]
-"""Bytes that are here, and all of them."""
 
 
 @dataclass(frozen=True, slots=True)

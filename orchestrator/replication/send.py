@@ -17,12 +17,14 @@ from orchestrator.trust.secrets import read_secret
 from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
-from relay.protocol.client import RelayClient, tls_from
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import tls_from
+from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines
 from relay.transfer.probe import Explained
-from relay.transfer.replicate import PATIENCE, Progress, Replicated, Shipping, plan, replicate
+from relay.transfer.replicate import PATIENCE, Replicated, Shipping, plan, replicate
 
 Bar = Callable[[str], Progress]
 """Makes a named progress bar."""
@@ -34,7 +36,7 @@ _MOSTLY_NEW = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackageToSend:
     """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
 
     ref: PackageRef
@@ -45,7 +47,7 @@ class Parcel:
     """Of other packages, which may hold parts of this one."""
 
 
-async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
+async def package_to_send(depot: Depot, ref: PackageRef) -> PackageToSend:
     """Get a package ready.
 
     Raises:
@@ -57,7 +59,7 @@ async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
     if not signature:
         raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
     known = await depot.other_versions(ref)
-    return Parcel(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
+    return PackageToSend(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
 
 
 async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequence[Manifest]) -> list[Manifest]:
@@ -80,7 +82,9 @@ async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
         await payloads.close()
 
 
-def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pacer: Pacer | None = None) -> Shipping:
+def shipping_of(
+    depot: Depot, what: PackageToSend, shipping: Shipping | None = None, pacer: Pacer | None = None
+) -> Shipping:
     """How `what` is sent, given what it shares with all others."""
     shipping = shipping or Shipping(lines=Lines(depot.store.documents), recipes=depot.recipes)
     return replace(shipping, known=what.known, others=what.others, pacer=pacer or shipping.pacer)
@@ -88,7 +92,7 @@ def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pa
 
 async def send_to(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relay: RelayClient,
     progress: Progress,
     patience: float = PATIENCE,
@@ -110,7 +114,7 @@ async def send_to(
 
 async def send(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,
@@ -138,7 +142,7 @@ def pacer_of(relay: PlannedRelay) -> Pacer | None:
 
 async def plan_for(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,
