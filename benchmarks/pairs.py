@@ -346,17 +346,25 @@ def _told_ours(name: str, sent: Ours, nupkg: int) -> str:
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """Both tables of results: new versions, and first sends."""
+    """The tables of results: new versions beside every peer and as promised, and first sends."""
     parts = []
     pairs = [one for one in reports if one.comparison.old]
     firsts = [one for one in reports if not one.comparison.old]
     if pairs:
+        headers = ["% of the nupkg", *(row.peer for row in pairs[0].comparison.rows), "waystation"]
+        parts.append(table(headers, [_share_row(one) for one in pairs], right=frozenset(range(1, len(headers)))))
         headers = ["new version, thin line", "nupkg", "best peer", "bound", "content", "most", "rest", "most", "in all"]
         parts.append(_columns(headers, [_pair_row(one) for one in pairs]))
     if firsts:
         headers = ["first send", "nupkg", "bound", "thin line", "most", "100 Mbit/s", "most"]
         parts.append(_columns(headers, [_first_row(one) for one in firsts]))
     return "\n\n".join(parts)
+
+
+def _share_row(report: Report) -> list[str]:
+    peers = report.comparison
+    sent = [*(row.bytes for row in peers.rows), report.ours.total]
+    return [_name(report), *("-" if count is None else f"{100 * count / peers.nupkg:.3f}" for count in sent)]
 
 
 def _pair_row(report: Report) -> list[str]:

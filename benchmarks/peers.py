@@ -4,7 +4,8 @@ Run: python -m benchmarks.peers [OLD] NEW [--json]   (without OLD: a first send)
 
 Peers that speak over a network do so through a proxy that counts both directions, requests and headers included;
 the others make files, whose bytes are counted: signatures and indexes, too. Each result is compared with the new nupkg
-byte by byte before its figure counts. The last row is no peer but the bound: bsdiff over the sorted inflated tree,
+byte by byte before its figure counts; Velopack's way knows no nupkg, so what it makes is compared file by file. The last
+row is no peer but the bound: bsdiff over the sorted inflated tree,
 packed by zstd -19; for a first send the tree itself, packed so.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import hashlib
 import os
 import shutil
 import socket
@@ -19,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -162,9 +166,14 @@ def _why_not(peer: Peer) -> str:
 
 def tree_of(path: str) -> bytes:
     """All parts of a nupkg inflated, container parts last, in the order of the tree stream."""
+    parts = parts_of(path)
+    return b"".join(parts[name] for name in sorted(parts, key=stream_key))
+
+
+def parts_of(path: str) -> dict[str, bytes]:
+    """Each part of a nupkg inflated, by its path."""
     with open(path, "rb") as file:
-        entries = sorted(walk(file), key=lambda entry: stream_key(entry.path))
-        return b"".join(piece for entry in entries for piece in read_part(file, entry))
+        return {entry.path: b"".join(read_part(file, entry)) for entry in walk(file)}
 
 
 def zstd19(data: bytes) -> int:
@@ -221,6 +230,69 @@ def _zstd_patch(work: Work) -> tuple[int, str]:
     run(["zstd", "-q", "-19", "--long=27", f"--patch-from={work.base}", work.new, "-o", delta])
     run(["zstd", "-q", "-d", "--long=27", f"--patch-from={work.base}", delta, "-o", made])
     return os.path.getsize(delta), made
+
+
+def _velopack(work: Work) -> tuple[int, str]:
+    """A delta package as Velopack 1.2.0 makes it at its best size (`vpk delta generate --mode BestSize`).
+
+    https://github.com/velopack/velopack, src/vpk/Velopack.Packaging: Compression/DeltaPackageBuilder.cs and Zstd.cs.
+    Velopack looks for old files below lib/ only, where its own packages have everything; here every file has its turn.
+    """
+    held, wanted = parts_of(work.base), parts_of(work.new)
+    delta = work.path("delta")
+    with zipfile.ZipFile(delta, "w") as archive:
+        for path, data in wanted.items():
+            for name, content in _velopack_entries(work, path, held.get(path), data):
+                # .NET's zip is deflated at level 6, and what is empty is stored.
+                method = zipfile.ZIP_DEFLATED if content else zipfile.ZIP_STORED
+                archive.writestr(zipfile.ZipInfo(name), content, method, compresslevel=6)
+    if _velopack_applied(work, held, delta) != wanted:
+        raise RuntimeError(f"velopack did not make the files of {work.new}")
+    return os.path.getsize(delta), ""
+
+
+def _velopack_entries(work: Work, path: str, old: bytes | None, new: bytes) -> Iterator[tuple[str, bytes]]:
+    if old == new:
+        yield f"{path}.diff", b""
+        yield f"{path}.shasum", b""
+    elif old is None or not new:
+        # zstd makes no patch to an empty file.
+        yield path, new
+    else:
+        yield f"{path}.zsdiff", _velopack_patch(work, old, new)
+        digest = hashlib.sha1(new, usedforsecurity=False).hexdigest().upper()
+        yield f"{path}.shasum", f"\ufeff{digest} {path.rpartition('/')[2]}.shasum {len(new)}".encode()
+
+
+def _velopack_patch(work: Work, old: bytes, new: bytes) -> bytes:
+    best = ["--single-thread", "-19", "--zstd=targetLength=4096", "--zstd=chainLog=30"]
+    return _zstd_from(work, old, new, best)
+
+
+def _velopack_applied(work: Work, held: Mapping[str, bytes], delta: str) -> dict[str, bytes]:
+    """The files that the delta package makes of those that are held."""
+    made = {}
+    with zipfile.ZipFile(delta) as archive:
+        for name in archive.namelist():
+            path, _, kind = name.rpartition(".")
+            if kind == "diff":
+                made[path] = held[path]
+            elif kind == "zsdiff":
+                made[path] = _zstd_from(work, held[path], archive.read(name), ["--decompress"])
+            elif kind != "shasum":
+                made[name] = archive.read(name)
+    return made
+
+
+def _zstd_from(work: Work, old: bytes, data: bytes, options: Sequence[str]) -> bytes:
+    """What the zstd program makes of `data` with `old` to refer to."""
+    base, source, target = (Path(work.path(name)) for name in ("part-old", "part", "part-made"))
+    base.write_bytes(old)
+    source.write_bytes(data)
+    window = len(old).bit_length()
+    wide = [f"--long={window}"] if window >= _ZSTD_LONG_FROM else []
+    run(["zstd", "-q", "--force", f"--patch-from={base}", *options, *wide, str(source), "-o", str(target)])
+    return target.read_bytes()
 
 
 # --- peers that speak
@@ -285,6 +357,8 @@ def _counted_nginx(work: Work) -> Iterator[ThreadedProxy]:
 
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 _FIRST_BOUND = "zstd -19 --long over the sorted tree"
+_ZSTD_LONG_FROM = 27
+"""The window (log2 of its bytes) from which on zstd must be told of it."""
 BOUND = Peer("bound", "bsdiff over the sorted tree, zstd -19 --long", (), first=True, send=_bound)
 PEERS = (
     Peer("nupkg", "the whole file", (), first=True, send=_whole),
@@ -294,6 +368,7 @@ PEERS = (
     Peer("zsync", "zsync -i, over nginx", ("zsync", "zsyncmake", "nginx"), first=False, send=_zsync),
     Peer("xdelta3", "xdelta3 -9 -B (whole source)", ("xdelta3",), first=False, send=_xdelta3),
     Peer("zstd", "zstd -19 --long=27 --patch-from", ("zstd",), first=False, send=_zstd_patch),
+    Peer("velopack", "zstd -19 --patch-from for each file, in a zip", ("zstd",), first=False, send=_velopack),
     BOUND,
 )
 

@@ -1,12 +1,19 @@
 #!/bin/sh
 # Makes .venv and installs Waystation and its tools into it; installs the programs that the demo and the tests start.
 # As root on Debian it installs what is missing with apt; otherwise it says what is missing and stops.
-# Usage: deploy/setup.sh [PROGRAM…] [--optional PROGRAM…]
+# Usage: deploy/setup.sh [--libraries current|oldest|newest] [PROGRAM…] [--optional PROGRAM…]
+# Libraries are those of deploy/locks/current; `oldest` and `newest` make .venv-oldest and .venv-newest.
 # Optional programs are installed where that is possible; without them, what needs them is left out and says so.
 set -eu
 cd "$(dirname "$0")/.."
 
 say() { printf '%s\n' "$*" >&2; }
+
+libraries=current
+if [ "${1:-}" = --libraries ]; then
+    libraries=$2
+    shift 2
+fi
 
 # Program → the Debian package that holds it.
 debian_package() {
@@ -21,7 +28,7 @@ debian_package() {
 }
 
 find_python() {
-    for name in python3.11 python3.12 python3.13 python3; do
+    for name in python3.11 python3.12 python3.13 python3.14 python3; do
         if command -v "$name" >/dev/null 2>&1 &&
             "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$name"
@@ -73,11 +80,34 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-wanted=$(cksum <pyproject.toml)
-if [ ! -x .venv/bin/waystation ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
-    say "installing Waystation into .venv"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[orchestrator]' --group dev
-    printf '%s' "$wanted" >.venv/.installed
-fi
+pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+
+# What stands in the lock, each file held to its hash. Nothing is fetched for a build: what builds is locked as well.
+install_locked() {
+    if [ ! -x "$venv/bin/python" ] || ! cmp -s "$lock/libraries.txt" "$venv/.libraries.txt"; then
+        say "installing what $lock names into $venv"
+        "$python" -m venv --clear "$venv"
+        pip install --require-hashes --only-binary :all: -r "$lock/build.txt"
+        pip install --require-hashes --no-build-isolation -r "$lock/libraries.txt"
+        cp "$lock/libraries.txt" "$venv/.libraries.txt"
+    fi
+    if [ ! -x "$venv/bin/waystation" ] || ! cmp -s pyproject.toml "$venv/.pyproject.toml"; then
+        say "installing Waystation into $venv"
+        pip install --no-deps --no-build-isolation --editable .
+        cp pyproject.toml "$venv/.pyproject.toml"
+    fi
+}
+
+# What was released up to this minute: each time anew.
+install_newest() {
+    say "installing the newest of everything into $venv"
+    "$python" -m venv --clear "$venv"
+    pip install --upgrade pip
+    pip install --editable '.[orchestrator,bench]' --group dev
+}
+
+case "$libraries" in
+    current) venv=.venv lock=deploy/locks/current install_locked ;;
+    oldest) venv=.venv-oldest lock=deploy/locks/oldest install_locked ;;
+    newest) venv=.venv-newest install_newest ;;
+esac

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.journal.views import DeploymentView, OpenBracket
     from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan
-    from relay.support.console import Bar
+    from relay.support.progress import Bar
 
 _process_option = click.option(
     "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."

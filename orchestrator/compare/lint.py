@@ -23,7 +23,7 @@ from orchestrator.compare.diff import (
 from orchestrator.compare.portable_executable import Assembly, read_assembly, rebuilt, without_stamps
 from relay.package.chunking import is_container
 from relay.package.zip_reader import is_root_nuspec
-from relay.support.console import Progress
+from relay.support.progress import Progress
 
 ASSEMBLY_MAX: Final = 32 << 20
 """Bytes. A larger part is not looked into."""

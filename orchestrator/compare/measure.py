@@ -24,7 +24,7 @@ from orchestrator.compare.diff import (
 from relay.encoding.codecs import Coding
 
 if TYPE_CHECKING:
-    from relay.support.console import Progress
+    from relay.support.progress import Progress
 
 _ENCODERS: Final = 2
 """At a time: one takes up to some 300 MB."""

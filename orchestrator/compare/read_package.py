@@ -22,7 +22,7 @@ from relay.package.zip_records import CENTRAL, LOCAL
 from relay.support.console import run
 
 if TYPE_CHECKING:
-    from relay.support.console import Bar, Progress
+    from relay.support.progress import Bar, Progress
 
 
 class NamedPackage(NamedTuple):

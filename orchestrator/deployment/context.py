@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
     from orchestrator.trust.secrets import SecretStore
-    from relay.support.console import Bar
+    from relay.support.progress import Bar
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.journal.journal import Journal
-    from relay.support.console import Bar
+    from relay.support.progress import Bar
 
 
 async def plan_release(

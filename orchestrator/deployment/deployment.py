@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.journal.views import OpenBracket
     from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan, PreAcquire
-    from relay.support.console import Bar
+    from relay.support.progress import Bar
 
 ACKNOWLEDGE_SECONDS: Final = 10.0
 """For a relay to take an agent's acknowledgement at the end. An agent that gets none keeps its results for longer."""

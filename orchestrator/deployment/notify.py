@@ -151,16 +151,15 @@ async def _tell(
 
 
 async def _post(session: aiohttp.ClientSession, url: str, body: bytes, signature: str) -> None:
-    import stamina
+    from relay.support.persistence import Persistence
 
     if not url.startswith(("https://", "http://")):
         raise UsageError("its URL is neither http nor https")
     headers = {"Content-Type": CONTENT_TYPE, SIGNATURE_HEADER: signature, "User-Agent": "waystation"}
-    async for attempt in stamina.retry_context(
-        on=_NotTakenError, attempts=ATTEMPTS, timeout=None, wait_initial=0.2, wait_max=2.0
-    ):
-        with attempt:
-            await _post_once(session, url, body, headers)
+    persistence = Persistence(first_pause=0.5, longest_pause=2.0, failures=ATTEMPTS - 1, spread=0.5)
+    await persistence.call(
+        lambda: _post_once(session, url, body, headers), lambda error: isinstance(error, _NotTakenError)
+    )
 
 
 async def _post_once(session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str]) -> None:

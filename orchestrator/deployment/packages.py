@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from orchestrator.depot.depot import Depot
     from orchestrator.trust.secrets import SecretStore
-    from relay.support.console import Bar
+    from relay.support.progress import Bar
     from relay.trust.keys import TrustPins
 
 _FEED_POLICY: Final = FeedPolicy(allow_private=True)

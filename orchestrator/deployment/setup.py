@@ -30,8 +30,8 @@ from orchestrator.replication.send import open_relay
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import NotFoundError
-from relay.support.console import Bar
 from relay.support.private_files import make_private_folder
+from relay.support.progress import Bar
 
 if TYPE_CHECKING:
     from orchestrator.files.environment import EnvironmentFile

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Added, Depot
     from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
     from relay.package.identity import PackageRef
-    from relay.support.console import Progress
+    from relay.support.progress import Progress
 
 
 async def add_files(

@@ -27,7 +27,7 @@ from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.open import Store, open_store
-from relay.support.console import Progress
+from relay.support.progress import Progress
 from relay.trust.envelopes import PackageStatement, sign_package
 
 if TYPE_CHECKING:

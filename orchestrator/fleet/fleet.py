@@ -33,12 +33,13 @@ from orchestrator.journal.events import Dispatched, Note, Refused, Reported
 from orchestrator.plan.plan import Plan, PlannedMachine
 from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
+from relay.protocol.mail_client import MailClient
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
     from orchestrator.journal.recorder import Recorder
-    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import Connection
 
 OPERATIONS_AT_ONCE = 1024
 """In one acknowledgement."""
@@ -97,7 +98,7 @@ class Fleet:
     def __init__(
         self,
         plan: Plan,
-        relays: Mapping[str, RelayClient],
+        relays: Mapping[str, Connection],
         *,
         signer: Signer,
         journal: str,
@@ -133,7 +134,8 @@ class Fleet:
         self._limits = limits or FleetLimits()
         self._clock = clock
         self._machines = {machine.name.lower(): machine for machine in plan.machines}
-        self._room = Mailroom(recorder.deployment, relays, self, self._limits.pauses)
+        mail = {name: MailClient(relay) for name, relay in relays.items()}
+        self._room = Mailroom(recorder.deployment, mail, self, self._limits.pauses)
         self._book = OrderBook(os.path.join(folder, "orders"))
         self._log_folder = os.path.join(folder, "logs")
         os.makedirs(self._log_folder, mode=0o700, exist_ok=True)

@@ -19,8 +19,8 @@ from orchestrator.depot.depot import open_depot
 from relay.errors import ConflictError, UntrustedError, UsageError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
-from relay.support.console import Progress
 from relay.support.durable import sync_folder
+from relay.support.progress import Progress
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient

@@ -26,7 +26,7 @@ from orchestrator.replication.send import (
 from relay.errors import UsageError, WaystationError
 from relay.package.identity import PackageRef
 from relay.protocol.client import RelayClient
-from relay.support.console import Bar
+from relay.support.progress import Bar
 from relay.transfer.probe import Explained
 from relay.transfer.replicate import Shipping
 

@@ -17,8 +17,9 @@ from orchestrator.trust.secrets import read_secret
 from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
-from relay.protocol.client import RelayClient, tls_from
-from relay.support.console import Progress
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import tls_from
+from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
-T = TypeVar("T")
+from relay.support.progress import Bar, Progress
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done, and all of them."""
-Bar = Callable[[str], Progress]
-"""Makes a named progress bar."""
+T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 token_file_option = click.option(

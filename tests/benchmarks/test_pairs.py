@@ -151,7 +151,15 @@ def test_a_folder_without_packages_is_said_to_be_one(tmp_path: Path) -> None:
 def test_the_summary_names_what_broke() -> None:
     held, broken = Check("content", 1, 2, ""), Check("in all", 3, 2, "")
     report = Report(peers(), ours(1, 2), (held, held, broken))
-    assert pairs.summary([report]).splitlines()[1].endswith("BROKEN: in all")
+    assert pairs.summary([report]).splitlines()[-1].endswith("BROKEN: in all")
+
+
+def test_the_summary_has_the_share_of_every_peer_and_a_dash_where_one_is_missing() -> None:
+    held = Check("content", 1, 2, "")
+    report = Report(peers(rdiff=None), ours(1000, 234), (held, held, held))
+    head, row, *_ = pairs.summary([report]).splitlines()
+    assert head.split()[-5:] == ["nupkg", "nupkg", "rdiff", "bound", "waystation"]
+    assert row.split() == ["new", "100.000", "-", "10.000", "1.234"]
 
 
 # --- an application

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +40,15 @@ def missing(peer: str) -> str:
 @pytest.mark.parametrize(
     # casync's chunks are of 64 KiB on average.
     ("peer", "most"),
-    [("rdiff", 30_000), ("rsync", 30_000), ("casync", 450_000), ("zsync", 60_000), ("xdelta3", 2000), ("zstd", 2000)],
+    [
+        ("rdiff", 30_000),
+        ("rsync", 30_000),
+        ("casync", 450_000),
+        ("zsync", 60_000),
+        ("xdelta3", 2000),
+        ("zstd", 2000),
+        ("velopack", 3000),
+    ],
 )
 def test_a_peer_sends_a_small_change_and_makes_the_new_file(pair: tuple[str, str], peer: str, most: int) -> None:
     """That what it made is the new file, `compare` checks itself: see below."""
@@ -67,6 +76,52 @@ def test_a_peer_that_makes_something_else_has_no_figure(pair: tuple[str, str], m
     monkeypatch.setattr(peers, "PEERS", (peers.Peer("liar", "", (), first=True, send=wrong),))
     with pytest.raises(RuntimeError, match="liar did not make"):
         compare(*pair)
+
+
+def velopack_kinds(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> dict[str, bytes]:
+    """The entries of Velopack's package that stand for files below lib/."""
+    if reason := missing("velopack"):
+        pytest.skip(reason)
+    work = peers.Work(str(folder), make_nupkg(folder / "old.nupkg", old), make_nupkg(folder / "new.nupkg", new))
+    count, _ = peers._velopack(work)
+    assert count == os.path.getsize(work.path("delta"))
+    with zipfile.ZipFile(work.path("delta")) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name.startswith("lib/")}
+
+
+def test_velopacks_way_says_of_each_file_whether_it_is_unchanged_changed_or_new(tmp_path: Path) -> None:
+    old = {"lib/same.dll": b"same", "lib/web.dll": noise("lib", 200_000), "lib/gone.dll": b"gone"}
+    found = velopack_kinds(tmp_path, old, {"lib/same.dll": b"same", "lib/web.dll": EDITED, "lib/new.dll": b"new"})
+    patch = found.pop("lib/web.dll.zsdiff")
+    assert patch.startswith(b"\x28\xb5\x2f\xfd"), "a frame of zstd"
+    assert len(patch) < 200
+    digest = hashlib.sha1(EDITED, usedforsecurity=False).hexdigest().upper()
+    assert found == {
+        "lib/same.dll.diff": b"",
+        "lib/same.dll.shasum": b"",
+        "lib/web.dll.shasum": f"\ufeff{digest} web.dll.shasum 200007".encode(),
+        "lib/new.dll": b"new",
+    }
+
+
+def test_velopacks_way_survives_files_that_are_or_become_empty(tmp_path: Path) -> None:
+    found = velopack_kinds(
+        tmp_path, {"lib/a": b"", "lib/b": b"b", "lib/c": b""}, {"lib/a": b"a", "lib/b": b"", "lib/c": b""}
+    )
+    assert set(found) == {"lib/a.zsdiff", "lib/a.shasum", "lib/b", "lib/c.diff", "lib/c.shasum"}
+    assert found["lib/b"] == b""
+
+
+def test_a_patch_of_velopack_that_makes_other_files_has_no_figure(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := missing("velopack"):
+        pytest.skip(reason)
+    monkeypatch.setattr(
+        peers, "_velopack_patch", lambda work, old, _new: peers._zstd_from(work, old, b"other", ["-19"])
+    )
+    with pytest.raises(RuntimeError, match="velopack did not make the files"):
+        compare(*pair, only=["velopack"])
 
 
 def test_what_speaks_over_a_network_is_counted_with_its_requests(pair: tuple[str, str]) -> None:

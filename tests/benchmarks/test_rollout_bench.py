@@ -130,11 +130,12 @@ def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(depl
     farm, _ = deployed
 
     async def seen() -> set[str]:
-        from relay.protocol.client import RelayClient
+        from relay.protocol.connection import Connection
+        from relay.protocol.mail_client import MailClient
 
         token = (Path(farm.folder) / "token-origin").read_text().strip()
-        async with RelayClient(farm.relay.url, token=token) as client:
-            return {agent.name for agent in await client.agents()}
+        async with Connection(farm.relay.url, token=token) as connection:
+            return {agent.name for agent in await MailClient(connection).agents()}
 
     assert asyncio.run(seen()) == set(farm.machines)
     for name in farm.machines:

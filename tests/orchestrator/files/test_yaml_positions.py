@@ -92,10 +92,24 @@ def test_a_bomb_of_aliases_is_refused_where_it_begins() -> None:
     assert mistakes(text)[0].startswith("x.yaml:1: a: has an anchor")
 
 
+NESTED = [("[", "]"), ("{a: ", "}"), ("- ", "")]
+
+
 @pytest.mark.usefixtures("parser")
-@pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
+@pytest.mark.parametrize(("opening", "closing"), NESTED)
+def test_a_document_that_is_nested_a_level_too_deep_is_refused(opening: str, closing: str) -> None:
+    def nested(levels: int) -> str:
+        return f"{opening * levels}x{closing * levels}"
+
+    read(nested(DEPTH_MAX))
+    assert mistakes(nested(DEPTH_MAX + 1)) == [f"x.yaml:1: is nested deeper than {DEPTH_MAX} levels"]
+
+
+@pytest.mark.usefixtures("parser")
+@pytest.mark.parametrize("opening", [opening for opening, _ in NESTED])
 def test_a_document_that_is_nested_without_end_is_refused(opening: str) -> None:
-    assert f"nested deeper than {DEPTH_MAX} levels" in mistakes(opening * 100_000)[-1]
+    """The parser reads ahead and may be the first to refuse it: its words are its own."""
+    assert mistakes(opening * 100_000)[-1].startswith("x.yaml:1: is ")
 
 
 @pytest.mark.usefixtures("parser")

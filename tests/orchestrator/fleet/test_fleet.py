@@ -32,7 +32,8 @@ from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
 from relay.errors import StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
-from relay.protocol.client import RelayClient
+from relay.protocol.connection import Connection
+from relay.protocol.mail_client import MailClient
 
 DEPLOYMENT = "01J9ZZZZZZZZZZZZZZZZZZZZZ0"
 OPERATION = OperationId.of("01J9ZZZZZZZZZZZZZZZZZZZZZ0", 0, "web1", "survey")
@@ -86,7 +87,7 @@ class Agent:
         self.orders: list[Order] = []
         self.envelopes: list[bytes] = []
         self.skew = 0.0
-        self.answers: Callable[[Order, bytes, RelayClient], Awaitable[None]] = self.answer_done
+        self.answers: Callable[[Order, bytes, Connection], Awaitable[None]] = self.answer_done
 
     def presence(self, **changes: Any) -> bytes:
         said = Presence(
@@ -114,25 +115,25 @@ class Agent:
             **more,
         )
 
-    async def send(self, relay: RelayClient, *reports: Report, signer: Any = None) -> None:
+    async def send(self, relay: Connection, *reports: Report, signer: Any = None) -> None:
         letters = tuple(
             messages.ReportLetter(report.operation, report.number, sign_report(report, signer or self.signer))
             for report in reports
         )
-        await relay.post_reports(self.name, messages.ReportsRequest(DEPLOYMENT, letters))
+        await MailClient(relay).post_reports(self.name, messages.ReportsRequest(DEPLOYMENT, letters))
 
-    async def send_output(self, relay: RelayClient, operation: str, *pieces: tuple[int, bytes]) -> None:
+    async def send_output(self, relay: Connection, operation: str, *pieces: tuple[int, bytes]) -> None:
         letters = tuple(messages.LogPiece(operation, offset, data) for offset, data in pieces)
-        await relay.post_logs(self.name, messages.LogsRequest(DEPLOYMENT, letters))
+        await MailClient(relay).post_logs(self.name, messages.LogsRequest(DEPLOYMENT, letters))
 
-    async def answer_done(self, order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def answer_done(self, order: Order, envelope: bytes, relay: Connection) -> None:
         await self.send(relay, self.report(order, envelope))
 
-    async def poll(self, relay: RelayClient) -> None:
+    async def poll(self, relay: Connection) -> None:
         after: messages.Cursor | None = None
         while True:
             try:
-                answer = await relay.poll(self.name, messages.PollRequest(self.presence(), after, 5.0))
+                answer = await MailClient(relay).poll(self.name, messages.PollRequest(self.presence(), after, 5.0))
             except UnreachableError:
                 await asyncio.sleep(0.02)
                 continue
@@ -140,7 +141,7 @@ class Agent:
                 after = messages.Cursor(answer.epoch, letter.number)
                 await self._take(letter, relay)
 
-    async def _take(self, letter: messages.NumberedOrder, relay: RelayClient) -> None:
+    async def _take(self, letter: messages.NumberedOrder, relay: Connection) -> None:
         order = verify_order(letter.envelope, self.pins.pins)
         if letter.envelope in self.envelopes:
             return
@@ -150,7 +151,7 @@ class Agent:
             await self.answers(order, letter.envelope, relay)
 
     @asynccontextmanager
-    async def polling(self, *relays: RelayClient) -> AsyncIterator[None]:
+    async def polling(self, *relays: Connection) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self.poll(relay)) for relay in relays]
         try:
             yield
@@ -189,7 +190,7 @@ class Scene:
     """One agent, web1, at relays a and b (or as asked), and the fleet of a deployment."""
 
     agent: Agent
-    relays: dict[str, RelayClient]
+    relays: dict[str, Connection]
     fleet: Fleet
     told: Told
     folder: Path
@@ -209,8 +210,8 @@ class World:
     async def relay(self, name: str) -> Relay:
         return await self.stack.enter_async_context(running_relay(self.folder / f"relay-{name}"))
 
-    async def client(self, url: str) -> RelayClient:
-        return await self.stack.enter_async_context(RelayClient(url, limits=CLIENT_LIMITS))
+    async def client(self, url: str) -> Connection:
+        return await self.stack.enter_async_context(Connection(url, limits=CLIENT_LIMITS))
 
     async def scene(
         self, *, extra: dict[str, str] | None = None, polls: Sequence[str] | None = None, limits: FleetLimits = QUICK
@@ -229,7 +230,7 @@ class World:
         self,
         agent: Agent,
         urls: dict[str, str],
-        clients: dict[str, RelayClient],
+        clients: dict[str, Connection],
         *,
         limits: FleetLimits = QUICK,
         machine: PlannedMachine | None = None,
@@ -286,7 +287,7 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     await eventually(lambda: book.find(OPERATION) is not None)
     await scene.fleet.presences()
     # A letter that had left would be at the relay by now, and that relay answers at once.
-    seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
+    seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
     assert seen.orders == ()
     assert scene.agent.orders == []
 
@@ -308,7 +309,7 @@ async def test_a_journal_that_cannot_be_written_keeps_the_order_here(world: Worl
     scene.told.record = full  # type: ignore[method-assign]
     with pytest.raises(StoreError):
         await perform(scene)
-    seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
+    seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
     assert seen.orders == ()
 
 
@@ -317,7 +318,7 @@ async def test_an_order_at_two_relays_is_acted_on_once_and_answered_once(world: 
     scene = await world.scene(extra={"b": b.url})
     done: list[Report] = []
 
-    async def twice(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def twice(order: Order, envelope: bytes, relay: Connection) -> None:
         # The same report at both relays, as an agent does that did not hear the first one's answer.
         report = scene.agent.report(order, envelope)
         done.append(report)
@@ -341,7 +342,7 @@ async def test_a_result_that_only_another_relay_has_is_found_there(world: World)
     b = await world.relay("b")
     scene = await world.scene(extra={"b": b.url}, polls=["a"])
 
-    async def elsewhere(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def elsewhere(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(scene.relays["b"], scene.agent.report(order, envelope))
 
     scene.agent.answers = elsewhere
@@ -355,13 +356,13 @@ async def test_a_relay_that_dies_with_the_order_is_made_up_for_when_it_comes_bac
         relay = await first.enter_async_context(running_relay(world.folder / "one"))
         urls = {"a": relay.url}
         client = await world.client(relay.url)
-        await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+        await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, urls, {"a": client})
         await world.stack.enter_async_context(fleet)
         running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         async with asyncio.timeout(10):
-            while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
+            while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
     assert not running.done()
     other = await world.stack.enter_async_context(running_relay(world.folder / "two", port=relay.port))
@@ -382,7 +383,7 @@ async def test_reports_out_of_order_and_twice_are_one_result(world: World) -> No
     scene = await world.scene()
     heard: list[int] = []
 
-    async def muddled(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def muddled(order: Order, envelope: bytes, relay: Connection) -> None:
         running = [scene.agent.report(order, envelope, "running", n, done=n, whole=9) for n in (1, 2, 3)]
         await scene.agent.send(relay, running[1])
         await scene.agent.send(relay, running[0], running[1])
@@ -399,7 +400,7 @@ async def test_a_report_that_another_key_signed_counts_for_nothing(world: World)
     scene = await world.scene()
     other = Agent(world.folder, "web2")
 
-    async def forged_first(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def forged_first(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, "done", 1), signer=other.signer)
         await scene.agent.send(relay, scene.agent.report(order, envelope, "failed", 2))
 
@@ -411,7 +412,7 @@ async def test_a_report_that_another_key_signed_counts_for_nothing(world: World)
 async def test_a_report_of_another_order_under_the_same_name_counts_for_nothing(world: World) -> None:
     scene = await world.scene()
 
-    async def of_another(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def of_another(order: Order, envelope: bytes, relay: Connection) -> None:
         stale = scene.agent.report(order, b"other bytes", "refused", 1, reason="other bytes under this operation")
         await scene.agent.send(relay, stale, scene.agent.report(order, envelope, "done", 2))
 
@@ -437,7 +438,7 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
         limits=QUICK,
     )
 
-    async def meddled(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def meddled(order: Order, envelope: bytes, relay: Connection) -> None:
         await web2.send(relay, web2.report(order, envelope, "done", 1))
         await eventually(lambda: any("never ordered" in note for note in world.told.notes))
         await web1.send(relay, web1.report(order, envelope, "failed", 1))
@@ -513,7 +514,7 @@ async def test_a_machine_that_is_gone_is_lost_after_a_while(world: World) -> Non
     relay = await world.relay("a")
     client = await world.client(relay.url)
     agent = Agent(world.folder)
-    await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+    await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
     async with world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=0.3)) as fleet:
         with pytest.raises(LostError, match="web1 is lost"):
             await fleet.perform(OPERATION, SURVEY)
@@ -532,7 +533,7 @@ async def test_a_machine_that_is_seen_is_not_lost_however_long_it_takes(world: W
 
     scene.fleet.presences = counted  # type: ignore[method-assign]
 
-    async def late(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def late(order: Order, envelope: bytes, relay: Connection) -> None:
         # It polls no more, but it was seen by the relay's other connection: another task polls on.
         async with scene.agent.polling(await world.client(relay.url)):
             began = asyncio.get_running_loop().time()
@@ -561,12 +562,12 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
     async with AsyncExitStack() as short:
         relay = await short.enter_async_context(running_relay(world.folder / "one"))
         client = await world.client(relay.url)
-        await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+        await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=3.0))
         await world.stack.enter_async_context(fleet)
         running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         async with asyncio.timeout(10):
-            while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
+            while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
     with pytest.raises(UnreachableError, match="none of the relays of web1") as caught:
         await running
@@ -576,7 +577,7 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
 async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World) -> None:
     scene = await world.scene(limits=limits_with(accept=0.3))
 
-    async def nothing(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def nothing(order: Order, envelope: bytes, relay: Connection) -> None:
         return
 
     scene.agent.answers = nothing
@@ -676,7 +677,7 @@ async def test_output_comes_by_pieces_with_a_gap_that_is_filled_later(world: Wor
     whole = b"".join(b"line %d\n" % number for number in range(2000))
     gate = asyncio.Event()
 
-    async def gapped(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def gapped(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send_output(relay, order.operation, (0, whole[:1000]), (5000, whole[5000:]))
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(whole)))
         await gate.wait()
@@ -701,7 +702,7 @@ async def logs_now(fleet: Fleet) -> bool:
 async def test_output_that_never_comes_is_noted_and_not_waited_for_for_ever(world: World) -> None:
     scene = await world.scene(limits=limits_with(logs=0.1))
 
-    async def silent(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def silent(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(b"x" * 100)))
 
     scene.agent.answers = silent
@@ -713,7 +714,7 @@ async def test_output_that_never_comes_is_noted_and_not_waited_for_for_ever(worl
 async def test_output_that_a_relay_invented_is_noted(world: World) -> None:
     scene = await world.scene(limits=limits_with(logs=10.0))
 
-    async def altered(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def altered(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send_output(relay, order.operation, (0, b"all is wonderful"))
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(b"all is not well!")))
 
@@ -762,7 +763,7 @@ def test_a_log_is_at_any_time_a_true_beginning(
 async def test_results_are_acknowledged_once_their_output_is_here(world: World) -> None:
     scene = await world.scene()
 
-    async def lacking(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def lacking(order: Order, envelope: bytes, relay: Connection) -> None:
         output = b"x" if order.operation.endswith("/2") else b""
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(output)))
 
@@ -788,7 +789,7 @@ async def test_a_running_operation_can_be_stopped(world: World) -> None:
     scene = await world.scene()
     taken: list[tuple[Order, bytes]] = []
 
-    async def hangs(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def hangs(order: Order, envelope: bytes, relay: Connection) -> None:
         taken.append((order, envelope))
         await scene.agent.send(relay, scene.agent.report(order, envelope, "running", 1))
 

@@ -26,7 +26,8 @@ from relay.package import manifest as manifests
 from relay.package.manifest import Manifest
 from relay.package.recipe import VERBATIM, Canonical, Opaque, Recipe, opaque, shares, to_wire
 from relay.protocol import messages
-from relay.protocol.client import NotExactError, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.not_exact import NotExactError
 from relay.transfer.replicate import Replicated
 
 PARTS = {"lib/net10.0/a.dll": words(1, 700_000), "lib/net10.0/b.dll": words(2, 90_000), "c.txt": words(3, 400)}
