@@ -304,8 +304,8 @@ def test_every_member_of_a_deployment_is_in_the_table() -> None:
     [
         ("summary", views.DeploymentState),
         ("stage", views.Stage),
-        ("pre_acquire[]", views.Progress),
-        ("pre_acquire[]", views.Undo),
+        ("pre_acquire[]", views.StepState),
+        ("pre_acquire[]", views.UndoState),
         ("machines[]", views.MachineStage),
     ],
 )
