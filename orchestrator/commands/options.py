@@ -18,7 +18,10 @@ depot_option = click.option(
     "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
 )
 trust_option = click.option(
-    "--trust", "trust_folder", metavar="DIR", help="Folder of the keys. [default: trust in $WAYSTATION_HOME]"
+    "--trust",
+    "trust_folder",
+    metavar="DIR",
+    help="Folder of the keys and of trust.json. [default: trust in $WAYSTATION_HOME]",
 )
 
 
