@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from orchestrator.journal.events import LineBytes
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import ORIGIN, Replan, check_upstreams, in_order, line_name, next_upstream
 from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError, first_of
@@ -44,15 +45,6 @@ Heard = Callable[[str, int, int], None]
 """Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
 SourceUrl = Callable[[PlannedRelay, PlannedRelay], str]
 """The URL under which a relay reaches the one above it: (the one above, the relay)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LineBytes:
-    """The ledger of one line, such as `fra → iad`. Bytes in both directions, of HTTP in all; then by encoding."""
-
-    line: str
-    wire_bytes: int
-    encodings: tuple[messages.EncodedBytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +351,10 @@ def document_of(done: Delivered) -> dict[str, Any]:
         "fallbacks": done.fallbacks,
         "goodput": done.sent.goodput if done.sent else 0.0,
         "exact_bytes": exact_bytes,
-        "lines": msgspec.to_builtins(done.lines),
+        "lines": [
+            {"line": one.line, "wire_bytes": one.wire_bytes, "encodings": msgspec.to_builtins(one.encodings)}
+            for one in done.lines
+        ],
     }
 
 

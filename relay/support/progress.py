@@ -6,3 +6,5 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
 """Called with what is done, and with the whole: bytes, where nothing else is said."""
+Bar = Callable[[str], Progress]
+"""Makes a named progress bar."""
