@@ -136,7 +136,7 @@ def _shares(exact: dict[str, Any]) -> str:
 @click.argument("id")
 @click.argument("version")
 @click.option("--relay", "url", metavar="URL", help="Take it from this relay. [default: out of the depot]")
-@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@click.option("--output", metavar="FILE", help="Where to write it. [default: ID.VERSION.nupkg in this folder]")
 @depot_option
 @trust_option
 @token_file_option

@@ -26,11 +26,11 @@ def package() -> None:
 
 @package.command(epilog="Example: waystation package pack ./publish --id Acme.Web --version 1.4.2")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--id", "id_text", required=True, help="Package id.")
-@click.option("--version", "version_text", required=True)
-@click.option("--authors", default="", help="For the nuspec. [default: the id]")
-@click.option("--description", default="", help="For the nuspec. [default: the id]")
-@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@click.option("--id", "id_text", required=True, help="The package's id.")
+@click.option("--version", "version_text", required=True, help="The package's version.")
+@click.option("--authors", default="", help="For a nuspec that is made. [default: the id]")
+@click.option("--description", default="", help="For a nuspec that is made. [default: the id]")
+@click.option("--output", metavar="FILE", help="Where to write it. [default: ID.VERSION.nupkg in this folder]")
 @json_option
 def pack(
     folder: str, id_text: str, version_text: str, authors: str, description: str, output: str | None, as_json: bool
@@ -56,9 +56,15 @@ def pack(
     "waystation package add --feed https://feed.example/v3/index.json Acme.Web 1.4.2"
 )
 @click.argument("names", metavar="FILE... | ID VERSION", nargs=-1, required=True)
-@click.option("--feed", metavar="URL", help="Take ID VERSION from this V3 feed (its index.json).")
-@click.option("--sha512", metavar="HASH", help="With --feed: what the nupkg must hash to (hex or base64).")
-@click.option("--allow-host", "hosts", multiple=True, metavar="HOST", help="With --feed: the feed may lead there too.")
+@click.option("--feed", metavar="URL", help="Take ID VERSION from this NuGet V3 feed (its index.json).")
+@click.option("--sha512", metavar="HASH", help="With --feed: what the nupkg must hash to, hex or base64.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="With --feed: the feed may lead there too; may be repeated.",
+)
 @click.option("--allow-http", is_flag=True, help="With --feed: allow plain http beyond loopback.")
 @click.option("--allow-private", is_flag=True, help="With --feed: its name may resolve to a private address.")
 @depot_option
