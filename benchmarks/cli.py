@@ -50,7 +50,8 @@ def line(
 
 async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca_file: str | None) -> LineReport:
     from benchmarks.line import measure_line
-    from relay.protocol.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import tls_from, token_from
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         return await measure_line(client, seconds, plan, _tell)

@@ -115,7 +115,8 @@ def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool)
 
 
 async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict[str, Any]:
-    from relay.protocol.client import RelayClient, tls_from, token_from
+    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import tls_from, token_from
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         health = await client.health()

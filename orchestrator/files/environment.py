@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from orchestrator.files.decode import Kind, Written, fit, schema_of
-from orchestrator.files.process import Retry, Value
+from orchestrator.files.process import ProcessFile, Retry, Value, load_process
 from orchestrator.files.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
-from orchestrator.files.yaml_positions import LoadedFile, load, parse
+from orchestrator.files.yaml_positions import LoadedFile, Mistake, PlanError, load
 
 _Date = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="a date such as 2026-12-20")]
 _VariableOfProcess = Annotated[
@@ -163,9 +163,20 @@ def load_environment(path: str) -> EnvironmentFile:
     return fit(load(path), Environment)
 
 
-def parse_environment(text: bytes, name: str, folder: str) -> EnvironmentFile:
-    """An environment from its text, which mistakes call `name`; its scripts stand below `folder`. Raises `PlanError`."""
-    return fit(parse(text, name, folder), Environment)
+def load_both(process_path: str, path: str) -> tuple[ProcessFile, EnvironmentFile]:
+    """A process and an environment. Raises `PlanError` with every mistake of both."""
+    mistakes: list[Mistake] = []
+    try:
+        process = load_process(process_path)
+    except PlanError as error:
+        mistakes += error.mistakes
+    try:
+        environment = load_environment(path)
+    except PlanError as error:
+        raise PlanError([*mistakes, *error.mistakes]) from error
+    if mistakes:
+        raise PlanError(mistakes)
+    return process, environment
 
 
 def json_schema() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from orchestrator.files.values import (
     Title,
     VariableName,
 )
-from orchestrator.files.yaml_positions import LoadedFile, load, parse
+from orchestrator.files.yaml_positions import LoadedFile, load
 
 _Count = Annotated[int, Meta(ge=0, le=100_000)]
 _ActionName = Annotated[
@@ -348,11 +348,6 @@ ProcessFile = LoadedFile[Process]
 def load_process(path: str) -> ProcessFile:
     """Raises `PlanError` with every mistake of the file."""
     return fit(load(path), Process)
-
-
-def parse_process(text: bytes, name: str, folder: str) -> ProcessFile:
-    """A process from its text, which mistakes call `name`; its scripts stand below `folder`. Raises `PlanError`."""
-    return fit(parse(text, name, folder), Process)
 
 
 def json_schema() -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MappingEntry:
     key: str
     line: int
     node: Node
@@ -98,7 +98,7 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Keys:
     line: int
-    entries: tuple[Entry, ...]
+    entries: tuple[MappingEntry, ...]
 
 
 Node = Scalar | Items | Keys
@@ -292,7 +292,7 @@ class _Reader:
                 return
             yield self._node(event, events, (*path, index))
 
-    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[Entry]:
+    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[MappingEntry]:
         seen: dict[str, int] = {}
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
@@ -306,7 +306,7 @@ class _Reader:
                 self._wrong(line, (*path, name), f"stands twice, first in line {seen[name]}: keep one of them")
             else:
                 seen[name] = line
-                yield Entry(name, line, value)
+                yield MappingEntry(name, line, value)
 
     def _refuse_magic(self, event: yaml.Event, path: Path) -> None:
         if isinstance(event, yaml.AliasEvent):

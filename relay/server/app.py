@@ -17,6 +17,7 @@ from aiohttp import web
 
 from relay.config import RelayConfig, split_listen
 from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.mail.import_documents import import_documents
 from relay.mail.mailbox import Mail
 from relay.package.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.ranges import count
@@ -132,7 +133,8 @@ class RelayApp:
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
         pieces = metrics.counted(body_pieces(request, self._limits, messages.BUNDLE_BODY_MAX), metrics.RECEIVED)
-        with budget_of(request, self._limits).reserve(_BUNDLE_MEMORY):
+        with budget_of(request, self._limits).place() as place:
+            place.take(_BUNDLE_MEMORY)
             answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
         metrics.CHUNKS.labels("held").inc(answer.held)
@@ -263,9 +265,10 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> R
     transfer = Transfer(store)
     stack.push_async_callback(transfer.close)
     await transfer.load()
-    mail = Mail(store.documents, mail_limits_of(limits))
-    await mail.load()
+    mail = Mail(store.own_folder("state/mail"), mail_limits_of(limits))
     stack.push_async_callback(mail.close)
+    await mail.load()
+    await import_documents(store.documents, mail)
     rates = transfer.rates = await asyncio.to_thread(measure_rates)
     peers = Peers(config)
     replications = Replications(transfer, store, peers, limits)

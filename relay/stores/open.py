@@ -51,6 +51,11 @@ class Store:
     closed_to_writes: Callable[[], str] = lambda: ""
     """Why nothing can be written any more (after fsync failed, say); empty while all is well."""
 
+    def own_folder(self, below: str) -> str | None:
+        """A folder of the local file system for what is this process's alone; None where the location has no path."""
+        location = parse_location(self.location)
+        return os.path.join(location.path, below) if location.path else None
+
     async def close(self) -> None:
         """Give back handles, threads and locks. Twice is once."""
         await self.chunks.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+
+from relay.support.progress import Bar, Progress
 
 T = TypeVar("T")
 
@@ -41,13 +43,14 @@ def print_json(document: object) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Gives a function that makes a named bar: call that with (done, whole) in bytes. Silent where nobody watches."""
+def progress_bars() -> Iterator[Bar]:
+    """Gives what makes bars. They are silent where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda _name: lambda _done, _whole: None
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -56,9 +59,9 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
-        def bar(name: str) -> Callable[[int, int], None]:
+        def bar(name: str) -> Progress:
             task = progress.add_task(printable(name), total=None)
             return lambda done, whole: progress.update(task, completed=done, total=whole)
 

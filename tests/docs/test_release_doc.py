@@ -9,6 +9,7 @@ from typing import get_args
 import click
 import msgspec
 import pytest
+from harness.files import parse_environment, parse_process
 from harness.pages import DOCS, ROOT, block, rows, section
 
 from agent.orders.orders import SKEW_SECONDS
@@ -73,8 +74,8 @@ class _AnyScript:
 
 
 def _planned(info: str) -> Plan:
-    made = process.parse_process(block(PAGE, f"yaml {info}").encode(), "release.yaml", "/work")
-    where = environment.parse_environment(block(PAGE, "yaml environment").encode(), "production.yaml", "/srv/e")
+    made = parse_process(block(PAGE, f"yaml {info}").encode(), "release.yaml", "/work")
+    where = parse_environment(block(PAGE, "yaml environment").encode(), "production.yaml", "/srv/e")
     names = {name: process.package_of(use).id for name, use in made.value.packages.items()}
     prompts = {name: "CHG000001" for name, value in made.value.variables.items() if isinstance(value, process.Prompt)}
     packages = {name: PlannedPackage(id, "1.4.2") for name, id in names.items()}
@@ -160,7 +161,7 @@ def test_the_numbers_on_the_page_are_those_of_the_code() -> None:
 
 def test_every_outcome_of_a_turn_is_told_and_no_other() -> None:
     told = {row[1].strip("`") for row in rows(section(PAGE, "## A machine's turn"))[2:]}
-    assert told == set(get_args(turn.Outcome))
+    assert told == set(get_args(turn.TurnEnding))
 
 
 def test_every_word_that_after_hears_is_told() -> None:
@@ -206,8 +207,8 @@ def test_what_the_page_calls_not_built_is_what_the_code_refuses() -> None:
 
 def test_outputs_are_refused_by_name() -> None:
     text = block(PAGE, "yaml least").replace("${package.version}", "${outputs.schema.version}")
-    made = process.parse_process(text.encode(), "release.yaml", "/work")
-    where = environment.parse_environment(block(PAGE, "yaml environment").encode(), "production.yaml", "/srv/e")
+    made = parse_process(text.encode(), "release.yaml", "/work")
+    where = parse_environment(block(PAGE, "yaml environment").encode(), "production.yaml", "/srv/e")
     with pytest.raises(PlanError, match="outputs of steps are not built yet"):
         make_plan(
             made,

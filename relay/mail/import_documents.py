@@ -1,0 +1,86 @@
+"""Mail as relays before SQLite kept it: one document for each commit. It is taken over at the first start, and goes.
+
+A document is XXH3-64 of the rest, then MessagePack `[arrived, [[number, letter], ...]]`. A damaged one is put aside with a
+line in the log, and changes the epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Final
+
+import msgspec
+from xxhash import xxh3_64_digest
+
+from relay.mail.letters import Numbered
+from relay.mail.mailbox import Mail
+from relay.stores.contract import Documents
+
+_FOLDER: Final = "state/mail/letters"
+_DAMAGED: Final = "state/mail/damaged"
+_STATE: Final = "state/mail/state"
+_DIGEST_BYTES: Final = 8
+
+log = logging.getLogger(__name__)
+
+
+class _Content(msgspec.Struct, frozen=True, array_like=True):
+    arrived: float
+    letters: tuple[Numbered, ...]
+
+
+class _State(msgspec.Struct, frozen=True):
+    epoch: str
+    number: int
+
+
+async def import_documents(documents: Documents, mail: Mail) -> None:
+    """Take over what is there. Cut off anywhere, the next start goes on.
+
+    Raises:
+        StoreError: the store or the mail cannot be read or written; nothing is removed that was not taken over.
+    """
+    names = await documents.list(_FOLDER)
+    state = await documents.read(_STATE)
+    if state is None and not names:
+        return
+    whole = True
+    last = 0
+    for name in names:
+        raw = await documents.read(name)
+        content = _parse(raw)
+        if content is None:
+            log.warning("mail: %s is damaged; it is put aside under %s, and readers begin anew", name, _DAMAGED)
+            await documents.write(f"{_DAMAGED}/{name.rpartition('/')[2]}", raw or b"")
+            whole = False
+            continue
+        await mail.adopt(content.letters, content.arrived)
+        last = max(last, content.letters[-1].number if content.letters else 0)
+    known = _parse_state(state)
+    epoch = known.epoch if known is not None and whole else secrets.token_hex(16)
+    await mail.go_on(epoch, max(last, known.number if known is not None else 0, *map(_number, names)))
+    for name in (*names, _STATE):
+        await documents.remove(name)
+
+
+def _parse(raw: bytes | None) -> _Content | None:
+    if raw is None or xxh3_64_digest(raw[_DIGEST_BYTES:]) != raw[:_DIGEST_BYTES]:
+        return None
+    try:
+        return msgspec.msgpack.decode(raw[_DIGEST_BYTES:], type=_Content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _parse_state(raw: bytes | None) -> _State | None:
+    try:
+        return msgspec.json.decode(raw or b"", type=_State)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _number(name: str) -> int:
+    """The highest number in a document, by its name."""
+    text = name.rpartition("/")[2].partition(".")[0]
+    return int(text) if text.isascii() and text.isdigit() else 0
