@@ -204,7 +204,7 @@ def _bare(info: kinds_of.Type) -> kinds_of.Type:
 
 
 def _members(info: kinds_of.Type) -> tuple[kinds_of.Type, ...]:
-    """What may stand there. None is how a struct says "absent"; nobody writes it."""
+    """What may stand there. None is how a struct says "absent"; no file says it."""
     bare = _bare(info)
     types = bare.types if isinstance(bare, kinds_of.UnionType) else (bare,)
     return tuple(_bare(member) for member in types if not isinstance(member, kinds_of.NoneType))

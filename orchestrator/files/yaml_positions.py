@@ -329,7 +329,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _resolve(text: str) -> bool | int | float | str | None:
-    """A plain word by the core schema, but for infinities: nobody here can mean them."""
+    """A plain word by the core schema, but for infinities, which no key here can mean."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
