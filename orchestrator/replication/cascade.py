@@ -19,10 +19,11 @@ import msgspec
 from orchestrator.journal.events import LineBytes
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import ORIGIN, Replan, check_upstreams, in_order, line_name, next_upstream
-from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError, first_of
+from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError
 from relay.package.manifest import Manifest
 from relay.protocol import messages
 from relay.support.persistence import Persistence
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
@@ -131,12 +132,7 @@ async def replicate_all(
     """
     check_upstreams({relay.name: relay.upstream or None for relay in relays})
     work = _Cascade(manifest, relays, clients, send, heard, delivered, frozenset(must), patience, source_url)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for relay in in_order(relays):
-                group.create_task(work.bring(relay))
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
+    await together(work.bring(relay) for relay in in_order(relays))
     found = (work.delivered.get(relay.name) for relay in relays)
     return Cascaded(tuple(one for one in found if one is not None), work.failed, tuple(work.replans))
 
