@@ -25,7 +25,7 @@ from relay.support.rate_limit import Pacer
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
     from relay.transfer.replicate import Progress, Shipping
-    from relay.transfer.replicate import Replicated as Sent
+    from relay.transfer.replicate import ReplicationResult as Sent
 
 
 async def acquire(engine: Engine) -> dict[str, SurveyFacts]:

@@ -32,6 +32,10 @@ from relay.package.identity import ManifestId, Sha256
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, indexes
 
+OTHERS_MAX: Final = 256
+"""Packages of other names, the newest first, that are looked through for parts of one that travels."""
+MOSTLY_NEW: Final = 0.05
+"""Share of a package that must be new to its receiver for packages of other names to be looked into."""
 ASKED_MAX: Final = 48
 """Manifests of other packages that are worth a question."""
 USEFUL_BYTES: Final = 4 << 10

@@ -26,7 +26,7 @@ from relay.encoding.bundle import (
     Sink,
     Tap,
 )
-from relay.encoding.choose_bases import Held, worth_asking
+from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX, Held, worth_asking
 from relay.encoding.codecs import DELTAS, Encoding
 from relay.encoding.holdings import Holdings, StoreHoldings, size_of
 from relay.encoding.planner import Line
@@ -56,15 +56,11 @@ from relay.transfer.link_history import Lines, Meter
 
 log = logging.getLogger(__name__)
 
-_MOSTLY_NEW = 0.05
-"""Share of a package that must be missing for packages of other names to be looked into."""
 _RENEW_SECONDS = 60.0
 _ROOM_SECONDS = 20.0
 """For memory for the bases of a run."""
 _TELLING_BYTES = 256 << 10
 """Payload from which on a request says something about its line."""
-_OTHERS_MAX = 256
-"""Packages of other names that are looked through for parts that are in this one, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +383,7 @@ class Fetching:
         newest = await self._newest_other()
         if newest is not None and self._missing:
             known[newest.id] = newest
-        if sum(manifest.chunks[index].size for index in self._missing) > _MOSTLY_NEW * manifest.stream_size:
+        if sum(manifest.chunks[index].size for index in self._missing) > MOSTLY_NEW * manifest.stream_size:
             others = await self._others()
             asked = await asyncio.to_thread(worth_asking, manifest, sorted(self._missing), others)
             known |= {other.id: other for other in others if other.id in asked}
@@ -402,7 +398,7 @@ class Fetching:
         """The newest version of packages of other names that are here."""
         newest = {pointer.id.lower(): pointer for pointer in self._transfer.catalog.all()}
         newest.pop(self._package.id.key, None)
-        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:_OTHERS_MAX]
+        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:OTHERS_MAX]
         found = [await self._transfer.catalog.manifest(pointer.manifest_id) for pointer in some]
         return [manifest for manifest in found if manifest is not None]
 

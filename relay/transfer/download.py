@@ -30,6 +30,7 @@ from relay.encoding.bundle import (
 )
 from relay.encoding.codecs import DELTAS, Encoding
 from relay.encoding.holdings import Holdings
+from relay.encoding.planner import Manner, manner
 from relay.errors import (
     FrameError,
     RefusedError,
@@ -42,17 +43,6 @@ from relay.errors import (
 from relay.package.manifest import Manifest
 from relay.protocol.messages import EncodedBytes, summed
 
-SEGMENT_BYTES = 6 << 20
-"""Tree stream in one request, at most (or one chunk). Requests in flight are all that can cross twice if this process is
-killed: what else came is on the disk."""
-DELTA_SEGMENT_BYTES = 16 << 20
-"""The same, where the source may send differences: the longer a run, the fewer bytes it takes."""
-THIN_SEGMENT_BYTES = 32 << 20
-"""The same on a thin line, where one run is encoded while another is sent. Little is in flight there at any time."""
-THIN_GOODPUT = 4e6
-"""Bytes per second. A line below it is filled by one request."""
-FAST_GOODPUT = 25e6
-"""Bytes per second from which on nothing is gained by differences."""
 FALLBACKS_MAX = 3
 """Differences of one source that may fail, before it is asked for none any more."""
 CONNECTIONS = 2
@@ -131,23 +121,6 @@ class Tally:
 def sum_encodings(tallies: Iterable[Tally]) -> list[EncodedBytes]:
     """What crossed all lines, by encoding."""
     return list(summed(each for tally in tallies for each in tally.encodings.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How to ask one source: how much at a time, in one request or in several, with what is held here or without."""
-
-    segment_bytes: int
-    one_at_a_time: bool
-    with_bases: bool
-
-
-def manner(goodput: float, *, can_have_bases: bool) -> Manner:
-    """Pure. `goodput`: of the line, bytes per second; 0 where it is not known."""
-    with_bases = can_have_bases and goodput < FAST_GOODPUT
-    if goodput < THIN_GOODPUT and (goodput or with_bases):
-        return Manner(THIN_SEGMENT_BYTES, one_at_a_time=True, with_bases=with_bases)
-    return Manner(DELTA_SEGMENT_BYTES if with_bases else SEGMENT_BYTES, one_at_a_time=False, with_bases=with_bases)
 
 
 class NoSourceLeftError(UnreachableError):
@@ -299,7 +272,7 @@ class _Fetch:
         tally = self.tallies.get(source.name)
         trusted = tally is None or tally.fallbacks < FALLBACKS_MAX
         # Looked for only where it may be of use: that reads whole trees.
-        found = await self._bases.get() if trusted and goodput < FAST_GOODPUT else None
+        found = await self._bases.get() if trusted and manner(goodput, can_have_bases=True).with_bases else None
         return manner(goodput, can_have_bases=found is not None)
 
     def _goodput(self, name: str) -> float:

@@ -31,6 +31,10 @@ MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
 
+_STRETCH_MIN = 128 << 10
+"""Bytes of payload under one header, at least, of a sender; but for the last one."""
+_STRETCH: Final = 1 << 20
+"""The same, at most."""
 _READS: Final = 4
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096
@@ -42,7 +46,7 @@ _ZSTD_TABLES: Final = ((4, 4 << 20), (9, 14 << 20), (12, 44 << 20), (15, 70 << 2
 
 
 @dataclass(frozen=True, slots=True)
-class RunSpec:
+class PayloadSpec:
     """What to encode. Two that are equal have the same payload."""
 
     chunks: tuple[ChunkId, ...]
@@ -63,14 +67,14 @@ class Made:
     """Of one core, or of waiting for the store. 0 where it came from elsewhere."""
 
 
-def expected_payload(spec: RunSpec) -> int:
+def expected_payload(spec: PayloadSpec) -> int:
     """Bytes to set aside for a payload that is not made yet: above what packages of code take, as a rule."""
     if spec.coding.encoding == "raw":
         return spec.size
     return spec.size // (4 if spec.coding.needs_bases else 2)
 
 
-def working_bytes(spec: RunSpec) -> int:
+def working_bytes(spec: PayloadSpec) -> int:
     """Bytes that the encoder of `spec` holds at its peak: run, bases, its own tables, and the payload.
 
     Measured as the peak of resident memory, on .NET packages, runs and bases of 8 to 48 MiB. HDiffPatch's suffix array
@@ -94,7 +98,7 @@ def _zstd_bytes(level: int, window: int) -> int:
 class _Payload:
     """Pieces, as many as there are by now. Touched in the loop's thread only."""
 
-    def __init__(self, spec: RunSpec, *, is_arriving: bool) -> None:
+    def __init__(self, spec: PayloadSpec, *, is_arriving: bool) -> None:
         self.spec = spec
         self.is_arriving = is_arriving
         self.pieces: list[bytes] = []
@@ -128,17 +132,97 @@ class _Payload:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def read(self) -> AsyncIterator[bytes]:
-        at = 0
+    async def news(self) -> None:
+        """Return when something changed since this was called."""
+        await self._news.wait()
+
+
+class PayloadReader:
+    """One reader of a payload, which is made from now on: what the line is not ready for yet waits in the pool, once for all
+    readers.
+    """
+
+    def __init__(self, payload: _Payload, left: Callable[[_Payload], None]) -> None:
+        self.taken = 0
+        """Bytes."""
+        self._payload = payload
+        self._left = left
+        self._at = self._offset = 0
+        self._is_open = True
+        payload.readers += 1
+
+    @property
+    def size(self) -> int:
+        """Bytes that are made by now."""
+        return self._payload.size
+
+    @property
+    def is_whole(self) -> bool:
+        return self._payload.is_whole
+
+    @property
+    def has_failed(self) -> bool:
+        return self._payload.error is not None
+
+    async def ready(self, least: int = _STRETCH_MIN) -> None:
+        """Return when `least` bytes can be taken, or all of the rest, or when there is something to raise."""
+        # The last byte stays behind until it is known whether another follows it.
+        while not self._payload.has_ended and self._payload.size - self.taken <= least:
+            await self._payload.news()
+
+    async def made(self) -> None:
+        """Return when all of it is there, or when there is something to raise."""
+        while not self._payload.has_ended:
+            await self._payload.news()
+
+    async def stretches(
+        self, least: int = _STRETCH_MIN, patience: float | None = None
+    ) -> AsyncIterator[tuple[bytes, bool]]:
+        """The payload in stretches of up to 1 MiB, each with whether more follows.
+
+        Raises:
+            ChunkMissing, ChunkInvalid, StoreError: what the encoder or its store raised.
+            TimeoutError: nothing came for `patience` seconds.
+        """
+        more = True
+        while more:
+            async with asyncio.timeout(patience):
+                await self.ready(least)
+            if self._payload.error is not None:
+                raise self._payload.error
+            room = self._payload.size - self.taken - (0 if self.is_whole else 1)
+            stretch = b"".join(self._take(min(room, _STRETCH)))
+            more = not (self.is_whole and self.taken == self._payload.size)
+            yield stretch, more
+
+    def close(self) -> None:
+        """Nothing more is read. Twice is once."""
+        if self._is_open:
+            self._is_open = False
+            self._payload.readers -= 1
+            self._left(self._payload)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The payload as it was made, in pieces of at most 256 KiB."""
         while True:
-            while at < len(self.pieces):
-                yield self.pieces[at]
-                at += 1
-            if self.error is not None:
-                raise self.error
+            while self._at < len(self._payload.pieces):
+                yield self._payload.pieces[self._at]
+                self._at += 1
+            if self._payload.error is not None:
+                raise self._payload.error
             if self.is_whole:
                 return
-            await self._news.wait()
+            await self._payload.news()
+
+    def _take(self, size: int) -> Iterator[memoryview]:
+        while size > 0:
+            piece = memoryview(self._payload.pieces[self._at])[self._offset : self._offset + size]
+            self._offset += len(piece)
+            if self._offset == len(self._payload.pieces[self._at]):
+                self._at, self._offset = self._at + 1, 0
+            self.taken += len(piece)
+            size -= len(piece)
+            yield piece
 
 
 class Growing:
@@ -249,7 +333,7 @@ class Payloads:
         self._gate = _Gate(threads + 1, self._reserve, self._release)
         self._reserved = 0
         self._counted = 0
-        self._payloads: OrderedDict[RunSpec, _Payload] = OrderedDict()
+        self._payloads: OrderedDict[PayloadSpec, _Payload] = OrderedDict()
         self._by_first: dict[ChunkId, list[_Payload]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._made: OrderedDict[bytes, Made] = OrderedDict()
@@ -258,27 +342,40 @@ class Payloads:
 
     # --- reading
 
-    async def pieces(self, spec: RunSpec) -> AsyncIterator[bytes]:
-        """The payload, in pieces of at most 256 KiB, each as soon as it is made. Any number may read one payload.
+    def open(self, spec: PayloadSpec) -> PayloadReader:
+        """Begin to make the payload, where it is not made or on its way yet. Any number may read one; each has to close.
 
-        Waits for its turn where encoders or memory are short. An encoder that nobody reads any more is stopped.
+        It waits for its turn where encoders or memory are short. An encoder that has no reader any more is stopped.
+
+        Raises:
+            StoreError: these payloads were closed.
+        """
+        payload = self._payloads.get(spec) or self._start(_at_a_level(spec))
+        self._payloads.move_to_end(payload.spec)
+        return PayloadReader(payload, self._reader_left)
+
+    async def pieces(self, spec: PayloadSpec) -> AsyncIterator[bytes]:
+        """The payload, in pieces of at most 256 KiB, each as soon as it is made.
 
         Raises:
             ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
         """
-        payload = self._payloads.get(spec) or self._start(_at_a_level(spec))
-        self._payloads.move_to_end(payload.spec)
-        payload.readers += 1
+        reader = self.open(spec)
         try:
-            async for piece in payload.read():
+            async for piece in reader.pieces():
                 yield piece
         finally:
-            payload.readers -= 1
-            self._reader_left(payload)
+            reader.close()
+
+    async def make(self, spec: PayloadSpec) -> Made:
+        """Make the payload, and say how that went. Raises as `pieces`."""
+        async for _ in self.pieces(spec):
+            pass
+        return self._made[_digest(spec)]
 
     def find(
         self, chunks: Collection[ChunkId], bases: Collection[ChunkId], encodings: Collection[str]
-    ) -> RunSpec | None:
+    ) -> PayloadSpec | None:
         """A payload that is kept, being made or arriving, whose chunks are all among `chunks` and whose bases all among
         `bases`; the one with the most bytes of chunks. `pieces` of it costs nothing.
         """
@@ -298,7 +395,7 @@ class Payloads:
         """Return when the next payload begins to arrive or to be made (cut it with a timeout)."""
         await self._news.wait()
 
-    def made(self, spec: RunSpec) -> Made | None:
+    def made(self, spec: PayloadSpec) -> Made | None:
         """How large it is and what it took, where it was finished before (kept or not; the newest few thousand)."""
         return self._made.get(_digest(spec))
 
@@ -323,7 +420,7 @@ class Payloads:
 
     # --- arriving
 
-    def adopt(self, spec: RunSpec) -> Growing | None:
+    def adopt(self, spec: PayloadSpec) -> Growing | None:
         """Keep a payload that arrives here as it grows, so that it can be handed on as it came; None without room for it,
         or where the same one is here already.
 
@@ -357,7 +454,7 @@ class Payloads:
 
     # --- making
 
-    def _start(self, spec: RunSpec) -> _Payload:
+    def _start(self, spec: PayloadSpec) -> _Payload:
         if self._closed:
             raise StoreError("the payloads of this process were closed")
         if (known := self._payloads.get(spec)) is not None:
@@ -523,14 +620,14 @@ def _recut(data: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + PIECE])
 
 
-def _at_a_level(spec: RunSpec) -> RunSpec:
+def _at_a_level(spec: PayloadSpec) -> PayloadSpec:
     """An arriving payload's level is not known; where it is gone by now, it is made with the usual one."""
     if spec.coding.level or spec.coding == RAW:
         return spec
-    return RunSpec(spec.chunks, spec.bases, Coding.parse(spec.coding.encoding), spec.size, spec.base_size)
+    return PayloadSpec(spec.chunks, spec.bases, Coding.parse(spec.coding.encoding), spec.size, spec.base_size)
 
 
-def _digest(spec: RunSpec) -> bytes:
+def _digest(spec: PayloadSpec) -> bytes:
     """A short name for what is remembered long."""
     text = " ".join(chain([str(spec.coding)], spec.chunks, ["over"], spec.bases))
     return blake2b(text.encode(), digest_size=16).digest()

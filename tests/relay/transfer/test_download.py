@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from harness.short_runs import shorten_segments
 from harness.support import cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ PATIENCE = 30.0
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
     """Several requests from a small package, and no pauses worth noticing."""
-    monkeypatch.setattr(fetching, "SEGMENT_BYTES", 200_000)
+    shorten_segments(monkeypatch, 200_000)
     monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(fetching, "_BUSY_SECONDS", 0.001)
 
@@ -399,7 +400,7 @@ async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
 
 
 async def test_a_source_whose_differences_fail_again_and_again_is_asked_for_none_any_more(monkeypatch):
-    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 140_000)
+    shorten_segments(monkeypatch, 200_000, 140_000)
     source = Differing(wrong=FrameError("nonsense"))
     sink, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: THIN)
     assert each_once(sink)
@@ -473,20 +474,9 @@ async def test_a_relay_that_broke_off_for_a_moment_is_asked_again():
     assert tallies["relay"].error is None
 
 
-@given(st.floats(0.0, 1e12), st.booleans())
-def test_bases_are_named_on_lines_that_are_not_fast_and_thin_ones_get_long_segments(goodput, can_have_bases):
-    how = fetching.manner(goodput, can_have_bases=can_have_bases)
-    assert how.with_bases == (can_have_bases and goodput < fetching.FAST_GOODPUT)
-    assert how.one_at_a_time == (how.segment_bytes == fetching.THIN_SEGMENT_BYTES)
-    if goodput >= fetching.THIN_GOODPUT:
-        assert not how.one_at_a_time
-    if not goodput and not can_have_bases:
-        assert how == fetching.Manner(fetching.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
-
-
 async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(monkeypatch):
     monkeypatch.setattr(fetching, "_TELLING_BYTES", 1)
-    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 300_000)
+    shorten_segments(monkeypatch, 200_000, 300_000)
 
     class Slow(Differing):
         async def stream(self, manifest, indexes, **how):

@@ -19,7 +19,7 @@ from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE
 from relay.stores.memory import MemoryChunks
 from relay.transfer import encoder_pool as under_test
-from relay.transfer.encoder_pool import Payloads, RunSpec, expected_payload, working_bytes
+from relay.transfer.encoder_pool import Payloads, PayloadSpec, expected_payload, working_bytes
 
 MIB = 1 << 20
 
@@ -112,7 +112,7 @@ async def opened(shelf: Shelf, **options: int) -> AsyncIterator[Payloads]:
         await asyncio.wait_for(payloads.close(), 30)
 
 
-async def whole(payloads: Payloads, spec: RunSpec) -> bytes:
+async def whole(payloads: Payloads, spec: PayloadSpec) -> bytes:
     return b"".join([piece async for piece in payloads.pieces(spec)])
 
 
@@ -122,8 +122,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def spec_of(*ids: ChunkId, size: int = 1000, coding: Coding = PLAIN) -> RunSpec:
-    return RunSpec(ids, (), coding, size)
+def spec_of(*ids: ChunkId, size: int = 1000, coding: Coding = PLAIN) -> PayloadSpec:
+    return PayloadSpec(ids, (), coding, size)
 
 
 def named(*names: str) -> tuple[ChunkId, ...]:
@@ -142,7 +142,7 @@ async def test_a_payload_decodes_to_its_run_whatever_the_encoding(coding: Coding
     new = [data[:50_000] + b"changed" + data[50_000:] for data in old]
     base_ids, ids = await shelf.put_data(*old), await shelf.put_data(*new)
     bases = base_ids if coding.needs_bases else ()
-    spec = RunSpec(ids, bases, coding, sum(map(len, new)), sum(map(len, old)) if bases else 0)
+    spec = PayloadSpec(ids, bases, coding, sum(map(len, new)), sum(map(len, old)) if bases else 0)
     async with opened(shelf) as payloads:
         payload = await whole(payloads, spec)
     decoder = decoder_for(coding.encoding, spec.size, b"".join(old) if bases else b"")
@@ -305,7 +305,7 @@ async def test_a_missing_base_is_said_to_be_missing():
     ids, (absent,) = await shelf.put_data(b"run"), named("absent")
     async with opened(shelf) as payloads:
         with pytest.raises(ChunkMissing) as caught:
-            await whole(payloads, RunSpec(ids, (absent,), Coding("hdiff", 3), 3, 6))
+            await whole(payloads, PayloadSpec(ids, (absent,), Coding("hdiff", 3), 3, 6))
         assert caught.value.id == absent
         assert payloads.memory == 0
 
@@ -453,7 +453,7 @@ async def test_however_small_they_are_only_so_many_are_kept(monkeypatch: pytest.
 
 @given(st.integers(1, 64 * MIB), st.integers(0, 64 * MIB), st.sampled_from(["raw", "zstd:3", "zstd:19", "hdiff"]))
 def test_an_encoder_is_counted_for_more_than_what_it_reads_and_makes(size: int, base_size: int, coding: str):
-    spec = RunSpec(named("c"), (), Coding.parse(coding), size, base_size)
+    spec = PayloadSpec(named("c"), (), Coding.parse(coding), size, base_size)
     assert working_bytes(spec) >= size + base_size + expected_payload(spec)
 
 
@@ -462,7 +462,7 @@ def test_an_encoder_is_counted_for_more_than_what_it_reads_and_makes(size: int, 
 
 async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread():
     shelf = Shelf()
-    spec = RunSpec(named("a", "b"), (), Coding("hdiff", 0), 9000)
+    spec = PayloadSpec(named("a", "b"), (), Coding("hdiff", 0), 9000)
     async with opened(shelf) as payloads:
         growing = payloads.adopt(spec)
         assert growing is not None
@@ -485,7 +485,7 @@ async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread()
 async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
     shelf = Shelf()
     data = noise(1, 1000)
-    spec = RunSpec(await shelf.put_data(data), (), Coding("zstd", 0), 1000)
+    spec = PayloadSpec(await shelf.put_data(data), (), Coding("zstd", 0), 1000)
     async with opened(shelf) as payloads:
         growing = payloads.adopt(spec)
         assert growing is not None
@@ -507,7 +507,7 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
 
 async def test_what_fails_after_it_was_whole_stays_whole():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"all")
@@ -519,7 +519,7 @@ async def test_what_fails_after_it_was_whole_stays_whole():
 
 async def test_the_same_payload_is_adopted_once():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         assert payloads.adopt(spec) is None
@@ -527,7 +527,7 @@ async def test_the_same_payload_is_adopted_once():
 
 async def test_an_arriving_payload_goes_on_when_its_readers_leave():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"be")
@@ -541,10 +541,10 @@ async def test_an_arriving_payload_goes_on_when_its_readers_leave():
 
 async def test_nothing_is_adopted_without_room_for_it():
     async with opened(Shelf(), memory_bytes=MIB) as payloads:
-        fits, too_much = (RunSpec(named(name), (), Coding("zstd", 0), MIB) for name in "ab")
+        fits, too_much = (PayloadSpec(named(name), (), Coding("zstd", 0), MIB) for name in "ab")
         growing = payloads.adopt(fits)
         assert growing is not None
-        assert payloads.adopt(RunSpec(named("c"), (), RAW, MIB)) is None
+        assert payloads.adopt(PayloadSpec(named("c"), (), RAW, MIB)) is None
         growing.finish()
         await asyncio.sleep(0)
         assert payloads.adopt(too_much) is not None
@@ -552,7 +552,7 @@ async def test_nothing_is_adopted_without_room_for_it():
 
 async def test_an_arriving_payload_that_outgrows_the_memory_is_let_go():
     async with opened(Shelf(), memory_bytes=3 * PIECE) as payloads:
-        spec = RunSpec(named("a"), (), Coding("hdiff", 0), PIECE)
+        spec = PayloadSpec(named("a"), (), Coding("hdiff", 0), PIECE)
         growing = payloads.adopt(spec)
         assert growing is not None
         reader = aiter(payloads.pieces(spec))
@@ -571,11 +571,11 @@ async def test_the_payload_with_the_most_bytes_is_found_among_what_is_wanted():
     a, b, c, base, other = named("a", "b", "c", "base", "other")
     async with opened(Shelf()) as payloads:
         specs = [
-            RunSpec((a,), (), Coding("zstd", 0), 10),
-            RunSpec((a, b), (), Coding("zstd", 0), 20),
-            RunSpec((a, b), (base,), Coding("hdiff", 0), 21),
-            RunSpec((a, b, c), (), Coding("raw", 0), 30),
-            RunSpec((b, c), (base, other), Coding("hdiff", 0), 40),
+            PayloadSpec((a,), (), Coding("zstd", 0), 10),
+            PayloadSpec((a, b), (), Coding("zstd", 0), 20),
+            PayloadSpec((a, b), (base,), Coding("hdiff", 0), 21),
+            PayloadSpec((a, b, c), (), Coding("raw", 0), 30),
+            PayloadSpec((b, c), (base, other), Coding("hdiff", 0), 40),
         ]
         growing = [payloads.adopt(spec) for spec in specs]
         assert all(growing)
@@ -594,7 +594,7 @@ async def test_who_waits_for_a_change_is_woken_when_a_payload_begins(encoder: En
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
         for begin in (
-            lambda: payloads.adopt(RunSpec(named("a"), (), RAW, 1)),
+            lambda: payloads.adopt(PayloadSpec(named("a"), (), RAW, 1)),
             lambda: asyncio.create_task(whole(payloads, spec)),
         ):
             waiting = asyncio.create_task(payloads.changed())
@@ -614,7 +614,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     ids = await shelf.put_data(*(noise(n, 10) for n in range(5)))
     payloads = Payloads(shelf, threads=1)
     readers = [asyncio.create_task(whole(payloads, spec_of(id))) for id in ids]
-    growing = payloads.adopt(RunSpec(named("a"), (), RAW, 1))
+    growing = payloads.adopt(PayloadSpec(named("a"), (), RAW, 1))
     assert growing is not None
     await until(lambda: encoder.running == 1)
     closing = asyncio.create_task(payloads.close())
@@ -630,7 +630,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     growing.finish()
     with pytest.raises(StoreError):
         await whole(payloads, spec_of(ids[0]))
-    assert payloads.adopt(RunSpec(named("b"), (), RAW, 1)) is None
+    assert payloads.adopt(PayloadSpec(named("b"), (), RAW, 1)) is None
 
 
 async def test_who_is_let_in_and_cancelled_at_once_gives_its_place_back():
@@ -645,3 +645,41 @@ async def test_who_is_let_in_and_cancelled_at_once_gives_its_place_back():
         await unlucky
     assert released == [1, 2]
     await asyncio.wait_for(gate.enter(3), 20)
+
+
+# --- read in stretches
+
+
+@pytest.mark.parametrize("cut", [[b"abc", b"d", b"efgh"], [b"ab"], [b"a", b"b"]])
+async def test_every_byte_of_a_stretched_payload_is_read_once_and_only_its_last_one_waits(cut: list[bytes]) -> None:
+    async with opened(Shelf()) as payloads:
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
+        growing = payloads.adopt(spec)
+        assert growing is not None
+        reader, found = payloads.open(spec), []
+        stretches = reader.stretches(1, 20.0)
+        for at, piece in enumerate(cut):
+            growing.add(piece)
+            await until(lambda at=at: reader.size == len(b"".join(cut[: at + 1])))  # type: ignore[misc]
+            if reader.size - reader.taken > 1:
+                found.append(await anext(stretches))
+        assert b"".join(stretch for stretch, _ in found) == b"".join(cut)[:-1]
+        growing.finish()
+        found += [each async for each in stretches]
+        assert b"".join(stretch for stretch, _ in found) == b"".join(cut)
+        assert [more for _, more in found] == [True] * (len(found) - 1) + [False]
+        reader.close()
+        reader.close()
+
+
+async def test_a_reader_that_waits_in_vain_says_so() -> None:
+    async with opened(Shelf()) as payloads:
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
+        growing = payloads.adopt(spec)
+        reader = payloads.open(spec)
+        with pytest.raises(TimeoutError):
+            await anext(reader.stretches(1, 0.01))
+        assert growing is not None
+        growing.fail()
+        with pytest.raises(StoreError, match="broke off"):
+            await anext(reader.stretches(1, 20.0))
