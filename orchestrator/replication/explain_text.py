@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from relay.package.ranges import count
 from relay.support.console import printable, size, table
 
 if TYPE_CHECKING:
@@ -41,10 +40,10 @@ def document_of(explained: Explained, package_bytes: int, others: Alternatives) 
         "runs": [
             {
                 "encoding": str(run.coding),
-                "chunks": count(run.chunks),
-                "bytes": run.size,
-                "payload_bytes": run.payload_bytes,
-                "exact": run.exact,
+                "chunks": len(run.run.indexes),
+                "bytes": run.run.size,
+                "payload_bytes": run.choice.chosen.payload_bytes,
+                "exact": run.choice.chosen.exact,
             }
             for run in explained.runs
         ],

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from relay.encoding.bundle import RUN_AND_BASES_MAX
@@ -276,9 +276,7 @@ def plan_run(
     """
     known = {one.coding: one for one in run.made}
     candidates = [_candidate(run, coding, known.pop(coding, None), ratios, rates) for coding in codings]
-    candidates += [
-        _candidate(run, _at_a_level(one.coding), one, ratios, rates) for one in known.values() if one.is_kept
-    ]
+    candidates += [_candidate(run, one.coding.at_a_level, one, ratios, rates) for one in known.values() if one.is_kept]
     if run.stored_size:
         candidates.append(Candidate(PLAIN, run.stored_size, 0.0, 0.0, source="stored"))
         if takes_stored(line, has_bases=run.base_size > 0):
@@ -299,10 +297,6 @@ def _candidate(run: RunFacts, coding: Coding, made: Made | None, ratios: Ratios,
     )
 
 
-def _at_a_level(coding: Coding) -> Coding:
-    return coding if coding.level or coding == RAW else Coding.parse(coding.encoding)
-
-
 def _insist(choice: Choice, force: Coding | None) -> Choice:
     if force is None or choice.coding == force:
         return choice
@@ -313,11 +307,6 @@ def _insist(choice: Choice, force: Coding | None) -> Choice:
         for row in choice.rows
     ]
     return Choice(tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds))))
-
-
-def codings_to_send(line: Line, *, has_bases: bool) -> tuple[Coding, ...]:
-    """What a sender weighs up for one run."""
-    return codings_for(has_bases=has_bases and line.kind.delta_run > 0)
 
 
 # --- what a relay's readers have to themselves: it has one store, and its processors, for all of them
@@ -368,18 +357,13 @@ def trials(line: Line, *, has_bases: bool) -> tuple[Coding, ...]:
 # --- the moment of a run
 
 
-@dataclass(slots=True)
 class Schedule:
     """How the runs of one transfer will follow each other, by their plans: encoders side by side, then the line."""
 
-    cores: int
-    _free: list[float] = field(init=False)
-    """When each core has nothing to do."""
-    _runs: list[tuple[float, int]] = field(default_factory=list)
-    """When each run has crossed, and the bytes of its payload."""
-
-    def __post_init__(self) -> None:
-        self._free = [0.0] * max(1, self.cores)
+    def __init__(self, cores: int) -> None:
+        # When each core has nothing to do; when each run has crossed, and the bytes of its payload.
+        self._free = [0.0] * max(1, cores)
+        self._runs: list[tuple[float, int]] = []
 
     def moment(self, line: Line, ahead: int) -> Moment:
         """Of the next run, which is planned when all but `ahead` of those before it have crossed."""
@@ -404,7 +388,7 @@ class Schedule:
 
 _THIN_PATIENCE: Final = 0.3
 """Seconds later that a smaller payload may be there on a thin line, beside a tenth."""
-_FIRST_FLIGHT: Final = 14_600
+FIRST_FLIGHT: Final = 14_600
 """Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
 _HARDLY: Final = 0.97
 """What level 3 leaves of something that does not compress."""
@@ -477,7 +461,7 @@ def _on(line: Line, candidate: Candidate, moment: Moment) -> float:
     seconds = payload / line.rate
     if moment.waiting or not line.round_trip:
         return seconds
-    return seconds + line.round_trip * math.log2(1 + min(payload, 2 * line.rate * line.round_trip) / _FIRST_FLIGHT)
+    return seconds + line.round_trip * math.log2(1 + min(payload, 2 * line.rate * line.round_trip) / FIRST_FLIGHT)
 
 
 def _seconds(candidate: Candidate, line: Line, moment: Moment) -> float:

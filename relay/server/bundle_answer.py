@@ -121,9 +121,12 @@ class _Giving:
         self._manifest = manifest
         self._left = dict.fromkeys(places)
         self._reader = reader
-        self._rates = _rates_of(ground.rates)
-        self._schedule = Schedule(ground.rates.cores if ground.rates else 1)
-        self._whole, self._begun = sum(manifest.chunks[index].size for index in places), 0
+        cpu = ground.rates
+        self._rates = (
+            Rates.measured(cpu.zstd_encode, cpu.zstd_encode_9, cpu.zstd_encode_19, cpu.hdiff_encode) if cpu else Rates()
+        )
+        self._schedule = Schedule(cpu.cores if cpu else 1)
+        self._whole, self._begun = manifest.size_of(places), 0
         self._ground = ground
         self._writer = writer
         self._absent: list[int] = []
@@ -202,7 +205,7 @@ class _Giving:
         line = self._reader.line
         most = planner.run_bytes(line, self._whole, self._begun, has_bases=bool(self._bases.held))
         run = await self._here(most)
-        size = self._size(run)
+        size = self._manifest.size_of(run)
         if self._arrives and (kept := await self._kept()) is not None:
             # It began to come in while we looked at what had landed.
             return kept
@@ -261,9 +264,6 @@ class _Giving:
         self._begun += spec.size
         self._schedule.add(plan, self._schedule.moment(self._reader.line, _AHEAD + 1))
         return _Encoded(spec, run, bases, self._ground.payloads.open(spec), plan.chosen.source == "kept")
-
-    def _size(self, run: Iterable[int]) -> int:
-        return sum(self._manifest.chunks[index].size for index in run)
 
     async def _here(self, most: int) -> tuple[int, ...]:
         """Of what comes next, up to `most` bytes, as far as it is here without a gap."""
@@ -397,9 +397,3 @@ class _Bases:
     def spans_of(self, ids: Iterable[ChunkId]) -> tuple[Span, ...]:
         by_manifest = groupby((self._places[id] for id in ids), key=itemgetter(0))
         return tuple(Span.of(manifest, [index for _, index in places]) for manifest, places in by_manifest)
-
-
-def _rates_of(cpu: CpuRates | None) -> Rates:
-    if cpu is None:
-        return Rates()
-    return Rates.measured(cpu.zstd_encode, cpu.zstd_encode_9, cpu.zstd_encode_19, cpu.hdiff_encode)

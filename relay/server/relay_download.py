@@ -383,7 +383,7 @@ class Fetching:
         newest = await self._newest_other()
         if newest is not None and self._missing:
             known[newest.id] = newest
-        if sum(manifest.chunks[index].size for index in self._missing) > MOSTLY_NEW * manifest.stream_size:
+        if manifest.size_of(self._missing) > MOSTLY_NEW * manifest.stream_size:
             others = await self._others()
             asked = await asyncio.to_thread(worth_asking, manifest, sorted(self._missing), others)
             known |= {other.id: other for other in others if other.id in asked}
@@ -438,5 +438,5 @@ class Fetching:
         self._missing = missing
         whole = manifest.stream_size
         self._told.whole = whole
-        self._told.here = max(self._told.here, whole - sum(manifest.chunks[index].size for index in missing))
+        self._told.here = max(self._told.here, whole - manifest.size_of(missing))
         self._told.news.set()

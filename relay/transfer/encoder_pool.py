@@ -7,6 +7,7 @@ hold (chunks, bases, what they make, what is kept) stays under one budget in byt
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import threading
@@ -15,23 +16,23 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from typing import Final
 
-from relay.encoding.codecs import RAW, Coding, encode
+from relay.encoding.codecs import Coding, encode
 from relay.errors import StoreError
 from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE, ChunkReader
 
 KEPT_BYTES = 64 << 20
-"""Bytes of finished payloads that are kept for whoever asks next."""
+"""Bytes of finished payloads that are kept for the next reader."""
 MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
 
-_STRETCH_MIN = 128 << 10
+_STRETCH_MIN: Final = 128 << 10
 """Bytes of payload under one header, at least, of a sender; but for the last one."""
 _STRETCH: Final = 1 << 20
 """The same, at most."""
@@ -111,7 +112,7 @@ class _Payload:
         self.stopped = threading.Event()
         self.waiting: asyncio.Task[None] | None = None
         """What waits for its turn, or reads its chunks: can be cancelled. An encoder can only be told to stop."""
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
 
     @property
     def has_ended(self) -> bool:
@@ -129,12 +130,8 @@ class _Payload:
         self.wake()
 
     def wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def news(self) -> None:
-        """Return when something changed since this was called."""
-        await self._news.wait()
+        self.news.set()
+        self.news = asyncio.Event()
 
 
 class PayloadReader:
@@ -157,23 +154,14 @@ class PayloadReader:
         return self._payload.size
 
     @property
-    def is_whole(self) -> bool:
-        return self._payload.is_whole
-
-    @property
     def has_failed(self) -> bool:
         return self._payload.error is not None
 
-    async def ready(self, least: int = _STRETCH_MIN) -> None:
+    async def ready(self, least: float = _STRETCH_MIN) -> None:
         """Return when `least` bytes can be taken, or all of the rest, or when there is something to raise."""
         # The last byte stays behind until it is known whether another follows it.
         while not self._payload.has_ended and self._payload.size - self.taken <= least:
-            await self._payload.news()
-
-    async def made(self) -> None:
-        """Return when all of it is there, or when there is something to raise."""
-        while not self._payload.has_ended:
-            await self._payload.news()
+            await self._payload.news.wait()
 
     async def stretches(
         self, least: int = _STRETCH_MIN, patience: float | None = None
@@ -188,11 +176,10 @@ class PayloadReader:
         while more:
             async with asyncio.timeout(patience):
                 await self.ready(least)
-            if self._payload.error is not None:
-                raise self._payload.error
-            room = self._payload.size - self.taken - (0 if self.is_whole else 1)
+            self.check()
+            room = self._payload.size - self.taken - (0 if self._payload.is_whole else 1)
             stretch = b"".join(self._take(min(room, _STRETCH)))
-            more = not (self.is_whole and self.taken == self._payload.size)
+            more = not (self._payload.is_whole and self.taken == self._payload.size)
             yield stretch, more
 
     def close(self) -> None:
@@ -202,17 +189,10 @@ class PayloadReader:
             self._payload.readers -= 1
             self._left(self._payload)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The payload as it was made, in pieces of at most 256 KiB."""
-        while True:
-            while self._at < len(self._payload.pieces):
-                yield self._payload.pieces[self._at]
-                self._at += 1
-            if self._payload.error is not None:
-                raise self._payload.error
-            if self.is_whole:
-                return
-            await self._payload.news()
+    def check(self) -> None:
+        """Raise what the encoder or its store raised."""
+        if self._payload.error is not None:
+            raise self._payload.error
 
     def _take(self, size: int) -> Iterator[memoryview]:
         while size > 0:
@@ -269,7 +249,7 @@ class _Gate:
     """Lets encoders in, first come, first served, while there are threads and memory for them."""
 
     def __init__(self, slots: int, reserve: Callable[[int, int], bool], release: Callable[[int], None]) -> None:
-        """`reserve` takes bytes, and how many are inside; it may not refuse who is alone: nobody would ever make room."""
+        """`reserve` takes bytes, and how many are inside; it may not refuse the only one: nothing would ever make room."""
         self._slots = slots
         self._reserve = reserve
         self._release = release
@@ -281,7 +261,7 @@ class _Gate:
         return len(self._queue)
 
     async def enter(self, size: int) -> None:
-        """Wait for a turn. Whoever came in has to `leave`."""
+        """Wait for a turn. Each that came in has to `leave`."""
         ticket = asyncio.get_running_loop().create_future()
         place = (size, ticket)
         self._queue.append(place)
@@ -302,7 +282,7 @@ class _Gate:
         self.look()
 
     def look(self) -> None:
-        """Let in whoever can be let in now."""
+        """Let in as many as can be let in now."""
         while self._queue and self._inside < self._slots:
             size, ticket = self._queue[0]
             if not self._reserve(size, self._inside):
@@ -350,34 +330,25 @@ class Payloads:
         Raises:
             StoreError: these payloads were closed.
         """
-        payload = self._payloads.get(spec) or self._start(_at_a_level(spec))
+        payload = self._payloads.get(spec) or self._start(replace(spec, coding=spec.coding.at_a_level))
         self._payloads.move_to_end(payload.spec)
         return PayloadReader(payload, self._reader_left)
 
-    async def pieces(self, spec: PayloadSpec) -> AsyncIterator[bytes]:
-        """The payload, in pieces of at most 256 KiB, each as soon as it is made.
-
-        Raises:
-            ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
-        """
+    async def make(self, spec: PayloadSpec) -> Made:
+        """Make the payload, and say how that went. Raises what `PayloadReader.stretches` does."""
         reader = self.open(spec)
         try:
-            async for piece in reader.pieces():
-                yield piece
+            await reader.ready(math.inf)
+            reader.check()
         finally:
             reader.close()
-
-    async def make(self, spec: PayloadSpec) -> Made:
-        """Make the payload, and say how that went. Raises as `pieces`."""
-        async for _ in self.pieces(spec):
-            pass
         return self._made[_digest(spec)]
 
     def find(
         self, chunks: Collection[ChunkId], bases: Collection[ChunkId], encodings: Collection[str]
     ) -> PayloadSpec | None:
         """A payload that is kept, being made or arriving, whose chunks are all among `chunks` and whose bases all among
-        `bases`; the one with the most bytes of chunks. `pieces` of it costs nothing.
+        `bases`; the one with the most bytes of chunks. Reading it costs no encoder.
         """
         wanted, there = frozenset(chunks), frozenset(bases)
         fitting = [
@@ -400,7 +371,7 @@ class Payloads:
         return self._made.get(_digest(spec))
 
     def is_busy(self) -> bool:
-        """Whether whoever asks for a new payload now would have to wait long: who can do with stored chunks should."""
+        """Whether a new payload would have to wait long: a reader that can do with stored chunks should take them."""
         return self._gate.waiting > 0
 
     @property
@@ -467,7 +438,7 @@ class Payloads:
         return payload
 
     async def _make(self, payload: _Payload) -> None:
-        """Never more than one at a time for one spec, and never for nobody: its last reader cancels or stops it."""
+        """One spec is made once at a time, and for readers only: the last one that leaves cancels or stops it."""
         need = working_bytes(payload.spec)
         try:
             await self._gate.enter(need)
@@ -476,7 +447,7 @@ class Payloads:
             finally:
                 self._gate.leave(need)
         except Exception as error:
-            # Whatever it is, it is for the readers to know.
+            # Each error is for the readers to know.
             self._fail(payload, error)
         except asyncio.CancelledError:
             self._fail(payload, StoreError("the encoder of this payload was stopped"))
@@ -520,7 +491,7 @@ class Payloads:
         self._tidy()
 
     def _fail(self, payload: _Payload, error: Exception) -> None:
-        """Tell its readers, stop its encoder; whoever asks next begins anew."""
+        """Tell its readers, stop its encoder. The next reader begins anew."""
         if payload.has_ended:
             return
         payload.error = error
@@ -536,7 +507,7 @@ class Payloads:
         if payload.readers:
             return
         if not payload.has_ended and not payload.is_arriving:
-            self._fail(payload, StoreError("nobody reads this payload any more"))
+            self._fail(payload, StoreError("this payload has no reader any more"))
         self._tidy()
 
     # --- memory
@@ -562,12 +533,12 @@ class Payloads:
         payload.counted = size
 
     def _tidy(self) -> None:
-        """Something ended: let go of what is too much, and let in who waits."""
+        """Something ended: let go of what is too much, and let in what waits."""
         self._evict(self._kept_bytes, entries=_KEPT)
         self._gate.look()
 
     def _evict(self, most: int, *, entries: int = sys.maxsize) -> None:
-        """Forget what nobody reads, the longest unused first, until payloads count for at most `most` bytes."""
+        """Forget what has no reader, the longest unused first, until payloads count for at most `most` bytes."""
         if self._counted <= most and len(self._payloads) <= entries:
             return
         for payload in [payload for payload in self._payloads.values() if payload.is_idle]:
@@ -618,13 +589,6 @@ def _recut(data: bytes) -> Iterator[bytes]:
     view = memoryview(data)
     for start in range(0, len(view), PIECE):
         yield bytes(view[start : start + PIECE])
-
-
-def _at_a_level(spec: PayloadSpec) -> PayloadSpec:
-    """An arriving payload's level is not known; where it is gone by now, it is made with the usual one."""
-    if spec.coding.level or spec.coding == RAW:
-        return spec
-    return PayloadSpec(spec.chunks, spec.bases, Coding.parse(spec.coding.encoding), spec.size, spec.base_size)
 
 
 def _digest(spec: PayloadSpec) -> bytes:

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from relay.encoding.planner import Line, class_of
+from relay.encoding.planner import FIRST_FLIGHT, Line, class_of
 from relay.errors import IdentityError, StoreError
 from relay.package.identity import ManifestId, PackageId, parse_digest
 from relay.stores.contract import Documents
@@ -35,8 +35,6 @@ _OPEN: Final = 1.25
 """What a new connection may have carried at most, against at least, from which on it says little."""
 _LASTING: Final = 4.0
 """Round trips from which on a bundle says more of the line than of its distance."""
-_FIRST_FLIGHT: Final = 14_600
-"""Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
 _SURELY: Final = 1.25
 """Times as fast as it seems that a line may be, and one connection still surely fills it."""
 _FLIGHT: Final = 256 << 10
@@ -187,7 +185,7 @@ class Meter:
         if not flight.is_first:
             return answer, answer
         flight_size = size if self.line.goodput is None else min(size, 2 * self.line.goodput * self.line.round_trip)
-        trips = max(1.0, math.log2(flight_size / _FIRST_FLIGHT + 1) - 1)
+        trips = max(1.0, math.log2(flight_size / FIRST_FLIGHT + 1) - 1)
         return answer, whole - min(trips * self.line.round_trip, 0.75 * whole)
 
     def _advance(self, change: int) -> None:

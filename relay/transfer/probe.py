@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
 from relay.encoding import planner
 from relay.encoding.choose_bases import Held, worth_asking
 from relay.encoding.codecs import Coding
 from relay.encoding.planner import Choice, Line, Row
+from relay.errors import first_of
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, count, from_indexes, indexes
@@ -40,7 +42,7 @@ class Survey:
     """What can be built on, the best first."""
 
     def missing(self, manifest: Manifest) -> Ranges:
-        """What it lacks, as far as what it holds tells: chunks of packages that nobody asked for may be there too."""
+        """What it lacks, as far as what it holds tells: chunks of packages that were not asked for may be there too."""
         if self.is_whole:
             return ()
         there = {one.manifest.chunk_id(index) for one in self.held for index in indexes(one.ranges)}
@@ -128,17 +130,6 @@ async def confirm(relay: RelayClient, lease: str, held: Sequence[Held], base: Ma
 
 
 @dataclass(frozen=True, slots=True)
-class ExplainedRun:
-    """One run of a plan. `exact`: its payload was made, and is of just so many bytes; else they are an estimate."""
-
-    coding: Coding
-    chunks: Ranges
-    size: int
-    payload_bytes: int
-    exact: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Explained:
     """Why a package is sent as it is. Bytes and seconds."""
 
@@ -153,8 +144,8 @@ class Explained:
     goodput_from: str
     round_trip: float
     note: str
-    runs: tuple[ExplainedRun, ...] = ()
-    """What is sent, in this order."""
+    runs: tuple[PlannedRun, ...] = ()
+    """What is sent, in this order. Where a payload was made, its bytes are exact; else they are an estimate."""
     rows: tuple[Row, ...] = ()
     """What each coding would take for all runs."""
 
@@ -202,12 +193,13 @@ async def explain(
 
 async def _encode(planned: Sequence[PlannedRun], payloads: Payloads) -> list[int | None]:
     """Bytes of the payloads, as many as are made in the time that is given to it."""
-    spent, tasks = 0.0, []
-    async with asyncio.TaskGroup() as group:
-        for run in planned:
-            spent += run.choice.chosen.encode_seconds / CORES
-            if spent <= ENCODED_SECONDS:
-                tasks.append(group.create_task(payloads.make(run.spec)))
+    spent = accumulate(run.choice.chosen.encode_seconds / CORES for run in planned)
+    first = [run for run, seconds in zip(planned, spent, strict=True) if seconds <= ENCODED_SECONDS]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(payloads.make(run.spec)) for run in first]
+    except BaseExceptionGroup as errors:
+        raise first_of(errors) from None
     made: list[int | None] = [task.result().payload_bytes for task in tasks]
     return made + [None] * (len(planned) - len(made))
 
@@ -222,46 +214,26 @@ def explained(
     force: Coding | None,
 ) -> Explained:
     """The arithmetic of these runs, each with the bytes of its payload where it was made."""
-    size = sum(manifest.chunks[index].size for index in indexes(missing))
+    size = manifest.size_of(indexes(missing))
     known = (line.rate, _told_of(line, remembered), line.round_trip)
     if not runs:
         return Explained("", "", count(missing), size, *known, "nothing is missing")
-    has_bases = any(run.run.bases for run, _ in runs)
-    choices = [_with_payload(run.choice, payload) for run, payload in runs]
-    version = next((str(m.package.version) for m in _of(held, manifest)), "")
-    more = len(held) - len(_of(held, manifest))
+    planned = tuple(_with_payload(run, payload) for run, payload in runs)
+    has_bases = any(run.run.bases for run in planned)
+    versions = [str(one.manifest.package.version) for one in held if one.manifest.package.id == manifest.package.id]
+    version, more = "".join(versions[:1]), len(held) - len(versions)
     base = " and ".join(part for part in (version, f"{more} other packages" if more else "") if part)
-    return Explained(
-        base if has_bases else "",
-        version,
-        count(missing),
-        size,
-        *known,
-        forced(force, has_bases=has_bases)[1],
-        tuple(
-            ExplainedRun(
-                choice.coding,
-                from_indexes(run.run.indexes),
-                run.run.size,
-                choice.chosen.payload_bytes,
-                choice.chosen.exact,
-            )
-            for (run, _), choice in zip(runs, choices, strict=True)
-        ),
-        planner.add_up(choices, line, CORES),
-    )
+    note = forced(force, has_bases=has_bases)[1]
+    rows = planner.add_up([run.choice for run in planned], line, CORES)
+    return Explained(base if has_bases else "", version, count(missing), size, *known, note, planned, rows)
 
 
-def _of(held: Sequence[Held], manifest: Manifest) -> list[Manifest]:
-    """Versions of the same package."""
-    return [one.manifest for one in held if one.manifest.package.id == manifest.package.id]
-
-
-def _with_payload(choice: Choice, payload: int | None) -> Choice:
+def _with_payload(run: PlannedRun, payload: int | None) -> PlannedRun:
     if payload is None:
-        return choice
-    row, *others = choice.rows
-    return Choice((replace(row, candidate=replace(row.candidate, payload_bytes=payload, exact=True)), *others))
+        return run
+    row, *others = run.choice.rows
+    exact = replace(row, candidate=replace(row.candidate, payload_bytes=payload, exact=True))
+    return replace(run, choice=Choice((exact, *others)))
 
 
 def _told_of(line: Line, remembered: Remembered | None) -> str:

@@ -176,8 +176,8 @@ class _Replication:
 
     async def run(self) -> ReplicationResult:
         started, before = time.monotonic(), self._relay.traffic.total
-        remembered = await self._recall()
-        pacer = self._shipping.pacer
+        lines, pacer = self._shipping.lines, self._shipping.pacer
+        remembered = await lines.recall(self._relay.url) if lines else None
         meter = Meter(line_of(remembered, pacer.rate if pacer else None))
         assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
         sender = Sender(
@@ -191,30 +191,26 @@ class _Replication:
             explains=self._shipping.explains,
         )
         interruptions = await self._persist(sender, meter)
-        if self._shipping.lines is not None:
-            await self._shipping.lines.remember(self._relay.url, meter)
-            await self._shipping.lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
+        if lines is not None:
+            await lines.remember(self._relay.url, meter)
+            await lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
         crossed = self._relay.traffic.total - before
         return ReplicationResult(
             relay=self._relay.url,
             package_bytes=self._manifest.nupkg.size,
             chunks=len(self._manifest.chunks),
-            chunks_sent=sender.sent.chunks,
+            chunks_sent=sum(one.chunks for one in sender.sent.encodings),
             wire_bytes=crossed,
             payload_bytes=sender.sent.payload_bytes,
             overhead_bytes=max(0, crossed - sender.sent.payload_bytes - self._exact_bytes),
             seconds=time.monotonic() - started,
             interruptions=interruptions,
-            encodings=tuple(sender.sent.by_encoding.values()),
+            encodings=sender.sent.encodings,
             fallbacks=sender.sent.fallbacks,
             goodput=meter.line.goodput or 0.0,
             explained=self._explained(sender, remembered),
             exact_bytes=self._exact_bytes,
         )
-
-    async def _recall(self) -> Remembered | None:
-        lines = self._shipping.lines
-        return None if lines is None else await lines.recall(self._relay.url)
 
     def _explained(self, sender: Sender, remembered: Remembered | None) -> Explained | None:
         if self._basis is None or not self._shipping.explains:

@@ -18,7 +18,7 @@ from relay.encoding import planner
 from relay.encoding.bundle import Span
 from relay.encoding.choose_bases import Held, choose_bases
 from relay.encoding.codecs import LEVEL_MAX, PLAIN, Coding, can_encode
-from relay.encoding.estimates import Rates, Ratios
+from relay.encoding.estimates import Rates, Ratios, codings_for
 from relay.encoding.planner import RUN_BYTES_MIN, Choice, Line, Made, RunFacts, Schedule
 from relay.errors import WaystationError
 from relay.package.identity import ManifestId
@@ -75,9 +75,8 @@ class RunAhead:
     @property
     def underway(self) -> int:
         """Bytes of the tree stream for which what was taken for the line stands."""
-        payload = self.payload
-        whole = payload.size if payload.is_whole else max(payload.size, self.planned.choice.chosen.payload_bytes)
-        return self.size * payload.taken // max(whole, 1)
+        whole = max(self.payload.size, self.planned.choice.chosen.payload_bytes)
+        return self.size * self.payload.taken // max(whole, 1)
 
 
 class BaseFinder:
@@ -91,7 +90,7 @@ class BaseFinder:
 
     def run(self, indexes: Sequence[int], line: Line | None = None) -> CutRun:
         """These chunks with bases, as many as suit the line; without a line, and where nothing is held, with none."""
-        size = self.size(indexes)
+        size = self.manifest.size_of(indexes)
         most = planner.base_bytes(size, line) if self.held and line is not None else 0
         spans = choose_bases(self.manifest, indexes, self.held, most=most, missing=self._missing)
         base_size = sum(self._manifests[m].chunks[index].size for m, index in _places(spans))
@@ -107,9 +106,6 @@ class BaseFinder:
             size=run.size,
             base_size=run.base_size if bases else 0,
         )
-
-    def size(self, indexes: Sequence[int]) -> int:
-        return sum(self.manifest.chunks[index].size for index in indexes)
 
 
 class RunQueue:
@@ -150,7 +146,7 @@ class RunQueue:
         lacking = list(indexes(missing))
         self._finder = BaseFinder(self._finder.manifest, held, lacking)
         self._schedule = Schedule(CORES)
-        self._left, self._whole, self._begun = deque(lacking), self._finder.size(lacking), 0
+        self._left, self._whole, self._begun = deque(lacking), self._finder.manifest.size_of(lacking), 0
         self._plainly.clear()
 
     def close(self) -> None:
@@ -239,14 +235,14 @@ class RunQueue:
             most = min(most, max(RUN_BYTES_MIN, int(IN_FLIGHT / self._ratios.of(_HARDEST))))
         sizes = (self._finder.manifest.chunks[index].size for index in islice(self._left, _CUT_AT_ONCE))
         run = [self._left.popleft() for _ in range(planner.run_length(sizes, most))]
-        self._begun += self._finder.size(run)
+        self._begun += self._finder.manifest.size_of(run)
         return run
 
     async def _planned(self, run: CutRun, force: Coding | None) -> PlannedRun:
         line, has_bases = self._meter.line, bool(run.bases)
         if force is None or self._explains:
             await self._try(run)
-        codings = planner.codings_to_send(line, has_bases=has_bases)
+        codings = codings_for(has_bases=has_bases and line.kind.delta_run > 0)
         if force is not None and force not in codings:
             codings = (*codings, force)
         moment = self._schedule.moment(line, self._depth + self._connections.number - 1)

@@ -6,8 +6,9 @@ Runs go as they are made. What a bundle's answer says of the line goes into the 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,23 +44,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Sent:
-    """What crossed the line so far."""
+    """What crossed the line so far: each run, with the bytes of its payload."""
 
-    chunks: int = 0
-    payload_bytes: int = 0
-    fallbacks: int = 0
-    by_encoding: dict[str, messages.EncodedBytes] = field(default_factory=dict)
     runs: list[tuple[PlannedRun, int]] = field(default_factory=list)
-    """Where they are to be explained: each run with the bytes of its payload."""
+    fallbacks: int = 0
 
-    def add(self, planned: PlannedRun, payload: int) -> None:
-        chunks, encoding = len(planned.run.indexes), planned.coding.encoding
-        self.chunks += chunks
-        self.payload_bytes += payload
-        known = self.by_encoding.get(encoding, messages.EncodedBytes(encoding, 0, 0, 0))
-        self.by_encoding[encoding] = messages.EncodedBytes(
-            encoding, known.chunks + chunks, known.stream_bytes + planned.run.size, known.payload_bytes + payload
+    @property
+    def encodings(self) -> tuple[messages.EncodedBytes, ...]:
+        return messages.summed(
+            messages.EncodedBytes(one.coding.encoding, len(one.run.indexes), one.run.size, payload)
+            for one, payload in self.runs
         )
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(payload for _, payload in self.runs)
 
 
 @dataclass(slots=True)
@@ -96,7 +95,6 @@ class Sender:
         self._meter = meter
         self._pacer = pacer
         self._progress = progress
-        self._explains = explains
         self._queue = RunQueue(manifest, payloads, meter, self.connections, force=force, explains=explains)
         self._there = self._told = self._open = 0
 
@@ -110,7 +108,7 @@ class Sender:
     def report(self, missing: Ranges) -> None:
         """Tell how much is at the relay, given what it misses."""
         self.lacking = count(missing)
-        self._there = self._manifest.stream_size - self._size(indexes(missing))
+        self._there = self._manifest.stream_size - self._manifest.size_of(indexes(missing))
         self._told = 0
         self._tell()
 
@@ -149,7 +147,7 @@ class Sender:
         while number < self.connections.number and (ahead := await self._queue.next()) is not None:
             is_known = self._meter.is_sure
             # The first bundle measures the line, and not the encoder that is slower than most.
-            await (ahead.payload.ready() if is_known else ahead.payload.made())
+            await (ahead.payload.ready() if is_known else ahead.payload.ready(math.inf))
             flying = _Flying(self._bundle_bytes())
             try:
                 answer = await self._carry(lease, ahead, flying, is_first=is_first)
@@ -207,16 +205,13 @@ class Sender:
             if lost and ahead.planned.coding.needs_bases:
                 self.sent.fallbacks += 1
                 self._queue.plainly(lost)
-                self._there -= self._size(lost)
+                self._there -= self._manifest.size_of(lost)
                 refused.difference_update(lost)
         if refused:
             raise RefusedError(
                 f"relay {self._relay.url} refuses {len(refused)} chunks of {self._manifest.package}: "
                 f"{answer.refused[0].reason}"
             )
-
-    def _size(self, places: Iterable[int]) -> int:
-        return sum(self._manifest.chunks[index].size for index in places)
 
     # --- one bundle
 
@@ -269,9 +264,7 @@ class Sender:
     def _finished(self, ahead: RunAhead) -> None:
         self._queue.finished(ahead)
         self._there += ahead.size
-        self.sent.add(ahead.planned, ahead.payload.taken)
-        if self._explains:
-            self.sent.runs.append((ahead.planned, ahead.payload.taken))
+        self.sent.runs.append((ahead.planned, ahead.payload.taken))
         self._tell()
 
     async def _next_soon(self) -> RunAhead | None:

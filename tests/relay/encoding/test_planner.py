@@ -23,7 +23,6 @@ from relay.encoding.planner import (
     choose,
     class_of,
     codings_to_answer,
-    codings_to_send,
     manner,
     plan_run,
     run_bytes,
@@ -52,7 +51,7 @@ def next_version(rate: float, size: int, base: int, prefix: float, harder: float
 
 
 def send(run: RunFacts, line: Line, ratios: Ratios, moment: Moment = planner.AT_ONCE) -> Choice:
-    codings = codings_to_send(line, has_bases=run.base_size > 0)
+    codings = codings_for(has_bases=run.base_size > 0 and line.kind.delta_run > 0)
     return plan_run(run, line, moment, ratios=ratios, rates=Rates(), codings=codings)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -112,8 +112,18 @@ async def opened(shelf: Shelf, **options: int) -> AsyncIterator[Payloads]:
         await asyncio.wait_for(payloads.close(), 30)
 
 
+async def stretches(payloads: Payloads, spec: PayloadSpec) -> AsyncGenerator[bytes, None]:
+    """One reader's stretches, as soon as there are any."""
+    reader = payloads.open(spec)
+    try:
+        async for stretch, _ in reader.stretches(1):
+            yield stretch
+    finally:
+        reader.close()
+
+
 async def whole(payloads: Payloads, spec: PayloadSpec) -> bytes:
-    return b"".join([piece async for piece in payloads.pieces(spec)])
+    return b"".join([stretch async for stretch in stretches(payloads, spec)])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -150,14 +160,15 @@ async def test_a_payload_decodes_to_its_run_whatever_the_encoding(coding: Coding
     assert decoder.is_whole
 
 
-async def test_pieces_are_small_whatever_the_encoder_gives():
+async def test_stretches_are_no_longer_than_a_header_is_worth_whatever_the_encoder_gives():
     shelf = Shelf()
-    data = noise(1, 3 * PIECE + 7)
+    data = noise(1, 3 * MIB + 7)
     spec = spec_of(*await shelf.put_data(data), size=len(data), coding=RAW)
     async with opened(shelf) as payloads:
-        pieces = [piece async for piece in payloads.pieces(spec)]
-    assert [len(piece) for piece in pieces] == [PIECE, PIECE, PIECE, 7]
-    assert b"".join(pieces) == data
+        await payloads.make(spec)
+        found = [stretch async for stretch in stretches(payloads, spec)]
+    assert [len(stretch) for stretch in found] == [MIB, MIB, MIB, 7]
+    assert b"".join(found) == data
 
 
 async def test_a_run_is_joined_in_its_own_order_with_repetitions():
@@ -212,19 +223,19 @@ async def test_a_payload_is_read_while_it_grows_by_each_at_his_own_pace(encoder:
     shelf = Shelf()
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
-        fast, slow = aiter(payloads.pieces(spec)), aiter(payloads.pieces(spec))
+        fast, slow = stretches(payloads, spec), stretches(payloads, spec)
         encoder.allow(1)
-        assert await anext(fast) == b"p" * 1000
+        assert await anext(fast) == b"p" * 999
         assert encoder.gave == 1
-        assert await anext(slow) == b"p" * 1000
+        assert await anext(slow) == b"p" * 999
         encoder.allow(2)
-        assert await anext(fast) + await anext(fast) == b"p" * 2000
-        late = aiter(payloads.pieces(spec))
-        assert await anext(late) == b"p" * 1000
+        more = len(await anext(fast))
+        late = stretches(payloads, spec)
+        begun = len(await anext(late))
         encoder.allow(1)
-        assert len(b"".join([piece async for piece in fast])) == 1000
-        assert len(b"".join([piece async for piece in slow])) == 3000
-        assert len(b"".join([piece async for piece in late])) == 3000
+        assert 999 + more + len(b"".join([stretch async for stretch in fast])) == 4000
+        assert 999 + len(b"".join([stretch async for stretch in slow])) == 4000
+        assert begun + len(b"".join([stretch async for stretch in late])) == 4000
     assert len(encoder.calls) == 1
 
 
@@ -233,13 +244,13 @@ async def test_an_encoder_stops_when_its_last_reader_leaves_and_not_before(encod
     encoder.pieces = 100
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
-        first, second = aiter(payloads.pieces(spec)), aiter(payloads.pieces(spec))
+        first, second = stretches(payloads, spec), stretches(payloads, spec)
         encoder.allow(1)
         await anext(first)
         await anext(second)
         await first.aclose()
         encoder.allow(1)
-        assert await anext(second) == b"p" * 1000
+        assert await anext(second) == b"p" * 1000, "of two pieces, one byte each time waits for the next"
         await second.aclose()
         assert payloads.find(spec.chunks, (), ["zstd"]) is None
         encoder.allow(100)
@@ -419,11 +430,11 @@ async def test_a_slow_reader_gets_all_of_a_payload_that_is_too_large_to_keep():
     ids = await shelf.put_data(data, b"other")
     async with opened(shelf, kept_bytes=10, memory_bytes=10) as payloads:
         spec = spec_of(ids[0], size=len(data), coding=RAW)
-        slow = aiter(payloads.pieces(spec))
+        slow = stretches(payloads, spec)
         pieces = [await anext(slow)]
         assert await whole(payloads, spec_of(ids[1], size=5, coding=RAW)) == b"other"
         assert payloads.memory == len(data), "what is being read counts"
-        pieces += [piece async for piece in slow]
+        pieces += [stretch async for stretch in slow]
         assert b"".join(pieces) == data
         assert payloads.memory == 0
 
@@ -467,13 +478,13 @@ async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread()
         growing = payloads.adopt(spec)
         assert growing is not None
         assert payloads.find(spec.chunks, (), ["hdiff"]) == spec
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         with ThreadPoolExecutor(1) as elsewhere:
             await asyncio.wrap_future(elsewhere.submit(growing.add, b"first"))
-            assert await anext(reader) == b"first"
+            assert await anext(reader) == b"firs"
             await asyncio.wrap_future(elsewhere.submit(growing.add, b"second"))
             await asyncio.wrap_future(elsewhere.submit(growing.finish))
-        assert [piece async for piece in reader] == [b"second"]
+        assert b"".join([stretch async for stretch in reader]) == b"tsecond"
         assert await whole(payloads, spec) == b"firstsecond"
         made = payloads.made(spec)
         assert made is not None
@@ -490,8 +501,8 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"begin")
-        reader = aiter(payloads.pieces(spec))
-        assert await anext(reader) == b"begin"
+        reader = stretches(payloads, spec)
+        assert await anext(reader) == b"begi"
         if how == "fail":
             growing.fail()
             growing.finish()
@@ -531,7 +542,7 @@ async def test_an_arriving_payload_goes_on_when_its_readers_leave():
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"be")
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         await anext(reader)
         await reader.aclose()
         growing.add(b"gin")
@@ -555,12 +566,12 @@ async def test_an_arriving_payload_that_outgrows_the_memory_is_let_go():
         spec = PayloadSpec(named("a"), (), Coding("hdiff", 0), PIECE)
         growing = payloads.adopt(spec)
         assert growing is not None
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         growing.add(b"x" * 2 * PIECE)
         await anext(reader)
         growing.add(b"x" * 2 * PIECE)
         with pytest.raises(StoreError, match="no memory"):
-            [piece async for piece in reader]
+            [stretch async for stretch in reader]
         assert payloads.memory == 0
 
 

@@ -16,14 +16,15 @@ from harness.support import Cut, cut_package, noise, running_relay
 from relay.encoding import planner
 from relay.encoding.bundle import BundleDecoder, NeedsBases, Places, Sink
 from relay.encoding.choose_bases import Held
+from relay.encoding.codecs import RAW
 from relay.encoding.estimates import Rates
 from relay.encoding.holdings import StoreHoldings
 from relay.encoding.planner import Line, class_of
-from relay.package.ranges import indexes
+from relay.errors import ChunkMissing
 from relay.protocol.client import RelayClient
 from relay.stores.memory import MemoryChunks, MemoryDocuments
 from relay.support.rate_limit import Pacer
-from relay.transfer import run_queue
+from relay.transfer import probe, run_queue
 from relay.transfer.link_history import Lines, Meter
 from relay.transfer.probe import Explained
 from relay.transfer.replicate import ReplicationResult, Shipping, plan, replicate
@@ -126,8 +127,8 @@ def runs_of(body: bytes) -> list[Run]:
 
 
 def planned_runs(explained: Explained) -> list[Run]:
-    assert all(run.exact for run in explained.runs)
-    return [Run(tuple(indexes(run.chunks)), run.coding.encoding, run.payload_bytes) for run in explained.runs]
+    assert all(run.choice.chosen.exact for run in explained.runs)
+    return [Run(run.run.indexes, run.coding.encoding, run.choice.chosen.payload_bytes) for run in explained.runs]
 
 
 async def source_of(*cuts: Cut) -> MemoryChunks:
@@ -202,6 +203,28 @@ async def test_what_is_explained_differs_from_line_to_line(tmp_path):
     assert "zstd:19" in told[100e3]
     assert "zstd:19" not in told[80e6]
     assert told[4e6] != told[80e6]
+
+
+@pytest.mark.parametrize("rate", [100e3, 80e6])
+async def test_a_plan_says_which_chunk_the_source_lacks(tmp_path, rate):
+    source = await source_of(OLD)
+    lost = OLD.manifest.chunk_id(len(OLD.manifest.chunks) - 1)
+    await source.remove(lost)
+    async with running_relay(tmp_path / "relay") as relay, relay.client() as client:
+        with pytest.raises(ChunkMissing) as told:
+            await plan(OLD.manifest, source, client, Shipping(lines=await known_line(client.url), pacer=Pacer(rate)))
+    assert told.value.id == lost
+
+
+async def test_what_takes_encoders_too_long_is_estimated_and_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "ENCODED_SECONDS", 0.0)
+    source = await source_of(OLD)
+    async with running_relay(tmp_path / "relay") as relay, relay.client() as client:
+        told = await plan(OLD.manifest, source, client, Shipping())
+        assert not any(run.choice.chosen.exact for run in told.runs if run.coding != RAW)
+        sent = await replicate(OLD.manifest, b"envelope", source, client, Shipping())
+    planned = sum(run.choice.chosen.payload_bytes for run in told.runs)
+    assert 0.5 < sent.payload_bytes / planned < 2.0
 
 
 @pytest.mark.parametrize("holds", [False, True], ids=["nothing", "the version before"])
