@@ -18,7 +18,7 @@ from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
 from relay.server import metrics
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
-from relay.transfer.encoder_pool import Growing, Payloads, RunSpec
+from relay.transfer.encoder_pool import Growing, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
     def tap(run: Places, bases: Places, encoding: Encoding) -> Sink | None:
         if len(run) < 2 and not bases:
             return None
-        spec = RunSpec(
+        spec = PayloadSpec(
             tuple(known[manifest].chunk_id(index) for manifest, index in run),
             tuple(known[manifest].chunk_id(index) for manifest, index in bases),
             Coding(encoding, 0),
@@ -196,7 +196,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
 class _Adoption:
     """Hands what a decoder tells in its thread to the loop, in order."""
 
-    def __init__(self, payloads: Payloads, spec: RunSpec, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, payloads: Payloads, spec: PayloadSpec, loop: asyncio.AbstractEventLoop) -> None:
         self._payloads = payloads
         self._spec = spec
         self._loop = loop
