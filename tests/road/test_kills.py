@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from harness.processes import RUN_SECONDS, Command, Machine, OriginHome, RelayProcess, check_store, wait_until
+from harness.machines import Machine
+from harness.origins import OriginHome
+from harness.process import Process, wait_for
+from harness.relays import RelayProcess, check_store
 from harness.support import make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
@@ -120,12 +123,12 @@ def url_of(line: ThreadedProxy) -> str:
 
 
 def kill_in_mid_transfer(
-    rng: random.Random, whole: int, lines: Lines, running: Command, kill: Callable[[], None]
+    rng: random.Random, whole: int, lines: Lines, running: Process, kill: Callable[[], None]
 ) -> None:
     """Call `kill` when a random share of `whole` has crossed, and prove that it fell into the transfer."""
     # A little inside of 20 to 80 %, as the line goes on while we look.
     point = int(whole * rng.uniform(0.21, 0.77))
-    wait_until(lambda: lines.crossed >= point or not running.is_alive, RUN_SECONDS)
+    wait_for(lambda: lines.crossed >= point or not running.is_alive)
     was_alive, crossed = running.is_alive, lines.crossed
     kill()
     print(f"killed at {crossed} of {whole} bytes ({crossed / whole:.1%})")
@@ -156,7 +159,7 @@ async def test_a_pull_goes_on_at_the_next_relay_when_its_relay_is_killed(
 
         try:
             kill_in_mid_transfer(rng, heavy.pull_bytes, lines, pulling, kill_the_one_that_sends)
-            pulled = pulling.result()
+            pulled = pulling.result().json
         finally:
             heavy.relays[asked[0]].start()
         dead, living = url_of(proxies[asked[0]]), url_of(proxies[1 - asked[0]])
@@ -216,7 +219,7 @@ async def test_a_replication_goes_on_when_the_killed_relay_comes_back(
             time.sleep(AWAY_SECONDS)
             assert replicating.is_alive, "it waits for the relay"
             relay.start()
-            [done] = replicating.result()["relays"]
+            [done] = replicating.result().json["relays"]
         assert done["interruptions"] >= 1
         check_twice(heavy.replicate_bytes, lines)
         assert heavy.origin.replicate(ID, VERSION, url_of(proxy))[url_of(proxy)]["chunks_sent"] == 0
@@ -232,6 +235,6 @@ async def listed(relay: RelayProcess) -> bool:
 async def check_arrived(relay: RelayProcess, heavy: Heavy) -> None:
     assert await listed(relay)
     await check_store(relay.store, heavy.manifest)
-    machine = Machine.made(relay.folder / "machine", heavy.origin.pins)
+    machine = Machine.made(relay.home / "machine", heavy.origin.pins)
     machine.pull(ID, VERSION, relay.url)
     assert machine.verified() == [f"{ID} {VERSION}"]

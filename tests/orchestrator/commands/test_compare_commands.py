@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness.builds import COMMIT, executable, write
-from harness.commands import Done, run
+from harness.process import Done, run
 from harness.support import make_nupkg, noise
 
 from orchestrator.commands.compare import _side_by_side
