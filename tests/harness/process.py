@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from harness.paths import ROOT
+from harness.warm import TELL_WHERE
 
 WAYSTATION = Path(sys.executable).with_name("waystation")
 """The command as it is installed beside this interpreter."""
-SECONDS = 180.0
+SECONDS = 120.0
 """After which a command counts as hung: generous, as a machine may do much else."""
 
 
@@ -139,7 +140,7 @@ class Process:
             words: of the command.
             cwd: the folder that it starts in.
             under: a program and its arguments that start it in its turn, without forking.
-            cold: it starts as an interpreter of its own. So it does where `more` says what Python is to import.
+            cold: it starts as an interpreter of its own. So it does where `more` says how Python starts.
             new_session: it gets no signal that is meant for the group of the tests.
             code: Python to run in place of the command, with `words` as its arguments.
             stdin: the descriptor that it reads; nothing by default.
@@ -153,7 +154,7 @@ class Process:
         self._process: _Child | subprocess.Popen[bytes]
         with open(os.devnull, "rb") as nothing:
             descriptors = [nothing.fileno() if stdin is None else stdin, self._out.fileno(), self._err.fileno()]
-            if under or cold or "PYTHONPATH" in more:
+            if under or cold or any(name.startswith("PYTHON") for name in more):
                 streams = dict(zip(("stdin", "stdout", "stderr"), descriptors, strict=True))
                 self._process = subprocess.Popen(
                     argv, cwd=folder, env=variables, **streams, start_new_session=new_session
@@ -216,9 +217,19 @@ class Process:
         self._process.wait(seconds)
 
     def result(self, seconds: float = SECONDS) -> Done:
-        """Wait for its end."""
+        """Wait for its end.
+
+        Raises:
+            AssertionError: it has not ended after `seconds`; with what its threads do.
+        """
         try:
             code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if isinstance(self._process, _Child):
+                self.send_signal(TELL_WHERE)
+                time.sleep(1.0)
+            self.end()
+            raise AssertionError(f"{self}: not ended after {seconds:.0f} s\n{self.out}{self.err}") from None
         except BaseException:
             self.end()
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import io
@@ -32,6 +33,8 @@ LAZY = (
 )  # fmt: skip
 """What our functions import when they are called."""
 REQUEST_BYTES = 1 << 20
+TELL_WHERE = signal.SIGUSR2
+"""Makes a child tell on its standard error what each of its threads does."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def become(task: Task) -> None:
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
     sys.stdout = sys.__stdout__ = _writer(1, "strict")
     sys.stderr = sys.__stderr__ = _writer(2, "backslashreplace", line_buffering=True)
+    faulthandler.register(TELL_WHERE, file=sys.stderr)
 
 
 def _writer(descriptor: int, errors: str, *, line_buffering: bool = False) -> io.TextIOWrapper:

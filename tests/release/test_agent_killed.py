@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from harness.farm import Agent, Farm
 from harness.process import Done, Process, wait_for
+from harness.seed import SEED, SOAK, chance
 
 LINES = 2000
 """Of output before the kill, and again after it."""
@@ -36,7 +37,7 @@ echo "{name} of $MACHINE begins"
 sleep {seconds}
 echo "{name} of $MACHINE ends"
 """
-ROUNDS = int(os.environ.get("WAYSTATION_TEST_ROUNDS", "2"))
+ROUNDS = 20 if SOAK else 2
 """Deployments under random kills."""
 QUICK_ONES = {"first": 0.0, "second": 0.3, "third": 0.1}
 
@@ -187,34 +188,32 @@ def test_a_runner_that_was_killed_too_leaves_an_unknown_outcome_and_no_second_ru
 
 
 def test_agents_that_die_at_random_moments_never_run_a_script_twice(world: World) -> None:
-    seed = int(os.environ.get("WAYSTATION_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-    print(f"WAYSTATION_TEST_SEED={seed}")
-    chance = random.Random(seed)
+    drawn = chance("agents that die")
     for name, seconds in QUICK_ONES.items():
         world.farm.write_script(f"ops/{name}.sh", QUICK.format(count=world.count, name=name, seconds=seconds))
     actions = [{"name": name, "script": f"ops/{name}.sh"} for name in QUICK_ONES]
     for _ in range(ROUNDS):
         deploying = world.begin("all", [actions[0], "switch", *actions[1:]])
         try:
-            kills = kill_until(deploying, list(world.farm.agents.values()), chance)
+            kills = kill_until(deploying, list(world.farm.agents.values()), drawn)
         finally:
             for agent in world.farm.agents.values():
                 agent.stop()
                 agent.start()
         done = deploying.result()
         deployment, status = world.last()
-        assert_all_ran_once(world, done, deployment, status, f"seed {seed}, {kills} kills")
+        assert_all_ran_once(world, done, deployment, status, f"WAYSTATION_SEED={SEED}, {kills} kills")
         assert kills > 0
         print(f"{kills} kills, exit code {done.code}, {world.counted(deployment)}")
 
 
-def kill_until(deploying: Process, agents: list[Agent], chance: random.Random) -> int:
+def kill_until(deploying: Process, agents: list[Agent], drawn: random.Random) -> int:
     """Kill and start agents, in their starting too, as long as the deployment goes on, up to a limit."""
     kills = 0
     ends = time.monotonic() + 6.0
     while deploying.is_alive and time.monotonic() < ends:
-        time.sleep(chance.uniform(0.0, 1.0))
-        agent = chance.choice(agents)
+        time.sleep(drawn.uniform(0.0, 1.0))
+        agent = drawn.choice(agents)
         agent.kill()
         kills += 1
         agent.spawn()

@@ -1,7 +1,7 @@
 """SIGKILL in mid-transfer, of each process of the road: what was verified stays, and the rest goes on from there.
 
 A hundred megabytes that do not compress go over a slow line. The moment of each kill is drawn between 20 and 80 % of
-what an undisturbed run takes, and held against the proxy's count afterwards. WAYSTATION_SEED repeats a run.
+what an undisturbed run takes, and held against the proxy's count afterwards.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from harness.machines import Machine
 from harness.origins import OriginHome
 from harness.process import Process, wait_for
 from harness.relays import RelayProcess, check_store
+from harness.seed import SOAK, chance
 from harness.support import make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
@@ -35,7 +36,6 @@ TWICE_SHARE, TWICE_BYTES = 0.05, 8 << 20
 AWAY_SECONDS = 1.0
 """How long the receiving relay stays away."""
 
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
 _once_more = [
     pytest.param(n, marks=[pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="set WAYSTATION_SOAK=1")])
     for n in range(1, 11)
@@ -108,9 +108,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heavy]:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
-    seed = os.environ.get("WAYSTATION_SEED") or f"{time.time_ns():x}"
-    print(f"WAYSTATION_SEED={seed}")
-    return random.Random(f"{seed} {request.node.name}")
+    return chance(request.node.name)
 
 
 def slow_line(relay: RelayProcess, *, up: bool = False) -> ThreadedProxy:

@@ -1,7 +1,7 @@
 """Bundles with deltas and stretches: whole ones say the same however they are split; others never more than they must.
 
 Three forms of hostility: broken on purpose, one by one; as large as they may be, in a process with 256 MiB and 10 s;
-and at random, a few seconds for each decoder (a minute in `make soak`), from a seed that is printed.
+and at random, so many rounds for each decoder (more in `make soak`), from the seed of the run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from harness.bundle_kit import (
     stretches,
 )
 from harness.paths import ROOT
+from harness.seed import SOAK, chance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,6 @@ from relay.errors import ChunkInvalid, FrameError
 from relay.support.zstd import zstd
 
 HERE = Path(__file__).parent
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
 OLD = Pack([mixed(i, 3000 + 500 * i) for i in range(4)], "Acme.Old")
 NEW = Pack([edited(chunk.data, i, 5) for i, chunk in enumerate(OLD.chunks)] + [b"end"], "Acme.New")
 COUNT = len(NEW.chunks)
@@ -535,14 +534,11 @@ def test_the_largest_breaches_of_the_format_end_the_bundle_within_256_mib_and_10
 
 
 ROUNDS = 40_000 if SOAK else 600
-SEED = int(os.environ.get("WAYSTATION_SEED", random.SystemRandom().randrange(2**32)))
-"""Another one each time; WAYSTATION_SEED=… repeats what failed."""
 
 
 def fuzz(name, once):
     """Call `once(rng)`, which says whether what it made was refused, again and again. Both must have happened."""
-    print(f"WAYSTATION_SEED={SEED} {name}")
-    rng, outcomes = random.Random(f"{SEED} {name}"), [0, 0]
+    rng, outcomes = chance(name), [0, 0]
     for _ in range(ROUNDS):
         outcomes[once(rng)] += 1
     print(f"{ROUNDS} rounds, {outcomes[True]} refused")

@@ -1,7 +1,6 @@
 """The disk store under kill -9, failing system calls and full file systems, with the real kernel.
 
-Every run proves that its fault was injected. `WAYSTATION_SOAK=1` runs all points instead of a sample;
-`WAYSTATION_SEED` repeats a sample.
+Every run proves that its fault was injected. `make soak` runs all points instead of a sample.
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ from pathlib import Path
 import pytest
 from harness.paths import ROOT
 from harness.process import forked
+from harness.seed import SOAK, chance
 
 from relay.package.chunk import Chunk
 from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
 from relay.stores.volume import open_disk
 
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
-SEED = int(os.environ.get("WAYSTATION_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 RUN_LIMIT = 180
 """Seconds after which a run counts as hung."""
 
@@ -228,11 +226,10 @@ KILLED_CALLS = [
 def kill_points():
     """(calls, which of a thread's calls). The kernel of strace counts per thread, so small numbers reach far."""
     points = list(itertools.product(KILLED_CALLS, range(1, 41 if SOAK else 9)))
-    return points if SOAK else random.Random(SEED).sample(points, 40)
+    return points if SOAK else chance("kill points").sample(points, 40)
 
 
 async def test_a_kill_at_any_system_call_leaves_a_store_that_verifies_and_takes_it_all_again(tmp_path, source):
-    print(f"WAYSTATION_SEED={SEED}")
     killed = 0
     for calls, when in kill_points():
         root = str(tmp_path / f"{calls.strip('/^')}-{when}")
@@ -271,12 +268,11 @@ def fault_times(calls):
     if SOAK:
         return range(1, 25)
     # There is one link in all, and every thread's first calls of the others come early.
-    return (1 if calls == "/^link" else random.Random(SEED).randrange(1, 4),)
+    return (1 if calls == "/^link" else chance(calls).randrange(1, 4),)
 
 
 @pytest.mark.parametrize(("calls", "error"), FAULTS, ids=lambda value: value.strip("/^"))
 async def test_a_failing_system_call_is_told_and_nothing_half_written_is_seen(tmp_path, root, source, calls, error):
-    print(f"WAYSTATION_SEED={SEED}")
     injected = 0
     for when in fault_times(calls):
         await prepared(root)
