@@ -276,6 +276,40 @@ def forked(home: Path, code: str, *arguments: object, stdin: int | None = None) 
     return Process(home, *arguments, code=code, stdin=stdin)
 
 
+class Talk:
+    """Python code in a child of the warm process, spoken with line by line: it reads what `say` says."""
+
+    def __init__(self, home: Path, code: str, *arguments: object) -> None:
+        reads, writes = os.pipe()
+        try:
+            self.process = forked(home, code, *arguments, stdin=reads)
+        finally:
+            os.close(reads)
+        self._says = open(writes, "w")  # noqa: SIM115 - closed by `end`
+        self._heard = 0
+
+    def say(self, line: str) -> None:
+        self._says.write(f"{line}\n")
+        self._says.flush()
+
+    def hear(self, count: int = 1) -> str:
+        """The next `count` whole lines that it prints, as they are; fewer once it has ended."""
+
+        def lines() -> list[str]:
+            return self.process.out[self._heard :].splitlines(keepends=True)[:count]
+
+        wait_for(lambda: sum(line.endswith("\n") for line in lines()) == count or not self.process.is_alive)
+        heard = "".join(lines())
+        self._heard += len(heard)
+        return heard
+
+    def end(self) -> Done:
+        """Say no more, and wait for its end."""
+        with contextlib.suppress(BrokenPipeError):
+            self._says.close()
+        return self.process.result()
+
+
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WAYSTATION_") and k != "NO_COLOR"}
     return kept | {"WAYSTATION_HOME": str(home)} | more
