@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test check test-latest test-newest test-oldest soak lint types bench lock clean
+.PHONY: demo test check test-latest test-newest test-oldest soak lint types docs bench lock clean
 
 demo:
 	@deploy/setup.sh dnsmasq haproxy --optional rdiff rsync
@@ -50,7 +50,11 @@ lint:
 types:
 	@deploy/setup.sh
 	@.venv/bin/mypy
-	@.venv/bin/mypy deploy/demo/*.py
+	@.venv/bin/mypy deploy/demo/*.py docs/*.py
+
+docs:
+	@deploy/setup.sh
+	@$(PYTHON) -m docs.tables
 
 bench:
 	@deploy/setup.sh nginx curl unzip

@@ -35,7 +35,9 @@ from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from relay.errors import LockedError, SignatureError, StoreError, UsageError, WaystationError
 from relay.protocol import messages
-from relay.protocol.client import ClientLimits, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import ClientLimits
+from relay.protocol.mail_client import MailClient
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
@@ -266,7 +268,7 @@ class Service:
             asked = time.monotonic()
             cursor = self._cursors.get(relay.url)
             request = messages.PollRequest(presence=self._presence(), after=cursor, wait=wait)
-            answer = await relay.poll(self._me.name, request)
+            answer = await MailClient(relay).poll(self._me.name, request)
             self._answered(relay.url)
             if cursor is not None and cursor.epoch != answer.epoch:
                 self._outbox.lost(relay.url)

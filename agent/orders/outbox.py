@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from relay.errors import ConflictError, WaystationError
 from relay.protocol import messages
-from relay.protocol.client import RelayClient
+from relay.protocol.connection import Connection
+from relay.protocol.mail_client import MailClient
 
 REPEAT_SECONDS = 30.0
 """A final report that was not acknowledged by then goes to the next relay as well."""
@@ -48,7 +49,7 @@ class _Kept:
     """Makes the final report anew, under another number."""
 
 
-Relays = Callable[[], Sequence[RelayClient]]
+Relays = Callable[[], Sequence[Connection]]
 """The relays to give mail to, the one to ask first in front."""
 
 
@@ -178,14 +179,14 @@ class Outbox:
     def _is_late(self, kept: _Kept, now: float) -> bool:
         return bool(kept.letter and kept.reported_to) and now - kept.sent_at > REPEAT_SECONDS
 
-    async def _give_reports(self, relay: RelayClient, letters: dict[str, list[messages.ReportLetter]]) -> bool:
+    async def _give_reports(self, relay: Connection, letters: dict[str, list[messages.ReportLetter]]) -> bool:
         return all([await self._post_reports(relay, deployment, many) for deployment, many in letters.items()])
 
-    async def _post_reports(self, relay: RelayClient, deployment: str, letters: list[messages.ReportLetter]) -> bool:
+    async def _post_reports(self, relay: Connection, deployment: str, letters: list[messages.ReportLetter]) -> bool:
         for start in range(0, len(letters), _LOG_BATCH):
             part = letters[start : start + _LOG_BATCH]
             try:
-                await relay.post_reports(
+                await MailClient(relay).post_reports(
                     self._name, messages.ReportsRequest(deployment=deployment, reports=tuple(part))
                 )
             except ConflictError:
@@ -233,7 +234,7 @@ class Outbox:
                     break
         return not any(self._log_lags(kept) for kept in self._kept.values())
 
-    async def _give_log(self, relay: RelayClient, kept: _Kept) -> bool:
+    async def _give_log(self, relay: Connection, kept: _Kept) -> bool:
         while self._wants_log(relay.url, kept):
             offset = kept.logged_to.get(relay.url, 0)
             pieces = await asyncio.to_thread(_pieces, kept.operation, kept.log, offset, kept.log_size)
@@ -241,7 +242,7 @@ class Outbox:
                 kept.log_size = offset
                 return True
             try:
-                await relay.post_logs(
+                await MailClient(relay).post_logs(
                     self._name, messages.LogsRequest(deployment=kept.deployment, pieces=tuple(pieces))
                 )
             except ConflictError:

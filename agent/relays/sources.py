@@ -45,10 +45,11 @@ from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest
-from relay.protocol.client import ClientLimits, ManifestDocument, PackagePointer, RelayClient, tls_from, token_from
+from relay.protocol.client import ManifestDocument, PackagePointer, RelayClient
+from relay.protocol.connection import ClientLimits, tls_from, token_from
 from relay.stores.catalog import Catalog
 from relay.stores.open import Store, open_store
-from relay.transfer.download import Measured
+from relay.transfer.download import RequestTiming
 
 _PROBES = 3
 """Relays measured at the start of a pull, where their time has come: so many of those that look well, and as many of
@@ -214,14 +215,14 @@ class Sources:
         """Of the line to a source, bytes per second of payload, as it was measured however long ago; 0 where it was not."""
         return self._health(self._url_of(name)).goodput or 0.0
 
-    def succeeded(self, name: str, measured: Measured) -> None:
+    def succeeded(self, name: str, timing: RequestTiming) -> None:
         """It gave what it was asked for, and is the one in use now."""
         url = self._url_of(name)
-        known, goodput = self._health(url).goodput, measured.goodput
-        if not measured.is_steady and goodput is not None and goodput <= (known or goodput):
+        known, goodput = self._health(url).goodput, timing.goodput
+        if not timing.is_steady and goodput is not None and goodput <= (known or goodput):
             # It waited for something else than the line: that says nothing of a line that is known to be faster.
             goodput = None
-        health = record_success(self._health(url), self._clock(), measured.first_byte, goodput)
+        health = record_success(self._health(url), self._clock(), timing.first_byte, goodput)
         self._keep({**self._kept.healths, url: health}, url)
 
     def failed(self, name: str, error: WaystationError) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -34,22 +34,23 @@ from relay.package.chunk import Chunk
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.protocol.client import ManifestDocument, RelayClient
+from relay.support.progress import Progress
 from relay.transfer.download import (
+    PERSISTENCE,
     STALL_SECONDS,
     ChunksAbsentError,
     ChunkSource,
+    DownloadLimits,
     NoSourceLeftError,
-    Tally,
-    fetch,
+    Receiver,
+    SourceTally,
+    download,
     sum_encodings,
 )
 from relay.trust.keys import TrustPins
 
 _OTHERS_MAX = 8
 """Trees of other packages that a relay is told of: each is read to its last byte before."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes of the tree that are verified on disk, bytes of the whole)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,8 @@ async def pull(
     record = await asyncio.to_thread(_whole_tree, state, root, manifest, thorough=request.thorough)
     result = _result(manifest, record, unwell | finder.failed)
     if record is None:
-        build = _Build(manifest, root, state, sources, result, progress, request.label, finder.signature)
-        record = await build.run(finder.remaining(), stall_seconds)
+        build = _Build(manifest, root, state, sources, result, progress, request.label, finder.signature, stall_seconds)
+        record = await build.run(finder.remaining())
     else:
         await asyncio.to_thread(_tidy_up, state, record, manifest, finder.signature)
     result.tree = record.path
@@ -236,7 +237,7 @@ def _tidy_up(state: AgentState, record: TreeRecord, manifest: Manifest, signatur
         state.keep_signature(manifest.id, signature)
 
 
-class _Build:
+class _Build(Receiver):
     """One tree on its way from sources to the disk, and the tally of it in `result`."""
 
     def __init__(
@@ -249,7 +250,9 @@ class _Build:
         progress: Progress | None,
         label: str | None,
         signature: bytes,
+        stall_seconds: float,
     ) -> None:
+        self.limits = DownloadLimits(persistence=replace(PERSISTENCE, patience=stall_seconds))
         self._signature = signature
         self._label = label or manifest.package.version.normalized
         self._manifest = manifest
@@ -260,10 +263,10 @@ class _Build:
         self._progress = progress
         self._done = self._whole = 0
 
-    async def run(self, order: list[AnySource], stall_seconds: float) -> TreeRecord:
-        tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{self._label}-{ULID()}")
+    async def run(self, order: list[AnySource]) -> TreeRecord:
+        tree = self._tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{self._label}-{ULID()}")
         try:
-            path = await self._fill(tree, order, stall_seconds)
+            path = await self._fill(tree, order)
             label, _, ulid = tree.target.rpartition("-")
             record = await asyncio.to_thread(
                 lambda: self._state.record(
@@ -275,13 +278,13 @@ class _Build:
         finally:
             tree.close()
 
-    async def _fill(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> str:
+    async def _fill(self, tree: IncomingTree, order: list[AnySource]) -> str:
         """Every chunk from wherever it is nearest: the interrupted build, trees already here, the relays."""
         try:
             self._whole = sum(self._manifest.chunks[i].size for i in tree.wanted)
             self._result.resumed_bytes = self._done = sum(self._manifest.chunks[i].size for i in tree.have)
             await asyncio.to_thread(self._take_installed, tree)
-            await self._fetch(tree, order, stall_seconds)
+            await self._download(order)
             return await asyncio.to_thread(tree.finish)
         except StoreError:
             await asyncio.to_thread(tree.clear)
@@ -302,38 +305,36 @@ class _Build:
                 self._result.from_disk_bytes += chunk.size
                 self._tell(chunk.size)
 
-    async def _fetch(self, tree: IncomingTree, order: list[AnySource], stall_seconds: float) -> None:
-        async def deliver(batch: list[Received]) -> None:
-            await asyncio.to_thread(_write_all, tree, [received.chunk for received in batch])
-            self._tell(sum(received.chunk.size for received in batch))
-
-        async def on_failure(source: ChunkSource, error: WaystationError) -> None:
-            self._result.failed[source.name] = error.message
-            if not isinstance(error, ChunksAbsentError):
-                self._sources.failed(source.name, error)
-
-        missing = tree.missing
-
-        async def find_bases() -> Holdings | None:
-            return await asyncio.to_thread(self._find_bases, missing)
-
+    async def _download(self, order: list[AnySource]) -> None:
         try:
-            tallies = await fetch(
-                self._manifest,
-                missing,
-                order,
-                deliver,
-                on_failure=on_failure,
-                stall_seconds=stall_seconds,
-                find_bases=find_bases,
-                goodput_of=self._sources.goodput,
-            )
+            tallies = await download(self._manifest, self._tree.missing, order, self)
         except NoSourceLeftError as error:
             raise _sharpest(error, self._result.failed, self._manifest) from error
         for name, tally in tallies.items():
             self._count(name, tally)
         self._result.encodings = [msgspec.to_builtins(each) for each in sum_encodings(tallies.values())]
         self._result.fallbacks = sum(tally.fallbacks for tally in tallies.values())
+
+    # --- as the receiver of the download
+
+    async def take(self, batch: Sequence[Received]) -> None:
+        """As `Receiver`: into the tree."""
+        await asyncio.to_thread(_write_all, self._tree, [received.chunk for received in batch])
+        self._tell(sum(received.chunk.size for received in batch))
+
+    async def left(self, source: ChunkSource, error: WaystationError) -> None:
+        """As `Receiver`."""
+        self._result.failed[source.name] = error.message
+        if not isinstance(error, ChunksAbsentError):
+            self._sources.failed(source.name, error)
+
+    def goodput(self, source: str) -> float:
+        """As `Receiver`."""
+        return self._sources.goodput(source)
+
+    async def bases(self) -> Holdings | None:
+        """As `Receiver`."""
+        return await asyncio.to_thread(self._find_bases, self._tree.missing)
 
     def _find_bases(self, missing: Sequence[int]) -> Holdings | None:
         """What a relay may build on: the newest tree of the same package, and others that hold the same parts."""
@@ -351,7 +352,7 @@ class _Build:
         trees = own[:1] + [others[id] for id in useful[:_OTHERS_MAX]]
         return TreeHoldings(trees) if trees else None
 
-    def _count(self, name: str, tally: Tally) -> None:
+    def _count(self, name: str, tally: SourceTally) -> None:
         if tally.chunks:
             self._result.from_relays[name] = {
                 "chunks": tally.chunks,
@@ -361,8 +362,8 @@ class _Build:
         if tally.error is None:
             self._result.failed.pop(name, None)
             # What went well before a source failed must not wash the failure away.
-            for measured in tally.measured:
-                self._sources.succeeded(name, measured)
+            for timing in tally.timings:
+                self._sources.succeeded(name, timing)
 
     def _tell(self, size: int) -> None:
         self._done += size

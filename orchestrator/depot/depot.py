@@ -6,43 +6,32 @@ Order keeps it safe: chunks durable first, then the nupkg itself, then the manif
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
 from relay.engines.encoders import Encoders
 from relay.engines.engine_pool import Engines
 from relay.errors import MetadataError, NotFoundError, UsageError, first_of
-from relay.package import chunking
 from relay.package.chunk import Chunk
-from relay.package.chunking import PartDigest
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.package.nuspec import Nuspec
 from relay.package.recipe import Recipe
-from relay.package.zip_reader import Entry, read_nuspec, read_part, walk
+from relay.package.zip_reader import Entry, walk
 from relay.package.zip_records import STORED
 from relay.rebuild.find_recipe import find_recipe
 from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.open import Store, open_store
+from relay.support.progress import Progress
 from relay.trust.envelopes import PackageStatement, sign_package
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
-
-BATCH_BYTES = 8 << 20
-"""Chunks made durable in one go."""
-_READ = 1 << 20
-_EXECUTABLE_STARTS = (b"\x7fELF", b"#!")
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes that are done, of all). Each byte counts as it is stored, and those of the nupkg once more as it is
-found out how they can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +43,16 @@ class Added:
     new: bool
     """False where the same nupkg was there already."""
     chunks_stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackageDetails:
+    """All that the depot knows of a package. `recipe` is None where nobody found how its nupkg is made again."""
+
+    pointer: Pointer
+    manifest: Manifest
+    signed: bool
+    recipe: Recipe | None
 
 
 class Depot:
@@ -80,7 +79,8 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed, and find out how it can be made again. Adding the same one again
+        """Take a nupkg in, chunked and signed, and find out how it can be made again. `progress` counts each byte as it is
+        stored, and those of the nupkg once more as it is found out how they can be made again. Adding the same one again
         changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
         better recipe where there are engines that were not there before.
 
@@ -91,9 +91,9 @@ class Depot:
             UsageError: the file cannot be read.
             StoreError: the medium failed.
         """
-        with _open(path) as file:
-            digests = await asyncio.to_thread(_digest, file)
-            entries, nuspec = await asyncio.to_thread(_read_directory, file)
+        with open_nupkg(path) as file:
+            digests = await asyncio.to_thread(digests_of, file)
+            entries, nuspec = await asyncio.to_thread(read_directory, file)
             ref = PackageRef(nuspec.id, nuspec.version)
             if expected is not None and ref != expected:
                 raise MetadataError(f"the file is {ref}, where {expected} was expected")
@@ -129,6 +129,13 @@ class Depot:
                 entries = await asyncio.to_thread(_walk_file, path)
                 await self._find_recipe(path, manifest, entries, None)
         return await self.recipes.find(manifest)
+
+    async def details(self, ref: PackageRef) -> PackageDetails:
+        """Raises `NotFoundError`, and as `recipe`."""
+        pointer = self.catalog.get(ref)
+        manifest = await self.manifest(pointer)
+        recipe, signature = await self.recipe(manifest), await self.catalog.signature(manifest.id)
+        return PackageDetails(pointer, manifest, bool(signature), recipe)
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
         """Manifests of the newest other versions of the same id, newest first."""
@@ -198,7 +205,7 @@ class Depot:
         progress: Progress | None,
     ) -> tuple[Manifest, int]:
         """Cut, and while one batch is made durable already cut the next."""
-        cutter = _Cutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
+        cutter = NupkgCutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
         whole, done, stored = sum(entry.size for entry in entries), 0, 0
         batch = await asyncio.to_thread(cutter.next_batch)
         while batch:
@@ -259,69 +266,6 @@ class _Meter:
             self._progress(done, self._whole)
 
 
-class _Cutter:
-    """Turns one nupkg into batches of chunks, and in the end into its manifest. Blocking."""
-
-    def __init__(self, file: BinaryIO, entries: list[Entry], builder: ManifestBuilder) -> None:
-        self._file = file
-        self._entries = sorted(entries, key=lambda entry: chunking.stream_key(entry.path))
-        self._builder = builder
-        self._starts: dict[str, bytes] = {}
-        self._cuts = chunking.cut(self._entries, lambda e: e.path, lambda e: e.size, self._read)
-
-    def next_batch(self) -> list[Chunk]:
-        """Some `BATCH_BYTES` of chunks in stream order; empty at the end."""
-        batch: list[Chunk] = []
-        size = 0
-        for found in self._cuts:
-            if isinstance(found, PartDigest):
-                self._builder.saw_part(found)
-                continue
-            self._builder.saw_chunk(found)
-            batch.append(found)
-            size += found.size
-            if size >= BATCH_BYTES:
-                break
-        return batch
-
-    def manifest(self) -> Manifest:
-        return self._builder.build(self._entries, [self._is_executable(entry) for entry in self._entries])
-
-    def _read(self, entry: Entry) -> Iterator[bytes]:
-        start = b""
-        for piece in read_part(self._file, entry):
-            if len(start) < 4:
-                start += piece[:4]
-            yield piece
-        self._starts[entry.path] = start[:4]
-
-    def _is_executable(self, entry: Entry) -> bool:
-        return entry.executable_bit or self._starts.get(entry.path, b"").startswith(_EXECUTABLE_STARTS)
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="Expected the path of a .nupkg file") from error
-
-
-def _digest(file: BinaryIO) -> NupkgDigests:
-    sha256, sha512 = hashlib.sha256(), hashlib.sha512()
-    size = 0
-    file.seek(0)
-    while piece := file.read(_READ):
-        sha256.update(piece)
-        sha512.update(piece)
-        size += len(piece)
-    return NupkgDigests(size, sha256.hexdigest(), b64encode(sha512.digest()).decode())
-
-
 def _walk_file(path: str) -> list[Entry]:
     with open(path, "rb") as file:
         return list(walk(file))
-
-
-def _read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
-    entries = list(walk(file))
-    return entries, read_nuspec(file, entries)

@@ -90,7 +90,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MappingEntry:
     key: str
     line: int
     node: Node
@@ -99,7 +99,7 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Keys:
     line: int
-    entries: tuple[Entry, ...]
+    entries: tuple[MappingEntry, ...]
 
 
 Node = Scalar | Items | Keys
@@ -301,7 +301,7 @@ class _Reader:
                 return
             yield self._node(event, events, (*path, index))
 
-    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[Entry]:
+    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[MappingEntry]:
         import yaml
 
         seen: dict[str, int] = {}
@@ -317,7 +317,7 @@ class _Reader:
                 self._wrong(line, (*path, name), f"stands twice, first in line {seen[name]}: keep one of them")
             else:
                 seen[name] = line
-                yield Entry(name, line, value)
+                yield MappingEntry(name, line, value)
 
     def _refuse_magic(self, event: yaml.Event, path: Path) -> None:
         import yaml

@@ -7,7 +7,6 @@ to be believed, is the reader's (`orchestrator/fleet/fleet.py`).
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from orchestrator.fleet.presence import Answers
 from relay.errors import UnreachableError, WaystationError
 from relay.protocol import messages
+from relay.support.persistence import Bearing, Persistence
 
 if TYPE_CHECKING:
-    from relay.protocol.client import RelayClient
+    from relay.protocol.mail_client import MailClient
 
 
-class Reader(Protocol):
+class MailReader(Protocol):
     """Who takes what comes in."""
 
     async def take_reports(self, relay: str, reports: Sequence[messages.NumberedReport]) -> None: ...
@@ -49,7 +49,7 @@ class Pauses:
 
 
 class Posting:
-    """A letter on its way to several relays, for as long as nobody cancels it: a relay that is down may come back."""
+    """A letter on its way to several relays, until it is cancelled: a relay that is down may come back."""
 
     def __init__(self, to: str) -> None:
         self._to = to
@@ -91,12 +91,13 @@ class Mailroom:
     """Use it as an async context manager. Reports and output are read at every relay while it is open."""
 
     def __init__(
-        self, deployment: str, relays: Mapping[str, RelayClient], reader: Reader, pauses: Pauses | None = None
+        self, deployment: str, relays: Mapping[str, MailClient], reader: MailReader, pauses: Pauses | None = None
     ) -> None:
         self._deployment = deployment
         self._relays = relays
         self._reader = reader
         self._pauses = pauses or Pauses()
+        self._persistence = Persistence(self._pauses.first, self._pauses.longest, longest_asked=60.0, spread=0.5)
         self._group = asyncio.TaskGroup()
         self._reading: list[asyncio.Task[None]] = []
         self._posting: set[asyncio.Task[str]] = set()
@@ -158,18 +159,16 @@ class Mailroom:
 
     async def _post(self, relay: str, letter: messages.OrderLetter) -> str:
         """Until the relay has it (empty), or says no (why)."""
-        pause = self._pauses.first
-        while True:
-            try:
-                await self._relays[relay].post_orders([letter])
-                return ""
-            except UnreachableError as error:
-                await self._reader.take_trouble(relay, error)
-                await asyncio.sleep(_jittered(error.retry_after or pause))
-                pause = min(pause * 2, self._pauses.longest)
-            except WaystationError as error:
-                await self._reader.take_trouble(relay, error)
-                return f"{relay}: {error.message}"
+        async for attempt in self._persistence.tries():
+            with attempt:
+                try:
+                    await self._relays[relay].post_orders([letter])
+                except WaystationError as error:
+                    await self._reader.take_trouble(relay, error)
+                    if isinstance(error, UnreachableError):
+                        raise
+                    return f"{relay}: {error.message}"
+        return ""
 
     async def _read_reports(self, relay: str) -> None:
         async def read(after: messages.Cursor | None, wait: float) -> messages.Cursor:
@@ -192,7 +191,7 @@ class Mailroom:
     ) -> None:
         """Long poll after long poll. The cursor moves only when everything before it was taken."""
         after: messages.Cursor | None = None
-        pause = self._pauses.first
+        bearing = Bearing(self._persistence)
         wait = 0.0  # at first, and after trouble, the epoch is asked for at once: what was posted may be gone
         loop = asyncio.get_running_loop()
         while True:
@@ -201,22 +200,19 @@ class Mailroom:
                 seen = await read(after, wait)
             except WaystationError as error:
                 await self._reader.take_trouble(relay, error)
-                await asyncio.sleep(_jittered(pause))
-                pause, wait = min(pause * 2, self._pauses.longest), 0.0
+                # Never given up: the policy has no number of failures.
+                await asyncio.sleep(bearing.pause_after(error) or 0.0)
+                wait = 0.0
                 continue
             if after is not None and seen.epoch != after.epoch:
                 self._reader.lose_mail(relay)
             if wait and seen.number == (after.number if after else 0) and loop.time() - asked < 1.0:
                 # Nothing, and at once: a relay that is about to stop, or one that does not wait as it should.
-                await asyncio.sleep(_jittered(pause))
-            after, pause, wait = seen, self._pauses.first, messages.POLL_SECONDS
+                await asyncio.sleep(self._persistence.pause())
+            bearing.gain()
+            after, wait = seen, messages.POLL_SECONDS
 
 
 def _cursor(after: messages.Cursor | None, epoch: str, numbers: list[int]) -> messages.Cursor:
     same = after.number if after is not None and after.epoch == epoch else 0
     return messages.Cursor(epoch=epoch, number=max(numbers, default=same))
-
-
-def _jittered(seconds: float) -> float:
-    """So that readers that lost the same relay do not come back at the same moment."""
-    return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - nobody gains by guessing it

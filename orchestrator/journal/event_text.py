@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agent.orders.operation_id import action_of
 from orchestrator.journal.events import (
     Acquired,
     Barrier,
@@ -85,17 +86,14 @@ def _of_steps(event: Event) -> str:
             return (
                 ""
                 if state == "done"
-                else f"{machine}: {_action(operation)} {state}" + (f": {reason}" if reason else "")
+                else f"{machine}: {action_of(operation)} {state}" + (f": {reason}" if reason else "")
             )
         case ServerRunEnded(operation=operation, machine=machine, state=state, reason=reason):
             head = f"{machine}: " if machine else ""
-            return "" if state == "done" else f"{head}{_action(operation)} {state}" + (f": {reason}" if reason else "")
+            return (
+                "" if state == "done" else f"{head}{action_of(operation)} {state}" + (f": {reason}" if reason else "")
+            )
         case Refused(machine=machine, reason=reason):
             return f"{machine} refused an order: {reason}"
         case _:
             return ""
-
-
-def _action(operation: str) -> str:
-    """Of deployment/step/machine/action/attempt, the action."""
-    return operation.split("/")[-2] if operation.count("/") >= 2 else operation

@@ -348,7 +348,7 @@ class DeploymentRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     """An event in its place. `number` counts the entries of the whole journal, `at` is seconds since 1970."""
 
     number: int

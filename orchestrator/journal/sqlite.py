@@ -71,13 +71,6 @@ class Database:
         with self._telling(), self._readers.begin() as connection:
             yield connection
 
-    def check(self) -> None:
-        """Read every page. Raises `StoreError` where SQLite finds one damaged."""
-        with self.reading() as connection:
-            found = connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars().all()
-        if found != ["ok"]:
-            raise self.damaged("; ".join(map(str, found)))
-
     def damaged(self, how: str) -> StoreError:
         """The error for a file that holds what we never wrote."""
         return StoreError(f"{self.path} is damaged: {how}", hint="put a good copy of it into its place")

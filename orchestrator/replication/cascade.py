@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from orchestrator.journal.events import LineBytes
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import ORIGIN, Replan, check_upstreams, in_order, line_name, next_upstream
 from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError, first_of
 from relay.package.manifest import Manifest
 from relay.protocol import messages
+from relay.support.persistence import Persistence
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress, Replicated
+    from relay.support.progress import Progress
+    from relay.transfer.replicate import Replicated
 
 PATIENCE: Final = 60.0
 """Seconds that a relay may be away in the middle before it is given up."""
-FRUITLESS_MAX: Final = 3
-"""How often in a row a relay may be lost and found again without holding more than before."""
+PERSISTENCE: Final = Persistence(first_pause=0.2, failures=4)
+"""With a relay that is lost and found again: as long as it holds more each time."""
 GRACE_SECONDS: Final = 5.0
-"""How long a relay may get nothing from one that failed before it is told to go on elsewhere."""
+"""How long a relay may get nothing from one that failed before it is sent elsewhere."""
 
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
@@ -39,18 +42,9 @@ _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "inter
 Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["Replicated"]]
 """Sends the package from here to one relay. Raises as `relay.transfer.replicate.replicate`."""
 Heard = Callable[[str, int, int], None]
-"""Told (relay, bytes of the tree stream that are there, bytes of the whole), from the moment of the offer on."""
+"""Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
 SourceUrl = Callable[[PlannedRelay, PlannedRelay], str]
 """The URL under which a relay reaches the one above it: (the one above, the relay)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LineBytes:
-    """The ledger of one line, such as `fra → iad`. Bytes in both directions, of HTTP in all; then by encoding."""
-
-    line: str
-    wire_bytes: int
-    encodings: tuple[messages.EncodedBytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,25 +279,24 @@ class _Cascade:
         book: _Book,
     ) -> None:
         """Until it is done; a relay that went away is asked again when it is back."""
-        from relay.protocol.client import TokenRefusedError
+        from relay.protocol.connection import TokenRefusedError
 
-        fruitless, most = 0, -1
-        while True:
-            try:
-                await self._listen(relay, upstream, client, request, watch)
-                return
-            except UnreachableError:
-                # One that was never there is a wrong address, not an interruption: said at once.
-                fruitless, most = (0, watch.here) if watch.here > most else (fruitless + 1, most)
-                if not watch.reached or fruitless > FRUITLESS_MAX:
-                    raise
+        # One that was never there is a wrong address, not an interruption: said at once.
+        tries = PERSISTENCE.tries(
+            lambda error: isinstance(error, UnreachableError) and watch.reached, gained=lambda: watch.here
+        )
+        async for attempt in tries:
+            if attempt.num > 1:
                 book.interruptions += 1
                 await client.wait_until_ready(self._patience)
-            except (TokenRefusedError, ConflictError):
-                raise
-            except RefusedError as error:
-                # It does not fetch from there, by its own rules; to us it answers.
-                raise _SourceFailedError(error.message) from error
+            with attempt:
+                try:
+                    await self._listen(relay, upstream, client, request, watch)
+                except (TokenRefusedError, ConflictError):
+                    raise
+                except RefusedError as error:
+                    # It does not fetch from there, by its own rules; to us it answers.
+                    raise _SourceFailedError(error.message) from error
 
     async def _listen(
         self,
@@ -358,7 +351,10 @@ def document_of(done: Delivered) -> dict[str, Any]:
         "fallbacks": done.fallbacks,
         "goodput": done.sent.goodput if done.sent else 0.0,
         "exact_bytes": exact_bytes,
-        "lines": msgspec.to_builtins(done.lines),
+        "lines": [
+            {"line": one.line, "wire_bytes": one.wire_bytes, "encodings": msgspec.to_builtins(one.encodings)}
+            for one in done.lines
+        ],
     }
 
 

@@ -22,7 +22,7 @@ from relay.package.recipe import (
     VERBATIM,
     Canonical,
     Feeding,
-    Literally,
+    LiteralRecords,
     Recipe,
     encode_recipe,
     opaque,
@@ -30,8 +30,8 @@ from relay.package.recipe import (
 )
 from relay.package.zip_reader import Entry, read_part, walk
 from relay.package.zip_records import STORED
-from relay.rebuild.rebuilder import Progress
 from relay.rebuild.zip_layout import Layout, compose, describe, pieces_of, verbatim_bytes
+from relay.support.progress import Progress
 
 _OPAQUE_FROM: Final = 0.95
 """Share of the nupkg that is verbatim, from which on the nupkg itself is the better blob: it needs no rebuild."""
@@ -78,7 +78,7 @@ async def find_recipe(
 
 def _complete(
     file: BinaryIO,
-    records: Canonical | Literally,
+    records: Canonical | LiteralRecords,
     entries: Sequence[Entry],
     manifest: Manifest,
     made: Sequence[tuple[str, Feeding]],

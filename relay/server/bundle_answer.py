@@ -26,7 +26,7 @@ from relay.package.manifest import Manifest
 from relay.package.ranges import from_indexes, indexes
 from relay.protocol.messages import CpuRates
 from relay.server import metrics
-from relay.server.arrivals import Shelf
+from relay.server.arrivals import ArrivingChunks
 from relay.stores.contract import StoredChunk
 from relay.transfer.choose_form import DELTA_RUN_BYTES, PLAIN_RUN_BYTES, Asked, Kept, Run, choose_way
 from relay.transfer.encoder_pool import Payloads, RunSpec
@@ -61,7 +61,7 @@ ANYBODY: Final = Reader()
 class Ground:
     """Where chunks and payloads come from. `patience`: seconds to wait for a chunk that arrives."""
 
-    shelf: Shelf
+    chunks: ArrivingChunks
     payloads: Payloads
     patience: float
     rates: CpuRates | None = None
@@ -120,7 +120,7 @@ class _Giving:
         self._writer = writer
         self._absent: list[int] = []
         # Asked before looking: while we look, the last chunks may land and the package be published.
-        self._arrives = ground.shelf.is_arriving(manifest)
+        self._arrives = ground.chunks.is_arriving(manifest)
         self._bases = _Bases((), ())
         self._as_stored: set[int] = set()
         """Of runs that could not be encoded: what the store says of each of their chunks shows then."""
@@ -145,7 +145,7 @@ class _Giving:
                 yield piece
 
     async def _planned(self) -> AsyncGenerator[bytes, None]:
-        self._bases = await _Bases.of(self._reader.bases, self._ground.shelf, only_named=self._asked.wants_stored)
+        self._bases = await _Bases.of(self._reader.bases, self._ground.chunks, only_named=self._asked.wants_stored)
         ahead: deque[_Encoded] = deque()
         try:
             while self._left or ahead:
@@ -241,7 +241,7 @@ class _Giving:
             if (run and size > most) or index in self._as_stored:
                 break
             run.append(index)
-        here = await self._ground.shelf.has_many(self._manifest.chunk_id(index) for index in run)
+        here = await self._ground.chunks.has_many(self._manifest.chunk_id(index) for index in run)
         gap = next((at for at, index in enumerate(run) if self._manifest.chunk_id(index) not in here), len(run))
         return tuple(run[:gap])
 
@@ -302,7 +302,7 @@ class _Giving:
             _NotYetError: neither came in time.
         """
         clock = asyncio.get_running_loop().time
-        flight = self._ground.shelf.flight(self._manifest.chunk_id(index))
+        flight = self._ground.chunks.flight(self._manifest.chunk_id(index))
         if await self._open(index) is not None:
             return
         if self._wait_until is None:
@@ -320,7 +320,7 @@ class _Giving:
 
     async def _open(self, index: int) -> StoredChunk | None:
         try:
-            return await self._ground.shelf.here(self._manifest.chunk_id(index))
+            return await self._ground.chunks.here(self._manifest.chunk_id(index))
         except StoreError as error:
             log.warning("store: %s", error)
             raise _CannotGoOnError("store_failed") from error
@@ -352,12 +352,12 @@ class _Bases:
                 self._places.setdefault(id, (one.manifest.id, index))
 
     @classmethod
-    async def of(cls, named: Sequence[Held], shelf: Shelf, *, only_named: bool) -> _Bases:
+    async def of(cls, named: Sequence[Held], chunks: ArrivingChunks, *, only_named: bool) -> _Bases:
         """`only_named`: nothing will be encoded, so that what is here need not be known."""
         held = []
         for one in () if only_named else named:
             places = list(indexes(one.ranges))
-            here = await shelf.has_many(one.manifest.chunk_id(index) for index in places)
+            here = await chunks.has_many(one.manifest.chunk_id(index) for index in places)
             kept = [index for index in places if one.manifest.chunk_id(index) in here]
             if kept:
                 held.append(Held(one.manifest, from_indexes(kept)))

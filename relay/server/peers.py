@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from relay.config import Peer, RelayConfig, split_listen
 from relay.errors import UsageError
-from relay.protocol.client import RelayClient, tls_from, token_from
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import tls_from, token_from
 from relay.server.http.access import is_loopback
 from relay.server.http.problems import HttpRefusal
 

@@ -1,7 +1,7 @@
 """One package from another relay into this one: its manifest, then every missing chunk in one request, then the pointer.
 
 The manifest stands here with an offer's lease before the first chunk comes, chunks land as they verify and payloads are
-kept as they come: so who reads from here, machines and relays below alike, gets them while they still arrive.
+kept as they come: readers of this relay, machines and relays below alike, get them while they still arrive.
 """
 
 from __future__ import annotations
@@ -9,30 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from relay.encoding.bundle import (
-    Aborted,
-    BaseMissingError,
-    CutShortError,
-    Event,
-    NotSent,
-    Places,
-    Received,
-    RunRefused,
-    Sink,
-    Tap,
-)
+from relay.encoding.bundle import Places, Received, Sink
 from relay.encoding.choose_bases import Held, worth_asking
-from relay.encoding.codecs import DELTAS, Encoding
-from relay.encoding.holdings import Holdings, StoreHoldings, size_of
+from relay.encoding.codecs import Encoding
+from relay.encoding.holdings import BoundedHoldings, Holdings
 from relay.encoding.planner import Line
 from relay.errors import (
-    ChunkMissing,
-    FrameError,
     NotFoundError,
     RefusedError,
     StoreError,
@@ -47,117 +32,61 @@ from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Landing, Place, adopting
+from relay.server.arrivals import Landing, adopting
 from relay.server.packages import ChunksMissingError, Transfer
 from relay.stores.catalog import Pointer
 from relay.stores.open import Store
+from relay.support.byte_budget import Place
+from relay.support.persistence import Persistence
 from relay.support.rate_limit import Pacer
+from relay.transfer.download import (
+    DownloadLimits,
+    NoSourceLeftError,
+    Receiver,
+    SourceTally,
+    download,
+    sum_encodings,
+)
 from relay.transfer.link_history import Lines, Meter
 
 log = logging.getLogger(__name__)
 
+UNKNOWN_SECONDS = 20.0
+"""For a source that does not know the package yet: its own copy may be on the way to it."""
+PERSISTENCE = Persistence(first_pause=0.5, longest_pause=10.0, longest_asked=10.0, failures=4, patience=60.0)
+"""With the source. Its patience is also for chunks that are still on their way there, and none comes."""
+_UNTIL_KNOWN = Persistence(first_pause=0.5, longest_pause=0.5)
 _MOSTLY_NEW = 0.05
 """Share of a package that must be missing for packages of other names to be looked into."""
 _RENEW_SECONDS = 60.0
-_ROOM_SECONDS = 20.0
-"""For memory for the bases of a run."""
-_TELLING_BYTES = 256 << 10
-"""Payload from which on a request says something about its line."""
 _OTHERS_MAX = 256
 """Packages of other names that are looked through for parts that are in this one, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchLimits:
-    """How long a relay bears with its source. Seconds."""
-
-    unknown_seconds: float = 20.0
-    """For a source that does not know the package yet: its own copy may be on the way to it."""
-    pause_seconds: float = 0.5
-    """Before the next try, doubled with each that brought nothing."""
-    fruitless_max: int = 3
-    """Tries in a row, after the first, that may bring nothing."""
-    retry_after_max: float = 10.0
-    """The longest pause that a busy source may ask for."""
-    stall_seconds: float = 60.0
-    """For a source where the chunks are still on their way, and none comes."""
-
-
 @dataclass(slots=True)
-class Told:
-    """How far it is: written by the one task that fetches, read by all that watch."""
+class DownloadState:
+    """How far it is: written by the one task that downloads, read by all that watch."""
 
     whole: int = 0
     here: int = 0
-    fallbacks: int = 0
+    tallies: dict[str, SourceTally] = field(default_factory=dict)
     wire_bytes: Callable[[], int] = lambda: 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the offer stands here: relays below may ask."""
-    _chunks: Counter[str] = field(default_factory=Counter)
-    _stream: Counter[str] = field(default_factory=Counter)
-    _payload: Counter[str] = field(default_factory=Counter)
-
-    def count(self, encoding: str, size: int, payload: int) -> None:
-        """A chunk came."""
-        self._chunks[encoding] += 1
-        self._stream[encoding] += size
-        self._payload[encoding] += payload
-
-    def encodings(self) -> tuple[messages.EncodedBytes, ...]:
-        return tuple(
-            messages.EncodedBytes(name, chunks, self._stream[name], self._payload[name])
-            for name, chunks in sorted(self._chunks.items())
-        )
-
-
-class AbsentError(UnreachableError):
-    """The source lacks what it should hold."""
-
-
-class StalledError(UnreachableError):
-    """Nothing came for so long that asking again is no use."""
-
-
-class _Pace:
-    """How fast the payload of one request came, from its first chunk on."""
-
-    def __init__(self) -> None:
-        self.is_steady = True
-        """Whether it was the line that set the pace, and neither an encoder nor chunks that had to arrive first."""
-        self.size = 0
-        self._first = 0.0
-
-    def came(self, payload_bytes: int) -> None:
-        if not self._first:
-            self._first = time.monotonic()
-        else:
-            self.size += payload_bytes
 
     @property
-    def goodput(self) -> float:
-        """Bytes per second."""
-        return self.size / max(time.monotonic() - self._first, 1e-6)
+    def fallbacks(self) -> int:
+        return sum(tally.fallbacks for tally in self.tallies.values())
+
+    @property
+    def encodings(self) -> tuple[messages.EncodedBytes, ...]:
+        return tuple(sum_encodings(self.tallies.values()))
 
 
-class _Bounded:
-    """Holdings that are read when there is memory for them: once as they are read, once as they are joined."""
-
-    def __init__(self, holdings: StoreHoldings, known: Mapping[ManifestId, Manifest], place: Place) -> None:
-        self.held: Sequence[Held] = holdings.held
-        self._holdings = holdings
-        self._known = known
-        self._place = place
-
-    async def load(self, places: Places) -> list[bytes]:
-        """As `Holdings.load`."""
-        if not await self._place.take(2 * size_of(places, self._known), _ROOM_SECONDS):
-            # A run whose bases are not given is refused, and asked for plainly.
-            raise ChunkMissing(self._known[places[0][0]].chunk_id(places[0][1]))
-        return await self._holdings.load(places)
-
-
-class Fetching:
+class RelayDownload(Receiver):
     """One package on its way from one source. Used once."""
+
+    limits = DownloadLimits(connections=1, asks_whole=True, batch_bytes=0, persistence=PERSISTENCE)
 
     def __init__(
         self,
@@ -166,30 +95,22 @@ class Fetching:
         source: RelayClient,
         transfer: Transfer,
         store: Store,
-        told: Told,
-        limits: FetchLimits,
+        state: DownloadState,
         pacer: Pacer | None = None,
     ) -> None:
-        """`pacer`: the limit of the line, shared by all that is fetched over it."""
+        """`pacer`: the limit of the line, shared by all that is downloaded over it."""
         self._package = package
         self._id = ManifestId(request.manifest)
         self._source = source
         self._transfer = transfer
         self._store = store
-        self._told = told
-        self._limits = limits
-        self._missing: set[int] = set()
-        self._plain: set[int] = set()
-        """Chunks whose difference from bases failed."""
-        self._encoding: dict[int, Encoding] = {}
-        self._last = self._renewed = time.monotonic()
-        """When something came last."""
+        self._state = state
         self._pacer = pacer
         self._paced = 0
-        self._rate = pacer.rate if pacer else 0.0
+        self._renewed = time.monotonic()
         self._lines = Lines(store.documents)
         self._meter = Meter(Line())
-        told.wire_bytes = lambda: source.traffic.total
+        state.wire_bytes = lambda: source.traffic.total
 
     async def run(self) -> None:
         """Bring it, and list it.
@@ -204,8 +125,12 @@ class Fetching:
         remembered = await self._lines.recall(self._source.url)
         if remembered is not None:
             self._meter.line = Line(remembered.goodput, remembered.round_trip)
-        with self._transfer.room.place() as place:
-            await self._bring(place)
+        try:
+            with self._transfer.room.place() as place:
+                await self._bring(place)
+        finally:
+            metrics.FALLBACKS.labels("received").inc(self._state.fallbacks)
+        self._learn()
         await self._lines.remember(self._source.url, self._meter)
 
     async def _bring(self, place: Place) -> None:
@@ -216,12 +141,12 @@ class Fetching:
         packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, None)
         offer = await self._transfer.offer(manifest.id, messages.Document(packed, document.signature), None)
         # Before relays below hear of the offer: so it is here when they ask for it.
-        await self._fetch_recipe(manifest)
+        await self._take_recipe(manifest)
         missing = set(indexes(offer.missing))
         asked: set[int] = set()
         while True:
             self._lacks(manifest, missing)
-            await self._fetch(manifest, offer.lease, place)
+            await self._download(manifest, missing, offer.lease, place)
             asked |= missing
             try:
                 await self._transfer.publish(self._package, messages.PublishRequest(manifest=manifest.id))
@@ -231,27 +156,21 @@ class Fetching:
                 if not asked.isdisjoint(missing):
                     raise StoreError("the store does not keep what is put into it") from error
         # Once more, where the source had none at first: perhaps it has one by now.
-        await self._fetch_recipe(manifest)
+        await self._take_recipe(manifest)
 
     # --- the manifest
 
     async def _document(self) -> ManifestDocument:
         """From the source, as soon as it knows it."""
         base = await self._newest_other()
-        patience = time.monotonic() + self._limits.unknown_seconds
-        tries = 0
-        while True:
-            try:
-                return await self._source.manifest(self._id, base)
-            except NotFoundError as error:
-                if time.monotonic() > patience:
-                    raise AbsentError(f"{self._source.url} does not know the package") from error
-                await asyncio.sleep(self._limits.pause_seconds)
-            except UnreachableError as error:
-                tries += 1
-                if tries > self._limits.fruitless_max:
-                    raise
-                await self._pause(tries - 1, error)
+
+        async def ask() -> ManifestDocument:
+            return await PERSISTENCE.call(lambda: self._source.manifest(self._id, base))
+
+        try:
+            return await _UNTIL_KNOWN.call(ask, lambda error: isinstance(error, NotFoundError), seconds=UNKNOWN_SECONDS)
+        except NotFoundError as error:
+            raise UnreachableError(f"{self._source.url} does not know the package") from error
 
     async def _newest_other(self) -> Manifest | None:
         """The newest other version of the package that is here."""
@@ -259,7 +178,7 @@ class Fetching:
         newest: Pointer | None = max(others, key=lambda pointer: pointer.ref.version, default=None)
         return None if newest is None else await self._transfer.catalog.manifest(newest.manifest_id)
 
-    async def _fetch_recipe(self, manifest: Manifest) -> None:
+    async def _take_recipe(self, manifest: Manifest) -> None:
         """How the identical nupkg is made again, where the source knows. The package is as good without it."""
         recipes = Recipes(self._store)
         if await recipes.find(manifest) is not None:
@@ -274,129 +193,41 @@ class Fetching:
 
     # --- chunks
 
-    async def _fetch(self, manifest: Manifest, lease: str, place: Place) -> None:
+    def _lacks(self, manifest: Manifest, missing: set[int]) -> None:
+        """What is missing now; from here on others may ask us for it."""
+        whole = self._state.whole = manifest.stream_size
+        self._state.here = max(self._state.here, whole - sum(manifest.chunks[index].size for index in missing))
+        self._state.news.set()
+
+    async def _download(self, manifest: Manifest, missing: set[int], lease: str, place: Place) -> None:
         """Everything that is missing, in as many requests as it takes; one, where nothing goes wrong."""
-        holdings = await self._holdings(manifest, lease, place)
-        fruitless = 0
-        self._last = time.monotonic()
-        while self._missing:
-            before = self._owed
-            wanted = sorted(self._missing - self._plain) or sorted(self._missing)
-            bases = None if self._plain.issuperset(wanted) else holdings
-            try:
-                await self._ask(manifest, lease, wanted, bases)
-            except (StoreError, StalledError):
-                raise
-            except UnreachableError as error:
-                fruitless = 0 if self._owed < before else fruitless + 1
-                if fruitless > self._limits.fruitless_max:
-                    raise
-                await self._pause(fruitless, error)
+        self._lease, self._holdings = lease, await self._find_holdings(manifest, missing, lease, place)
+        held = () if self._holdings is None else self._holdings.held
+        known = {one.manifest.id: one.manifest for one in held} | {manifest.id: manifest}
+        self._tap = metrics.Incoming(known, adopting(self._transfer.payloads, known))
+        try:
+            async with Landing(self._store.chunks, self._transfer.arrivals) as self._landing:
+                await download(manifest, missing, [self._source], self, self._state.tallies)
+                await self._landing.flush()
+        except NoSourceLeftError as error:
+            raise error.errors[self._source.name] from None
 
-    @property
-    def _owed(self) -> int:
-        """Falls with every chunk that comes, and with every one that will be asked for plainly."""
-        return 2 * len(self._missing) - len(self._plain)
-
-    async def _ask(self, manifest: Manifest, lease: str, wanted: Sequence[int], bases: Holdings | None) -> None:
-        """One request. What came of it counts, however it ends."""
-        known = {manifest.id: manifest} | {one.manifest.id: one.manifest for one in (bases.held if bases else ())}
-        pace = _Pace()
-        owed = set(wanted)
-        stream = self._source.stream(
-            manifest,
-            wanted,
-            bases=bases,
-            goodput=self._goodput,
-            tap=self._listening(metrics.Incoming(known, adopting(self._transfer.payloads, known)), pace),
-        )
-        async with Landing(self._store.chunks, self._transfer.arrivals) as landing:
-            async with aclosing(stream) as events:
-                async for event in events:
-                    if isinstance(event, Received):
-                        owed.discard(event.index)
-                        await landing.add(event.chunk)
-                        self._came(event)
-                        pace.came(event.payload_bytes)
-                        await self._keep_limit(lease)
-                    else:
-                        owed.difference_update(self._heed(manifest, event, pace))
-            await landing.flush()
-        if owed:
-            raise FrameError(f"{self._source.url} left out {len(owed)} chunks without a word")
-        self._learn(pace)
-        if self._missing.issuperset(wanted) and self._plain.isdisjoint(wanted):
-            # All of it is still on its way to the source, which waits itself before it says so.
-            await asyncio.sleep(self._limits.pause_seconds)
-            if time.monotonic() - self._last > self._limits.stall_seconds:
-                raise StalledError(f"{self._source.url} still waits for chunks, and none comes")
-
-    def _came(self, event: Received) -> None:
-        if event.index not in self._missing:
-            return
-        self._last = time.monotonic()
-        self._missing.discard(event.index)
-        self._plain.discard(event.index)
-        self._told.here += event.chunk.size
-        metrics.RECEIVED.inc(event.payload_bytes)
-        metrics.CHUNKS.labels("stored").inc()
-        self._told.count(self._encoding.get(event.index, "zstd"), event.chunk.size, event.payload_bytes)
-
-    def _heed(self, manifest: Manifest, event: Event, pace: _Pace) -> Iterable[int]:
-        """The chunks that an event speaks of and does not bring. Raises what it means that cannot be borne."""
-        if isinstance(event, RunRefused):
-            if isinstance(event.error, CutShortError):
-                return ()
-            if not self._is_delta(event):
-                raise event.error
-            run = {index for _, index in event.run}
-            self._plain |= run & self._missing
-            self._told.fallbacks += 1
-            metrics.FALLBACKS.labels("received").inc()
-            return run
-        if isinstance(event, Aborted):
-            # Busy: what it was sending came from elsewhere, and may be there in a moment.
-            again = self._limits.pause_seconds if event.code == "busy" else None
-            raise UnreachableError(f"{self._source.url} broke off ({event.code})", retry_after=again)
-        if isinstance(event, NotSent):
-            if event.reason != "arriving":
-                raise AbsentError(f"{self._source.url} lacks {len(event.run)} chunks of {manifest.package}")
-            pace.is_steady = False
-            return [index for _, index in event.run]
-        return ()
-
-    def _is_delta(self, event: RunRefused) -> bool:
-        return isinstance(event.error, BaseMissingError) or any(
-            self._encoding.get(index) in DELTAS for _, index in event.run
-        )
-
-    def _listening(self, tap: Tap, pace: _Pace) -> Tap:
-        """`tap`, and in which encoding each chunk comes."""
-
-        def begin(run: Places, bases: Places, encoding: Encoding) -> Sink | None:
-            # An encoder behind the line may be what sets the pace.
-            pace.is_steady = pace.is_steady and len(run) == 1 and not bases
-            self._encoding.update((index, encoding) for _, index in run)
-            return tap(run, bases, encoding)
-
-        return begin
-
-    async def _holdings(self, manifest: Manifest, lease: str, place: Place) -> Holdings | None:
+    async def _find_holdings(self, manifest: Manifest, missing: set[int], lease: str, place: Place) -> Holdings | None:
         """What the source may build on: the newest other version, and packages that hold parts of this one."""
         known: dict[ManifestId, Manifest] = {}
         newest = await self._newest_other()
-        if newest is not None and self._missing:
+        if newest is not None and missing:
             known[newest.id] = newest
-        if sum(manifest.chunks[index].size for index in self._missing) > _MOSTLY_NEW * manifest.stream_size:
+        if sum(manifest.chunks[index].size for index in missing) > _MOSTLY_NEW * manifest.stream_size:
             others = await self._others()
-            asked = await asyncio.to_thread(worth_asking, manifest, sorted(self._missing), others)
+            asked = await asyncio.to_thread(worth_asking, manifest, sorted(missing), others)
             known |= {other.id: other for other in others if other.id in asked}
         if not known:
             return None
-        # Held before anybody builds on them.
+        # Held before the source builds on them.
         await self._transfer.leases.use(lease, known)
         held = [Held(each, ((0, len(each.chunks)),)) for each in known.values()]
-        return _Bounded(StoreHoldings(self._store.chunks, known, held), known, place)
+        return BoundedHoldings(self._store.chunks, known, place, held)
 
     async def _others(self) -> list[Manifest]:
         """The newest version of packages of other names that are here."""
@@ -406,41 +237,46 @@ class Fetching:
         found = [await self._transfer.catalog.manifest(pointer.manifest_id) for pointer in some]
         return [manifest for manifest in found if manifest is not None]
 
-    # --- pace
+    # --- as the receiver of the download
 
-    @property
-    def _goodput(self) -> float:
-        """What the source may count on, bytes per second; 0 where nothing is known."""
-        known = self._meter.line.goodput or 0.0
-        return min(known or self._rate, self._rate) if self._rate else known
-
-    def _learn(self, pace: _Pace) -> None:
-        """What one request says of the line: where something else set the pace, the line is at least so fast."""
-        known = self._meter.line.goodput
-        if self._rate or pace.size < _TELLING_BYTES or not (pace.is_steady or (known and pace.goodput > known)):
-            return
-        goodput = (known + pace.goodput) / 2 if known and pace.is_steady else pace.goodput
-        self._meter.line = replace(self._meter.line, goodput=goodput)
-        self._meter.samples += 1
-
-    async def _keep_limit(self, lease: str) -> None:
-        """Read no faster than was allowed: what the source then cannot send, it does not."""
+    async def take(self, batch: Sequence[Received]) -> None:
+        """As `Receiver`: into the store, and no faster than allowed: what the source then cannot send, it does not."""
+        for received in batch:
+            await self._landing.add(received.chunk)
+            self._state.here += received.chunk.size
+            metrics.RECEIVED.inc(received.payload_bytes)
+            metrics.CHUNKS.labels("stored").inc()
         if self._pacer is not None:
-            received = self._source.traffic.received
-            await self._pacer.wait(received - self._paced)
-            self._paced = received
+            crossed = self._source.traffic.received
+            await self._pacer.wait(crossed - self._paced)
+            self._paced = crossed
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
-            await self._transfer.leases.use(lease)
+            await self._transfer.leases.use(self._lease)
 
-    async def _pause(self, tries: int, error: UnreachableError) -> None:
-        pause = self._limits.pause_seconds * 2**tries
-        await asyncio.sleep(max(pause, min(error.retry_after or 0.0, self._limits.retry_after_max)))
+    async def bases(self) -> Holdings | None:
+        """As `Receiver`."""
+        return self._holdings
 
-    def _lacks(self, manifest: Manifest, missing: set[int]) -> None:
-        """What is missing now; from here on others may ask us for it."""
-        self._missing = missing
-        whole = manifest.stream_size
-        self._told.whole = whole
-        self._told.here = max(self._told.here, whole - sum(manifest.chunks[index].size for index in missing))
-        self._told.news.set()
+    def tap(self, run: Places, bases: Places, encoding: Encoding) -> Sink | None:
+        """As `Receiver`: to readers of this relay who can take a payload as it is."""
+        return self._tap(run, bases, encoding)
+
+    def goodput(self, source: str) -> float:  # noqa: ARG002 - there is one
+        """As `Receiver`: no more than the limit."""
+        known = self._meter.line.goodput or 0.0
+        rate = self._pacer.rate if self._pacer else 0.0
+        return min(known or rate, rate) if rate else known
+
+    # --- the line
+
+    def _learn(self) -> None:
+        """What the requests say of the line: where something else set the pace, the line is at least so fast."""
+        timings = [] if self._pacer else [each for tally in self._state.tallies.values() for each in tally.timings]
+        for timing in timings:
+            known = self._meter.line.goodput
+            if timing.goodput is None or not (timing.is_steady or (known and timing.goodput > known)):
+                continue
+            goodput = (known + timing.goodput) / 2 if known and timing.is_steady else timing.goodput
+            self._meter.line = replace(self._meter.line, goodput=goodput)
+            self._meter.samples += 1

@@ -1,6 +1,6 @@
-"""Packages that this relay fetches from another one because it was told to: one flight for each, however many ask.
+"""Packages that this relay fetches from another one on request: one flight for each, however many ask.
 
-A flight belongs to the relay, not to who asked: it goes on when its watchers are gone, and ends with the relay.
+A flight belongs to the relay, not to its request: it goes on when its watchers are gone, and ends with the relay.
 What came stays; asked again, it goes on from there.
 """
 
@@ -28,7 +28,7 @@ from relay.server.http.connection import Limits
 from relay.server.http.problems import TITLES, HttpRefusal, verdict_of
 from relay.server.packages import Transfer
 from relay.server.peers import Peers
-from relay.server.relay_download import Fetching, FetchLimits, Told
+from relay.server.relay_download import DownloadState, RelayDownload
 from relay.stores.open import Store
 from relay.support.rate_limit import Pacer
 
@@ -39,13 +39,13 @@ AT_ONCE: Final = 3
 TELL_SECONDS: Final = 0.5
 """Between two lines of progress, where something came."""
 UNHEARD_SECONDS: Final = 60.0
-"""How long one that ended well while nobody listened can still be joined: who was cut off learns what it moved."""
+"""How long one that ended well without a watcher can still be joined: a watcher that was cut off learns what it moved."""
 SILENCE_SECONDS: Final = 2.0
-"""Between two lines of progress at most: who watches knows that we are there."""
+"""Between two lines of progress at most: watchers know that we are there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReplicationOrder:
     """What to fetch, and from where."""
 
     package: PackageRef
@@ -56,11 +56,14 @@ class Flight:
     """One package on its way here."""
 
     def __init__(
-        self, order: Order, bring: Callable[[Told], Coroutine[Any, Any, None]], places: asyncio.Semaphore
+        self,
+        order: ReplicationOrder,
+        bring: Callable[[DownloadState], Coroutine[Any, Any, None]],
+        places: asyncio.Semaphore,
     ) -> None:
         """Begin at once, or as soon as one of `places` is free."""
         self.order = order
-        self.told = Told()
+        self.download = DownloadState()
         self._state: Literal["waiting", "running", "done", "failed"] = "waiting"
         self._code = self._reason = ""
         self._began = time.monotonic()
@@ -82,14 +85,14 @@ class Flight:
     @property
     def progress(self) -> messages.ReplicationProgress:
         """How it stands now."""
-        told = self.told
+        download = self.download
         return messages.ReplicationProgress(
             state=self._state,
-            bytes=told.here,
-            whole=told.whole,
-            wire_bytes=told.wire_bytes(),
-            encodings=told.encodings(),
-            fallbacks=told.fallbacks,
+            bytes=download.here,
+            whole=download.whole,
+            wire_bytes=download.wire_bytes(),
+            encodings=download.encodings,
+            fallbacks=download.fallbacks,
             seconds=(self._ended or time.monotonic()) - self._began,
             code=self._code,
             reason=self._reason,
@@ -114,9 +117,9 @@ class Flight:
             stopping.cancel()
 
     async def _news(self, stopping: asyncio.Task[Any]) -> None:
-        """Wait a while: bytes are told now and then; the offer and the end at once, as relays below wait for them."""
-        offered = asyncio.create_task(self.told.news.wait())
-        known = self.told.news.is_set()
+        """Wait a while: bytes are news now and then; the offer and the end are at once, as relays below wait for them."""
+        offered = asyncio.create_task(self.download.news.wait())
+        known = self.download.news.is_set()
         try:
             await asyncio.wait(
                 {self._task, stopping} | (set() if known else {offered}),
@@ -131,11 +134,13 @@ class Flight:
         self._task.cancel()
         await asyncio.wait([self._task])
 
-    async def _run(self, bring: Callable[[Told], Coroutine[Any, Any, None]], places: asyncio.Semaphore) -> None:
+    async def _run(
+        self, bring: Callable[[DownloadState], Coroutine[Any, Any, None]], places: asyncio.Semaphore
+    ) -> None:
         try:
             async with places:
                 self._state = "running"
-                await bring(self.told)
+                await bring(self.download)
             self._state = "done"
         except WaystationError as error:
             log.warning("replication of %s from %s: %s", self.order.package, self.order.request.source, error)
@@ -143,7 +148,7 @@ class Flight:
             # What went wrong with our own store names folders of ours: that is for the log.
             self._fail(code, TITLES[code] if isinstance(error, StoreError) else error.message)
         except asyncio.CancelledError:
-            self._fail("busy", "the relay was told to stop fetching from there")
+            self._fail("busy", "the relay was asked to stop fetching from there")
         except Exception:
             log.exception("replication of %s", self.order.package)
             self._fail("internal", TITLES["internal"])
@@ -170,13 +175,11 @@ class Replications:
         limits: Limits,
         *,
         at_once: int = AT_ONCE,
-        fetch_limits: FetchLimits | None = None,
     ) -> None:
         self._transfer = transfer
         self._store = store
         self._peers = peers
         self._limits = limits
-        self._fetch_limits = fetch_limits or FetchLimits()
         self._places = asyncio.Semaphore(at_once)
         self._flights: dict[str, Flight] = {}
         # Weak: a line that nothing is fetched over has no limit to keep.
@@ -201,7 +204,7 @@ class Replications:
     async def begin(self, request: messages.ReplicationRequest) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
 
-        One that fetches from elsewhere ends first: whoever asks last knows best which relays are alive.
+        One that fetches from elsewhere ends first: the last request knows best which relays are alive.
 
         Raises:
             HttpRefusal: 403 `unknown_peer`; 400 `bad_fields` where id or version are none.
@@ -216,7 +219,7 @@ class Replications:
                 return running
             if running is not None:
                 await running.stop()
-            flight = Flight(order, lambda told: self._bring(order, client, told), self._places)
+            flight = Flight(order, lambda state: self._bring(order, client, state), self._places)
             self._flights[request.manifest] = flight
             self._forget()
             return flight
@@ -225,11 +228,10 @@ class Replications:
         """Stop all flights. What came is kept. Twice is once."""
         await asyncio.gather(*(flight.stop() for flight in self._flights.values()))
 
-    async def _bring(self, order: Order, client: RelayClient, told: Told) -> None:
+    async def _bring(self, order: ReplicationOrder, client: RelayClient, state: DownloadState) -> None:
         async with client:
-            limits, pacer = self._fetch_limits, self._pacer(order.request)
-            fetching = Fetching(order.package, order.request, client, self._transfer, self._store, told, limits, pacer)
-            await fetching.run()
+            pacer = self._pacer(order.request)
+            await RelayDownload(order.package, order.request, client, self._transfer, self._store, state, pacer).run()
 
     def _pacer(self, request: messages.ReplicationRequest) -> Pacer | None:
         """Of the line to this source: what is fetched over it at one time shares its limit."""
@@ -244,9 +246,9 @@ class Replications:
         self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
-def _order(request: messages.ReplicationRequest) -> Order:
+def _order(request: messages.ReplicationRequest) -> ReplicationOrder:
     try:
         package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
     except IdentityError as error:
         raise HttpRefusal(400, "bad_fields") from error
-    return Order(package, request)
+    return ReplicationOrder(package, request)

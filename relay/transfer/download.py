@@ -1,20 +1,20 @@
-"""Fetch chunks of one package from the best of several sources, and go on at the next one when it fails.
+"""Download chunks of one package from the best of several sources, and go on at the next one when it fails.
 
-The whole of resumption is one question: which chunks are still missing? A chunk counts when it is verified; whatever
-was in flight when a source failed is asked for again, of anybody.
+The whole of resumption is one question: which chunks are still missing? A chunk counts when it is verified; what was in
+flight when a source failed is asked for again, of any source.
 
-Where the line is not fast, a source is told what is held here already, so that it can send differences. A difference
-that cannot be decoded is asked for again plainly, of the same source: only who lies in plain bytes is left for it.
+Where the line is not fast, a source hears what is held here already, so that it can send differences. A difference that
+cannot be decoded is asked for again plainly, of the same source: a source is left for lies in plain bytes only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from relay.encoding.bundle import (
     Aborted,
@@ -41,6 +41,7 @@ from relay.errors import (
 )
 from relay.package.manifest import Manifest
 from relay.protocol.messages import EncodedBytes, summed
+from relay.support.persistence import Bearing, Persistence
 
 SEGMENT_BYTES = 6 << 20
 """Tree stream in one request, at most (or one chunk). Requests in flight are all that can cross twice if this process is
@@ -59,10 +60,15 @@ CONNECTIONS = 2
 """Requests at a time. Each can lose at most one chunk in flight when its source dies."""
 STALL_SECONDS = 60.0
 """A source where chunks are still arriving is left when none came for so long."""
+PERSISTENCE = Persistence(first_pause=0.2, longest_pause=5.0, longest_asked=5.0, failures=0, patience=STALL_SECONDS)
+"""With one source: one that fails is left for the next at once, unless it asks for patience."""
+_BATCH_BYTES = 2 << 20
+_TELLING_BYTES = 256 << 10
+"""Bytes of payload behind the first chunk from which on a request says something about the line."""
 
 
 class ChunkSource(Protocol):
-    """Who can stream chunks of a manifest: a relay, or a store that can be reached as files."""
+    """What streams chunks of a manifest: a relay, or a store that can be reached as files."""
 
     @property
     def name(self) -> str:
@@ -85,7 +91,7 @@ class ChunkSource(Protocol):
             indexes: of the chunks.
             bases: what the source may build on.
             goodput: of the line, bytes per second of payload; 0 where it is not known.
-            tap: is told of each run before its chunks come, in any thread.
+            tap: hears of each run before its chunks come, in any thread.
 
         Raises:
             UntrustedError, UnreachableError, RefusedError: the source's fault, the line's, or its rule.
@@ -95,7 +101,7 @@ class ChunkSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RequestTiming:
     """How one request went, for the ranking of sources."""
 
     first_byte: float
@@ -108,33 +114,36 @@ class Measured:
 
 
 @dataclass(slots=True)
-class Tally:
-    """What one source did in one fetch."""
+class SourceTally:
+    """What one source did in one download."""
 
     chunks: int = 0
     bytes: int = 0
     payload_bytes: int = 0
     error: WaystationError | None = None
-    measured: list[Measured] = field(default_factory=list)
+    timings: list[RequestTiming] = field(default_factory=list)
     fallbacks: int = 0
     """Runs that could not be decoded and were asked for again plainly."""
     encodings: dict[str, EncodedBytes] = field(default_factory=dict)
 
     def count(self, encoding: str, size: int, payload_bytes: int) -> None:
         """One chunk of `size` bytes that came in this encoding."""
+        self.chunks += 1
+        self.bytes += size
+        self.payload_bytes += payload_bytes
         before = self.encodings.get(encoding) or EncodedBytes(encoding, 0, 0, 0)
         self.encodings[encoding] = EncodedBytes(
             encoding, before.chunks + 1, before.stream_bytes + size, before.payload_bytes + payload_bytes
         )
 
 
-def sum_encodings(tallies: Iterable[Tally]) -> list[EncodedBytes]:
+def sum_encodings(tallies: Iterable[SourceTally]) -> list[EncodedBytes]:
     """What crossed all lines, by encoding."""
     return list(summed(each for tally in tallies for each in tally.encodings.values()))
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class RequestShape:
     """How to ask one source: how much at a time, in one request or in several, with what is held here or without."""
 
     segment_bytes: int
@@ -142,12 +151,27 @@ class Manner:
     with_bases: bool
 
 
-def manner(goodput: float, *, can_have_bases: bool) -> Manner:
+def request_shape(goodput: float, *, can_have_bases: bool) -> RequestShape:
     """Pure. `goodput`: of the line, bytes per second; 0 where it is not known."""
     with_bases = can_have_bases and goodput < FAST_GOODPUT
     if goodput < THIN_GOODPUT and (goodput or with_bases):
-        return Manner(THIN_SEGMENT_BYTES, one_at_a_time=True, with_bases=with_bases)
-    return Manner(DELTA_SEGMENT_BYTES if with_bases else SEGMENT_BYTES, one_at_a_time=False, with_bases=with_bases)
+        return RequestShape(THIN_SEGMENT_BYTES, one_at_a_time=True, with_bases=with_bases)
+    segment_bytes = DELTA_SEGMENT_BYTES if with_bases else SEGMENT_BYTES
+    return RequestShape(segment_bytes, one_at_a_time=False, with_bases=with_bases)
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadLimits:
+    """How much a receiver asks for and takes at a time, and how long it bears with a source."""
+
+    connections: int = CONNECTIONS
+    asks_whole: bool = False
+    """Whether all that is missing is asked for in one request, with what is held here, whatever the line: for a receiver
+    that hands on what comes, as the source then encodes far ahead."""
+    batch_bytes: int = _BATCH_BYTES
+    """Chunks are delivered when so many bytes of them came; 0: each as it comes."""
+    persistence: Persistence = PERSISTENCE
+    """For each source. Its patience is also for a source where chunks are still arriving."""
 
 
 class NoSourceLeftError(UnreachableError):
@@ -166,113 +190,151 @@ class ChunksAbsentError(UnreachableError):
     """The source does not hold all of it. An answer, not a failure of the source."""
 
 
-class _NotDeliveredError(Exception):
-    """Around what `deliver` raised: that is the caller's own trouble, and no source is left for it."""
+class StalledError(UnreachableError):
+    """The source still waits for chunks, and none came for so long that asking again is no use."""
 
 
-Deliver = Callable[[list[Received]], Awaitable[None]]
-"""Takes verified chunks; when it returns, they count as fetched."""
-
-FindBases = Callable[[], Awaitable[Holdings | None]]
-"""Finds out what is held here. Asked at most once, and only where a line makes it worth while."""
-
-OnFailure = Callable[[ChunkSource, WaystationError], Awaitable[None]]
-"""Told when a source failed in this fetch; it will not be asked again in it."""
+class _NotTakenError(Exception):
+    """Around what `Receiver.take` raised: that is the receiver's own trouble, and no source is left for it."""
 
 
-async def fetch(
+class Receiver:
+    """What differs between receivers: where chunks go, what a source may build on, how long it is borne with."""
+
+    limits = DownloadLimits()
+
+    async def take(self, batch: Sequence[Received]) -> None:
+        """Verified chunks; when it returns, they count as here. What it raises ends the download."""
+        raise NotImplementedError
+
+    async def bases(self) -> Holdings | None:
+        """What is held here. Asked at most once, and only where a line makes it worth while."""
+        return None
+
+    def goodput(self, source: str) -> float:  # noqa: ARG002 - the signature
+        """What was measured of the line to a source before, bytes per second; 0 where nothing was."""
+        return 0.0
+
+    def tap(self, run: Places, bases: Places, encoding: Encoding) -> Sink | None:  # noqa: ARG002 - the signature
+        """As `Tap`: hears of each run before its chunks come, and takes its payload while it comes, in any thread."""
+        return None
+
+    async def left(self, source: ChunkSource, error: WaystationError) -> None:
+        """A source failed; it will not be asked again in this download."""
+
+
+async def download(
     manifest: Manifest,
     wanted: Iterable[int],
     sources: Sequence[ChunkSource],
-    deliver: Deliver,
-    *,
-    on_failure: OnFailure | None = None,
-    connections: int = CONNECTIONS,
-    stall_seconds: float = STALL_SECONDS,
-    find_bases: FindBases | None = None,
-    goodput_of: Callable[[str], float] = lambda _: 0.0,
-) -> dict[str, Tally]:
-    """Bring every chunk in `wanted` (indexes) to `deliver`, from `sources` in order of preference.
+    receiver: Receiver,
+    tallies: dict[str, SourceTally] | None = None,
+) -> dict[str, SourceTally]:
+    """Bring every chunk in `wanted` (indexes) to `receiver`, from `sources` in order of preference.
 
-    `goodput_of` a source, by name, is what was measured of its line before, bytes per second; 0 where nothing was.
-
-    Returns what each source that was asked did, by name.
+    Returns what each source that was asked did, by name: `tallies` where it is given, which can be read meanwhile.
 
     Raises:
         NoSourceLeftError: all sources failed before all chunks were there.
-        Exception: whatever `deliver` raises, at once.
+        Exception: whatever `receiver.take` raises, at once.
     """
-    run = _Fetch(manifest, wanted, sources, deliver, on_failure, stall_seconds, find_bases, goodput_of)
-    await run.work(connections)
+    run = _Download(manifest, wanted, sources, receiver, {} if tallies is None else tallies)
+    await run.work()
     return run.tallies
 
 
-class _Fetch:
+class _Asked:
+    """One source in this download: how it was borne, and what is known of its line, which all its requests share."""
+
+    def __init__(self, source: ChunkSource, tally: SourceTally, bearing: Bearing, goodput: float) -> None:
+        self.source = source
+        self.name = source.name
+        self.tally = tally
+        self.bearing = bearing
+        self.goodput = goodput
+        self.open = 0
+        """Requests."""
+
+    def learn(self, timing: RequestTiming) -> None:
+        self.tally.timings.append(timing)
+        if timing.goodput is not None and (timing.is_steady or 0.0 < self.goodput < timing.goodput):
+            self.goodput = timing.goodput
+
+
+class _Download:
     def __init__(
         self,
         manifest: Manifest,
         wanted: Iterable[int],
         sources: Sequence[ChunkSource],
-        deliver: Deliver,
-        on_failure: OnFailure | None,
-        stall_seconds: float,
-        find_bases: FindBases | None,
-        goodput_of: Callable[[str], float],
+        receiver: Receiver,
+        tallies: dict[str, SourceTally],
     ) -> None:
-        self.tallies: dict[str, Tally] = {}
+        self.tallies = tallies
         self._manifest = manifest
         self._missing = set(wanted)
-        self._sources = list(sources)
-        self._deliver = deliver
-        self._on_failure = on_failure
-        self._stall_seconds = stall_seconds
-        self._goodput_of = goodput_of
-        self._lines: dict[str, float] = {}
-        """Bytes per second that were measured in this fetch, by source."""
-        self._asking: Counter[str] = Counter()
-        """Requests that are open, by source."""
-        self._bases = _Once(find_bases)
-        self._last_progress = time.monotonic()
+        self._sources = sources
+        self._receiver = receiver
+        self._limits = receiver.limits
+        self._asked: dict[str, _Asked] = {}
+        self._bases = _Once(receiver.bases)
         self._todo: deque[int] = deque()
         self._plainly: set[int] = set()
         """Chunks whose difference failed."""
 
-    async def work(self, connections: int) -> None:
+    async def work(self) -> None:
         while self._missing:
             if not self._todo:
                 self._todo = deque(sorted(self._missing))
             try:
                 async with asyncio.TaskGroup() as group:
-                    for number in range(connections):
+                    for number in range(self._limits.connections):
                         group.create_task(self._worker(is_first=not number))
             except BaseExceptionGroup as errors:
                 first = first_of(errors)
-                raise (first.__cause__ or first if isinstance(first, _NotDeliveredError) else first) from None
+                raise (first.__cause__ or first if isinstance(first, _NotTakenError) else first) from None
 
     async def _worker(self, *, is_first: bool) -> None:
         while self._todo:
-            source = self._best()
-            how = await self._manner(source)
-            if not self._todo or (how.one_at_a_time and not is_first):
+            asked = self._best()
+            shape = await self._shape(asked)
+            if not self._todo or (shape.one_at_a_time and not is_first):
                 return
-            segment, plainly = self._next_segment(how.segment_bytes)
+            segment, plainly = self._next_segment(shape.segment_bytes)
             try:
-                await self._ask(source, segment, with_bases=how.with_bases and not plainly)
+                await self._ask(asked, segment, with_bases=shape.with_bases and not plainly)
             except StoreError:
                 raise
             except (UntrustedError, UnreachableError, RefusedError) as error:
-                if self._is_busy(error):
-                    # It is well and asks for patience; the next source may stand behind a thin line.
-                    asked_for = getattr(error, "retry_after", None) or 0.0
-                    await asyncio.sleep(max(_PAUSE_SECONDS, min(asked_for, _BUSY_SECONDS)))
-                else:
-                    await self._give_up(source, error)
+                await self._bear(asked, error)
             else:
                 if self._missing.issuperset(segment) and self._plainly.isdisjoint(segment):
                     # Everything is still on its way there. A relay waits itself before it says so; one that does not
                     # must not be asked without end.
-                    await asyncio.sleep(_PAUSE_SECONDS)
+                    await asyncio.sleep(self._limits.persistence.first_pause)
             self._todo.extendleft(index for index in reversed(segment) if index in self._missing)
+
+    def _best(self) -> _Asked:
+        for source in self._sources:
+            asked = self._asked.get(source.name) or self._begin(source)
+            if asked.tally.error is None:
+                return asked
+        errors = {name: tally.error for name, tally in self.tallies.items() if tally.error}
+        raise NoSourceLeftError(self._manifest, len(self._missing), errors)
+
+    def _begin(self, source: ChunkSource) -> _Asked:
+        tally = self.tallies.setdefault(source.name, SourceTally())
+        bearing = Bearing(self._limits.persistence)
+        asked = self._asked[source.name] = _Asked(source, tally, bearing, self._receiver.goodput(source.name))
+        return asked
+
+    async def _shape(self, asked: _Asked) -> RequestShape:
+        # Bases are looked for only where they may be of use: that reads whole trees.
+        is_worth_it = self._limits.asks_whole or asked.goodput < FAST_GOODPUT
+        found = await self._bases.get() if is_worth_it and asked.tally.fallbacks < FALLBACKS_MAX else None
+        if self._limits.asks_whole:
+            return RequestShape(self._manifest.stream_size, one_at_a_time=True, with_bases=found is not None)
+        return request_shape(asked.goodput, can_have_bases=found is not None)
 
     def _next_segment(self, most: int) -> tuple[list[int], bool]:
         """What to ask for next, and whether to ask for it plainly: chunks of one kind, so that the others need not be."""
@@ -286,194 +348,170 @@ class _Fetch:
             segment.append(self._todo.popleft())
         return segment, plainly
 
-    def _best(self) -> ChunkSource:
-        for source in self._sources:
-            tally = self.tallies.get(source.name)
-            if tally is None or tally.error is None:
-                return source
-        errors = {name: tally.error for name, tally in self.tallies.items() if tally.error}
-        raise NoSourceLeftError(self._manifest, len(self._missing), errors)
+    async def _bear(self, asked: _Asked, error: WaystationError) -> None:
+        """Pause before the source is asked again, or leave it.
 
-    async def _manner(self, source: ChunkSource) -> Manner:
-        goodput = self._goodput(source.name)
-        tally = self.tallies.get(source.name)
-        trusted = tally is None or tally.fallbacks < FALLBACKS_MAX
-        # Looked for only where it may be of use: that reads whole trees.
-        found = await self._bases.get() if trusted and goodput < FAST_GOODPUT else None
-        return manner(goodput, can_have_bases=found is not None)
+        One that is well and asks for patience gets some: the next may stand behind a thin line.
+        """
+        may_help = isinstance(error, UnreachableError) and not isinstance(error, StalledError)
+        pause = asked.bearing.pause_after(error) if may_help else None
+        if pause is not None:
+            await asyncio.sleep(pause)
+        elif asked.tally.error is None:
+            asked.tally.error = error
+            await self._receiver.left(asked.source, error)
 
-    def _goodput(self, name: str) -> float:
-        return self._lines.get(name) or self._goodput_of(name)
+    # --- one request
 
-    async def _ask(self, source: ChunkSource, segment: Sequence[int], *, with_bases: bool) -> None:
-        tally = self.tallies.setdefault(source.name, Tally())
+    async def _ask(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
         bases = await self._bases.get() if with_bases else None
-        meter = _Meter(source.name, self._asking)
-        encodings: dict[int, Encoding] = {}
+        request = _Request(asked, segment)
 
         def tap(run: Places, built_on: Places, encoding: Encoding) -> Sink | None:
-            meter.is_steady = meter.is_steady and len(run) == 1 and not built_on
-            encodings.update((index, encoding) for _, index in run)
-            return None
+            request.begins(run, built_on, encoding)
+            return self._receiver.tap(run, built_on, encoding)
 
-        stream = source.stream(self._manifest, segment, bases=bases, goodput=self._goodput(source.name), tap=tap)
-        batch: list[Received] = []
-        owed = set(segment)
-
-        async def take() -> None:
-            nonlocal batch
-            taken, batch = batch, []
-            await self._take(taken, tally, encodings)
-
+        stream = asked.source.stream(self._manifest, segment, bases=bases, goodput=asked.goodput, tap=tap)
         try:
             async for event in stream:
                 if isinstance(event, Received):
-                    if event.index not in owed:
-                        raise FrameError(f"{source.name} sent chunk {event.index}, which was not asked for")
-                    owed.discard(event.index)
-                    meter.took(event)
-                    batch.append(event)
-                    if sum(received.chunk.size for received in batch) >= _BATCH_BYTES:
-                        await take()
+                    request.took(event)
+                    if request.untaken_bytes >= self._limits.batch_bytes:
+                        await self._take(request)
                     continue
-                await take()
-                if isinstance(event, RunRefused) and bases is not None and _is_delta(event, encodings):
-                    tally.fallbacks += 1
-                    self._plainly.update(index for _, index in event.run)
-                    owed.difference_update(index for _, index in event.run)
-                    continue
-                self._heed(source, event)
-                if isinstance(event, NotSent):
-                    meter.is_steady = False
-                    owed.difference_update(index for _, index in event.run)
-            if owed:
-                raise FrameError(f"{source.name} left out {len(owed)} chunks without a word")
+                await self._take(request)
+                self._heed(request, event, had_bases=bases is not None)
+            if request.owed:
+                raise FrameError(f"{asked.name} left out {len(request.owed)} chunks without a word")
         finally:
-            meter.close()
+            request.close()
             try:
-                await take()
+                await self._take(request)
             finally:
                 await stream.aclose()
-        if meter.bytes:
-            measured = meter.result()
-            tally.measured.append(measured)
-            self._learn(source.name, measured)
+        if request.bytes:
+            asked.learn(request.timing())
 
-    def _learn(self, name: str, measured: Measured) -> None:
-        known = self._goodput(name)
-        if measured.goodput is not None and (measured.is_steady or 0.0 < known < measured.goodput):
-            self._lines[name] = measured.goodput
-
-    async def _take(self, batch: list[Received], tally: Tally, encodings: dict[int, Encoding]) -> None:
-        fresh = [received for received in batch if received.index in self._missing]
+    async def _take(self, request: _Request) -> None:
+        fresh = [received for received in request.untaken() if received.index in self._missing]
         if not fresh:
             return
         try:
-            await self._deliver(fresh)
+            await self._receiver.take(fresh)
         except WaystationError as error:
-            raise _NotDeliveredError from error
+            raise _NotTakenError from error
         self._missing.difference_update(received.index for received in fresh)
-        self._last_progress = time.monotonic()
-        tally.chunks += len(fresh)
-        tally.bytes += sum(received.chunk.size for received in fresh)
+        request.asked.bearing.gain()
         for received in fresh:
-            tally.payload_bytes += received.payload_bytes
-            tally.count(encodings.get(received.index, "zstd"), received.chunk.size, received.payload_bytes)
+            encoding = request.encodings.get(received.index, "zstd")
+            request.asked.tally.count(encoding, received.chunk.size, received.payload_bytes)
 
-    def _heed(self, source: ChunkSource, event: Event) -> None:
+    def _heed(self, request: _Request, event: Event, *, had_bases: bool) -> None:
+        """What an event means that brings no chunk. Raises what cannot be borne in this request."""
+        name = request.asked.name
         if isinstance(event, RunRefused) and not isinstance(event.error, CutShortError):
-            raise event.error
-        if isinstance(event, Aborted):
-            # Busy: what it was sending came from elsewhere, and may be here in a moment.
-            again = _PAUSE_SECONDS if event.code == "busy" else None
-            raise UnreachableError(f"{source.name} broke off ({event.code})", retry_after=again)
-        if isinstance(event, NotSent) and event.reason != "arriving":
-            raise ChunksAbsentError(f"{source.name} lacks {len(event.run)} chunks of {self._manifest.package}")
-        if isinstance(event, NotSent) and time.monotonic() - self._last_progress > self._stall_seconds:
-            raise UnreachableError(f"{source.name} still waits for chunks, none came for {self._stall_seconds:.0f} s")
-
-    def _is_busy(self, error: WaystationError) -> bool:
-        asks = isinstance(error, UnreachableError) and error.retry_after is not None
-        return asks and time.monotonic() - self._last_progress <= self._stall_seconds
-
-    async def _give_up(self, source: ChunkSource, error: WaystationError) -> None:
-        tally = self.tallies.setdefault(source.name, Tally())
-        if tally.error is None:
-            tally.error = error
-            # The next source gets its own patience.
-            self._last_progress = time.monotonic()
-            if self._on_failure:
-                await self._on_failure(source, error)
-
-
-_BATCH_BYTES = 2 << 20
-_BUSY_SECONDS = 5.0
-"""The longest pause before a source that asked for patience is asked again."""
-_PAUSE_SECONDS = 0.2
-
-
-_TELLING_BYTES = 256 << 10
-"""Bytes of payload behind the first chunk from which on a request says something about the line."""
+            if not (had_bases and request.is_delta(event)):
+                raise event.error
+            request.asked.tally.fallbacks += 1
+            self._plainly.update(request.excuse(event))
+        elif isinstance(event, Aborted):
+            # Busy: what it was sending came from elsewhere, and may be there in a moment.
+            raise UnreachableError(
+                f"{name} broke off ({event.code})", retry_after=0.0 if event.code == "busy" else None
+            )
+        elif isinstance(event, NotSent):
+            if event.reason != "arriving":
+                raise ChunksAbsentError(f"{name} lacks {len(event.run)} chunks of {self._manifest.package}")
+            if not request.asked.bearing.has_patience:
+                seconds = self._limits.persistence.patience
+                raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
+            request.is_steady = False
+            request.excuse(event)
 
 
 class _Once:
     """What is held here, looked for when it is first of use."""
 
-    def __init__(self, find: FindBases | None) -> None:
+    def __init__(self, find: Callable[[], Coroutine[Any, Any, Holdings | None]]) -> None:
         self._find = find
-        self._task: asyncio.Future[Holdings | None] | None = None
+        self._task: asyncio.Task[Holdings | None] | None = None
 
     async def get(self) -> Holdings | None:
-        if self._find is None:
-            return None
         if self._task is None:
-            self._task = asyncio.ensure_future(self._find())
+            self._task = asyncio.create_task(self._find())
         found = await asyncio.shield(self._task)
         return found if found is not None and found.held else None
 
 
-def _is_delta(event: RunRefused, encodings: dict[int, Encoding]) -> bool:
-    if isinstance(event.error, CutShortError):
-        return False
-    return isinstance(event.error, BaseMissingError) or any(encodings.get(index) in DELTAS for _, index in event.run)
+class _Request:
+    """One request to a source: what it still owes, what came and was not taken yet, and how fast it goes.
 
+    The line is shared by all requests that are open to the same source.
+    """
 
-class _Meter:
-    """How one request goes. The line is shared by all that are open to the same source."""
-
-    def __init__(self, name: str, asking: Counter[str]) -> None:
-        self._name = name
-        self._asking = asking
-        self._asking[name] += 1
-        self._open_at_first = self._asking[name]
-        self._open_at_last = self._open_at_first
-        self._asked = time.monotonic()
-        self._first: float | None = None
-        self._before = 0
+    def __init__(self, asked: _Asked, segment: Sequence[int]) -> None:
+        self.asked = asked
+        self.owed = set(segment)
+        self.encodings: dict[int, Encoding] = {}
+        """Of each chunk that was announced."""
         self.bytes = 0
-        self.payload_bytes = 0
         self.is_steady = True
+        """Whether it was the line that set the pace, and neither an encoder nor chunks that had to arrive first."""
+        self.untaken_bytes = 0
+        self._untaken: list[Received] = []
+        asked.open += 1
+        self._open_at_first = self._open_at_last = asked.open
+        self._asked_at = time.monotonic()
+        self._first_at: float | None = None
+        self._payload_bytes = 0
+        """Behind the first chunk."""
+
+    def begins(self, run: Places, built_on: Places, encoding: Encoding) -> None:
+        """A run is about to come."""
+        self.is_steady = self.is_steady and len(run) == 1 and not built_on
+        self.encodings.update((index, encoding) for _, index in run)
 
     def took(self, received: Received) -> None:
-        if self._first is None:
-            self._first = time.monotonic()
-            self._before = received.payload_bytes
+        """A chunk came. Raises `FrameError` where it was not asked for."""
+        if received.index not in self.owed:
+            raise FrameError(f"{self.asked.name} sent chunk {received.index}, which was not asked for")
+        self.owed.discard(received.index)
+        self._untaken.append(received)
+        self.untaken_bytes += received.chunk.size
         self.bytes += received.chunk.size
-        self.payload_bytes += received.payload_bytes
+        if self._first_at is None:
+            self._first_at = time.monotonic()
+        else:
+            self._payload_bytes += received.payload_bytes
+
+    def untaken(self) -> list[Received]:
+        """What came since this was asked last."""
+        untaken, self._untaken, self.untaken_bytes = self._untaken, [], 0
+        return untaken
+
+    def excuse(self, event: RunRefused | NotSent) -> set[int]:
+        """The chunks that an event speaks of: they are not owed any more."""
+        run = {index for _, index in event.run}
+        self.owed -= run
+        return run
+
+    def is_delta(self, event: RunRefused) -> bool:
+        built_on = any(self.encodings.get(index) in DELTAS for _, index in event.run)
+        return built_on or isinstance(event.error, BaseMissingError)
 
     def close(self) -> None:
-        """The request has ended."""
-        self._open_at_last = self._asking[self._name]
-        self._asking[self._name] -= 1
+        """It has ended."""
+        self._open_at_last = self.asked.open
+        self.asked.open -= 1
 
-    def result(self) -> Measured:
+    def timing(self) -> RequestTiming:
+        """How it went. Of one that brought something."""
         now = time.monotonic()
-        first = self._asked if self._first is None else self._first
-        telling = self.payload_bytes - self._before
+        first_at = self._asked_at if self._first_at is None else self._first_at
         goodput = None
-        if telling >= _TELLING_BYTES:
+        if self._payload_bytes >= _TELLING_BYTES:
             # Where something else set the pace, the whole of the time gives what is true of the line in any case.
-            since = first if self.is_steady else self._asked
+            since = first_at if self.is_steady else self._asked_at
             lanes = (self._open_at_first + self._open_at_last) / 2 if self.is_steady else 1.0
-            goodput = lanes * telling / max(now - since, 1e-6)
-        return Measured(first - self._asked, goodput, self.is_steady)
+            goodput = lanes * self._payload_bytes / max(now - since, 1e-6)
+        return RequestTiming(first_at - self._asked_at, goodput, self.is_steady)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,9 +24,10 @@ from relay.encoding.codecs import RAW, Coding, encode
 from relay.errors import StoreError
 from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE, ChunkReader
+from relay.support.byte_budget import ByteBudget
 
 KEPT_BYTES = 64 << 20
-"""Bytes of finished payloads that are kept for whoever asks next."""
+"""Bytes of finished payloads that are kept for the next reader."""
 MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
@@ -181,53 +182,6 @@ class Growing:
             self._loop.call_soon_threadsafe(what, *values)
 
 
-class _Gate:
-    """Lets encoders in, first come, first served, while there are threads and memory for them."""
-
-    def __init__(self, slots: int, reserve: Callable[[int, int], bool], release: Callable[[int], None]) -> None:
-        """`reserve` takes bytes, and how many are inside; it may not refuse who is alone: nobody would ever make room."""
-        self._slots = slots
-        self._reserve = reserve
-        self._release = release
-        self._inside = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    async def enter(self, size: int) -> None:
-        """Wait for a turn. Whoever came in has to `leave`."""
-        ticket = asyncio.get_running_loop().create_future()
-        place = (size, ticket)
-        self._queue.append(place)
-        self.look()
-        try:
-            await ticket
-        except asyncio.CancelledError:
-            if place in self._queue:
-                self._queue.remove(place)
-                self.look()
-            else:
-                self.leave(size)
-            raise
-
-    def leave(self, size: int) -> None:
-        self._inside -= 1
-        self._release(size)
-        self.look()
-
-    def look(self) -> None:
-        """Let in whoever can be let in now."""
-        while self._queue and self._inside < self._slots:
-            size, ticket = self._queue[0]
-            if not self._reserve(size, self._inside):
-                return
-            self._queue.popleft()
-            self._inside += 1
-            ticket.set_result(None)
-
-
 class Payloads:
     """The payloads of one process over one store. All of it belongs to one event loop."""
 
@@ -243,12 +197,11 @@ class Payloads:
         threads = threads or os.cpu_count() or 1
         self._source = source
         self._kept_bytes = kept_bytes
-        self._memory_bytes = memory_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
         # One more than there are threads: it reads its chunks while the others encode.
-        self._gate = _Gate(threads + 1, self._reserve, self._release)
-        self._reserved = 0
+        self._budget = ByteBudget(memory_bytes, turns=threads + 1, make_way=self._make_way)
         self._counted = 0
+        """Bytes of the budget that payloads count for; the rest is the encoders'."""
         self._payloads: OrderedDict[RunSpec, _Payload] = OrderedDict()
         self._by_first: dict[ChunkId, list[_Payload]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -261,7 +214,7 @@ class Payloads:
     async def pieces(self, spec: RunSpec) -> AsyncIterator[bytes]:
         """The payload, in pieces of at most 256 KiB, each as soon as it is made. Any number may read one payload.
 
-        Waits for its turn where encoders or memory are short. An encoder that nobody reads any more is stopped.
+        Waits for its turn where encoders or memory are short. An encoder without a reader is stopped.
 
         Raises:
             ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
@@ -303,13 +256,13 @@ class Payloads:
         return self._made.get(_digest(spec))
 
     def is_busy(self) -> bool:
-        """Whether whoever asks for a new payload now would have to wait long: who can do with stored chunks should."""
-        return self._gate.waiting > 0
+        """Whether a new payload would have to wait long now: a reader that can do with stored chunks should."""
+        return self._budget.waiting > 0
 
     @property
     def memory(self) -> int:
         """Bytes that encoders and payloads count for now."""
-        return self._reserved + self._counted
+        return self._budget.used
 
     async def close(self) -> None:
         """Stop all encoders, forget everything. Twice is once."""
@@ -330,7 +283,7 @@ class Payloads:
         `spec.coding.level` is 0: it is not known here. The `Growing` may be fed from other threads.
         """
         room = expected_payload(spec)
-        if self._closed or spec in self._payloads or not self._make_room(room):
+        if self._closed or spec in self._payloads or not self._budget.has_room(room):
             return None
         payload = _Payload(spec, is_arriving=True)
         self._enlist(payload)
@@ -340,7 +293,7 @@ class Payloads:
             more = payload.size + len(piece) - payload.counted
             if payload.has_ended:
                 return
-            if more > 0 and not self._make_room(more):
+            if more > 0 and not self._budget.has_room(more):
                 self._fail(payload, StoreError("no memory for a payload that was to be handed on"))
                 return
             payload.add(piece)
@@ -370,14 +323,14 @@ class Payloads:
         return payload
 
     async def _make(self, payload: _Payload) -> None:
-        """Never more than one at a time for one spec, and never for nobody: its last reader cancels or stops it."""
+        """Never more than one at a time for one spec, and never without a reader: the last one cancels or stops it."""
         need = working_bytes(payload.spec)
         try:
-            await self._gate.enter(need)
+            await self._budget.enter(need)
             try:
                 await self._encode(payload)
             finally:
-                self._gate.leave(need)
+                self._budget.leave(need)
         except Exception as error:
             # Whatever it is, it is for the readers to know.
             self._fail(payload, error)
@@ -423,7 +376,7 @@ class Payloads:
         self._tidy()
 
     def _fail(self, payload: _Payload, error: Exception) -> None:
-        """Tell its readers, stop its encoder; whoever asks next begins anew."""
+        """Tell its readers, stop its encoder; the next request begins anew."""
         if payload.has_ended:
             return
         payload.error = error
@@ -439,7 +392,7 @@ class Payloads:
         if payload.readers:
             return
         if not payload.has_ended and not payload.is_arriving:
-            self._fail(payload, StoreError("nobody reads this payload any more"))
+            self._fail(payload, StoreError("this payload has no reader any more"))
         self._tidy()
 
     # --- memory
@@ -462,15 +415,16 @@ class Payloads:
 
     def _count(self, payload: _Payload, size: int) -> None:
         self._counted += size - payload.counted
+        self._budget.used += size - payload.counted
         payload.counted = size
 
     def _tidy(self) -> None:
-        """Something ended: let go of what is too much, and let in who waits."""
+        """Something ended: let go of what is too much, and let in those that wait."""
         self._evict(self._kept_bytes, entries=_KEPT)
-        self._gate.look()
+        self._budget.look()
 
     def _evict(self, most: int, *, entries: int = sys.maxsize) -> None:
-        """Forget what nobody reads, the longest unused first, until payloads count for at most `most` bytes."""
+        """Forget what has no reader, the longest unused first, until payloads count for at most `most` bytes."""
         if self._counted <= most and len(self._payloads) <= entries:
             return
         for payload in [payload for payload in self._payloads.values() if payload.is_idle]:
@@ -478,26 +432,12 @@ class Payloads:
                 return
             self._forget(payload)
 
-    def _make_room(self, size: int) -> bool:
-        """Whether `size` bytes are free; kept payloads give way, but only where that is enough."""
-        room = self._memory_bytes - self._reserved - size
-        if self._counted > room:
-            idle = sum(payload.counted for payload in self._payloads.values() if payload.is_idle)
-            if self._counted - idle > room:
-                return False
-            self._evict(room)
-        return True
-
-    def _reserve(self, size: int, beside: int) -> bool:
-        if not self._make_room(size):
-            if beside:
-                return False
-            self._evict(0)
-        self._reserved += size
-        return True
-
-    def _release(self, size: int) -> None:
-        self._reserved -= size
+    def _make_way(self, lacking: int, at_any_cost: bool) -> bool:  # noqa: FBT001 - as the budget calls it
+        """Kept payloads give way, but only where that is enough."""
+        idle = sum(payload.counted for payload in self._payloads.values() if payload.is_idle)
+        if idle >= lacking or at_any_cost:
+            self._evict(self._counted - lacking)
+        return idle >= lacking
 
 
 def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.AbstractEventLoop) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -16,24 +15,25 @@ from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, indexes
 from relay.package.recipe import opaque
 from relay.protocol import messages
-from relay.protocol.client import LeaseLostError, MissingChunksError, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import LeaseLostError, MissingChunksError
 from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.contract import ChunkReader
+from relay.support.persistence import Persistence
+from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines, Meter, Remembered
 from relay.transfer.probe import Explained, Survey, confirm, explain, guess, line_of, survey
-from relay.transfer.sender import Progress, Sender, run_bytes
+from relay.transfer.sender import Sender, run_bytes
 
-__all__ = ["PATIENCE", "Progress", "Replicated", "Shipping", "plan", "replicate"]
+__all__ = ["PATIENCE", "PERSISTENCE", "Replicated", "Shipping", "plan", "replicate"]
 
-FRUITLESS_MAX = 3
-"""Tries in a row, after the first, that may end without the relay holding more than before."""
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
-_PAUSE = 0.2
-"""Seconds before the next try, doubled with each fruitless one: what is sent in vain crosses the line all the same."""
+PERSISTENCE = Persistence(first_pause=0.2, failures=4, patience=PATIENCE)
+"""Pauses grow, as what is sent in vain crosses the line all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,30 +240,22 @@ class _Replication:
 
     async def _persist(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> int:
         """Try until it is done; how often the relay was lost and found again."""
-        interruptions = fruitless = 0
-        gained, fewest = time.monotonic(), len(self._manifest.chunks) + 1
-        while True:
-            try:
+
+        def may_help(error: Exception) -> bool:
+            # A relay that was never there is a wrong address, not an interruption: said at once.
+            is_lost = isinstance(error, UnreachableError | LeaseLostError)
+            return is_lost and self._reached and not sender.source_failed
+
+        persistence = replace(PERSISTENCE, longest_asked=self._patience, patience=self._patience)
+        # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
+        async for attempt in persistence.tries(may_help, gained=lambda: -sender.lacking):
+            if attempt.num > 1:
+                sender.connections.failed()
+                await self._relay.wait_until_ready(self._patience)
+            with attempt:
                 await self._bring(sender, meter, remembered)
                 await self._give_exact()
-                return interruptions
-            except (UnreachableError, LeaseLostError) as error:
-                # A relay that was never there is a wrong address, not an interruption: said at once.
-                if sender.source_failed or not self._reached:
-                    raise
-                interruptions += 1
-                sender.connections.failed()
-                # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
-                if sender.lacking < fewest:
-                    gained, fewest, fruitless = time.monotonic(), sender.lacking, 0
-                else:
-                    fruitless += 1
-                pause = getattr(error, "retry_after", None)
-                is_busy = pause is not None and time.monotonic() - gained < self._patience
-                if fruitless > FRUITLESS_MAX and not is_busy:
-                    raise
-                await asyncio.sleep(min(max(pause or 0.0, _PAUSE * 2**fruitless), self._patience))
-                await self._relay.wait_until_ready(self._patience)
+        return attempt.num - 1
 
     async def _bring(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> None:
         manifest, relay = self._manifest, self._relay

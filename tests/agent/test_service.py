@@ -37,6 +37,7 @@ from agent.service import Service
 from relay.errors import LockedError, UsageError
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
+from relay.protocol.mail_client import MailClient
 
 SCRIPTS = {
     "count.sh": b'#!/bin/sh\necho run >> "$VAR_CANARY"\necho "hello from $WAYSTATION_OPERATION"\n',
@@ -64,9 +65,9 @@ class Reader:
         reports: list[Report] = []
         log: dict[str, bytearray] = {}
         for client in self.clients:
-            letters = (await client.reports(DEPLOYMENT, None, 0)).reports
+            letters = (await MailClient(client).reports(DEPLOYMENT, None, 0)).reports
             reports += [verify_report(letter.envelope, self.desk.identity) for letter in letters]
-            for piece in (await client.logs(DEPLOYMENT, None, 0)).pieces:
+            for piece in (await MailClient(client).logs(DEPLOYMENT, None, 0)).pieces:
                 whole = log.setdefault(piece.operation, bytearray())
                 whole.extend(bytes(max(0, piece.offset + len(piece.data) - len(whole))))
                 whole[piece.offset : piece.offset + len(piece.data)] = piece.data
@@ -121,7 +122,7 @@ class Place:
     async def post(self, order: Order, envelope: bytes | None = None, client: RelayClient | None = None) -> bytes:
         envelope = envelope or self.desk.sign(order)
         letter = messages.OrderLetter(self.desk.name, order.operation, envelope)
-        await (client or self.client).post_orders([letter])
+        await MailClient(client or self.client).post_orders([letter])
         return envelope
 
     async def result(self, operation: str, digest: str | None = None) -> Report:
@@ -264,7 +265,7 @@ async def test_an_agent_shows_itself_signed_with_the_fences_that_it_obeys(place:
         async with asyncio.timeout(20):
             while not seen or not verify_presence(seen[0].presence).fences:
                 await place.obey(Survey(()), f"again-{time.monotonic_ns()}")
-                seen = list(await place.client.agents())
+                seen = list(await MailClient(place.client).agents())
 
     presence = verify_presence(seen[0].presence, place.desk.identity.fingerprint)
     assert presence.name == "web1"
@@ -368,7 +369,9 @@ async def test_a_final_report_whose_number_is_taken_is_told_under_another(place:
     assert kept is not None
     forgotten = sign_report(msgspec.structs.replace(kept, reason="forgotten"), load_report_signer(place.desk.home))
     letter = messages.ReportLetter(operation=order.operation, number=kept.number, envelope=forgotten)
-    await place.client.post_reports("web1", messages.ReportsRequest(deployment=DEPLOYMENT, reports=(letter,)))
+    await MailClient(place.client).post_reports(
+        "web1", messages.ReportsRequest(deployment=DEPLOYMENT, reports=(letter,))
+    )
 
     async with serving(place.service()):
         numbers: set[int] = set()

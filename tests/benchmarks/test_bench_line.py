@@ -16,7 +16,8 @@ from benchmarks.cli import bench
 from benchmarks.line import SIZES, Plan, fits, measure_line, parse_connections
 from benchmarks.lines.network import CountingProxy, Line, ThreadedProxy
 from relay.errors import UnreachableError, UsageError
-from relay.protocol.client import RelayClient, TokenRefusedError
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import TokenRefusedError
 
 
 def line(*words: object) -> Result:

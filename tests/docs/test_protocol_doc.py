@@ -33,7 +33,7 @@ from relay.package import manifest
 from relay.package.chunk import Chunk
 from relay.package.zip_reader import WalkLimits
 from relay.protocol import messages
-from relay.protocol.client import ClientLimits
+from relay.protocol.connection import ClientLimits
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server.app import RelayApp
 from relay.server.http.access import iter_routes
@@ -42,7 +42,6 @@ from relay.server.http.problems import TITLES, verdict_of
 from relay.server.http.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
 from relay.server.packages import Transfer, _reason
 from relay.server.peers import Peers
-from relay.server.relay_download import FetchLimits
 from relay.server.replications import Replications
 from relay.stores.open import open_store
 from relay.stores.stored_form import decode_stored
@@ -269,7 +268,8 @@ def _in_code(path: str) -> object:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError:
         module_name, _, type_name = module_name.rpartition(".")
-        return _default(getattr(importlib.import_module(module_name), type_name), name)
+        found = getattr(importlib.import_module(module_name), type_name)
+        return _default(found, name) if isinstance(found, type) else getattr(found, name)
     return getattr(module, name)
 
 
@@ -282,9 +282,8 @@ def test_every_limit_on_the_page_is_the_one_in_the_code(path: str, told: str) ->
     ("prefix", "type"),
     [
         ("relay.server.http.connection.Limits", Limits),
-        ("relay.protocol.client.ClientLimits", ClientLimits),
+        ("relay.protocol.connection.ClientLimits", ClientLimits),
         ("relay.package.zip_reader.WalkLimits", WalkLimits),
-        ("relay.server.relay_download.FetchLimits", FetchLimits),
     ],
 )
 def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
@@ -323,6 +322,7 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.encoding.planner",
         "relay.package.ranges",
         "relay.transfer.download",
+        "relay.server.relay_download",
         "relay.transfer.link_history",
         "relay.mail.letter_database",
         "relay.mail.letters",

@@ -7,7 +7,7 @@ import os
 import random
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -25,7 +25,9 @@ from relay.package.chunking import PartDigest
 from relay.package.identity import ChunkId, NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.package.zip_reader import Entry
-from relay.protocol.client import ClientLimits, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import ClientLimits, Connection
+from relay.protocol.mail_client import MailClient
 from relay.server.app import start
 from relay.server.http.connection import Limits
 from relay.server.http.tokens import TokenRecord, make_token
@@ -194,6 +196,20 @@ class Relay:
 
     def client(self, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS) -> RelayClient:
         return RelayClient(self.url, token=token, limits=limits)
+
+    def mail(
+        self, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS
+    ) -> AbstractAsyncContextManager[MailClient]:
+        return mail_client(self.url, token=token, limits=limits)
+
+
+@asynccontextmanager
+async def mail_client(
+    url: str, *, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS
+) -> AsyncIterator[MailClient]:
+    """The mail of a relay, over a connection of its own."""
+    async with Connection(url, token=token, limits=limits) as connection:
+        yield MailClient(connection)
 
 
 @asynccontextmanager

@@ -30,7 +30,8 @@ from agent.orders.envelopes import sign_order, unverified
 from agent.orders.orders import Order, RunScript
 from orchestrator.trust.keyring import init_trust, load_signer
 from relay.protocol import messages
-from relay.protocol.client import RelayClient
+from relay.protocol.connection import Connection
+from relay.protocol.mail_client import MailClient
 from relay.trust.keys import OrderKey, encode_pins, keyid_of, parse_pins
 
 CANARY = """#!/bin/sh
@@ -139,8 +140,8 @@ class World:
             letters.append(messages.OrderLetter(agent=agent, operation=operation, envelope=envelope))
 
         async def send() -> messages.TakenAnswer:
-            async with RelayClient(self.farm.urls["fra"], token=self.tokens["attacker"]) as relay:
-                return await relay.post_orders(letters)
+            async with Connection(self.farm.urls["fra"], token=self.tokens["attacker"]) as relay:
+                return await MailClient(relay).post_orders(letters)
 
         return asyncio.run(send())
 

@@ -24,7 +24,7 @@ from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import UnreachableError
-from relay.protocol.client import ClientLimits
+from relay.protocol.connection import ClientLimits
 
 SITE = f"_waystation._tcp.fra._sites.{DOMAIN}"
 GENERIC = f"_waystation._tcp.{DOMAIN}"

@@ -47,7 +47,7 @@ from relay.config import RelayConfig
 from relay.encoding.bundle import Data
 from relay.errors import UnreachableError, UntrustedError, WaystationError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
-from relay.protocol.client import ClientLimits
+from relay.protocol.connection import ClientLimits
 from relay.server.app import RelayApp
 from relay.server.http.listen import Running, start_guarded
 from relay.server.packages import Transfer

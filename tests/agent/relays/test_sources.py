@@ -22,8 +22,8 @@ from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import FrameError, NotFoundError, StoreError, UnreachableError, UntrustedError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
-from relay.protocol.client import ClientLimits
-from relay.transfer.download import Measured
+from relay.protocol.connection import ClientLimits
+from relay.transfer.download import RequestTiming
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)
 FILES = {"bin/app.dll": noise("app", 200_000), "data/big.bin": noise("big", 3_000_000), "readme.txt": b"Read me."}
@@ -361,7 +361,7 @@ async def test_wrong_bytes_put_a_relay_out_at_once_and_a_bad_road_does_not(machi
 async def test_what_was_measured_is_kept(machine: Machine, servers: list[tuple[str, Asked]]) -> None:
     url, _ = servers[0]
     async with machine.sources(url) as sources:
-        sources.succeeded(url, Measured(first_byte=0.25, goodput=1e6))
+        sources.succeeded(url, RequestTiming(first_byte=0.25, goodput=1e6))
 
     kept = load_state(machine.relays_file)
 

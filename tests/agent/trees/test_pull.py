@@ -31,7 +31,8 @@ from relay.errors import (
     StoreError,
     UnreachableError,
 )
-from relay.protocol.client import ClientLimits, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import ClientLimits
 from relay.transfer.encoder_pool import Payloads, RunSpec
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)

@@ -17,7 +17,8 @@ from harness.process import WAYSTATION, Process, environment, run, wait_for
 from harness.seed import SOAK
 from harness.support import depot_with, make_nupkg, noise, nuspec, trust_keys
 
-from orchestrator.depot.depot import BATCH_BYTES, Depot, open_depot
+from orchestrator.depot.cut_nupkg import BATCH_BYTES
+from orchestrator.depot.depot import Depot, open_depot
 from relay.errors import ArchiveError, ConflictError, MetadataError, NotFoundError, UntrustedError, UsageError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest

@@ -20,18 +20,23 @@ from hypothesis import strategies as st
 
 from agent.orders.envelopes import order_digest, sign_presence, sign_report, verify_order
 from agent.orders.keys import load_agent_identity, load_report_signer, make_agent_keys
+from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acknowledge, Order, Presence, Report, RunScript, Stop, Survey
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
-from orchestrator.fleet.presence import Answers, muster
+from orchestrator.fleet.presence import Answers, merge_presences
 from orchestrator.fleet.relay_mail import Mailroom, Pauses
+from orchestrator.journal.events import Dispatched, Event, Note, Reported
+from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
 from relay.errors import StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
-from relay.protocol.client import RelayClient
+from relay.protocol.connection import Connection
+from relay.protocol.mail_client import MailClient
 
 DEPLOYMENT = "01J9ZZZZZZZZZZZZZZZZZZZZZ0"
+OPERATION = OperationId.of("01J9ZZZZZZZZZZZZZZZZZZZZZ0", 0, "web1", "survey")
 JOURNAL = "0" * 31 + "1"
 SURVEY = Survey(())
 SCRIPT = RunScript(package="a" * 64, path="configure.sh", variables={})
@@ -46,29 +51,27 @@ DEAD = "http://127.0.0.1:9"
 
 
 @dataclass
-class Told:
-    """Hooks that remember. `journal` is every event in order."""
+class Told(Recorder):
+    """A recorder that keeps what it hears here. `events` are those of operations, in order."""
 
-    journal: list[tuple[str, ...]] = field(default_factory=list)
+    deployment: str = DEPLOYMENT
+    events: list[Event] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
-    """`before_dispatch` waits for it, where there is one."""
+    """A dispatch waits for it, where there is one."""
 
-    async def before_dispatch(self, operation: str, machine: str, order: str) -> None:
-        if self.hold is not None:
-            await self.hold.wait()
-        self.journal.append(("dispatched", operation, machine, order))
-
-    async def after_report(self, machine: str, report: Report) -> None:
+    async def record(self, *events: Event) -> None:
         await asyncio.sleep(0)
-        self.journal.append(("reported", report.operation, machine, report.state))
-
-    async def note(self, machine: str, text: str) -> None:
-        self.notes.append(f"{machine}: {text}" if machine else text)
+        for event in events:
+            if isinstance(event, Note):
+                self.notes.append(f"{event.machine}: {event.text}" if event.machine else event.text)
+            elif isinstance(event, Dispatched) and self.hold is not None:
+                await self.hold.wait()
+        self.events += [event for event in events if not isinstance(event, Note)]
 
     @property
     def kinds(self) -> list[str]:
-        return [event[0] for event in self.journal]
+        return [event.kind() for event in self.events]
 
 
 class Agent:
@@ -84,7 +87,7 @@ class Agent:
         self.orders: list[Order] = []
         self.envelopes: list[bytes] = []
         self.skew = 0.0
-        self.answers: Callable[[Order, bytes, RelayClient], Awaitable[None]] = self.answer_done
+        self.answers: Callable[[Order, bytes, Connection], Awaitable[None]] = self.answer_done
 
     def presence(self, **changes: Any) -> bytes:
         said = Presence(
@@ -112,25 +115,25 @@ class Agent:
             **more,
         )
 
-    async def send(self, relay: RelayClient, *reports: Report, signer: Any = None) -> None:
+    async def send(self, relay: Connection, *reports: Report, signer: Any = None) -> None:
         letters = tuple(
             messages.ReportLetter(report.operation, report.number, sign_report(report, signer or self.signer))
             for report in reports
         )
-        await relay.post_reports(self.name, messages.ReportsRequest(DEPLOYMENT, letters))
+        await MailClient(relay).post_reports(self.name, messages.ReportsRequest(DEPLOYMENT, letters))
 
-    async def send_output(self, relay: RelayClient, operation: str, *pieces: tuple[int, bytes]) -> None:
+    async def send_output(self, relay: Connection, operation: str, *pieces: tuple[int, bytes]) -> None:
         letters = tuple(messages.LogPiece(operation, offset, data) for offset, data in pieces)
-        await relay.post_logs(self.name, messages.LogsRequest(DEPLOYMENT, letters))
+        await MailClient(relay).post_logs(self.name, messages.LogsRequest(DEPLOYMENT, letters))
 
-    async def answer_done(self, order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def answer_done(self, order: Order, envelope: bytes, relay: Connection) -> None:
         await self.send(relay, self.report(order, envelope))
 
-    async def poll(self, relay: RelayClient) -> None:
+    async def poll(self, relay: Connection) -> None:
         after: messages.Cursor | None = None
         while True:
             try:
-                answer = await relay.poll(self.name, messages.PollRequest(self.presence(), after, 5.0))
+                answer = await MailClient(relay).poll(self.name, messages.PollRequest(self.presence(), after, 5.0))
             except UnreachableError:
                 await asyncio.sleep(0.02)
                 continue
@@ -138,7 +141,7 @@ class Agent:
                 after = messages.Cursor(answer.epoch, letter.number)
                 await self._take(letter, relay)
 
-    async def _take(self, letter: messages.NumberedOrder, relay: RelayClient) -> None:
+    async def _take(self, letter: messages.NumberedOrder, relay: Connection) -> None:
         order = verify_order(letter.envelope, self.pins.pins)
         if letter.envelope in self.envelopes:
             return
@@ -148,7 +151,7 @@ class Agent:
             await self.answers(order, letter.envelope, relay)
 
     @asynccontextmanager
-    async def polling(self, *relays: RelayClient) -> AsyncIterator[None]:
+    async def polling(self, *relays: Connection) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self.poll(relay)) for relay in relays]
         try:
             yield
@@ -187,13 +190,13 @@ class Scene:
     """One agent, web1, at relays a and b (or as asked), and the fleet of a deployment."""
 
     agent: Agent
-    relays: dict[str, RelayClient]
+    relays: dict[str, Connection]
     fleet: Fleet
     told: Told
     folder: Path
 
     def path(self, operation: str) -> Path:
-        return Path(self.fleet.log_path(operation))
+        return Path(self.fleet.log_path(OperationId.parse(operation)))
 
 
 class World:
@@ -207,8 +210,8 @@ class World:
     async def relay(self, name: str) -> Relay:
         return await self.stack.enter_async_context(running_relay(self.folder / f"relay-{name}"))
 
-    async def client(self, url: str) -> RelayClient:
-        return await self.stack.enter_async_context(RelayClient(url, limits=CLIENT_LIMITS))
+    async def client(self, url: str) -> Connection:
+        return await self.stack.enter_async_context(Connection(url, limits=CLIENT_LIMITS))
 
     async def scene(
         self, *, extra: dict[str, str] | None = None, polls: Sequence[str] | None = None, limits: FleetLimits = QUICK
@@ -227,19 +230,18 @@ class World:
         self,
         agent: Agent,
         urls: dict[str, str],
-        clients: dict[str, RelayClient],
+        clients: dict[str, Connection],
         *,
         limits: FleetLimits = QUICK,
         machine: PlannedMachine | None = None,
     ) -> Fleet:
         return Fleet(
             plan_of([machine or machine_of(agent, urls)], urls),
-            DEPLOYMENT,
             clients,
             signer=order_signer(agent),
             journal=JOURNAL,
             folder=str(self.folder / "deployment"),
-            hooks=self.told,
+            recorder=self.told,
             fence=7,
             limits=limits,
         )
@@ -259,7 +261,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def perform(scene: Scene, action: Any = SURVEY, **more: Any) -> Report:
-    return await scene.fleet.perform("web1", 0, "survey", 1, action, **more)
+    return await scene.fleet.perform(OPERATION, action, **more)
 
 
 # --- out and back
@@ -282,33 +284,32 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     await scene.fleet.presences()
     # A letter that had left would be at the relay by now, and that relay answers at once.
-    seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
+    seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
     assert seen.orders == ()
     assert scene.agent.orders == []
 
     scene.told.hold.set()
     report = await running
     digest = order_digest(scene.agent.envelopes[0])
-    assert scene.told.journal == [
-        ("dispatched", report.operation, "web1", digest),
-        ("reported", report.operation, "web1", "done"),
+    assert scene.told.events == [
+        Dispatched(report.operation, "web1", digest),
+        Reported.of("web1", report),
     ], "when perform returned, the journal had both"
 
 
 async def test_a_journal_that_cannot_be_written_keeps_the_order_here(world: World) -> None:
     scene = await world.scene()
 
-    async def full(operation: str, machine: str, order: str) -> None:
+    async def full(*events: Event) -> None:
         raise StoreError("no space left", full=True)
 
-    scene.told.before_dispatch = full  # type: ignore[method-assign]
+    scene.told.record = full  # type: ignore[method-assign]
     with pytest.raises(StoreError):
         await perform(scene)
-    seen = await scene.relays["a"].poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
+    seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
     assert seen.orders == ()
 
 
@@ -317,7 +318,7 @@ async def test_an_order_at_two_relays_is_acted_on_once_and_answered_once(world: 
     scene = await world.scene(extra={"b": b.url})
     done: list[Report] = []
 
-    async def twice(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def twice(order: Order, envelope: bytes, relay: Connection) -> None:
         # The same report at both relays, as an agent does that did not hear the first one's answer.
         report = scene.agent.report(order, envelope)
         done.append(report)
@@ -341,7 +342,7 @@ async def test_a_result_that_only_another_relay_has_is_found_there(world: World)
     b = await world.relay("b")
     scene = await world.scene(extra={"b": b.url}, polls=["a"])
 
-    async def elsewhere(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def elsewhere(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(scene.relays["b"], scene.agent.report(order, envelope))
 
     scene.agent.answers = elsewhere
@@ -355,13 +356,13 @@ async def test_a_relay_that_dies_with_the_order_is_made_up_for_when_it_comes_bac
         relay = await first.enter_async_context(running_relay(world.folder / "one"))
         urls = {"a": relay.url}
         client = await world.client(relay.url)
-        await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+        await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, urls, {"a": client})
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         async with asyncio.timeout(10):
-            while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
+            while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
     assert not running.done()
     other = await world.stack.enter_async_context(running_relay(world.folder / "two", port=relay.port))
@@ -382,7 +383,7 @@ async def test_reports_out_of_order_and_twice_are_one_result(world: World) -> No
     scene = await world.scene()
     heard: list[int] = []
 
-    async def muddled(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def muddled(order: Order, envelope: bytes, relay: Connection) -> None:
         running = [scene.agent.report(order, envelope, "running", n, done=n, whole=9) for n in (1, 2, 3)]
         await scene.agent.send(relay, running[1])
         await scene.agent.send(relay, running[0], running[1])
@@ -399,7 +400,7 @@ async def test_a_report_that_another_key_signed_counts_for_nothing(world: World)
     scene = await world.scene()
     other = Agent(world.folder, "web2")
 
-    async def forged_first(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def forged_first(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, "done", 1), signer=other.signer)
         await scene.agent.send(relay, scene.agent.report(order, envelope, "failed", 2))
 
@@ -411,7 +412,7 @@ async def test_a_report_that_another_key_signed_counts_for_nothing(world: World)
 async def test_a_report_of_another_order_under_the_same_name_counts_for_nothing(world: World) -> None:
     scene = await world.scene()
 
-    async def of_another(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def of_another(order: Order, envelope: bytes, relay: Connection) -> None:
         stale = scene.agent.report(order, b"other bytes", "refused", 1, reason="other bytes under this operation")
         await scene.agent.send(relay, stale, scene.agent.report(order, envelope, "done", 2))
 
@@ -428,17 +429,16 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     urls = {"a": relay.url}
     fleet = Fleet(
         plan_of([machine_of(web1, urls), machine_of(web2, urls)], urls),
-        DEPLOYMENT,
         {"a": client},
         signer=order_signer(web1),
         journal=JOURNAL,
         folder=str(world.folder / "deployment"),
-        hooks=world.told,
+        recorder=world.told,
         fence=1,
         limits=QUICK,
     )
 
-    async def meddled(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def meddled(order: Order, envelope: bytes, relay: Connection) -> None:
         await web2.send(relay, web2.report(order, envelope, "done", 1))
         await eventually(lambda: any("never ordered" in note for note in world.told.notes))
         await web1.send(relay, web1.report(order, envelope, "failed", 1))
@@ -446,7 +446,7 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     web1.answers = meddled
     async with fleet, web1.polling(client), web2.polling(await world.client(relay.url)):
         await all_present(fleet)
-        report = await fleet.perform("web1", 0, "survey", 1, SURVEY)
+        report = await fleet.perform(OPERATION, SURVEY)
     assert (report.state, report.agent) == ("failed", "web1")
 
 
@@ -463,7 +463,7 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     urls = {"a": relay.url}
     fleet = world.fleet(agent, urls, {"a": client})
     async with fleet:
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(f"{DEPLOYMENT}/0/web1/survey/1")
         assert envelope is not None
@@ -485,7 +485,7 @@ async def test_the_same_again_after_a_crash_sends_the_same_bytes_and_gets_the_fi
 
     again = world.fleet(scene.agent, {"a": scene.relays["a"].url}, scene.relays)
     async with again:
-        report = await again.perform("web1", 0, "survey", 1, SCRIPT)
+        report = await again.perform(OPERATION, SCRIPT)
     assert report == first
     assert len(scene.agent.orders) == 1, "another order left under the same name"
     assert isinstance(scene.agent.orders[0].action, Survey)
@@ -496,12 +496,11 @@ async def test_an_order_that_was_written_down_but_never_left_leaves_now(world: W
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    kept = book.find(operation)
+    kept = book.find(OPERATION)
     scene.told.hold = None
 
     assert (await perform(scene)).state == "done"
@@ -515,10 +514,10 @@ async def test_a_machine_that_is_gone_is_lost_after_a_while(world: World) -> Non
     relay = await world.relay("a")
     client = await world.client(relay.url)
     agent = Agent(world.folder)
-    await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+    await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
     async with world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=0.3)) as fleet:
         with pytest.raises(LostError, match="web1 is lost"):
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert (await fleet.presences()).missing["web1"].startswith("lost: relay a has seen it last")
 
 
@@ -534,7 +533,7 @@ async def test_a_machine_that_is_seen_is_not_lost_however_long_it_takes(world: W
 
     scene.fleet.presences = counted  # type: ignore[method-assign]
 
-    async def late(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def late(order: Order, envelope: bytes, relay: Connection) -> None:
         # It polls no more, but it was seen by the relay's other connection: another task polls on.
         async with scene.agent.polling(await world.client(relay.url)):
             began = asyncio.get_running_loop().time()
@@ -551,7 +550,7 @@ async def test_where_no_relay_takes_the_order_the_road_is_named(world: World) ->
     client = await world.client(DEAD)
     async with world.fleet(agent, {"a": DEAD}, {"a": client}, limits=limits_with(lost=0.3, look=30.0)) as fleet:
         with pytest.raises(UnreachableError, match="no relay has taken an order for web1") as caught:
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert not isinstance(caught.value, LostError)
         found = await fleet.presences()
     assert "none of its relays answers" in found.missing["web1"]
@@ -563,12 +562,12 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
     async with AsyncExitStack() as short:
         relay = await short.enter_async_context(running_relay(world.folder / "one"))
         client = await world.client(relay.url)
-        await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
+        await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=3.0))
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         async with asyncio.timeout(10):
-            while not (await client.poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
+            while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
     with pytest.raises(UnreachableError, match="none of the relays of web1") as caught:
         await running
@@ -578,7 +577,7 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
 async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World) -> None:
     scene = await world.scene(limits=limits_with(accept=0.3))
 
-    async def nothing(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def nothing(order: Order, envelope: bytes, relay: Connection) -> None:
         return
 
     scene.agent.answers = nothing
@@ -588,7 +587,7 @@ async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World)
 
 async def test_without_a_fence_nothing_leaves(world: World) -> None:
     scene = await world.scene()
-    scene.fleet.claim(0)
+    scene.fleet.fence = 0
     with pytest.raises(ValueError, match="fence"):
         await perform(scene)
     assert scene.agent.orders == []
@@ -613,7 +612,7 @@ def seen(agent: Agent, presence: bytes | None = None, *, age: float = 0.0) -> me
 
 def reason(agent: Agent, *seens: messages.AgentSeen, **changes: Any) -> str:
     machine = machine_of(agent, ["a"], **changes)
-    found = muster([machine], {"a": seens}, time.time())
+    found = merge_presences([machine], {"a": seens}, time.time())
     assert set(found.present) | set(found.missing) == {"web1"}
     return found.missing.get("web1", "")
 
@@ -653,10 +652,10 @@ def test_the_freshest_of_several_relays_counts(tmp_path: Path) -> None:
     agent = Agent(tmp_path)
     machine = machine_of(agent, ["a", "b", "c"])
     answers: Answers = {"a": [seen(agent, age=500.0)], "b": "cannot be reached", "c": [seen(agent, age=3.0)]}
-    found = muster([machine], answers, time.time())
+    found = merge_presences([machine], answers, time.time())
     assert set(found.present) == {"web1"}
     assert found.silent == {"b": "cannot be reached"}
-    gone = muster([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
+    gone = merge_presences([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
     assert gone.missing["web1"] == "none of its relays answers: a: no; b: no; c: no"
 
 
@@ -678,7 +677,7 @@ async def test_output_comes_by_pieces_with_a_gap_that_is_filled_later(world: Wor
     whole = b"".join(b"line %d\n" % number for number in range(2000))
     gate = asyncio.Event()
 
-    async def gapped(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def gapped(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send_output(relay, order.operation, (0, whole[:1000]), (5000, whole[5000:]))
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(whole)))
         await gate.wait()
@@ -703,7 +702,7 @@ async def logs_now(fleet: Fleet) -> bool:
 async def test_output_that_never_comes_is_noted_and_not_waited_for_for_ever(world: World) -> None:
     scene = await world.scene(limits=limits_with(logs=0.1))
 
-    async def silent(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def silent(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(b"x" * 100)))
 
     scene.agent.answers = silent
@@ -715,7 +714,7 @@ async def test_output_that_never_comes_is_noted_and_not_waited_for_for_ever(worl
 async def test_output_that_a_relay_invented_is_noted(world: World) -> None:
     scene = await world.scene(limits=limits_with(logs=10.0))
 
-    async def altered(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def altered(order: Order, envelope: bytes, relay: Connection) -> None:
         await scene.agent.send_output(relay, order.operation, (0, b"all is wonderful"))
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(b"all is not well!")))
 
@@ -764,13 +763,13 @@ def test_a_log_is_at_any_time_a_true_beginning(
 async def test_results_are_acknowledged_once_their_output_is_here(world: World) -> None:
     scene = await world.scene()
 
-    async def lacking(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def lacking(order: Order, envelope: bytes, relay: Connection) -> None:
         output = b"x" if order.operation.endswith("/2") else b""
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(output)))
 
     scene.agent.answers = lacking
-    first = await scene.fleet.perform("web1", 0, "survey", 1, SURVEY)
-    second = await scene.fleet.perform("web1", 0, "survey", 2, SURVEY)
+    first = await scene.fleet.perform(OPERATION, SURVEY)
+    second = await scene.fleet.perform(replace(OPERATION, attempt=2), SURVEY)
     await scene.fleet.acknowledge("web1")
     await eventually(lambda: len(scene.agent.orders) == 3)
     assert scene.agent.orders[-1].action == Acknowledge((first.operation,)), "the second's output is not here yet"
@@ -790,28 +789,18 @@ async def test_a_running_operation_can_be_stopped(world: World) -> None:
     scene = await world.scene()
     taken: list[tuple[Order, bytes]] = []
 
-    async def hangs(order: Order, envelope: bytes, relay: RelayClient) -> None:
+    async def hangs(order: Order, envelope: bytes, relay: Connection) -> None:
         taken.append((order, envelope))
         await scene.agent.send(relay, scene.agent.report(order, envelope, "running", 1))
 
     scene.agent.answers = hangs
-    running = asyncio.create_task(scene.fleet.perform("web1", 3, "1-configure", 1, SCRIPT))
+    running = asyncio.create_task(scene.fleet.perform(OperationId.of(DEPLOYMENT, 3, "web1", "1-configure"), SCRIPT))
     await eventually(lambda: len(taken) == 1)
-    await scene.fleet.stop(taken[0][0].operation)
+    await scene.fleet.stop(OperationId.parse(taken[0][0].operation))
     await eventually(lambda: any(isinstance(order.action, Stop) for order in scene.agent.orders))
     assert scene.agent.orders[-1].action == Stop(f"{DEPLOYMENT}/3/web1/1-configure/1")
     await scene.agent.send(scene.relays["a"], scene.agent.report(*taken[0], "stopped", 2))
     assert (await running).state == "stopped"
-
-
-def test_names_of_actions_become_part_of_an_operation(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o700)
-    agent = Agent(tmp_path)
-    fleet = World(tmp_path, AsyncExitStack()).fleet(agent, {}, {})
-    assert fleet.operation("web1", 2, "3-restart the app!", 1) == f"{DEPLOYMENT}/2/web1/3-restart-the-app/1"
-    assert fleet.operation("web1", 2, "üß", 1).endswith("/action/1")
-    assert len(fleet.operation("w" * 63, 999, "x" * 500, 12)) < 200
-    assert fleet.log_path(fleet.operation("web1", 2, "switch", 1)).endswith("/logs/2~web1~switch~1.log")
 
 
 # --- the mailroom

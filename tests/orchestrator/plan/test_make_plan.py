@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from harness.files import parse_environment, parse_process
 from harness.paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck
-from orchestrator.files.environment import load_environment, parse_environment
-from orchestrator.files.process import load_process, parse_process
+from orchestrator.files.environment import load_environment
+from orchestrator.files.process import load_process
 from orchestrator.files.scaffold import write_scaffold
 from orchestrator.files.script_files import Files, ScriptPathError, check_script_path
 from orchestrator.plan.forecast import describe, document, forecast

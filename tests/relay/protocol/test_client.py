@@ -25,14 +25,8 @@ from relay.errors import (
 from relay.package import manifest as manifests
 from relay.package.identity import NuGetVersion, PackageId
 from relay.protocol import messages
-from relay.protocol.client import (
-    LeaseLostError,
-    MissingChunksError,
-    RelayClient,
-    TokenRefusedError,
-    TooSlowError,
-    token_from,
-)
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import LeaseLostError, MissingChunksError, TokenRefusedError, TooSlowError, token_from
 from relay.stores.memory import MemoryChunks
 
 CUT = cut_package({f"lib/{i}.dll": noise(i, 70_000 + i) for i in range(4)} | {"readme.txt": b"text " * 500})

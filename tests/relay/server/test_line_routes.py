@@ -15,7 +15,8 @@ from harness.support import CLIENT_LIMITS, running_relay, small_server, token
 
 from relay.errors import RefusedError, UnreachableError, UntrustedError
 from relay.protocol import messages
-from relay.protocol.client import RelayClient, TokenRefusedError
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import TokenRefusedError
 from relay.support.incompressible import PIECE, noise
 
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from harness.relays import RelayProcess
-from harness.support import CLIENT_LIMITS, RELAY_LIMITS, eventually, running_relay, small_server, token
+from harness.support import CLIENT_LIMITS, RELAY_LIMITS, eventually, mail_client, running_relay, small_server, token
 from yarl import URL
 
 from relay.config import RelayConfig
@@ -23,7 +23,8 @@ from relay.mail.letter_database import LetterDatabase
 from relay.mail.mailbox import Mail
 from relay.mail.presences import FORGET_SECONDS, Presences
 from relay.protocol import messages
-from relay.protocol.client import RelayClient, TokenRefusedError
+from relay.protocol.connection import TokenRefusedError
+from relay.protocol.mail_client import MailClient
 from relay.server.app import RelayApp
 from relay.server.http.access import iter_routes
 from relay.server.http.connection import Limits
@@ -69,7 +70,7 @@ async def relay(tmp_path):
 
 @pytest.fixture
 async def client(relay):
-    async with relay.client() as made:
+    async with relay.mail() as made:
         yield made
 
 
@@ -208,7 +209,8 @@ async def test_a_relay_that_stops_answers_its_long_polls_at_once(tmp_path):
         relay = await stack.enter_async_context(
             running_relay(tmp_path / "relay", limits=Limits(drain_seconds=600.0, linger_seconds=0.2))
         )
-        client = relay.client()
+        connection = relay.client()
+        client = MailClient(connection)
         tasks = [
             asyncio.create_task(one)
             for one in (client.poll("web1", poll(wait=25)), client.reports(D, wait=25), client.logs(D, wait=25))
@@ -219,7 +221,7 @@ async def test_a_relay_that_stops_answers_its_long_polls_at_once(tmp_path):
         async with asyncio.timeout(15):
             polled, reported, logged = await asyncio.gather(*tasks)
             await stopping
-        await client.close()
+        await connection.close()
     assert (polled.orders, reported.reports, logged.pieces) == ((), (), ())
 
 
@@ -232,7 +234,7 @@ async def test_long_polls_do_not_count_among_the_connections_of_their_token(tmp_
         contextlib.AsyncExitStack() as stack,
     ):
         for n in range(6):
-            client = await stack.enter_async_context(relay.client(text))
+            client = await stack.enter_async_context(relay.mail(text))
             task = await stack.enter_async_context(waiting(client.poll(f"w{n}", poll(wait=25))))
             await asyncio.sleep(0.1)
             assert not task.done()
@@ -243,7 +245,7 @@ async def test_too_many_long_polls_are_told_to_come_back(tmp_path):
     limits = Limits(long_polls=1, linger_seconds=0.2, drain_seconds=2.0)
     async with (
         running_relay(tmp_path / "r", limits=limits) as relay,
-        relay.client() as client,
+        relay.mail() as client,
         waiting(client.poll("web1", poll(wait=25))),
     ):
         await is_polling(client)
@@ -377,7 +379,7 @@ async def test_each_route_asks_for_its_own_scope_and_does_nothing_for_another(tm
     async with (
         running_relay(tmp_path / "relay", tokens=[record for _, record in TOKENS.values()]) as relay,
         aiohttp.ClientSession(relay.url) as session,
-        relay.client(TOKENS["order"][0]) as watcher,
+        relay.mail(TOKENS["order"][0]) as watcher,
     ):
         for (method, path), (url, body) in CALLS.items():
             status, answer = await call(session, method, url, body, bearer)
@@ -388,14 +390,14 @@ async def test_each_route_asks_for_its_own_scope_and_does_nothing_for_another(tm
         counts = len((await watcher.reports(D, wait=0)).reports), len((await watcher.logs(D, wait=0)).pieces)
         assert counts == ((1, 1) if scope == "agent" else (0, 0))
         assert len(await watcher.agents()) == (scope == "agent")
-        async with relay.client(TOKENS["agent"][0]) as agent:
+        async with relay.mail(TOKENS["agent"][0]) as agent:
             assert len((await agent.poll("web1", poll())).orders) == (scope == "order")
 
 
 async def test_the_client_says_that_the_token_is_refused(tmp_path):
     async with (
         running_relay(tmp_path / "r", tokens=[TOKENS["agent"][1]]) as relay,
-        relay.client(TOKENS["agent"][0]) as client,
+        relay.mail(TOKENS["agent"][0]) as client,
     ):
         with pytest.raises(TokenRefusedError):
             await client.post_orders([order()])
@@ -531,7 +533,7 @@ async def test_a_cursor_from_nowhere_reads_from_the_beginning(client):
 
 async def test_mail_that_is_full_says_so_and_when_to_come_back(tmp_path):
     limits = Limits(mail_bytes_per_agent=2000, linger_seconds=0.2, drain_seconds=2.0)
-    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.client() as client:
+    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.mail() as client:
         await client.post_orders([order(1, bytes(1000))])
         async with aiohttp.ClientSession(relay.url) as session:
             body = json(messages.OrdersRequest((order(2, bytes(1000)),)))
@@ -539,7 +541,7 @@ async def test_mail_that_is_full_says_so_and_when_to_come_back(tmp_path):
                 assert response.status == 507
                 assert int(response.headers["Retry-After"]) >= 60
                 assert (await response.json(content_type=None))["code"] == "store_full"
-        async with relay.client(limits=ONE_TRY) as hasty:
+        async with relay.mail(limits=ONE_TRY) as hasty:
             with pytest.raises(UnreachableError, match="no space left") as refused:
                 await hasty.post_orders([order(2, bytes(1000))])
             assert refused.value.retry_after >= 60
@@ -548,9 +550,10 @@ async def test_mail_that_is_full_says_so_and_when_to_come_back(tmp_path):
 
 async def test_bundles_in_flight_keep_no_order_poll_or_report_from_its_way(tmp_path):
     limits = Limits(bytes_in_flight=10, linger_seconds=0.2, drain_seconds=2.0)
-    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.client(limits=ONE_TRY) as client:
+    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.client(limits=ONE_TRY) as packages:
+        client = MailClient(packages)
         with pytest.raises(UnreachableError):
-            await client.missing((messages.ChunkRanges("ab" * 32, ((0, 1),)),))
+            await packages.missing((messages.ChunkRanges("ab" * 32, ((0, 1),)),))
         with pytest.raises(UnreachableError):
             await client.post_logs("web1", pieces(0))
         assert await client.post_orders([order()]) == messages.TakenAnswer(1)
@@ -560,7 +563,7 @@ async def test_bundles_in_flight_keep_no_order_poll_or_report_from_its_way(tmp_p
 
 async def test_agents_that_send_much_keep_no_order_from_its_way(tmp_path):
     limits = Limits(mail_bytes_in_flight=2000, linger_seconds=0.2, drain_seconds=2.0)
-    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.client(limits=ONE_TRY) as client:
+    async with running_relay(tmp_path / "r", limits=limits) as relay, relay.mail(limits=ONE_TRY) as client:
         held = asyncio.Event()
 
         async def half_a_body():
@@ -602,7 +605,7 @@ async def test_an_answer_that_is_not_the_protocols_is_untrusted(answer):
 
     async with (
         small_server([web.post(messages.POLL, say), web.get(messages.REPORTS_OUT, say)]) as url,
-        RelayClient(url, limits=CLIENT_LIMITS) as client,
+        mail_client(url, limits=CLIENT_LIMITS) as client,
     ):
         with pytest.raises(UntrustedError):
             await client.poll("web1", poll())
@@ -623,7 +626,7 @@ async def test_a_poll_is_sent_once_and_waits_as_long_as_it_asked_for():
 
     async with (
         small_server([web.post("/v1/agents/busy/poll", busy), web.post("/v1/agents/slow/poll", silent)]) as url,
-        RelayClient(url, limits=replace(CLIENT_LIMITS, answer_seconds=0.2)) as client,
+        mail_client(url, limits=replace(CLIENT_LIMITS, answer_seconds=0.2)) as client,
     ):
         with pytest.raises(UnreachableError):
             await client.poll("busy", poll())
@@ -639,13 +642,13 @@ async def test_a_poll_is_sent_once_and_waits_as_long_as_it_asked_for():
 
 async def test_mail_is_there_after_sigkill_and_the_next_start(tmp_path):
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=CLIENT_LIMITS) as client:
+        async with mail_client(relay.url) as client:
             posted = [client.post_orders([order(n, b"%d" % n)]) for n in range(40)]
             await asyncio.gather(*posted, client.post_reports("web1", reports(1)), client.post_logs("web1", pieces(0)))
             first = await client.poll("web1", poll())
         relay.kill()
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=CLIENT_LIMITS) as client:
+        async with mail_client(relay.url) as client:
             assert await client.agents() == (), "presence is in memory only"
             again = await client.poll("web1", poll())
             assert again == first
@@ -668,14 +671,14 @@ async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowled
             acknowledged.add(letter.operation)
 
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=ONE_TRY) as client:
+        async with mail_client(relay.url, limits=ONE_TRY) as client:
             senders = [asyncio.create_task(post_on(client, sender)) for sender in range(8)]
             await eventually(lambda: len(acknowledged) > 300)
             relay.kill()
             ends = await asyncio.gather(*senders, return_exceptions=True)
     assert all(isinstance(end, UnreachableError) for end in ends), ends
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=CLIENT_LIMITS) as client:
+        async with mail_client(relay.url) as client:
             found, cursor = [], None
             while orders := (got := await client.poll("web1", poll(cursor))).orders:
                 found += [o.operation for o in orders]
@@ -687,13 +690,13 @@ async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowled
 
 async def test_a_relay_whose_mail_was_emptied_tells_its_readers(tmp_path):
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=CLIENT_LIMITS) as client:
+        async with mail_client(relay.url) as client:
             await client.post_orders([order(1, b"one")])
             before = await client.poll("web1", poll())
         relay.stop()
     shutil.rmtree(tmp_path / "relay/state/mail")
     with RelayProcess(tmp_path) as relay:
-        async with RelayClient(relay.url, limits=CLIENT_LIMITS) as client:
+        async with mail_client(relay.url) as client:
             await client.post_orders([order(2, b"two")])
             after = await client.poll("web1", poll(messages.Cursor(before.epoch, before.orders[-1].number)))
     assert after.epoch != before.epoch

@@ -29,7 +29,8 @@ from relay.package.chunk import Chunk
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest
 from relay.protocol import messages
-from relay.protocol.client import ClientLimits, LeaseLostError, RelayClient
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import ClientLimits, LeaseLostError
 from relay.transfer.replicate import replicate
 
 FILES = {"lib/web.dll": noise("web", 300_000), "readme.txt": b"hello\n" * 100}

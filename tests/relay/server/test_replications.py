@@ -20,7 +20,8 @@ from relay.encoding.codecs import DELTAS
 from relay.errors import NotFoundError, UnreachableError, UsageError
 from relay.package.manifest import Manifest, to_wire
 from relay.protocol import messages
-from relay.protocol.client import RelayClient, TokenRefusedError, UnknownPeerError
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import TokenRefusedError, UnknownPeerError
 from relay.server.app import start
 from relay.server.http.problems import HttpRefusal
 from relay.server.peers import Peers

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from harness.support import cut_package, noise
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from relay.encoding.bundle import Aborted, BaseMissingError, CutShortError, Event, NotSent, Received, RunRefused, Whole
 from relay.encoding.choose_bases import Held
+from relay.encoding.holdings import Holdings
 from relay.errors import (
     ChunkInvalid,
     FrameError,
@@ -23,8 +25,9 @@ from relay.errors import (
     WaystationError,
 )
 from relay.package.manifest import Manifest
-from relay.transfer import download as fetching
-from relay.transfer.download import NoSourceLeftError, fetch
+from relay.support.persistence import Persistence
+from relay.transfer import download as downloads
+from relay.transfer.download import ChunkSource, DownloadLimits, NoSourceLeftError, Receiver, StalledError, download
 
 CUT = cut_package({f"lib/{i:02}.dll": noise(i, 65536 + i) for i in range(24)})
 MANIFEST = CUT.manifest
@@ -34,10 +37,8 @@ PATIENCE = 30.0
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """Several requests from a small package, and no pauses worth noticing."""
-    monkeypatch.setattr(fetching, "SEGMENT_BYTES", 200_000)
-    monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(fetching, "_BUSY_SECONDS", 0.001)
+    """Several requests from a small package."""
+    monkeypatch.setattr(downloads, "SEGMENT_BYTES", 200_000)
 
 
 def got(index: int) -> Received:
@@ -81,26 +82,45 @@ class Source:
             self.closed += 1
 
 
-class Sink:
-    """Takes what is delivered, and remembers it."""
+class Sink(Receiver):
+    """Takes what is delivered, and remembers it. It pauses for no time worth noticing."""
 
     def __init__(self) -> None:
         self.taken: list[int] = []
         self.failed: list[tuple[str, WaystationError]] = []
+        self.find_bases: Callable[[], Awaitable[Holdings | None]] = super().bases
+        self.known_goodput = 0.0
 
-    async def deliver(self, batch: list[Received]) -> None:
+    async def take(self, batch: Sequence[Received]) -> None:
         await asyncio.sleep(0)
         self.taken += [received.index for received in batch]
 
-    async def on_failure(self, source: Source, error: WaystationError) -> None:
+    async def bases(self) -> Holdings | None:
+        return await self.find_bases()
+
+    def goodput(self, source: str) -> float:
+        return self.known_goodput
+
+    async def left(self, source: ChunkSource, error: WaystationError) -> None:
         self.failed.append((source.name, error))
 
 
-async def run(*sources: Source, sink: Sink | None = None, wanted=EVERY, **options):
+async def run(
+    *sources: Source,
+    sink: Sink | None = None,
+    wanted=EVERY,
+    find_bases=None,
+    goodput=0.0,
+    stall_seconds=PATIENCE,
+    failures=0,
+    **limits,
+):
     sink = sink or Sink()
+    persistence = Persistence(0.001, 0.001, longest_asked=0.001, failures=failures, patience=stall_seconds)
+    sink.limits = DownloadLimits(persistence=persistence, **limits)
+    sink.find_bases, sink.known_goodput = find_bases or sink.find_bases, goodput
     async with asyncio.timeout(PATIENCE):
-        tallies = await fetch(MANIFEST, wanted, sources, sink.deliver, on_failure=sink.on_failure, **options)
-    return sink, tallies
+        return sink, await download(MANIFEST, wanted, sources, sink)
 
 
 def each_once(sink: Sink, wanted=EVERY) -> bool:
@@ -117,7 +137,7 @@ async def test_every_chunk_is_delivered_once_from_the_first_source():
     assert second.asked == []
     assert tallies["first"].chunks == len(EVERY)
     assert tallies["first"].bytes == sum(entry.size for entry in MANIFEST.chunks)
-    assert len(tallies["first"].measured) == len(first.asked) > 3
+    assert len(tallies["first"].timings) == len(first.asked) > 3
     assert first.closed == len(first.asked)
 
 
@@ -180,7 +200,7 @@ async def test_a_source_that_fails_is_named_and_the_next_goes_on_with_what_is_mi
     assert tallies["bad"].chunks + tallies["good"].chunks == len(EVERY)
     # What came verified before the failure was kept, and not asked for again.
     assert tallies["bad"].chunks == served * len(bad.asked)
-    assert len(bad.asked) <= fetching.CONNECTIONS
+    assert len(bad.asked) <= downloads.CONNECTIONS
 
 
 async def test_a_lying_source_is_not_asked_again_in_this_fetch():
@@ -233,7 +253,14 @@ async def test_a_source_where_nothing_arrives_any_more_is_left_for_the_next():
     stuck, good = Source("stuck", always=(0, "arriving")), Source("good")
     sink, tallies = await run(stuck, good, stall_seconds=0.05)
     assert each_once(sink)
-    assert isinstance(tallies["stuck"].error, UnreachableError)
+    assert isinstance(tallies["stuck"].error, StalledError)
+
+
+async def test_a_source_that_stands_still_is_left_however_many_failures_are_borne():
+    stuck = Source("stuck", always=(0, "arriving"))
+    with pytest.raises(NoSourceLeftError) as caught:
+        await run(stuck, failures=1000, stall_seconds=0.05)
+    assert isinstance(caught.value.errors["stuck"], StalledError)
 
 
 async def test_the_next_source_gets_its_own_patience():
@@ -261,13 +288,82 @@ async def test_patience_with_a_busy_source_ends():
     assert tallies["busy"].error is not None
 
 
+@pytest.mark.parametrize(("failing", "is_borne"), [(2, True), (3, False)])
+async def test_so_many_failures_in_a_row_are_borne_as_the_receiver_says(failing, is_borne):
+    gone = UnreachableError("gone")
+    script = [(1, gone), *[(0, gone)] * (failing - 1), (1, gone), None]
+    source, other = Source("first", script), Source("other")
+    sink, tallies = await run(source, other, failures=2, asks_whole=True)
+    assert each_once(sink)
+    assert (tallies["first"].error is None) == is_borne
+    assert (other.asked == []) == is_borne
+
+
+async def test_a_lie_is_never_borne():
+    liar, good = Source("liar", [(0, UntrustedError("other bytes"))]), Source("good")
+    _, tallies = await run(liar, good, failures=5)
+    assert isinstance(tallies["liar"].error, UntrustedError)
+
+
+# --- receivers that differ
+
+
+async def test_a_receiver_that_asks_for_the_whole_asks_once_with_what_is_held_whatever_the_line():
+    source = Differing()
+    await run(source, asks_whole=True, find_bases=held_here, goodput=LAN)
+    [(indexes, with_bases, _)] = source.asked_with
+    assert (indexes, with_bases) == (sorted(EVERY), True)
+
+
+async def test_chunks_are_taken_one_by_one_where_the_receiver_wants_them_so():
+    class One(Sink):
+        async def take(self, batch):
+            assert len(batch) == 1
+            await super().take(batch)
+
+    sink, _ = await run(Source(), sink=One(), batch_bytes=0)
+    assert each_once(sink)
+
+
+async def test_the_receiver_hears_of_each_run_and_takes_its_payload_while_it_comes():
+    class Tapping(Sink):
+        heard: ClassVar[list] = []
+
+        def tap(self, run, bases, encoding):
+            self.heard.append((len(run), len(bases), encoding))
+            return self.heard
+
+    class Announcing(Source):
+        async def stream(self, manifest, indexes, *, tap, **how):
+            assert tap(((manifest.id, indexes[0]),), (), "zstd") is Tapping.heard
+            async for event in super().stream(manifest, indexes, **how):
+                yield event
+
+    sink, tallies = await run(Announcing(), sink=Tapping(), connections=1)
+    assert each_once(sink)
+    assert sink.heard == [(1, 0, "zstd")] * len(tallies["relay"].timings)
+
+
+async def test_what_a_source_did_can_be_read_meanwhile():
+    tallies = {}
+
+    class Watching(Sink):
+        async def take(self, batch):
+            await super().take(batch)
+            assert tallies["relay"].chunks == len(self.taken) - len(batch)
+
+    sink = Watching()
+    await download(MANIFEST, EVERY, [Source()], sink, tallies)
+    assert tallies["relay"].chunks == len(EVERY)
+
+
 # --- what is not the sources' fault
 
 
 class FullDisk(Sink):
     calls = 0
 
-    async def deliver(self, batch):
+    async def take(self, batch):
         self.calls += 1
         raise StoreError("no room", full=True)
 
@@ -320,7 +416,7 @@ async def test_a_fetch_that_is_cancelled_keeps_what_came_and_closes_its_requests
 
     source, sink = Slow(), Sink()
     task = asyncio.create_task(run(source, sink=sink))
-    while len(source.asked) < fetching.CONNECTIONS:
+    while len(source.asked) < downloads.CONNECTIONS:
         await asyncio.sleep(0.001)
     await asyncio.sleep(0.001)
     task.cancel()
@@ -375,7 +471,7 @@ async def held_here():
 )
 async def test_a_difference_that_fails_is_asked_for_again_plainly_of_the_same_source(error):
     source, other = Differing(wrong=error), Source("other")
-    sink, tallies = await run(source, other, find_bases=held_here, goodput_of=lambda _: THIN)
+    sink, tallies = await run(source, other, find_bases=held_here, goodput=THIN)
     assert each_once(sink)
     assert other.asked == []
     assert sink.failed == []
@@ -391,7 +487,7 @@ async def test_a_difference_that_fails_is_asked_for_again_plainly_of_the_same_so
 
 async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
     liar, good = Differing("liar", FrameError("nonsense"), ChunkInvalid("ab" * 32, "cd" * 32)), Source("good")
-    sink, tallies = await run(liar, good, find_bases=held_here, goodput_of=lambda _: THIN)
+    sink, tallies = await run(liar, good, find_bases=held_here, goodput=THIN)
     assert each_once(sink)
     assert [with_bases for _, with_bases, _ in liar.asked_with] == [True, False]
     assert isinstance(tallies["liar"].error, UntrustedError)
@@ -399,13 +495,13 @@ async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
 
 
 async def test_a_source_whose_differences_fail_again_and_again_is_asked_for_none_any_more(monkeypatch):
-    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 140_000)
+    monkeypatch.setattr(downloads, "THIN_SEGMENT_BYTES", 140_000)
     source = Differing(wrong=FrameError("nonsense"))
-    sink, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: THIN)
+    sink, tallies = await run(source, find_bases=held_here, goodput=THIN)
     assert each_once(sink)
-    assert tallies["relay"].fallbacks == fetching.FALLBACKS_MAX
-    assert sum(with_bases for _, with_bases, _ in source.asked_with) == fetching.FALLBACKS_MAX
-    assert len(source.asked) > 2 * fetching.FALLBACKS_MAX
+    assert tallies["relay"].fallbacks == downloads.FALLBACKS_MAX
+    assert sum(with_bases for _, with_bases, _ in source.asked_with) == downloads.FALLBACKS_MAX
+    assert len(source.asked) > 2 * downloads.FALLBACKS_MAX
 
 
 async def test_a_refused_run_is_a_lie_where_no_bases_were_named():
@@ -426,11 +522,11 @@ async def test_what_is_held_is_looked_for_once_and_only_where_a_line_is_not_fast
         return HOLDINGS
 
     fast = Differing()
-    await run(fast, find_bases=find, goodput_of=lambda _: LAN)
+    await run(fast, find_bases=find, goodput=LAN)
     assert looked == 0
     assert not any(with_bases for _, with_bases, _ in fast.asked_with)
     medium = Differing()
-    await run(medium, find_bases=find, goodput_of=lambda _: 10e6, connections=3)
+    await run(medium, find_bases=find, goodput=10e6, connections=3)
     assert looked == 1
     assert all(with_bases for _, with_bases, _ in medium.asked_with)
 
@@ -442,7 +538,7 @@ async def test_who_holds_nothing_names_nothing():
             return found
 
         source = Differing()
-        await run(source, find_bases=find, goodput_of=lambda _: THIN)
+        await run(source, find_bases=find, goodput=THIN)
         assert not any(with_bases for _, with_bases, _ in source.asked_with)
 
 
@@ -460,7 +556,7 @@ async def test_a_thin_line_has_one_request_at_a_time_and_the_source_is_told_of_i
             running -= 1
 
     source = Counting()
-    await run(source, goodput_of=lambda _: THIN, connections=4)
+    await run(source, goodput=THIN, connections=4)
     assert most == 1
     assert {goodput for _, _, goodput in source.asked_with} == {THIN}
 
@@ -475,18 +571,18 @@ async def test_a_relay_that_broke_off_for_a_moment_is_asked_again():
 
 @given(st.floats(0.0, 1e12), st.booleans())
 def test_bases_are_named_on_lines_that_are_not_fast_and_thin_ones_get_long_segments(goodput, can_have_bases):
-    how = fetching.manner(goodput, can_have_bases=can_have_bases)
-    assert how.with_bases == (can_have_bases and goodput < fetching.FAST_GOODPUT)
-    assert how.one_at_a_time == (how.segment_bytes == fetching.THIN_SEGMENT_BYTES)
-    if goodput >= fetching.THIN_GOODPUT:
+    how = downloads.request_shape(goodput, can_have_bases=can_have_bases)
+    assert how.with_bases == (can_have_bases and goodput < downloads.FAST_GOODPUT)
+    assert how.one_at_a_time == (how.segment_bytes == downloads.THIN_SEGMENT_BYTES)
+    if goodput >= downloads.THIN_GOODPUT:
         assert not how.one_at_a_time
     if not goodput and not can_have_bases:
-        assert how == fetching.Manner(fetching.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
+        assert how == downloads.RequestShape(downloads.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
 
 
 async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(monkeypatch):
-    monkeypatch.setattr(fetching, "_TELLING_BYTES", 1)
-    monkeypatch.setattr(fetching, "THIN_SEGMENT_BYTES", 300_000)
+    monkeypatch.setattr(downloads, "_TELLING_BYTES", 1)
+    monkeypatch.setattr(downloads, "THIN_SEGMENT_BYTES", 300_000)
 
     class Slow(Differing):
         async def stream(self, manifest, indexes, **how):
@@ -495,9 +591,9 @@ async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(mo
                 yield event
 
     source = Slow()
-    _, tallies = await run(source, find_bases=held_here, goodput_of=lambda _: 2e6)
+    _, tallies = await run(source, find_bases=held_here, goodput=2e6)
     assert len(source.asked) > 2
-    assert not any(measured.is_steady for measured in tallies["relay"].measured)
+    assert not any(timing.is_steady for timing in tallies["relay"].timings)
     assert all(goodput >= 2e6 for _, _, goodput in source.asked_with)
 
 
@@ -541,7 +637,7 @@ def test_whatever_fails_either_all_is_delivered_once_or_no_source_is_left(script
 
 @given(st.sets(st.sampled_from(sorted(EVERY))), st.sets(st.sampled_from(sorted(EVERY))))
 def test_segments_hold_every_index_once_in_order_of_one_kind_and_within_their_bound(wanted, plainly):
-    run = fetching._Fetch(MANIFEST, wanted, [], None, None, 1.0, None, lambda _: 0.0)
+    run = downloads._Download(MANIFEST, wanted, [], Sink(), {})
     run._todo.extend(sorted(wanted))
     run._plainly = plainly
     segments = []

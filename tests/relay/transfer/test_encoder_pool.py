@@ -631,17 +631,3 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     with pytest.raises(StoreError):
         await whole(payloads, spec_of(ids[0]))
     assert payloads.adopt(RunSpec(named("b"), (), RAW, 1)) is None
-
-
-async def test_who_is_let_in_and_cancelled_at_once_gives_its_place_back():
-    released: list[int] = []
-    gate = under_test._Gate(1, lambda size, beside: True, released.append)
-    await gate.enter(1)
-    unlucky = asyncio.create_task(gate.enter(2))
-    await asyncio.sleep(0)
-    gate.leave(1)
-    unlucky.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await unlucky
-    assert released == [1, 2]
-    await asyncio.wait_for(gate.enter(3), 20)

@@ -32,7 +32,8 @@ from relay.errors import (
     UnreachableError,
 )
 from relay.protocol import messages
-from relay.protocol.client import LeaseLostError, RelayClient, TokenRefusedError
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import LeaseLostError, TokenRefusedError
 from relay.server.leases import Leases
 from relay.stores.memory import MemoryChunks, MemoryDocuments
 from relay.stores.open import open_store
@@ -537,7 +538,7 @@ async def test_a_lease_that_never_lives_ends_the_replication(relay, monkeypatch)
     monkeypatch.setattr(Leases, "use", never)
     with pytest.raises(LeaseLostError):
         await bring(relay)
-    assert len(tries) <= (replicating.FRUITLESS_MAX + 2) * CONNECTIONS_MAX
+    assert len(tries) <= (replicating.PERSISTENCE.failures + 1) * CONNECTIONS_MAX
 
 
 async def test_a_chunk_that_vanishes_before_publishing_is_sent_again(relay, tmp_path):
@@ -652,7 +653,7 @@ async def test_a_relay_that_takes_bundles_and_keeps_nothing_is_given_up(status):
     async with bad(bundle_status=status) as (relay, client):
         with pytest.raises(UnreachableError):
             await replicate(MANIFEST, b"", await source_of(CUT), client, patience=2.0)
-    assert replicating.FRUITLESS_MAX < relay.offers <= replicating.FRUITLESS_MAX + 4
+    assert replicating.PERSISTENCE.failures < relay.offers <= replicating.PERSISTENCE.failures + 4
     assert relay.bytes <= relay.offers * CONNECTIONS_MAX * (MANIFEST.stream_size + 10_000)
 
 

@@ -1,0 +1,438 @@
+"""A connection to one relay: sessions, TLS, tokens, timeouts, retries, and the translation of errors.
+
+What comes back is parsed and bounded. Errors follow the roots of `relay.errors`: the road (`UnreachableError`), the
+bytes (`UntrustedError`), or a rule of the relay (`RefusedError`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+import aiohttp
+import msgspec
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from relay.errors import (
+    ConflictError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+    UntrustedError,
+    UsageError,
+    WaystationError,
+)
+from relay.package.ranges import Ranges
+from relay.protocol import messages
+from relay.protocol.http_bytes import Traffic, chunked_bytes, header_bytes
+from relay.protocol.not_exact import NotExactError
+from relay.support.json_bounds import JsonTooDeepError, check_depth
+from relay.support.persistence import Persistence
+
+T = TypeVar("T")
+
+_PERSISTENCE = Persistence(first_pause=0.5, longest_pause=2.0, spread=0.5)
+"""Of a small request."""
+_LINE_MAX = 64 << 10
+"""Bytes of one line of progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """How long a client bears with a relay. Seconds and bytes."""
+
+    connect_seconds: float = 5.0
+    answer_seconds: float = 60.0
+    """From the request, or the last piece of an upload that was taken, to the head of the answer or the next piece."""
+    window_seconds: float = 30.0
+    """A body must bring `window_bytes` in every such stretch of time."""
+    window_bytes: int = 30 << 10
+    attempts: int = 3
+    """Tries of a small request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, as `Connection` sends it."""
+
+    method: str
+    path: str
+    body: bytes | AsyncIterator[bytes] | None = None
+    content_type: str = messages.JSON
+    params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    answer_seconds: float | None = 0.0
+    """Until the head of the answer. 0: as the connection's limits say; None: for ever."""
+    answer_max: int = 0
+    """Bytes of the answer, where it is read as one. 0: `messages.JSON_MAX`."""
+    attempts: int = 0
+    """0: as the connection's limits say."""
+
+
+class TokenRefusedError(RefusedError):
+    """The relay does not take this token, or wants one."""
+
+
+class MissingChunksError(ConflictError):
+    """A publish came too early: these ranges are not at the relay yet."""
+
+    def __init__(self, missing: Ranges) -> None:
+        super().__init__("the relay still lacks chunks of this package")
+        self.missing = missing
+
+
+class UnknownPeerError(RefusedError):
+    """The relay does not fetch from the other relay that it was told of."""
+
+
+class LeaseLostError(RefusedError):
+    """The relay does not know the lease (any more): offer again."""
+
+
+class TooSlowError(UnreachableError):
+    """The relay sends, but below the minimum rate."""
+
+
+class Connection:
+    """To one relay. Use it as an async context manager; safe for many tasks at once."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        connect_to: str | None = None,
+        limits: ClientLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Talk to the relay at `url` (`http` or `https`, no path), as bearer of `token`.
+
+        `connect_to` is an address to connect to in place of looking the host up; TLS and Host keep the name.
+
+        Raises:
+            UsageError: `url` is not such a URL.
+        """
+        parts = _split_url(url)
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self.traffic = Traffic()
+        self.limits = limits or ClientLimits()
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._connect_to = connect_to
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # --- whole answers
+
+    async def ask(self, request: Request, answer: type[T]) -> T:
+        """The answer, parsed. Retried where that may help."""
+        return self.parse(await self.fetch(request), answer)
+
+    async def fetch(self, request: Request) -> bytes:
+        """The answer as it came. Retried where that may help."""
+
+        async def once() -> bytes:
+            async with self.open(request) as response:
+                return await self.body(response, request.answer_max or messages.JSON_MAX)
+
+        attempts = request.attempts or self.limits.attempts
+        return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
+
+    async def upload(self, request: Request, body: AsyncIterator[bytes], answer: type[T]) -> T:
+        """As `ask`, with a body that is made as it goes. Not retried. Raises what `body` raises, too."""
+        own: list[WaystationError] = []
+        loop, patience = asyncio.get_running_loop(), asyncio.timeout(self.limits.answer_seconds)
+
+        async def counted() -> AsyncIterator[bytes]:
+            try:
+                async for piece in body:
+                    self.traffic.sent += chunked_bytes(len(piece))
+                    yield piece
+                    patience.reschedule(loop.time() + self.limits.answer_seconds)
+                self.traffic.sent += chunked_bytes(0)
+            except WaystationError as error:
+                # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
+                own.append(error)
+                raise
+
+        try:
+            async with patience:
+                return await self.ask(replace(request, body=counted(), attempts=1, answer_seconds=None), answer)
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} takes no more of what it is sent") from error
+        except UnreachableError:
+            if own:
+                raise own[0] from None
+            raise
+
+    def parse(self, body: bytes, answer: type[T]) -> T:
+        try:
+            check_depth(body, messages.JSON_DEPTH)
+            return msgspec.json.decode(body, type=answer)
+        except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
+            raise UntrustedError(f"{self.url} answered with something that is not the protocol's") from error
+
+    # --- answers as they come
+
+    @asynccontextmanager
+    async def open(self, request: Request) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer, from its head on. Not retried."""
+        session, body = self._open_session(), request.body
+        if isinstance(body, bytes):
+            self.traffic.sent += len(body)
+        wait = self.limits.answer_seconds if request.answer_seconds == 0.0 else request.answer_seconds
+        try:
+            async with asyncio.timeout(wait) as deadline:
+                async with session.request(
+                    request.method,
+                    request.path,
+                    data=body,
+                    headers=({} if body is None else {"Content-Type": request.content_type}) | dict(request.headers),
+                    params=request.params,
+                    allow_redirects=False,
+                ) as response:
+                    deadline.reschedule(None)
+                    self._count_heads(request.method, response)
+                    if response.status >= 300:
+                        await self._raise_problem(response)
+                    yield response
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise UntrustedError(
+                f"relay {self.url} shows a certificate that is not trusted: {_verdict(error.certificate_error)}",
+                hint="Name the authority that signs it with --ca-file, or with ca_file in agent.yaml",
+            ) from error
+        except aiohttp.ServerDisconnectedError as error:
+            hint = "If it speaks TLS, its URL begins with https" if self.url.startswith("http:") else ""
+            raise UnreachableError(f"relay {self.url} closed the connection without an answer", hint=hint) from error
+        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
+            raise UnreachableError(f"relay {self.url} cannot be reached: {_reason(error)}") from error
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} did not answer in time") from error
+        except aiohttp.ClientError as error:
+            raise UntrustedError(f"relay {self.url} does not speak the protocol: {_reason(error)}") from error
+
+    async def pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        # Only time spent waiting for the relay counts: a slow disk on our side is no fault of its.
+        waited, in_window = 0.0, 0
+        while True:
+            asked = time.monotonic()
+            try:
+                async with asyncio.timeout(self.limits.window_seconds - waited):
+                    piece = await response.content.readany()
+            except TimeoutError:
+                waited = self.limits.window_seconds
+            else:
+                if not piece:
+                    return
+                waited += time.monotonic() - asked
+                in_window += len(piece)
+                self.traffic.received += len(piece)
+                yield piece
+            if waited >= self.limits.window_seconds:
+                if in_window < self.limits.window_bytes:
+                    raise TooSlowError(f"relay {self.url} sends too slowly: {in_window} bytes in {waited:.0f} s")
+                waited, in_window = 0.0, 0
+
+    async def body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        collected = bytearray()
+        async for piece in self.pieces(response):
+            collected += piece
+            if len(collected) > limit:
+                raise UntrustedError(f"{self.url} answers with more than {limit} bytes")
+        return bytes(collected)
+
+    async def lines(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The body line by line, as it comes: little is sent, so that no minimum rate is asked for."""
+        buffer = bytearray()
+        while True:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                piece = await response.content.readany()
+            if not piece:
+                return
+            self.traffic.received += len(piece)
+            buffer += piece
+            *whole, rest = buffer.split(b"\n")
+            for line in whole:
+                yield bytes(line)
+            buffer = rest
+            if len(buffer) > _LINE_MAX:
+                raise UntrustedError(f"{self.url} answers with a line of more than {_LINE_MAX} bytes")
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            resolver = _FixedResolver(self._connect_to) if self._connect_to else None
+            connector = aiohttp.TCPConnector(
+                resolver=resolver, limit=64, ssl=self._tls or True, keepalive_timeout=10.0, ttl_dns_cache=10
+            )
+            self._session = aiohttp.ClientSession(
+                base_url=self.url,
+                connector=connector,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
+                auto_decompress=False,
+                read_bufsize=512 << 10,
+                trust_env=True,
+                skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
+            )
+        return self._session
+
+    def _count_heads(self, method: str, response: aiohttp.ClientResponse) -> None:
+        sent = ((k.encode(), v.encode()) for k, v in response.request_info.headers.items())
+        target = response.request_info.url.raw_path_qs
+        self.traffic.sent += header_bytes(f"{method} {target} HTTP/1.1", sent)
+        self.traffic.received += header_bytes(f"HTTP/1.1 {response.status} {response.reason}", response.raw_headers)
+
+    async def _raise_problem(self, response: aiohttp.ClientResponse) -> None:
+        problem = _parse_problem(await self.body(response, 1 << 20))
+        code, status = problem.code, response.status
+        where = f"relay {self.url}"
+        if code == "unknown_peer":
+            raise UnknownPeerError(
+                f"{where} may not fetch from there", hint="Name the other relay under peers: in its relay.yaml"
+            )
+        if status in (401, 403):
+            raise TokenRefusedError(
+                f"{where} refuses this token" if status == 403 else f"{where} wants a token",
+                hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
+            )
+        if code == "not_exact":
+            raise NotExactError(f"{where} cannot give the identical nupkg", problem.lacks or messages.ExactLacks())
+        if status == 404 and code == "unknown_lease":
+            raise LeaseLostError(f"{where} does not know the lease")
+        if status == 404:
+            raise NotFoundError(f"not at {where}")
+        if status == 409 and problem.missing:
+            raise MissingChunksError(problem.missing)
+        if status == 409:
+            raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
+        if status in (408, 429) or status >= 500:
+            retry_after = _retry_after(response.headers.get("Retry-After"))
+            trouble = "has no space left" if status == 507 else "cannot serve now"
+            raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
+        raise RefusedError(f"{where} refuses the request ({status} {code})")
+
+
+def _split_url(url: str) -> SplitResult:
+    """Raises `UsageError`, which never shows credentials."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.scheme in {"http", "https"} and parts.hostname and parts.path in {"", "/"} and parts.port != 0
+    except ValueError:
+        plain = False
+    if "@" in url:
+        raise UsageError("a relay's URL carries no credentials", hint="Give the token by file or environment")
+    if not plain or parts.query or parts.fragment:
+        raise UsageError(f"{url!r} is not a relay's URL", hint="Expected for example https://relay.example:7443")
+    return parts
+
+
+class _FixedResolver(AbstractResolver):
+    """Answers every question with the one address that the configured resolver gave."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def resolve(
+        self,
+        host: str,
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_INET,  # noqa: ARG002 - aiohttp's signature
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=self._address,
+                port=port,
+                family=socket.AF_INET6 if ":" in self._address else socket.AF_INET,
+                proto=socket.IPPROTO_TCP,
+                flags=socket.AI_NUMERICHOST,
+            )
+        ]
+
+    async def close(self) -> None:
+        return
+
+
+def _parse_problem(body: bytes) -> messages.ProblemAnswer:
+    try:
+        return msgspec.json.decode(body, type=messages.ProblemAnswer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return messages.ProblemAnswer()
+
+
+def _retry_after(text: str | None) -> float | None:
+    try:
+        return None if text is None else max(0.0, min(float(text), 3600.0))
+    except ValueError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ssl.SSLError):
+        # Its errno is the TLS library's own, which the system would name "Operation not permitted".
+        return f"it does not answer in TLS ({error.os_error.reason or error.os_error})"
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        failed = error.os_error
+        # A name that cannot be looked up has no errno of the system's, but words of its own.
+        return (failed.strerror if isinstance(failed, socket.gaierror) else os.strerror(failed.errno or 0)) or str(
+            error
+        )
+    return str(error) or type(error).__name__
+
+
+def _verdict(error: Exception) -> str:
+    """What is wrong with a certificate, without the library's own framing."""
+    return str(getattr(error, "verify_message", "")) or str(error)
+
+
+def tls_from(ca_file: str | None) -> ssl.SSLContext | None:
+    """How to trust a relay's certificate: by the authorities in `ca_file` (PEM), or None for the system's.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"CA file {ca_file!r} cannot be used: {error}") from error
+
+
+def token_from(file: str | None, environment: Callable[[str], str | None] = os.environ.get) -> str | None:
+    """The bearer token: from `--token-file`, else from WAYSTATION_TOKEN, else none.
+
+    Raises:
+        UsageError: the file cannot be read or is empty.
+    """
+    if file is None:
+        return (environment("WAYSTATION_TOKEN") or "").strip() or None
+    try:
+        with open(file, encoding="utf-8") as handle:
+            token = handle.read(4096).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"token file {file!r} cannot be read: {error}") from error
+    if not token:
+        raise UsageError(f"token file {file!r} is empty")
+    return token
