@@ -11,13 +11,9 @@ from relay.errors import UsageError
 SERVER: Final = "server"
 """Stands where a machine would, for what concerns none; no machine may be called so."""
 
-_ACTION_MAX: Final = 63
-_TEXT_MAX: Final = 200
-"""Characters. Ours are shorter; a longer one would be no name of a file."""
 _FOREIGN: Final = re.compile(r"[^A-Za-z0-9._-]+")
-_WORD: Final = r"[A-Za-z0-9._-]+"
-_NUMBER: Final = r"0|[1-9][0-9]{0,8}"
-_TEXT: Final = re.compile(rf"({_WORD})/({_NUMBER})/({_WORD})/({_WORD})/({_NUMBER})")
+_TEXT: Final = re.compile(r"(?=.{1,200}\Z)([\w.-]+)/(0|[1-9]\d{0,8})/([\w.-]+)/([\w.-]+)/(0|[1-9]\d{0,8})", re.ASCII)
+"""Ours are shorter than 200 characters; a longer one would be no name of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +37,20 @@ class OperationId:
     @classmethod
     def of(cls, deployment: str, step: int, who: str, name: str, attempt: int = 1) -> OperationId:
         """Any `name` of an action becomes a word: letters, digits, `.`, `_` and `-`."""
-        word = _FOREIGN.sub("-", name).strip("-._")[:_ACTION_MAX] or "action"
-        return cls(deployment, step, who, word, attempt)
-
-    @classmethod
-    def parse(cls, text: str) -> OperationId:
-        """Raises `UsageError` where `text` is not exactly what an operation's is."""
-        if (found := cls.find(text)) is None:
-            raise UsageError(f"{text[:_TEXT_MAX]!r} is no operation: expected deployment/step/who/action/attempt")
-        return found
+        return cls(deployment, step, who, _FOREIGN.sub("-", name).strip("-._")[:63] or "action", attempt)
 
     @classmethod
     def find(cls, text: str) -> OperationId | None:
-        """As `parse`; None where it is none."""
-        match = _TEXT.fullmatch(text) if len(text) <= _TEXT_MAX else None
-        if match is None:
-            return None
-        return cls(match[1], int(match[2]), match[3], match[4], int(match[5]))
+        """The operation of exactly this text; None where it is none."""
+        match = _TEXT.fullmatch(text)
+        return cls(match[1], int(match[2]), match[3], match[4], int(match[5])) if match else None
+
+    @classmethod
+    def parse(cls, text: str) -> OperationId:
+        """As `find`. Raises `UsageError` where it is none."""
+        if (found := cls.find(text)) is None:
+            raise UsageError(f"{text[:200]!r} is no operation: expected deployment/step/who/action/attempt")
+        return found
 
     @property
     def machine(self) -> str:
@@ -76,4 +69,4 @@ class OperationId:
 def action_of(text: str) -> str:
     """The action of an operation, for people; all of `text` where it is none."""
     found = OperationId.find(text)
-    return text if found is None else found.action
+    return found.action if found else text

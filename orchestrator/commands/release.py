@@ -391,7 +391,7 @@ def log(
             is_over = deployment_view(opened, ulid).summary.state != "running"
             for entry in reader.news(final=is_over or not follow):
                 if as_json:
-                    # One document a line, so that whoever follows can read each as it comes.
+                    # One document a line, so that a reader who follows has each as it comes.
                     click.echo(json.dumps({"format": 1, "operation": entry.operation, "text": entry.text}))
                 else:
                     click.echo(f"{entry.where}  {printable(entry.text)}")

@@ -145,10 +145,9 @@ def _documents(done: Replication, targets: Targets, *, dry_run: bool) -> list[di
     else:
         documents = [document_of(one) for one in done.delivered]
     for document in documents:
-        if (arithmetic := done.arithmetic.get(document["name"])) is not None:
-            document["explained"] = explain_text.document_of(
-                arithmetic.explained, done.nupkg_bytes, arithmetic.alternatives
-            )
+        if document["name"] in done.arithmetic:
+            explained, others = done.arithmetic[document["name"]]
+            document["explained"] = explain_text.document_of(explained, done.nupkg_bytes, others)
     return documents
 
 

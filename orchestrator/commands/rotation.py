@@ -55,11 +55,11 @@ def close(
 
     paths = paths_of(journal=journal)
     with open_journal(paths) as opened:
-        closed = run(close_bracket(paths, opened, machine, environment, by_hand=by_hand, message=message))
+        name, failed = run(close_bracket(paths, opened, machine, environment, by_hand=by_hand, message=message))
     if as_json:
-        print_json({"format": 1, "machine": machine, "closed": closed.ok, "reason": closed.reason})
-    elif closed.ok:
-        click.echo(f"{machine} is back in {closed.rotation}")
+        print_json({"format": 1, "machine": machine, "closed": not failed, "reason": failed})
+    elif not failed:
+        click.echo(f"{machine} is back in {name}")
     else:
-        click.echo(f"{machine} could not be put back: {printable(closed.reason)}", err=True)
-    return DONE if closed.ok else FAILED
+        click.echo(f"{machine} could not be put back: {printable(failed)}", err=True)
+    return FAILED if failed else DONE

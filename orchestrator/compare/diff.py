@@ -157,7 +157,7 @@ def _pair(
 
 
 def _container_kind(path: str) -> str:
-    """Container parts with names that mean nothing (`….psmdcp`) are told by their folder and extension."""
+    """Container parts with names that mean nothing (`….psmdcp`) are told apart by their folder and extension."""
     if not is_container(path):
         return ""
     folder, _, name = path.lower().rpartition("/")

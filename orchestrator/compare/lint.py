@@ -205,7 +205,7 @@ def lint_pair(old: OpenedPackage, new: OpenedPackage, progress: Progress | None 
                 zipped, both = change.compressed_size, {"base": base, "data": data}
                 same_code = without_stamps(data, after) == without_stamps(base, before)
                 explained += same_code
-                # Where the code changed too, nobody can tell what the stamps alone would have cost.
+                # Where the code changed too, what the stamps alone would have cost cannot be told.
                 known = both if same_code else {}
                 if not (after.deterministic and before.deterministic):
                     cost = delta_bytes(base, data) if same_code else None

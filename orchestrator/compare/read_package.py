@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import tempfile
@@ -10,10 +9,10 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from orchestrator.compare.diff import OpenedPackage, ZipPart
-from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
+from orchestrator.depot.cut_nupkg import NupkgCutter, compressed_digest, digests_of, open_nupkg, read_directory
 from orchestrator.depot.depot import open_depot
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError
 from relay.package.identity import PackageRef
@@ -24,8 +23,6 @@ from relay.support.console import run
 
 if TYPE_CHECKING:
     from relay.support.progress import Bar, Progress
-
-_PIECE: Final = 1 << 20
 
 
 class NamedPackage(NamedTuple):
@@ -119,15 +116,15 @@ def _zip_parts(file: BinaryIO, entries: Sequence[Entry]) -> Iterator[ZipPart]:
             entry.path,
             entry.size,
             entry.compressed_size,
-            _sha256(file, entry.data_offset, entry.compressed_size),
+            compressed_digest(file, entry),
             record.date_time if record else (),
             _record_bytes(entry, record) if record else 0,
         )
 
 
 def zip_records(file: BinaryIO) -> dict[int, zipfile.ZipInfo]:
-    """The central records, by where the part's data begins. The walk has checked the file: that they are read again by
-    another reader is only for their times, and none are told where that reader is more particular.
+    """The central records, by where the part's data begins. The walk has checked the file: they are read again by
+    another reader for their times only, and there are none where that reader is more particular.
     """
     found = {}
     try:
@@ -144,12 +141,3 @@ def _record_bytes(entry: Entry, record: zipfile.ZipInfo) -> int:
     """Of the local and the central record."""
     central = CENTRAL.size + len(record.orig_filename.encode()) + len(record.extra) + len(record.comment)
     return entry.data_offset - record.header_offset + central
-
-
-def _sha256(file: BinaryIO, offset: int, count: int) -> str:
-    digest = hashlib.sha256()
-    file.seek(offset)
-    while count and (piece := file.read(min(count, _PIECE))):
-        digest.update(piece)
-        count -= len(piece)
-    return digest.hexdigest()

@@ -1,9 +1,8 @@
-"""What people and the clock decide while a deployment runs. Decisions are rows of the journal, whoever wrote them."""
+"""What people and the clock decide while a deployment runs. Decisions are rows of the journal, written by any process."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
@@ -13,8 +12,6 @@ from relay.errors import StoreError
 if TYPE_CHECKING:
     from orchestrator.deployment.context import StopToken
     from orchestrator.journal.recorder import Recorder
-
-log = logging.getLogger(__name__)
 
 DECISIONS_SECONDS: Final = 0.5
 """Between two looks at what people decided."""
@@ -55,6 +52,5 @@ async def _watch(recorder: Recorder, stop: StopToken) -> None:
             await obey(recorder, stop)
             await asyncio.sleep(DECISIONS_SECONDS)
     except Exception as error:  # what ends this task unheard must end the deployment
-        if not isinstance(error, StoreError):
-            log.exception("the watch over decisions failed")
-        stop.request(f"what people decide cannot be read: {error}")
+        why = error.message if isinstance(error, StoreError) else repr(error)
+        stop.request(f"what people decide cannot be read: {why}")

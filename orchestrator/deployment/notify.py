@@ -47,15 +47,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Notifier:
-    """Tells the receivers of one plan."""
+    """Tells the receivers of one plan.
+
+    Attributes:
+        plans: the receivers.
+        secrets: where URLs are that are secret; such a URL is shown nowhere, also not in an error.
+        signer: the order key.
+        seconds: for each attempt.
+    """
 
     plans: Sequence[NotifyPlan]
     secrets: SecretStore
-    """Where URLs are that are secret; such a URL is shown nowhere, also not in an error."""
     signer: Signer
-    """The order key."""
     seconds: float = SECONDS
-    """For each attempt."""
 
     def targets(self, event: NotificationKind) -> str:
         """The receivers of this event, for people and records; empty where it has none."""
@@ -141,7 +145,7 @@ async def _tell(
         await _post(session, url, body, signature)
     except WaystationError as error:
         return f"{target} could not be told: {error}"
-    except Exception as error:  # as above: and of what is unknown only the kind is told, as its text can hold the URL
+    except Exception as error:  # as above; only the kind of what is unknown is shown, as its text can hold the URL
         return f"{target} could not be told: {type(error).__name__}"
     return ""
 

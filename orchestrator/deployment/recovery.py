@@ -6,7 +6,6 @@ Everything here stands under the environment's lock: no deployment runs there.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -115,17 +114,11 @@ def planned_bracket(plan: Plan, bracket: OpenBracket) -> tuple[RotationPlan, Mac
 # --- one bracket, by a person's word
 
 
-@dataclass(frozen=True, slots=True)
-class Closed:
-    rotation: str
-    ok: bool
-    reason: str = ""
-
-
 async def close_bracket(
     paths: Paths, journal: Journal, machine: str, environment: str | None, *, by_hand: bool, message: str
-) -> Closed:
-    """Run the `after` that the deployment had planned, with OUTCOME=put_back; `by_hand` runs nothing.
+) -> tuple[str, str]:
+    """Run the `after` that the deployment had planned, with OUTCOME=put_back; `by_hand` runs nothing. The rotation, and why
+    the machine could not be put back (empty where it is in again).
 
     Raises:
         NotFoundError: the machine has no open bracket.
@@ -136,16 +129,13 @@ async def close_bracket(
     with hold(
         journal, bracket.environment, operator=operator(), label=bracket.label, why=f"rotation close {machine} of"
     ):
-        result = Closed(bracket.rotation, ok=True)
-        if not by_hand:
-            await wait_for_orphans(paths, journal, bracket)
-            result = await _run_after(paths, journal, bracket)
-        if result.ok:
+        failed = "" if by_hand else await _run_after(paths, journal, bracket)
+        if not failed:
             why = f"put back by {operator()}" + (" by hand" if by_hand else "") + (f": {message}" if message else "")
             journal.append(
                 bracket.owner, BracketClosed(bracket.machine, bracket.rotation, PUT_BACK), Note(why, bracket.machine)
             )
-    return result
+    return bracket.rotation, failed
 
 
 def _the_bracket(journal: Journal, machine: str, environment: str | None) -> OpenBracket:
@@ -158,9 +148,11 @@ def _the_bracket(journal: Journal, machine: str, environment: str | None) -> Ope
     return found[0]
 
 
-async def _run_after(paths: Paths, journal: Journal, bracket: OpenBracket) -> Closed:
+async def _run_after(paths: Paths, journal: Journal, bracket: OpenBracket) -> str:
+    """Why it failed; empty where it did not."""
+    await wait_for_orphans(paths, journal, bracket)
     plan, runs = of_deployment(paths, journal, bracket.owner)
     rotation, turn, step = planned_bracket(plan, bracket)
     operation = OperationId.of(bracket.owner, step, bracket.machine, "after-put-back")
     done = await runs.run(rotation.after, operation, {**turn.variables, "OUTCOME": PUT_BACK})
-    return Closed(bracket.rotation, done.ok, done.reason)
+    return done.reason

@@ -47,6 +47,16 @@ def read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
     return entries, read_nuspec(file, entries)
 
 
+def compressed_digest(file: BinaryIO, entry: Entry) -> str:
+    """SHA-256 (hex) of a part's bytes as they lie in the file. Blocking."""
+    file.seek(entry.data_offset)
+    digest, left = hashlib.sha256(), entry.compressed_size
+    while left and (piece := file.read(min(left, _READ))):
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
+
+
 class NupkgCutter:
     """Turns one nupkg into batches of chunks, and in the end into its manifest. Blocking."""
 

@@ -6,7 +6,7 @@ Order keeps it safe: chunks durable first, then the nupkg itself, then the manif
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -47,7 +47,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class PackageDetails:
-    """All that the depot knows of a package. `recipe` is None where nobody found how its nupkg is made again."""
+    """All that the depot knows of a package. `recipe` is None where it was not found how its nupkg is made again."""
 
     pointer: Pointer
     manifest: Manifest
@@ -104,12 +104,16 @@ class Depot:
                 if await self._may_find_better(manifest):
                     await self._find_recipe(path, manifest, entries, progress)
                 return Added(there, manifest, new=False, chunks_stored=0)
-            meter = _Meter(progress, stream=sum(entry.size for entry in entries), nupkg=digests.size)
-            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, meter.stored)
+            stream = sum(entry.size for entry in entries)
+            whole, show = stream + digests.size, progress or (lambda _done, _whole: None)
+            manifest, stored = await self._store_chunks(
+                file, entries, ref, nuspec, digests, lambda done: show(done, whole)
+            )
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
-        await self._find_recipe(path, manifest, entries, meter.tried)
-        meter.end()
+        await self._find_recipe(path, manifest, entries, lambda done, _: show(stream + done, whole))
+        # Nothing is left to do; what stands around the parts was not counted.
+        show(whole, whole)
         pointer = await self.catalog.publish(manifest, provenance)
         return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
@@ -202,11 +206,11 @@ class Depot:
         ref: PackageRef,
         nuspec: Nuspec,
         digests: NupkgDigests,
-        progress: Progress | None,
+        stored_bytes: Callable[[int], None],
     ) -> tuple[Manifest, int]:
         """Cut, and while one batch is made durable already cut the next."""
         cutter = NupkgCutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
-        whole, done, stored = sum(entry.size for entry in entries), 0, 0
+        done, stored = 0, 0
         batch = await asyncio.to_thread(cutter.next_batch)
         while batch:
             fresh = await self._lacking(batch)
@@ -218,8 +222,7 @@ class Depot:
                 raise first_of(errors) from None
             stored += len(fresh)
             done += sum(chunk.size for chunk in batch)
-            if progress:
-                progress(done, whole)
+            stored_bytes(done)
             batch = following.result()
         return await asyncio.to_thread(cutter.manifest), stored
 
@@ -241,29 +244,6 @@ async def open_depot(location: str) -> AsyncIterator[Depot]:
             await depot.close()
     finally:
         await store.close()
-
-
-class _Meter:
-    """One progress out of two: chunks that are stored, then the nupkg's bytes whose encoder was looked for."""
-
-    def __init__(self, progress: Progress | None, *, stream: int, nupkg: int) -> None:
-        self._progress = progress
-        self._stream = stream
-        self._whole = stream + nupkg
-
-    def stored(self, done: int, _whole: int) -> None:
-        self._tell(done)
-
-    def tried(self, done: int, _whole: int) -> None:
-        self._tell(self._stream + done)
-
-    def end(self) -> None:
-        """Nothing is left to do; what stands around the parts was not counted."""
-        self._tell(self._whole)
-
-    def _tell(self, done: int) -> None:
-        if self._progress:
-            self._progress(done, self._whole)
 
 
 def _walk_file(path: str) -> list[Entry]:

@@ -296,7 +296,7 @@ class Step(Written, frozen=True):
 
 
 class Notify(Written, frozen=True):
-    """Who is told of what, at a URL that stands here or in a secret."""
+    """A receiver and the events that it hears of, at a URL that stands here or in a secret."""
 
     kinds: ClassVar[Mapping[str, Kind]] = {"url": Kind(), "url_secret": Kind()}
     on: tuple[NotificationKind, ...]

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 OPERATIONS_AT_ONCE = 1024
 """In one acknowledgement."""
 NOTES_MAX = 1000
-"""Different things that are noted of one deployment's mail: whoever can post could else fill the journal."""
+"""Different things that are noted of one deployment's mail: a stranger who can post could else fill the journal."""
 UNPROVEN_MAX = 1024
-"""Reports kept of a machine whose keys nobody has shown yet."""
+"""Reports kept of a machine whose keys were not shown yet."""
 
 
 class LostError(UnreachableError):
@@ -75,7 +75,7 @@ class FleetLimits:
 
 @dataclass(eq=False)
 class _Flight:
-    """An operation that somebody awaits. `newest` is the number of its last report."""
+    """An operation that is awaited. `newest` is the number of its last report."""
 
     operation: OperationId
     machine: PlannedMachine
@@ -170,7 +170,7 @@ class Fleet:
         """What the machine said of itself last, by its own signature: its sealing key among it.
 
         Raises:
-            UnreachableError: nobody has seen it yet.
+            UnreachableError: no relay has seen it yet.
         """
         try:
             return self._presences[machine]
@@ -370,7 +370,7 @@ class Fleet:
             self._finals.setdefault(operation, report)
 
     def _is_of_a_foreign_letter(self, report: Report) -> bool:
-        """Whether it refuses something that somebody else put into the mail under a name of this deployment."""
+        """Whether it refuses something that a stranger put into the mail under a name of this deployment."""
         if report.state != "refused" or report.deployment != self._deployment:
             return False
         operation = OperationId.find(report.operation)

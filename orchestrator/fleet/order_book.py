@@ -1,7 +1,7 @@
-"""Orders as they left, kept as files: whoever orders the same again after a crash sends the same bytes.
+"""Orders as they left, kept as files: the same order after a crash is the same bytes.
 
 Signing and sealing anew would make other bytes under the same name, which relays and agents must refuse.
-Secrets in them are sealed to their agent; nobody here can open them.
+Secrets in them are sealed to their agent and cannot be opened here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Events of a deployment as lines for people. Pure; what came from elsewhere is made printable by whoever prints it."""
+"""Events of a deployment as lines for people. Pure; what came from elsewhere is made printable where it is printed."""
 
 from __future__ import annotations
 

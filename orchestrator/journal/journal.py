@@ -1,7 +1,7 @@
 """The orchestrator's journal: releases, deployments and what happened in them, in one SQLite file.
 
 Append-only: triggers refuse to change an entry, a release or a plan (`orchestrator/journal/tables.py`). What a method returned from
-is on the disk. Several processes may have it open at once: an engine writes, `status` reads, `decide` adds a row
+is on the disk. Several processes may have it open at once: a deployment writes, `status` reads, `decide` adds a row
 (`orchestrator/journal/sqlite.py` says how). Beside the file stand SQLite's own (`-wal`, `-shm`) and the folder
 `journal.db.locks` (`orchestrator/journal/locks.py`).
 """
@@ -323,7 +323,7 @@ class Journal:
         self._change(deployment, {"state": state, "reason": reason, "ended": ended}, events)
 
     def take_up(self, deployment: str, fence: int, operator: str, *events: Event, host: str = "") -> None:
-        """Another engine goes on with a deployment: it is running, under this fence, of this process.
+        """Another process goes on with a deployment: it is running, under this fence, of this process.
 
         `events` (a `resumed`) are added in the same commit.
 
@@ -331,8 +331,8 @@ class Journal:
             NotFoundError: there is no such deployment.
             StoreError: see the class.
         """
-        engine = {"fence": fence, "operator": operator, "host": host or socket.gethostname(), "pid": os.getpid()}
-        self._change(deployment, engine | {"state": "running", "reason": "", "ended": None}, events)
+        holder = {"fence": fence, "operator": operator, "host": host or socket.gethostname(), "pid": os.getpid()}
+        self._change(deployment, holder | {"state": "running", "reason": "", "ended": None}, events)
 
     def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
         """All that was ever said of rotations, by deployment: what `history.open_brackets` folds. Raises `StoreError`."""
@@ -358,7 +358,7 @@ class Journal:
     def decide(
         self, environment: str, deployment: str | None, kind: str, data: Mapping[str, Any], operator: str
     ) -> int:
-        """Leave a decision for the engine; gives its number. `data` is JSON.
+        """Leave a decision for a deployment; gives its number. `data` is JSON.
 
         Raises:
             NotFoundError: there is no such deployment.
@@ -373,7 +373,7 @@ class Journal:
             return _key_of(done)
 
     def pending_decisions(self, environment: str | None = None, deployment: str | None = None) -> list[Decision]:
-        """Decisions that nobody took up yet, oldest first.
+        """Decisions that were not taken up yet, oldest first.
 
         With a deployment: those for it, and those for its environment as a whole where that is named too.
         Raises `StoreError`.
@@ -392,7 +392,7 @@ class Journal:
     def take_decision(self, number: int, deployment: str | None = None) -> bool:
         """Take a decision up, once: it is marked, and its deployment gets the entry `decision_taken`, in one commit.
 
-        `deployment` is who takes it, where the decision named none. False where somebody took it before.
+        `deployment` takes it, where the decision named none. False where it was taken before.
 
         Raises:
             NotFoundError: there is no such decision.
@@ -433,7 +433,7 @@ class Journal:
     def _prepare(self) -> None:
         if not self._read_meta():
             with self.database.writing() as connection:
-                if not tables.names(connection):  # nobody was faster
+                if not tables.names(connection):  # no other process was faster
                     self._create(connection)
             self._read_meta()
 

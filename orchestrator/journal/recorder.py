@@ -37,7 +37,7 @@ class Recorder:
         return fence
 
     async def pending_decisions(self) -> list[Decision]:
-        """What people decided of this deployment, and nobody took up yet."""
+        """What people decided of this deployment, and was not taken up yet."""
         return await asyncio.to_thread(self.journal.pending_decisions, None, self.deployment)
 
     async def take(self, decision: Decision) -> None:

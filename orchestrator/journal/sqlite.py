@@ -1,6 +1,6 @@
 """One SQLite file, used by several processes at once: short transactions, patience, and errors in our words.
 
-Writers are BEGIN IMMEDIATE, one after another; readers see one unchanging view and wait for nobody (WAL). A commit is on
+Writers are BEGIN IMMEDIATE, one after another; readers see one unchanging view and never wait (WAL). A commit is on
 the disk: `synchronous=FULL` syncs the WAL at each (https://www.sqlite.org/pragma.html#pragma_synchronous). The locks need
 a local file system.
 """
@@ -57,7 +57,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction that nobody else's overlaps: committed and on the disk at its end, undone by an exception.
+        """One transaction that no other overlaps: committed and on the disk at its end, undone by an exception.
 
         Raises:
             StoreError: it was not committed; `full` where there is no space left.
@@ -154,7 +154,7 @@ def _code(error: BaseException | None) -> int:
 
 
 def _make_file(path: str) -> None:
-    # SQLite's other files take this one's mode: plans are nobody else's business.
+    # SQLite's other files take this one's mode: plans are for this user's eyes.
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -23,7 +23,7 @@ from orchestrator.plan.plan import MachineStep, Plan
 VIEW_FORMAT: Final = 1
 
 DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
-"""`interrupted`: written as running, but no engine is alive that runs it."""
+"""`interrupted`: written as running, but no process is alive that runs it."""
 Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
 StepState = Literal["waiting", "running", "done", "failed", "skipped"]
 UndoState = Literal["none", "due", "running", "done", "failed"]
@@ -108,7 +108,7 @@ class StepView(View, frozen=True):
 class OperationView(View, frozen=True):
     """An operation of an agent (`order`: SHA-256 of its envelope) or of the server (`order` is empty).
 
-    `result` is None while nobody has seen its end.
+    `result` is None while its end was not seen.
     """
 
     operation: str
@@ -125,7 +125,7 @@ class MachineView(View, frozen=True):
         version: of what is current there, as far as the journal knows; several roots with `, ` between.
         step: of its last turn, 0 before the first.
         since: in flight since then.
-        doing: the action of an operation that nobody has seen the end of.
+        doing: the action of an operation whose end was not seen.
         outcome, reason: of its last turn that ended.
         failure: one of its turns ended as a failure, and no later one of that step made it good.
         out_since: its bracket is open since then.
@@ -195,7 +195,7 @@ def view(
     Args:
         record: its row.
         entries: all of its entries, in order.
-        is_alive: whether an engine holds the lock of the environment for it.
+        is_alive: whether a process holds the lock of the environment for it.
         plan: its plan; with it, steps and machines that did not begin are shown too.
         brackets: the open ones of its environment (`open_brackets`); without them only its own entries tell, which know
             nothing of a bracket that it adopted, or that was closed elsewhere.
@@ -250,7 +250,7 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
 def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[JournalEntry]]]) -> list[OpenBracket]:
     """All that is open, oldest first.
 
-    A bracket is one machine in one rotation of an environment, whoever opened or closed it: so all deployments of an
+    A bracket is one machine in one rotation of an environment, opened and closed by any deployment: so all deployments of an
     environment belong in here (`Journal.brackets` has just what is needed of them).
     """
     told = [(entry, record) for record, entries in deployments for entry in entries]

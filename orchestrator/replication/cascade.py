@@ -1,7 +1,7 @@
 """A package to many relays at once: the roots are sent to from here, the others fetch from the relay above them, all at
 the same time, so that each byte leaves the origin once for each root.
 
-Who fetches from whom is decided here, and watched: where a relay dies or fails, those below it are told to go on with
+The way to each relay is decided here, and watched: where a relay dies or fails, those below it are made to go on with
 the next one above, or the origin itself sends them what they still lack.
 """
 

@@ -117,7 +117,7 @@ def _stands(path: str, manifest: Manifest) -> bool:
 
 
 def _name(temporary: str, path: str) -> None:
-    """Give the finished file its name, which nobody took meanwhile. Raises `FileExistsError`."""
+    """Give the finished file its name, unless it was taken meanwhile. Raises `FileExistsError`."""
     os.link(temporary, path, follow_symlinks=False)
     os.unlink(temporary)
     sync_folder(os.path.dirname(path))

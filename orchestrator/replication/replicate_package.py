@@ -46,7 +46,6 @@ class Targets:
     machines: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `UsageError`."""
         if len({client.url for client in self.clients.values()}) != len(self.relays):
             raise UsageError("a relay is named twice")
 
@@ -87,20 +86,12 @@ class SendOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Why a package goes to a relay as it does, and what other ways would take."""
-
-    explained: Explained
-    alternatives: Alternatives
-
-
-@dataclass(frozen=True, slots=True)
 class Replication:
-    """What became of it. `failed` is by URL, `arithmetic` by the relay's name."""
+    """What became of it. `failed` is by URL, `arithmetic` (and what other ways would take) by the relay's name."""
 
     nupkg_bytes: int
     delivered: Sequence[Delivered]
-    arithmetic: Mapping[str, Arithmetic]
+    arithmetic: Mapping[str, tuple[Explained, Alternatives]]
     failed: Mapping[str, WaystationError]
     replans: Sequence[str] = ()
 
@@ -168,10 +159,10 @@ async def _ready(
 
 async def _arithmetic(
     depot: Depot, package: PackageToSend, explained: Mapping[str, Explained], machines: int
-) -> dict[str, Arithmetic]:
+) -> dict[str, tuple[Explained, Alternatives]]:
     bases = {str(one.package.version): one for one in package.known}
     return {
-        relay: Arithmetic(one, await alternatives(depot, package.manifest, bases.get(one.base_version), machines))
+        relay: (one, await alternatives(depot, package.manifest, bases.get(one.base_version), machines))
         for relay, one in explained.items()
     }
 

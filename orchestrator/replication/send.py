@@ -176,7 +176,7 @@ def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
 
 
 def open_relay(relay: PlannedRelay) -> RelayClient:
-    """A client for a relay of the environment, with its token. Contacts nobody.
+    """A client for a relay of the environment, with its token. Contacts nothing.
 
     Raises:
         NotFoundError, RefusedError: its token cannot be read.

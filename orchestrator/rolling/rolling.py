@@ -20,7 +20,7 @@ from orchestrator.plan.plan import MachineStep, PlannedPhase
 
 @dataclass(frozen=True, slots=True)
 class RotationState:
-    """Which machines are in service and which are out. Of one in neither nobody can tell: it does not count as in
+    """Which machines are in service and which are out. Of one in neither it is not known: it does not count as in
     service, and starting it may take it out.
     """
 
@@ -149,7 +149,7 @@ def _next(roll: Roll, service: RotationState) -> str | None:
 
 
 def _in_order(roll: Roll, service: RotationState) -> Iterator[str]:
-    """Out of service first, then those of which nobody can tell, then the others; or as listed."""
+    """Out of service first, then those of which it is not known, then the others; or as listed."""
     if not roll.unhealthy_first:
         yield from roll.waiting
         return
@@ -166,7 +166,7 @@ def _may_start(roll: Roll, service: RotationState, machine: str, left: int) -> b
 
 
 def _why_full(roll: Roll) -> str:
-    """Why the phase takes nobody now; empty where it does."""
+    """Why the phase takes no machine now; empty where it does."""
     index, first = _phase(roll)
     phase = roll.phases[index]
     before = roll.in_flight.intersection(roll.started[:first])

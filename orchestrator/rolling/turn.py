@@ -1,7 +1,7 @@
 """One machine's turn in a step: what comes next, whatever happened so far. Pure.
 
 A turn is a fold: `begin(shape)`, then `next_do(turn)` says what to do and `did(turn, done)` takes what became of it,
-until `next_do` is an `End`. Replaying the same `Done`s gives the same turn, so a resumed engine comes to the point
+until `next_do` is an `End`. Replaying the same `Done`s gives the same turn, so a resumed deployment comes to the point
 where it died. Repeats (`attempts`) are the caller's: a `Done` is the last word on one `Do`.
 
     what happened                       then
@@ -29,7 +29,7 @@ from agent.orders.orders import TreeFacts
 from orchestrator.plan.plan import MachineStep, MachineTurn, SwitchAction
 
 AfterOutcome = Literal["deployed", "not_started", "kept_old"]
-"""What `after` is told as OUTCOME."""
+"""What `after` gets as OUTCOME."""
 
 TurnEnding = Literal[
     "deployed", "already_current", "not_started", "kept_old", "left_out", "rotation_unknown", "lost", "failed"
@@ -37,7 +37,7 @@ TurnEnding = Literal[
 """How a turn ended. `failed`: a step without a rotation, after the switch or without one; `lost`: left as found."""
 
 DoneState = Literal["done", "failed", "stopped", "refused", "unknown", "lost"]
-"""What became of a thing to do: the words of an agent's final report, and `lost`: nobody can say, for the agent or
+"""What became of a thing to do: the words of an agent's final report, and `lost`: it cannot be said, for the agent or
 the road to it is gone. `refused`: it never ran, which is also the word for what a cancel kept from starting.
 `unknown` is a failure at that point, never a success.
 """
@@ -256,7 +256,7 @@ def _is_old(turn: Turn, index: int) -> bool:
 
 
 def _may_have_switched(shape: Shape, index: int, done: Done) -> bool:
-    """A switch that failed changed nothing; of one that was stopped, or that nobody saw end, this is not known."""
+    """A switch that failed changed nothing; of one that was stopped, or whose end was not seen, this is not known."""
     return index == shape.switch and done.how in {"unknown", "stopped"}
 
 

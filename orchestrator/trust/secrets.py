@@ -125,7 +125,7 @@ class SecretStore:
         """Read every one of `names` (by default all) once, so that none is missed in the middle of a deployment.
 
         Raises:
-            SecretRefusedError: one or more cannot be used; all of them are told.
+            SecretRefusedError: one or more cannot be used; the message names all of them.
         """
         wrong = []
         for name in sorted(self._sources if names is None else set(names)):

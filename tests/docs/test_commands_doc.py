@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from harness.pages import DOCS, block, blocks, rows, section
 
 from docs import tables
-from orchestrator.commands import release
+from orchestrator.commands import options
 from orchestrator.journal import ledger, views
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.main import waystation
@@ -74,7 +74,7 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     told = {int(row[0]) for row in rows(section(PAGE, "## Exit codes"))[2:]}
     of_errors = {WaystationError.exit_code, UsageError.exit_code, LockedError.exit_code}
-    of_deployments = {release.DONE, release.FAILED, release.WITH_EXCLUSIONS, release.CANCELLED}
+    of_deployments = {options.DONE, options.FAILED, options.WITH_EXCLUSIONS, options.CANCELLED}
     assert told == of_errors | of_deployments
 
 
@@ -169,7 +169,7 @@ class _Session:
         self.run("release create", "1.4.2", *files, good)
         self.run("release deploy", "1.4.2", "--process", str(process), "--environment", good)
         self.run("release log", "server")
-        self.run("release deploy", "1.4.2-again", *files, bad, code=release.FAILED)
+        self.run("release deploy", "1.4.2-again", *files, bad, code=options.FAILED)
         self.run("release status")
         self.run("release history", "--limit", "1")
         self.run("rotation list")
@@ -290,8 +290,8 @@ def test_every_member_of_a_deployment_is_in_the_table() -> None:
     [
         ("summary", views.DeploymentState),
         ("stage", views.Stage),
-        ("pre_acquire[]", views.Progress),
-        ("pre_acquire[]", views.Undo),
+        ("pre_acquire[]", views.StepState),
+        ("pre_acquire[]", views.UndoState),
         ("machines[]", views.MachineStage),
     ],
 )

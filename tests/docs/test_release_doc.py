@@ -161,7 +161,7 @@ def test_the_numbers_on_the_page_are_those_of_the_code() -> None:
 
 def test_every_outcome_of_a_turn_is_told_and_no_other() -> None:
     told = {row[1].strip("`") for row in rows(section(PAGE, "## A machine's turn"))[2:]}
-    assert told == set(get_args(turn.Outcome))
+    assert told == set(get_args(turn.TurnEnding))
 
 
 def test_every_word_that_after_hears_is_told() -> None:

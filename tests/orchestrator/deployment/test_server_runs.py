@@ -374,7 +374,7 @@ async def test_stop_all_ends_the_pause_before_another_attempt(server: Server) ->
     await eventually(lambda: len(server.heard.events) == 2)
     await server.runs.stop_all()
     result = await task
-    assert (result.state, result.attempts) == ("failed", 1)
+    assert (result.state, result.operation) == ("failed", BEFORE)
 
 
 async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(server: Server) -> None:
@@ -389,7 +389,7 @@ async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(se
     await asyncio.sleep(0.3)
     assert out.read_text() == "began 1\n"
     go.touch()
-    assert (await again).operation == f"{BEFORE}/2"
+    assert (await again).operation == replace(BEFORE, attempt=2)
     assert out.read_text() == "began 1\nended 1\nbegan 2\nended 2\n"
 
 

@@ -465,7 +465,7 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     async with fleet:
         running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
-        envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(f"{DEPLOYMENT}/0/web1/survey/1")
+        envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(OPERATION)
         assert envelope is not None
         order = verify_order(envelope, agent.pins.pins)
         await agent.send(client, agent.report(order, envelope))
