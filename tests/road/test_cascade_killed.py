@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.processes import OriginHome, RelayProcess, check_store
+from harness.origins import OriginHome
+from harness.relays import RelayProcess, check_store
 from harness.support import make_nupkg, noise
 
 from benchmarks.lines.network import CountingProxy, Line

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Serving, run, serving
 from harness.exact_kit import ENGINES, PACKAGES, deflated, needs_engines, words
+from harness.process import run
+from harness.relays import RelayProcess
 
 PARTS = {"lib/a.dll": words(1, 400_000), "b.txt": words(2, 2_000)}
 EF = PACKAGES / "microsoft.entityframeworkcore.10.0.14.nupkg"
@@ -24,8 +25,8 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def relay(tmp_path: Path) -> Iterator[Serving]:
-    with serving(tmp_path / "relay") as running:
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path / "relay") as running:
         yield running
 
 
@@ -112,7 +113,7 @@ def test_fetch_never_overwrites_another_file(home: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob("out.*")] == ["out.nupkg"]
 
 
-def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     nupkg = deflated(tmp_path, PARTS)
     run(home, "package", "add", nupkg)
     assert run(home, "package", "replicate", *NAME, "--relay", relay.url).code == 0
@@ -121,7 +122,7 @@ def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_pat
     assert out.read_bytes() == Path(nupkg).read_bytes()
 
 
-def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     run(home, "package", "add", deflated(tmp_path, PARTS))
     run(home, "package", "replicate", *NAME, "--relay", relay.url)
     stranger = tmp_path / "stranger"
@@ -133,7 +134,7 @@ def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: Serv
     assert not out.exists()
 
 
-def test_fetch_says_what_the_relay_lacks(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_says_what_the_relay_lacks(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     nupkg = deflated(tmp_path, PARTS, level=1)
     run(home, "package", "add", nupkg)
     run(home, "package", "replicate", *NAME, "--relay", relay.url)
@@ -164,8 +165,8 @@ def test_serve_takes_what_it_lacks_from_its_parent(home: Path, tmp_path: Path) -
     run(home, "package", "add", nupkg)
     out = tmp_path / "out.nupkg"
     with (
-        serving(tmp_path / "parent", "--store", home / "depot") as parent,
-        serving(tmp_path / "child", "--parent", parent.url) as child,
+        RelayProcess(tmp_path / "parent", "--store", home / "depot") as parent,
+        RelayProcess(tmp_path / "child", "--parent", parent.url) as child,
     ):
         run(home, "package", "replicate", *NAME, "--relay", child.url)
         assert run(home, "package", "fetch", *NAME, "--relay", child.url, "--output", out).code == 0
