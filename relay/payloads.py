@@ -17,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from io import BytesIO
+from itertools import chain, islice
 from typing import Final
 
 from relay.content.encodings import RAW, Coding, encode
 from relay.content.identity import ChunkId
 from relay.errors import StoreError
+from relay.memory import give_back_free
 from relay.stores.contract import PIECE, ChunkReader
 
 KEPT_BYTES = 64 << 20
@@ -31,7 +33,7 @@ MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
 
-_READS: Final = 4
+_READS: Final = 2
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096
 """Finished payloads that are kept, however small they are."""
@@ -245,8 +247,8 @@ class Payloads:
         self._kept_bytes = kept_bytes
         self._memory_bytes = memory_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
-        # One more than there are threads: it reads its chunks while the others encode.
-        self._gate = _Gate(threads + 1, self._reserve, self._release)
+        # No more than there are threads: one that read its chunks meanwhile would take its cores from the others, and hold a run.
+        self._gate = _Gate(threads, self._reserve, self._release)
         self._reserved = 0
         self._counted = 0
         self._payloads: OrderedDict[RunSpec, _Payload] = OrderedDict()
@@ -335,6 +337,8 @@ class Payloads:
         payload = _Payload(spec, is_arriving=True)
         self._enlist(payload)
         self._count(payload, room)
+        # What arrives takes the place of what is kept, not room beside it.
+        self._tidy()
 
         def add(piece: bytes) -> None:
             more = payload.size + len(piece) - payload.counted
@@ -395,21 +399,20 @@ class Payloads:
             self._finish(payload, seconds)
 
     async def _join(self, ids: tuple[ChunkId, ...]) -> bytes:
-        found: list[bytes] = [b""] * len(ids)
-        left = iter(enumerate(ids))
-
-        async def read() -> None:
-            for at, id in left:
-                found[at] = (await self._source.get(id)).data
-
-        readers = [asyncio.create_task(read()) for _ in range(min(_READS, len(ids)))]
+        """One after another, read a few ahead: beside what is joined, no more than those are held."""
+        joined = BytesIO()
+        left = iter(ids)
+        reads = deque(asyncio.create_task(self._source.get(id)) for id in islice(left, _READS))
         try:
-            await asyncio.gather(*readers)
+            while reads:
+                joined.write((await reads[0]).data)
+                reads.popleft()
+                reads.extend(asyncio.create_task(self._source.get(id)) for id in islice(left, 1))
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-        return b"".join(found)
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
+        return joined.getvalue()
 
     def _finish(self, payload: _Payload, seconds: float) -> None:
         payload.is_whole = True
@@ -510,7 +513,9 @@ def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.Abstr
             if payload.stopped.is_set():
                 return 0.0
             loop.call_soon_threadsafe(payload.add, piece)
-    return time.thread_time() - started
+    seconds = time.thread_time() - started
+    give_back_free()
+    return seconds
 
 
 def _recut(data: bytes) -> Iterator[bytes]:
