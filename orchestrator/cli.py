@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from relay.client import RelayClient
     from relay.content.encodings import Coding
     from relay.content.identity import PackageRef
+    from relay.content.manifest import Manifest
     from relay.survey import Explained
 
 
@@ -139,7 +140,11 @@ def add(
     trust_folder: str | None,
     as_json: bool,
 ) -> int:
-    """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
+    """Take packages into the depot: chunked, checked and signed. What is there already is left as it is.
+
+    As soon as they are told they can be listed, replicated and deployed. Then it is found out, and proved, how relays can
+    make each nupkg again, byte for byte. Where that is cut short, adding the file again does it.
+    """
     from relay.memory import share_arenas
 
     if feed and len(names) != 2:
@@ -150,48 +155,58 @@ def add(
         if not os.path.isfile(path):
             raise UsageError(f"{path} is not a file", hint="Expected the path of a .nupkg file; nothing was added")
 
-    async def take() -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    async def take() -> int:
         from orchestrator.depot import open_depot
         from orchestrator.feed import FeedPolicy
         from orchestrator.keyring import load_signer
 
         signer = load_signer(options.trust_folder(trust_folder), "package")
-        with progress_bars() as bar:
-            async with open_depot(depot_location(depot)) as opened:
-                if not feed:
-                    return await _add_files(opened, signer, names, bar)
-                policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
-                return [await _add_from_feed(opened, signer, feed, names, sha512, policy, bar(" ".join(names)))], {}
+        async with open_depot(depot_location(depot)) as opened:
+            with progress_bars() as bar:
+                if feed:
+                    policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
+                    taken = await _add_from_feed(opened, signer, feed, names, sha512, policy, bar(" ".join(names)))
+                else:
+                    taken = await _add_files(opened, signer, names, bar)
+            _print_taken(taken, as_json=as_json)
+            with progress_bars() as bar:
+                for manifest in taken.manifests:
+                    await opened.recipe(manifest, bar(f"proof of {manifest.package}"))
+        return 1 if taken.errors else 0
 
     share_arenas()
-    added, errors = run(take())
+    return run(take())
+
+
+def _print_taken(taken: _Taken, *, as_json: bool) -> None:
     if as_json:
-        failed = [{"file": path, "error": error.message} for path, error in errors.items()]
-        print_json({"format": 1, "packages": added, "failed": failed})
-        return 1 if errors else 0
-    for entry in added:
+        failed = [{"file": path, "error": error.message} for path, error in taken.errors.items()]
+        print_json({"format": 1, "packages": taken.documents, "failed": failed})
+        return
+    for entry in taken.documents:
         what = "added" if entry["new"] else "was there"
         click.echo(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
-    for path, error in errors.items():
+    for path, error in taken.errors.items():
         click.echo(printable(f"{path}: {error}"), err=True)
-    return 1 if errors else 0
 
 
 async def _add_files(
     depot: Depot, signer: CryptoSigner, paths: tuple[str, ...], bar: Callable[[str], Callable[[int, int], None]]
-) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
-    """What was added, and what was refused: one bad file does not keep the others out."""
+) -> _Taken:
+    """One bad file does not keep the others out."""
     from relay.catalog import Provenance
 
-    added: list[dict[str, Any]] = []
-    errors: dict[str, WaystationError] = {}
+    taken = _Taken([], [], {})
     for path in paths:
         name = os.path.basename(path)
         try:
-            added.append(_added(await depot.add(path, signer, Provenance("added", name), progress=bar(name))))
+            added = await depot.add(path, signer, Provenance("added", name), progress=bar(name))
         except WaystationError as error:
-            errors[path] = error
-    return added, errors
+            taken.errors[path] = error
+        else:
+            taken.documents.append(_added(added))
+            taken.manifests.append(added.manifest)
+    return taken
 
 
 async def _add_from_feed(
@@ -202,7 +217,7 @@ async def _add_from_feed(
     sha512: str | None,
     policy: FeedPolicy,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
+) -> _Taken:
     from orchestrator.feed import download
     from relay.catalog import Provenance
 
@@ -212,7 +227,16 @@ async def _add_from_feed(
         got = await download(feed, ref.id, ref.version, path, sha512=sha512, policy=policy)
         provenance = Provenance("added", got.source_url, got.verified_by)
         result = await depot.add(path, signer, provenance, progress=progress, expected=ref)
-    return _added(result) | {"verified_by": got.verified_by}
+    return _Taken([_added(result) | {"verified_by": got.verified_by}], [result.manifest], {})
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What is told of each package that was added, their manifests, and what each refused file was refused for."""
+
+    documents: list[dict[str, Any]]
+    manifests: list[Manifest]
+    errors: dict[str, WaystationError]
 
 
 @package.command("list", epilog="Example: waystation package list --json")

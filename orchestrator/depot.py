@@ -1,6 +1,7 @@
 """The depot: the orchestrator's own store, and where packages enter it. A nupkg becomes parts, chunks and a signed manifest.
 
 Order keeps it safe: chunks durable first, then the nupkg itself, then the manifest, and the name that lists it last.
+How the nupkg can be made again is found out afterwards (`recipe`): a listed package needs it for nothing else.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -30,6 +31,7 @@ from relay.exact.nupkgs import Nupkgs
 from relay.exact.recipe_store import Recipes
 from relay.exact.recipes import find_recipe
 from relay.stores.locations import Store, open_store
+from relay.stores.volume import translate
 from relay.trust.envelopes import PackageStatement, sign_package
 
 if TYPE_CHECKING:
@@ -41,8 +43,7 @@ _READ = 1 << 20
 _EXECUTABLE_STARTS = (b"\x7fELF", b"#!")
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes that are done, of all). Each byte counts as it is stored, and those of the nupkg once more as it is
-found out how they can be made again."""
+"""Called with (bytes that are done, of all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,10 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed, and find out how it can be made again. Adding the same one again
-        changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
-        better recipe where there are engines that were not there before.
+        """Take a nupkg in, chunked and signed: on return it is listed. Adding the same one again changes nothing, but
+        brings back what the depot lost, and signs anew where the key is another one.
+
+        How it can be made again is not known by that: `recipe` finds it.
 
         Raises:
             MetadataError: also where it is another package than `expected`.
@@ -101,15 +103,10 @@ class Depot:
             if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
-                if await self._may_find_better(manifest):
-                    await self._find_recipe(path, manifest, entries, progress)
                 return Added(there, manifest, new=False, chunks_stored=0)
-            meter = _Meter(progress, stream=sum(entry.size for entry in entries), nupkg=digests.size)
-            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, meter.stored)
+            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, progress)
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
-        await self._find_recipe(path, manifest, entries, meter.tried)
-        meter.end()
         pointer = await self.catalog.publish(manifest, provenance)
         return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
@@ -122,12 +119,22 @@ class Depot:
             )
         return manifest
 
-    async def recipe(self, manifest: Manifest) -> Recipe | None:
-        """How to make the identical nupkg. A better one is looked for first, where engines came since the last look."""
+    async def recipe(self, manifest: Manifest, progress: Progress | None = None) -> Recipe | None:
+        """How to make the identical nupkg, proved; None where that cannot be found, as the depot lost its nupkg.
+
+        It is looked for first where none is known yet, and where engines came since the last look that may do better.
+
+        Args:
+            manifest: of a listed package.
+            progress: is told of the nupkg's bytes whose encoder was looked for.
+
+        Raises:
+            ChunkInvalid: the depot's nupkg is damaged.
+            StoreError: the medium failed.
+        """
         if await self._may_find_better(manifest) and await self.store.blobs.has(manifest.nupkg.sha256):
             async with self.nupkgs.as_file(manifest) as path:
-                entries = await asyncio.to_thread(_walk_file, path)
-                await self._find_recipe(path, manifest, entries, None)
+                await self._find_recipe(path, manifest, progress)
         return await self.recipes.find(manifest)
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
@@ -151,15 +158,10 @@ class Depot:
             return kept is None
         return bool(await self._engines.installed() - await self.recipes.tried(manifest))
 
-    async def _find_recipe(
-        self, path: str, manifest: Manifest, entries: Sequence[Entry], progress: Progress | None
-    ) -> None:
-        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are.
-
-        Raises:
-            UsageError: the file cannot be read any more.
-        """
+    async def _find_recipe(self, path: str, manifest: Manifest, progress: Progress | None) -> None:
+        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are."""
         try:
+            entries = await asyncio.to_thread(_walk_file, path)
             if all(entry.method == STORED for entry in entries):
                 recipe = await find_recipe(path, manifest, Encoders(1), progress)
                 tried: tuple[str, ...] = ("zlib",)
@@ -168,7 +170,7 @@ class Depot:
                     recipe = await find_recipe(path, manifest, encoders, progress)
                     tried = encoders.names()
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
+            raise translate(error, f"read the nupkg of {manifest.package}") from error
         await self.recipes.keep(manifest, recipe, tried)
 
     async def _is_whole(self, pointer: Pointer) -> bool:
@@ -234,29 +236,6 @@ async def open_depot(location: str) -> AsyncIterator[Depot]:
             await depot.close()
     finally:
         await store.close()
-
-
-class _Meter:
-    """One progress out of two: chunks that are stored, then the nupkg's bytes whose encoder was looked for."""
-
-    def __init__(self, progress: Progress | None, *, stream: int, nupkg: int) -> None:
-        self._progress = progress
-        self._stream = stream
-        self._whole = stream + nupkg
-
-    def stored(self, done: int, _whole: int) -> None:
-        self._tell(done)
-
-    def tried(self, done: int, _whole: int) -> None:
-        self._tell(self._stream + done)
-
-    def end(self) -> None:
-        """Nothing is left to do; what stands around the parts was not counted."""
-        self._tell(self._whole)
-
-    def _tell(self, done: int) -> None:
-        if self._progress:
-            self._progress(done, self._whole)
 
 
 class _Cutter:

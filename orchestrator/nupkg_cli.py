@@ -46,7 +46,8 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
         async with open_depot(depot_location(depot)) as opened:
             pointer = opened.catalog.get(package_ref(id, version))
             manifest = await opened.manifest(pointer)
-            recipe = await opened.recipe(manifest)
+            # The proof of a package that was just added may be under way in another process.
+            recipe = await opened.recipe(manifest) if await opened.recipes.find(manifest) else None
             return pointer_document(pointer) | {
                 "signed": bool(await opened.catalog.signature(manifest.id)),
                 "nupkg_sha512": manifest.nupkg.sha512,
@@ -104,7 +105,7 @@ def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
 
 def _summary(exact: dict[str, Any] | None) -> str:
     if exact is None:
-        return "unknown: add its nupkg again"
+        return "not proved yet: adding its nupkg again does it"
     recipe = f"recipe of {size(exact['recipe_bytes'])} ({size(exact['recipe_wire_bytes'])} on the wire)"
     if exact["whole_file"]:
         return "no: relays take the whole file"

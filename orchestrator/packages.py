@@ -137,7 +137,8 @@ async def _take_from_feed(
         except NotFoundError as error:
             raise _not_found(package, str(error)) from error
         provenance = Provenance("added", got.source_url, got.verified_by)
-        await depot.add(path, signer, provenance, progress=bar(str(ref)) if bar else None, expected=ref)
+        added = await depot.add(path, signer, provenance, progress=bar(str(ref)) if bar else None, expected=ref)
+        await depot.recipe(added.manifest)
 
 
 def _credentials(secret: str) -> FeedCredentials:
@@ -246,7 +247,9 @@ async def _add_scripts(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="waystation-scripts-") as folder:
         path = await asyncio.to_thread(_pack, folder, package, scripts, project)
-        await depot.add(path, signer, Provenance("added", f"scripts of {project}"), expected=ref_of(package))
+        provenance = Provenance("added", f"scripts of {project}")
+        added = await depot.add(path, signer, provenance, expected=ref_of(package))
+        await depot.recipe(added.manifest)
 
 
 def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:
