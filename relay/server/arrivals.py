@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
 """Chunks made durable in one go: few enough that readers who wait for them wait briefly."""
-QUEUE_BYTES = 8 << 20
+QUEUE_BYTES = 4 << 20
 """Verified chunks of one sender that wait to be written; more make the sender wait."""
 
 

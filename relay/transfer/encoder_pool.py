@@ -12,13 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain
+from io import BytesIO
+from itertools import chain, islice
 from typing import Final
 
 from relay.encoding.codecs import Coding, encode
@@ -26,6 +27,7 @@ from relay.errors import StoreError
 from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE, ChunkReader
 from relay.support.byte_budget import ByteBudget
+from relay.support.malloc import give_back_free
 
 KEPT_BYTES = 64 << 20
 """Bytes of finished payloads that are kept for the next reader."""
@@ -37,7 +39,7 @@ _STRETCH_MIN: Final = 128 << 10
 """Bytes of payload under one header, at least, of a sender; but for the last one."""
 _STRETCH: Final = 1 << 20
 """The same, at most."""
-_READS: Final = 4
+_READS: Final = 2
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096
 """Finished payloads that are kept, however small they are."""
@@ -262,8 +264,9 @@ class Payloads:
         self._source = source
         self._kept_bytes = kept_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
-        # One more than there are threads: it reads its chunks while the others encode.
-        self._budget = ByteBudget(memory_bytes, turns=threads + 1, make_way=self._make_way)
+        # No more than there are threads: one that read its chunks meanwhile would take its cores from the others, and hold a
+        # run.
+        self._budget = ByteBudget(memory_bytes, turns=threads, make_way=self._make_way)
         self._counted = 0
         """Bytes of the budget that payloads count for; the rest is the encoders'."""
         self._payloads: OrderedDict[PayloadSpec, _Payload] = OrderedDict()
@@ -356,6 +359,8 @@ class Payloads:
         payload = _Payload(spec, is_arriving=True)
         self._enlist(payload)
         self._count(payload, room)
+        # What arrives takes the place of what is kept, not room beside it.
+        self._tidy()
 
         def add(piece: bytes) -> None:
             more = payload.size + len(piece) - payload.counted
@@ -416,21 +421,20 @@ class Payloads:
             self._finish(payload, seconds)
 
     async def _join(self, ids: tuple[ChunkId, ...]) -> bytes:
-        found: list[bytes] = [b""] * len(ids)
-        left = iter(enumerate(ids))
-
-        async def read() -> None:
-            for at, id in left:
-                found[at] = (await self._source.get(id)).data
-
-        readers = [asyncio.create_task(read()) for _ in range(min(_READS, len(ids)))]
+        """One after another, read a few ahead: beside what is joined, no more than those are held."""
+        joined = BytesIO()
+        left = iter(ids)
+        reads = deque(asyncio.create_task(self._source.get(id)) for id in islice(left, _READS))
         try:
-            await asyncio.gather(*readers)
+            while reads:
+                joined.write((await reads[0]).data)
+                reads.popleft()
+                reads.extend(asyncio.create_task(self._source.get(id)) for id in islice(left, 1))
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-        return b"".join(found)
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
+        return joined.getvalue()
 
     def _finish(self, payload: _Payload, seconds: float) -> None:
         payload.is_whole = True
@@ -518,7 +522,9 @@ def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.Abstr
             if payload.stopped.is_set():
                 return 0.0
             loop.call_soon_threadsafe(payload.add, piece)
-    return time.thread_time() - started
+    seconds = time.thread_time() - started
+    give_back_free()
+    return seconds
 
 
 def _recut(data: bytes) -> Iterator[bytes]:
