@@ -19,7 +19,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.config import AgentConfig
 from agent.relays.ranking import (
     Health,
     Origin,
@@ -38,6 +37,8 @@ from relay.support.durable import write_durably
 if TYPE_CHECKING:
     from dns.asyncresolver import Resolver
     from dns.rdtypes.IN.SRV import SRV
+
+    from agent.config import AgentConfig
 
 RECORDS_MAX = 64
 """SRV records taken from one answer."""

@@ -37,7 +37,12 @@ _LINT_HINT = "For example: waystation package lint Acme.Web.1.4.2.nupkg, or: way
     "waystation package diff --parts Acme.Web.1.4.1.nupkg Acme.Web.1.4.2.nupkg"
 )
 @click.argument("names", metavar="ID OLD NEW | FILE FILE", nargs=-1, required=True)
-@click.option("--parts", "with_parts", is_flag=True, help="Every part that changed, and what its own difference takes.")
+@click.option(
+    "--parts",
+    "with_parts",
+    is_flag=True,
+    help="Every part that changed, and what its own difference takes, the largest first.",
+)
 @click.option(
     "--encodings",
     "codings_text",
@@ -179,9 +184,12 @@ def _called(side: dict[str, Any]) -> str:
 )
 @click.argument("names", metavar="FILE... | ID VERSION", nargs=-1, required=True)
 @click.option(
-    "--against", metavar="FILE|VERSION", help="Another build: tell what really differs, and measure the cost."
+    "--against",
+    metavar="FILE|VERSION",
+    help="Another build, which shows what really differs: a file, or another version of ID in the depot. With one "
+    "package only.",
 )
-@click.option("--strict", is_flag=True, help="Exit with 1 where something can be mended (notes do not count).")
+@click.option("--strict", is_flag=True, help="Exit with 1 where something can be mended; notes do not count.")
 @depot_option
 @json_option
 def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str | None, as_json: bool) -> int:

@@ -106,7 +106,7 @@ def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
 
 def _summary(exact: dict[str, Any] | None) -> str:
     if exact is None:
-        return "unknown: add its nupkg again"
+        return "not proved yet: adding its nupkg again does it"
     recipe = f"recipe of {size(exact['recipe_bytes'])} ({size(exact['recipe_wire_bytes'])} on the wire)"
     if exact["whole_file"]:
         return "no: relays take the whole file"
@@ -136,7 +136,7 @@ def _shares(exact: dict[str, Any]) -> str:
 @click.argument("id")
 @click.argument("version")
 @click.option("--relay", "url", metavar="URL", help="Take it from this relay. [default: out of the depot]")
-@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@click.option("--output", metavar="FILE", help="Where to write it. [default: ID.VERSION.nupkg in this folder]")
 @depot_option
 @trust_option
 @token_file_option

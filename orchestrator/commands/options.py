@@ -31,10 +31,13 @@ depot_option = click.option(
     "--depot", metavar="LOCATION", help="Where packages are kept. [default: depot in $WAYSTATION_HOME]"
 )
 trust_option = click.option(
-    "--trust", "trust_folder", metavar="DIR", help="Folder of the keys. [default: trust in $WAYSTATION_HOME]"
+    "--trust",
+    "trust_folder",
+    metavar="DIR",
+    help="Folder of the keys and of trust.json. [default: trust in $WAYSTATION_HOME]",
 )
 journal_option = click.option(
-    "--journal", metavar="FILE", help="What happened. [default: journal.db in $WAYSTATION_HOME]"
+    "--journal", metavar="FILE", help="The journal of deployments. [default: journal.db in $WAYSTATION_HOME]"
 )
 
 

@@ -43,13 +43,26 @@ _process_option = click.option(
     "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
 )
 _environment_option = click.option(
-    "--environment", "-e", "environment", metavar="NAME|FILE", required=True, help="NAME: environments/NAME.yaml here."
+    "--environment",
+    "-e",
+    "environment",
+    metavar="NAME|FILE",
+    required=True,
+    help="The environment; NAME is environments/NAME.yaml here.",
 )
 _package_option = click.option(
-    "--package", "packages", multiple=True, metavar="NAME=VERSION", help="A version of a package of the process."
+    "--package",
+    "packages",
+    multiple=True,
+    metavar="NAME=VERSION",
+    help="A version of a package of the process; once for each.",
 )
 _variable_option = click.option(
-    "--variable", "variables", multiple=True, metavar="NAME=VALUE", help="An answer that the process asks for."
+    "--variable",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An answer that the process asks for; may be repeated.",
 )
 
 
@@ -97,7 +110,12 @@ def plan(
 @click.argument("label")
 @_package_option
 @_process_option
-@click.option("--environment", "-e", metavar="NAME|FILE", help="Take packages that the depot lacks from its feeds now.")
+@click.option(
+    "--environment",
+    "-e",
+    metavar="NAME|FILE",
+    help="Take packages that the depot lacks from this environment's feeds now; without it, when it is deployed.",
+)
 @_variable_option
 @depot_option
 @trust_option
@@ -174,7 +192,12 @@ def schema(kind: str) -> None:
 @_variable_option
 @_process_option
 @click.option("--project", help="Where several projects have this label. [default: the process's]")
-@click.option("--adopt", is_flag=True, help="Answer for machines that an earlier deployment left out of rotation.")
+@click.option(
+    "--adopt",
+    is_flag=True,
+    help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
+    "orchestrator's deployment that has not ended.",
+)
 @depot_option
 @trust_option
 @journal_option
@@ -318,8 +341,8 @@ def status(
 
 
 @release.command(epilog="Example: waystation release history --environment production")
-@click.option("--environment", "-e", metavar="NAME")
-@click.option("--limit", default=20, show_default=True)
+@click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
+@click.option("--limit", default=20, show_default=True, help="Deployments to show.")
 @journal_option
 @json_option
 def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
@@ -342,7 +365,7 @@ def history(environment: str | None, limit: int, journal: str | None, as_json: b
 
 @release.command(epilog="Example: waystation release log web1")
 @click.argument("machine", required=False)
-@click.option("--deployment", metavar="ULID", help="[default: the newest]")
+@click.option("--deployment", metavar="ULID", help="The deployment to read from. [default: the newest]")
 @click.option("--environment", "-e", metavar="NAME", help="The newest deployment there.")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends.")
 @journal_option

@@ -30,14 +30,44 @@ if TYPE_CHECKING:
 )
 @click.argument("id")
 @click.argument("version")
-@click.option("--relay", "relays", multiple=True, metavar="URL", help="May be repeated.")
-@click.option("--environment", "-e", metavar="NAME|FILE", help="Every relay of this environment, with its own token.")
+@click.option(
+    "--relay",
+    "relays",
+    multiple=True,
+    metavar="URL",
+    help="A relay to send to; may be repeated. One is needed, or an environment.",
+)
+@click.option(
+    "--environment",
+    "-e",
+    metavar="NAME|FILE",
+    help="To every relay of this environment, with the token and authority that stand there.",
+)
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
-@click.option("--encoding", metavar="NAME[:LEVEL]", help="Use this one, whatever is planned: raw, zstd:19, hdiff, …")
-@click.option("--limit", type=click.FloatRange(min=0, min_open=True), metavar="MBIT", help="Mbit/s to each relay.")
-@click.option("--explain", is_flag=True, help="Show what each encoding would take, and what other ways would cost.")
-@click.option("--dry-run", is_flag=True, help="Ask what is missing, plan, and send nothing.")
-@click.option("--exact", is_flag=True, help="Also send what a relay lacks to serve the identical nupkg by itself.")
+@click.option(
+    "--encoding",
+    metavar="NAME[:LEVEL]",
+    help="Use this one, whatever is planned: raw, zstd, zstd-prefix or hdiff, with zstd's level from 1 to 19 (without it "
+    "3, of hdiff 19). A difference where there is nothing to build on goes as zstd.",
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MBIT",
+    help="At most so many Mbit/s to each relay, in place of the environment's limit.",
+)
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Send, and show what was reckoned for relays that are sent to from here, and what other ways would have cost.",
+)
+@click.option("--dry-run", is_flag=True, help="Ask what is missing, show what would be sent and why, and send nothing.")
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Also send what a relay lacks to serve the identical nupkg without a parent: the bytes that no encoder makes, or "
+    "the whole file where it lacks an encoder. Not to relays that fetch from others: name a parent there.",
+)
 @depot_option
 @token_file_option
 @ca_file_option

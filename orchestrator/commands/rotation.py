@@ -22,7 +22,7 @@ def rotation() -> None:
 
 
 @rotation.command(name="list", epilog="Example: waystation rotation list")
-@click.option("--environment", "-e", metavar="NAME")
+@click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
 @journal_option
 @json_option
 def list_(environment: str | None, journal: str | None, as_json: bool) -> None:

@@ -16,10 +16,12 @@ T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 token_file_option = click.option(
-    "--token-file", metavar="FILE", help="File with the relay's bearer token (or WAYSTATION_TOKEN).", default=None
+    "--token-file", metavar="FILE", help="File with the relay's bearer token. [default: the token in $WAYSTATION_TOKEN]"
 )
 ca_file_option = click.option(
-    "--ca-file", metavar="FILE", help="Authority that signs the relays' certificates (PEM).", default=None
+    "--ca-file",
+    metavar="FILE",
+    help="The authority that signs the relay's certificate (PEM), where it is a private one.",
 )
 
 

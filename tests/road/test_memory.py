@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from harness.seed import SOAK
 
 from benchmarks.memory import MOST, measure
 
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
 MEGABYTES = 1000 if SOAK else 450
 
 

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness.paths import ROOT
+from harness.process import forked
 from harness.support import Cut, cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -182,8 +182,8 @@ def test_a_crash_anywhere_is_taken_up_again(tmp_path: Path, cut: Cut, plan: str)
     script = CRASH.format(
         paths=[str(here), str(ROOT / "tests")], root=str(tmp_path), plan=plan.format(root=str(tmp_path))
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -9, f"the crash did not take place: {done.stdout} {done.stderr}"
+    done = forked(tmp_path, script).result()
+    assert done.code == -9, f"the crash did not take place: {done}"
 
     tree = IncomingTree(str(tmp_path), cut.manifest, "1.0.0-B")
     for index in tree.missing:
