@@ -257,6 +257,7 @@ def test_a_script_is_hashed_once_for_one_plan(folder: Path) -> None:
     assert files.script(str(folder), "ops/run.sh") == first != OnDisk().script(str(folder), "ops/run.sh")
 
 
+@pytest.mark.processes
 def test_a_file_that_git_tracks_is_found_also_behind_a_link(folder: Path, tmp_path: Path) -> None:
     try:
         subprocess.run(["git", "init", "-q", str(folder)], check=True, capture_output=True)

@@ -147,6 +147,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.processes
 def test_a_letter_is_synced_before_its_sender_is_answered(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")

@@ -217,6 +217,7 @@ def test_an_honest_name_is_unescaped_once(name: str) -> None:
     assert [entry.path for entry in walked(craft(Member(name, TEXT)))] == ["A.nuspec", GOOD_NAMES[name]]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("zip") is None, reason="Info-ZIP's zip is not installed")
 @pytest.mark.parametrize("options", [[], ["-X"], ["-0"], ["-D"], ["-fz"], ["-fd"]], ids="".join)
 def test_a_zip_by_info_zip_passes(tmp_path: Path, options: list[str]) -> None:
