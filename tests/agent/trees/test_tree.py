@@ -730,6 +730,7 @@ def packages(draw: st.DrawFn) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 @given(files=packages(), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_package_in_any_order_with_any_interruption_gives_its_files(

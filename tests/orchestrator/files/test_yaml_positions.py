@@ -160,6 +160,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(st.dictionaries(words, trees, max_size=4))
 def test_what_yaml_writes_is_read_as_it_was(tree: dict[str, object]) -> None:
     # In quotes, all that is no text would carry a tag.

@@ -589,6 +589,7 @@ _LETTERS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(_LETTERS, st.sampled_from(["restart", "fail"])), max_size=12))
 def test_whatever_happens_all_that_was_acknowledged_is_shown_once_and_in_order(history):

@@ -160,6 +160,7 @@ def test_zip64_sizes_and_end_record_pass() -> None:
     assert contents(craft(zip64_member(), end64={}, end=sentinels))["a"] == TEXT
 
 
+@pytest.mark.long
 def test_more_parts_than_16_bits_can_count_pass() -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -711,6 +712,7 @@ GOOD = good_nupkg()
 GOOD_CONTENTS = contents(GOOD)
 
 
+@pytest.mark.long
 @settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_a_damaged_package_is_the_same_or_refused(data: st.DataObject) -> None:
@@ -978,6 +980,7 @@ def test_packing_holds_only_pieces_in_memory(tmp_path: Path) -> None:
     assert peak < 4 << 20
 
 
+@pytest.mark.long
 def test_more_parts_than_16_bits_can_count_are_packed_as_zip64() -> None:
     sources = [pack_module._Source.made("A.nuspec", NUSPEC)]
     sources += [pack_module._Source.made(f"{number:x}", b"") for number in range(0xFFFF)]

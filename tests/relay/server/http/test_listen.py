@@ -132,6 +132,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", '"', "\\", "é", "{", "}", ":", "a:"]), json_values)), st.booleans()
 )
@@ -259,6 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+TestLedger.pytestmark = [pytest.mark.long]
 
 
 def test_a_connection_that_is_lost_while_it_polls_leaves_no_trace() -> None:
