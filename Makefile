@@ -17,10 +17,10 @@ test:
 	@deploy/setup.sh $(PROGRAMS)
 	@$(PYTHON) -m pytest $(PARALLEL)
 
-# The inner loop: all that starts no process.
+# The inner loop: all that starts no process and is quick.
 check:
 	@deploy/setup.sh
-	@$(PYTHON) -m pytest -q $(PARALLEL) -m 'not processes'
+	@$(PYTHON) -m pytest -q $(PARALLEL) -m 'not processes and not long'
 
 # The suite on the newest of every library, then on the oldest that pyproject.toml allows. `make -k` runs both in any case.
 test-latest: test-newest test-oldest

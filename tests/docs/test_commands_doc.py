@@ -238,6 +238,7 @@ def _shape(value: object) -> object:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", sorted(n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)))
 def test_the_json_on_the_page_is_what_the_command_prints(name: str, printed: Mapping[str, dict[str, object]]) -> None:
     told = json.loads(block(PAGE, f"json {_AS.get(name, name)}"))
@@ -316,6 +317,7 @@ def _names_in(folder: Path) -> set[str]:
     return found
 
 
+@pytest.mark.processes
 def test_everything_in_an_agents_home_is_told(session: _Session) -> None:
     home = session.folder / "home/agent"
     assert _names_in(home) <= _told_names("### An agent's home")
@@ -323,6 +325,7 @@ def test_everything_in_an_agents_home_is_told(session: _Session) -> None:
     assert set().union(*operations) <= _told_names("### An agent's home", "operations/…/")
 
 
+@pytest.mark.processes
 def test_everything_in_the_orchestrators_home_is_told(session: _Session) -> None:
     home = session.folder / "home"
     assert _names_in(home) - {"agent", "depot"} <= _told_names("### The orchestrator's home") | {
@@ -333,6 +336,7 @@ def test_everything_in_the_orchestrators_home_is_told(session: _Session) -> None
     assert set().union(*deployments) <= _told_names("### The orchestrator's home", "deployments/<ulid>/")
 
 
+@pytest.mark.processes
 def test_everything_of_a_run_is_told(session: _Session) -> None:
     runs = [each.parent for each in (session.folder / "home/deployments").rglob("spec.json")]
     assert len(runs) > 3

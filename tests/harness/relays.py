@@ -37,7 +37,8 @@ class RelayProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        """As it told it."""
+        return self.said.rpartition(" ")[2]
 
     @property
     def pid(self) -> int:

@@ -156,6 +156,7 @@ def test_a_source_that_does_not_hang_together_cannot_be_made():
             replace(A, **broken)
 
 
+@pytest.mark.processes
 def test_nearest_imports_neither_dns_nor_aiohttp():
     code = (
         "import sys, agent.relays.ranking, agent.relays.dns; print(*{'dns', 'aiohttp', 'msgspec'} & set(sys.modules))"

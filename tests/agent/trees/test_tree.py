@@ -176,6 +176,7 @@ PLANS = {
 }  # fmt: skip
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_a_crash_anywhere_is_taken_up_again(tmp_path: Path, cut: Cut, plan: str) -> None:
     here = Path(__file__).parent
@@ -508,6 +509,7 @@ def test_what_the_disk_says_is_told(
     assert os.listdir(tmp_path / "releases") == []
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a really full file system is NOT tested")
 def test_a_really_full_disk_is_told_as_full(tmp_path: Path, cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     mount = tmp_path / "small"
@@ -728,6 +730,7 @@ def packages(draw: st.DrawFn) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 @given(files=packages(), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_package_in_any_order_with_any_interruption_gives_its_files(

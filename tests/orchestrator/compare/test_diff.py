@@ -151,6 +151,7 @@ def test_rsync_like_counts_parts_whose_compressed_bytes_are_new(tmp_path: Path, 
 soak = [pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="the largest pair is compared in `make soak`")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after", "share"),
     [

@@ -622,6 +622,7 @@ def test_a_secret_that_git_tracks_is_refused(path: str, expected: str) -> None:
     assert expected in told[0]
 
 
+@pytest.mark.processes
 def test_a_secret_in_a_real_repository_is_found(tmp_path: Path) -> None:
     (tmp_path / "lb").mkdir()
     for name in ("lb/out.py", "lb/in.py", "lb/state.py", "lb.token"):
@@ -774,6 +775,7 @@ def test_the_scaffold_overwrites_nothing(tmp_path: Path) -> None:
     assert write_scaffold(str(tmp_path)) == []
 
 
+@pytest.mark.processes
 def test_scripts_of_the_scaffold_fail_until_they_are_edited(tmp_path: Path) -> None:
     scripts = [path for path in write_scaffold(str(tmp_path)) if path.endswith((".py", ".sh"))]
     assert len(scripts) == 6

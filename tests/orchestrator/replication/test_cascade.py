@@ -159,6 +159,7 @@ async def test_in_a_chain_each_byte_leaves_the_origin_once(country: Country) -> 
     assert sum(one["payload_bytes"] for one in told["encodings"]) == told["payload_bytes"]
 
 
+@pytest.mark.long
 async def test_in_a_tree_each_line_carries_the_package_once(country: Country) -> None:
     upstreams = {"hub": "", "fra": "hub", "iad": "hub", "syd": "iad"}
     for name in upstreams:
@@ -252,6 +253,7 @@ async def test_a_relay_that_is_not_there_is_passed_by_before_anything_moves(coun
     await country.check_holds("iad")
 
 
+@pytest.mark.long
 async def test_a_relay_that_lies_is_left_for_the_one_above_it(country: Country) -> None:
     for name in ("fra", "iad", "syd"):
         await country.site(name)

@@ -319,4 +319,5 @@ class Rolling(RuleBasedStateMachine):
 
 
 TestRolling = Rolling.TestCase
+TestRolling.pytestmark = [pytest.mark.long]
 TestRolling.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

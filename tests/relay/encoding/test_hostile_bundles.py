@@ -473,6 +473,7 @@ def outcome(case):
     return json.loads(done.stdout)
 
 
+@pytest.mark.processes
 def test_the_childs_limits_bite():
     memory = child("limit of memory")
     assert memory.returncode == 1
@@ -480,6 +481,7 @@ def test_the_childs_limits_bite():
     assert child("limit of time", seconds=1).returncode < 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "chunks"),
     [
@@ -499,6 +501,7 @@ def test_the_largest_runs_are_taken_within_256_mib_and_10_s(case, chunks):
     assert (found["received"], found["refused"], found["error"]) == (chunks, {}, None)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "match"),
     [
@@ -523,6 +526,7 @@ def test_the_largest_lies_are_refused_within_256_mib_and_10_s_and_the_next_run_t
     assert match in refusal
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "match"), [("bases of one byte", f"more than {PLACES_MAX} bases"), ("more without end", "for a run of")]
 )

@@ -640,6 +640,7 @@ async def test_a_poll_is_sent_once_and_waits_as_long_as_it_asked_for():
 # --- a relay that is killed
 
 
+@pytest.mark.processes
 async def test_mail_is_there_after_sigkill_and_the_next_start(tmp_path):
     with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
@@ -661,6 +662,7 @@ async def test_mail_is_there_after_sigkill_and_the_next_start(tmp_path):
             assert len((await client.logs(D, wait=0)).pieces) == 1
 
 
+@pytest.mark.processes
 async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowledged(tmp_path):
     acknowledged = set()
 
@@ -688,6 +690,7 @@ async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowled
     assert len(found) <= len(acknowledged) + len(senders), "more than was ever under way"
 
 
+@pytest.mark.processes
 async def test_a_relay_whose_mail_was_emptied_tells_its_readers(tmp_path):
     with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:

@@ -597,6 +597,7 @@ steps = st.one_of(
 scripts = st.lists(st.tuples(st.lists(steps, max_size=6), st.booleans()), max_size=4)
 
 
+@pytest.mark.long
 @given(scripts, st.sets(st.sampled_from(sorted(EVERY))), st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
 def test_whatever_fails_either_all_is_delivered_once_or_no_source_is_left(scripts, wanted, connections):

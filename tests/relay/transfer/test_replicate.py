@@ -137,6 +137,7 @@ async def test_a_chunk_that_stands_twice_is_sent_once(relay):
     assert await whole(relay, twice)
 
 
+@pytest.mark.long
 async def test_the_manifest_travels_as_a_difference_against_a_version_that_both_hold(relay, tmp_path):
     many = {f"content/{i}.txt": noise(i, 100) for i in range(500)} | {f"{i}.dll": noise(i, 66_000) for i in range(30)}
     old, new = cut_package(many), cut_package({**many, "content/7.txt": noise("x", 100)}, version="1.0.1")
@@ -168,6 +169,7 @@ async def test_two_replications_of_one_package_at_the_same_time_both_end_well(re
     assert await whole(relay)
 
 
+@pytest.mark.long
 async def test_one_package_goes_to_several_relays_at_the_same_time(tmp_path):
     source = await source_of(CUT)
     async with contextlib.AsyncExitStack() as stack:
@@ -226,6 +228,7 @@ async def test_a_new_version_goes_as_what_differs_from_the_one_that_the_relay_ho
     assert await whole(relay, EDITED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["raw", "zstd:1", "zstd:19", "zstd-prefix", "hdiff", "hdiff:3"])
 async def test_any_encoding_can_be_forced_and_comes_out_right(relay, encoding):
     source = await source_of(CUT, EDITED)
@@ -254,6 +257,7 @@ async def test_an_application_goes_as_references_to_libraries_that_the_relay_hol
     assert await whole(relay, application)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("force", [None, "hdiff", "zstd-prefix"])
 async def test_a_base_that_goes_between_offer_and_bundle_costs_a_plain_run_and_nothing_else(relay, monkeypatch, force):
     source = await source_of(CUT, EDITED)
@@ -278,6 +282,7 @@ async def test_a_base_that_goes_between_offer_and_bundle_costs_a_plain_run_and_n
     assert await whole(relay, EDITED)
 
 
+@pytest.mark.long
 async def test_what_two_relays_need_alike_is_read_and_encoded_once(tmp_path):
     class Counting(MemoryChunks):
         reads = 0
@@ -492,6 +497,7 @@ class Gate(MemoryChunks):
         return await super().get(id)
 
 
+@pytest.mark.long
 async def test_a_relay_that_restarts_in_mid_transfer_gets_the_rest_and_little_twice(tmp_path):
     async with contextlib.AsyncExitStack() as outer:
         first = contextlib.AsyncExitStack()

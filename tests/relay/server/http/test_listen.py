@@ -132,6 +132,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", '"', "\\", "é", "{", "}", ":", "a:"]), json_values)), st.booleans()
 )
@@ -259,6 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+TestLedger.pytestmark = [pytest.mark.long]
 
 
 def test_a_connection_that_is_lost_while_it_polls_leaves_no_trace() -> None:
@@ -407,6 +409,7 @@ def test_taking_away_the_last_token_does_not_open_the_relay() -> None:
     assert access.required
 
 
+@pytest.mark.processes
 def test_without_the_c_parser_the_relay_refuses_to_start() -> None:
     program = "from relay.server.http.listen import check_c_parser\ncheck_c_parser()"
     for switch, expected in (("1", 1), ("", 0)):
@@ -420,6 +423,7 @@ def test_without_the_c_parser_the_relay_refuses_to_start() -> None:
         assert ("C parser" in result.stderr) == bool(expected)
 
 
+@pytest.mark.processes
 async def test_a_small_limit_of_open_files_is_raised() -> None:
     program = (
         "import resource\n"
