@@ -18,8 +18,8 @@ from harness.dns_server import DOMAIN, DnsServer, Srv, dns_server
 from harness.process import Done, run
 from harness.support import Relay, depot_with, make_nupkg, noise, running_relay, token
 
-from agent.relays.dns import load_state
-from agent.relays.ranking import FAILS_OUT
+from agent.relays.health import FAILS_OUT
+from agent.relays.memory import load_state
 from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull

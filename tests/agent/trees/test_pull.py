@@ -16,7 +16,7 @@ from harness.support import Origin, Relay, depot_with, eventually, make_nupkg, n
 
 from agent import platform
 from agent.config import AgentConfig
-from agent.relays.dns import load_state
+from agent.relays.memory import load_state
 from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
