@@ -23,7 +23,11 @@ _home_option = click.option(
     "--home", "home_folder", metavar="DIR", help="The agent's own folder. [default: agent in $WAYSTATION_HOME]"
 )
 _relay_option = click.option(
-    "--relay", "relays", multiple=True, metavar="URL", help="Ask only this relay (may be repeated), in place of DNS."
+    "--relay",
+    "relays",
+    multiple=True,
+    metavar="URL",
+    help="Only this relay, in place of DNS and the configuration; may be repeated.",
 )
 # Kept in agent.yaml, so it must not depend on where `init` was called.
 _A_FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
@@ -41,10 +45,24 @@ def agent() -> None:
 @click.option("--site", help="Where this machine stands, as DNS calls it.")
 @click.option("--domain", help="Where the relays' SRV records are.")
 @click.option("--resolver", metavar="HOST:PORT", help="DNS server to ask in place of the system's.")
-@click.option("--scheme", type=click.Choice(["https", "http"]), help="How relays found by SRV are spoken to.")
-@click.option("--relay", "relays", multiple=True, metavar="URL", help="A relay for where there is no DNS.")
-@click.option("--token-file", type=_A_FILE, metavar="FILE", help="File with the relays' bearer token.")
-@click.option("--ca-file", type=_A_FILE, metavar="FILE", help="Authority that signs the relays' certificates (PEM).")
+@click.option(
+    "--scheme",
+    type=click.Choice(["https", "http"]),
+    metavar="https|http",
+    help="How relays found by SRV are spoken to. [default: https]",
+)
+@click.option(
+    "--relay", "relays", multiple=True, metavar="URL", help="A relay for where there is no DNS; may be repeated."
+)
+@click.option(
+    "--token-file", type=_A_FILE, metavar="FILE", help="File with the relays' bearer token; agent.yaml names it."
+)
+@click.option(
+    "--ca-file",
+    type=_A_FILE,
+    metavar="FILE",
+    help="The authority that signs the relays' certificates (PEM), where it is a private one.",
+)
 @json_option
 def init(
     home_folder: str | None, trust_file: str | None, as_json: bool, **settings: str | tuple[str, ...] | None
@@ -188,9 +206,11 @@ def _builtins(value: object) -> Any:  # noqa: ANN401 - whatever the structure ho
 @agent.command(epilog="Example: waystation agent pull Acme.Web 1.4.2 --root /srv/webshop --switch")
 @click.argument("id")
 @click.argument("version")
-@click.option("--root", required=True, metavar="DIR", help="Builds DIR/releases/VERSION-ULID.")
+@click.option("--root", required=True, metavar="DIR", help="Where to install: DIR/releases/VERSION-ULID is built.")
 @click.option(
-    "--digest", metavar="sha256:HEX", help="The manifest's digest: needs no signature, and may still be arriving."
+    "--digest",
+    metavar="sha256:HEX",
+    help="The manifest's digest: then no signature is needed, and the package may still be arriving at the relay.",
 )
 @click.option("--switch", is_flag=True, help="Let DIR/current name the new tree in the end.")
 @_relay_option

@@ -11,22 +11,27 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """agent.yaml. Every key is optional."""
 
     name: str = ""
-    """Of this machine; by default its host name."""
+    """Of this machine. Default: its host name."""
     site: str | None = None
     domain: str | None = None
+    """Where it stands, and where the SRV records are."""
     resolver: str | None = None
-    """HOST:PORT of a DNS server in place of the system's; it then resolves the relays' names too."""
+    """HOST:PORT of a DNS server in place of the system's; it then resolves the relays' names, too."""
     scheme: Literal["https", "http"] = "https"
+    """`https` or `http`, for relays found by SRV."""
     relays: tuple[str, ...] = ()
-    """Used after what DNS says: URLs, or stores (disk:/mnt/dfs/waystation)."""
+    """Asked after what DNS says: URLs, or stores such as `disk:/mnt/dfs/waystation`."""
     token_file: str | None = None
+    """The relays' bearer token."""
     ca_file: str | None = None
-    """PEM file of the authority that signs the relays' certificates, where it is a private one."""
+    """PEM of the authority that signs the relays' certificates, where it is a private one."""
     srv_site: str = "_waystation._tcp.{site}._sites.{domain}"
+    """The SRV name of the site's relays, as a template over `{site}` and `{domain}`."""
     srv_generic: str = "_waystation._tcp.{domain}"
+    """The SRV name of the relays that serve every site, likewise."""
     interpreters: dict[str, str] = {}
-    """What runs scripts without a shebang, by extension (`.py: /usr/bin/python3`)."""
+    """What runs scripts that have no `#!` line, by extension: `.py: /usr/bin/python3`."""
     service_command: tuple[str, ...] = ()
-    """How the service manager is called, e.g. [sv, "{action}", "{service}"]; by default the system's."""
+    """How services are controlled, as a list with `{action}` and `{service}`. Default: the system's, `systemctl`."""
     roots: tuple[str, ...] = ()
-    """Absolute folders in which packages may be installed by order; empty: anywhere."""
+    """Absolute folders in which packages may be installed by order. Default: any."""

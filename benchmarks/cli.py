@@ -20,9 +20,11 @@ def bench() -> None:
 
 
 @bench.command(epilog="Example: waystation bench line --relay https://relay.fra.example:7443 --seconds 30")
-@click.option("--relay", "url", required=True, metavar="URL")
-@click.option("--seconds", default=20.0, show_default=True, help="About how long to measure in all.")
-@click.option("--connections", default="1,2,4,8", show_default=True, metavar="N,N…", help="How many at once.")
+@click.option("--relay", "url", required=True, metavar="URL", help="The relay at the other end.")
+@click.option("--seconds", default=20.0, show_default=True, metavar="N", help="About how long to measure in all.")
+@click.option(
+    "--connections", default="1,2,4,8", show_default=True, metavar="N,N…", help="How many at once, one after another."
+)
 @token_file_option
 @ca_file_option
 @json_option
@@ -60,11 +62,31 @@ async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca
     "waystation bench transfer Acme.Web 1.4.2 --relay https://relay.fra.example:7443"
 )
 @click.argument("names", metavar="FILE | ID VERSION", nargs=-1, required=True)
-@click.option("--base", metavar="FILE|VERSION", help="What the far end holds; by default nothing.")
-@click.option("--line", "shape", metavar="MBIT,MS", help="The line: Mbit/s, and milliseconds of round trip.")
+@click.option(
+    "--base",
+    metavar="FILE|VERSION",
+    help="What the far end holds: a file, or with ID VERSION another version of the depot; without it, nothing.",
+)
+@click.option(
+    "--line", "shape", metavar="MBIT,MS", help="The line: Mbit/s of IP packets, and milliseconds of round trip."
+)
 @click.option("--relay", "url", metavar="URL", help="In its place: a line like the one to this relay, measured now.")
-@click.option("--encodings", default="all", show_default=True, metavar="NAME,…", help="Forced ones to compare.")
-@click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Transfers of each.")
+@click.option(
+    "--encodings",
+    default="all",
+    show_default=True,
+    metavar="NAME,…",
+    help="Those that are forced, as for package replicate --encoding; all is raw, zstd:3, zstd:9, zstd:19, zstd-prefix and "
+    "hdiff.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1, 100),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Transfers of each, from 1 to 100.",
+)
 @click.option("--depot", metavar="LOCATION", help="Where ID VERSION is. [default: depot in $WAYSTATION_HOME]")
 @token_file_option
 @ca_file_option

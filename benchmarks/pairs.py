@@ -32,7 +32,7 @@ from benchmarks.peers import BOUND, PEERS, Comparison, compare, text_of
 from benchmarks.support.programs import relay, waystation
 from benchmarks.support.workload import SHARED
 from orchestrator.depot.depot import Depot, open_depot
-from orchestrator.replication.send import parcel, send_to, shipping_from
+from orchestrator.replication.send import package_to_send, send_to, shipping_from
 from relay.encoding.codecs import Coding
 from relay.encoding.planner import Line
 from relay.package.identity import PackageRef
@@ -43,7 +43,7 @@ from relay.protocol.messages import EncodedBytes
 from relay.support.console import print_json, run, table
 from relay.support.rate_limit import Pacer
 from relay.transfer.link_history import Lines, Meter
-from relay.transfer.replicate import Replicated
+from relay.transfer.replicate import ReplicationResult
 
 THIN = 125_000.0
 """Bytes per second: 1 Mbit/s."""
@@ -241,7 +241,7 @@ async def send_counted(
         if way.is_known:
             await _remember(depot, through, Line(way.rate, 2 * LATENCY))
         pacer = None if way.is_shaped else Planned(way.rate)
-        what = await parcel(depot, package)
+        what = await package_to_send(depot, package)
         shipping = await stack.enter_async_context(shipping_from(depot))
         client = await stack.enter_async_context(RelayClient(through))
         done = await send_to(depot, what, client, lambda _done, _whole: None, shipping=shipping, pacer=pacer)
@@ -249,7 +249,7 @@ async def send_counted(
         return _ours(done, proxy.counts.total, changed(what.manifest, old))
 
 
-def _ours(done: Replicated, crossed: int, changes: tuple[int, int]) -> Ours:
+def _ours(done: ReplicationResult, crossed: int, changes: tuple[int, int]) -> Ours:
     return Ours(
         content=done.payload_bytes,
         overhead=crossed - done.payload_bytes,
@@ -273,7 +273,7 @@ async def hold(home: str, packages: Iterable[PackageRef], url: str) -> None:
     async with open_depot(_depot(home)) as depot, RelayClient(url) as client, shipping_from(depot) as own:
         shipping = replace(own, force=Coding("zstd", 1))
         for package in packages:
-            what = await parcel(depot, package)
+            what = await package_to_send(depot, package)
             await send_to(depot, what, client, lambda _done, _whole: None, shipping=shipping)
 
 

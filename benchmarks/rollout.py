@@ -30,13 +30,15 @@ import msgspec
 import yaml
 
 from agent import platform
+from agent.orders.operation_id import OperationId
 from benchmarks.support.agents import make_agent
 from benchmarks.support.programs import WAYSTATION, Served, relay, run, waystation
+from orchestrator.journal.events import Dispatched, Event, Note, Reported
+from orchestrator.journal.recorder import Recorder
 
 if TYPE_CHECKING:
-    from agent.orders.orders import Report
     from orchestrator.fleet.fleet import Fleet
-    from orchestrator.journal.events import Entry
+    from orchestrator.journal.events import JournalEntry
     from orchestrator.journal.journal import Journal
     from orchestrator.plan.plan import Plan
 
@@ -281,7 +283,9 @@ def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
     return [measure(kind, number, entries, lambda each: own_time(logs, each)) for number, kind in enumerate(STEPS, 1)]
 
 
-def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: Callable[[str], float]) -> Measured:
+def measure(
+    kind: StepKind, number: int, entries: Sequence[JournalEntry], own_time_of: Callable[[str], float]
+) -> Measured:
     """Step `number`, by the journal's entries and the seconds that an operation's script says it took itself."""
     from orchestrator.journal import events
 
@@ -304,15 +308,15 @@ def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: 
             case (
                 events.Reported(operation=operation, state="done")
                 | events.ServerRunEnded(operation=operation, state="done")
-            ) if operation.split("/")[1] == str(number):
+            ) if OperationId.parse(operation).step == number:
                 took[operation] = entry.at - begun[operation]
     own = {operation: own_time_of(operation) for operation in took}
     parts: dict[str, list[float]] = defaultdict(list)
     inside: dict[str, float] = defaultdict(float)
     for operation, seconds in took.items():
-        _, _, machine, action, _ = operation.split("/")
-        parts[re.sub(r"\A\d+-|\.sh\Z", "", action)].append(seconds - own[operation])
-        inside[machine] += own[operation]
+        id = OperationId.parse(operation)
+        parts[re.sub(r"\A\d+-|\.sh\Z", "", id.action)].append(seconds - own[operation])
+        inside[id.who] += own[operation]
     return Measured(
         kind,
         len(turns),
@@ -325,9 +329,10 @@ def measure(kind: StepKind, number: int, entries: Sequence[Entry], own_time_of: 
 
 def own_time(logs: str, operation: str) -> float:
     """Seconds between a script's first and last act; 0 of what is no script. Raises `RuntimeError`: it did not say."""
-    if operation.split("/")[3].partition("-")[2] in _NO_SCRIPTS or operation.split("/")[3] in _NO_SCRIPTS:
+    id = OperationId.parse(operation)
+    if id.action.partition("-")[2] in _NO_SCRIPTS or id.action in _NO_SCRIPTS:
         return 0.0
-    stamps = _stamps(os.path.join(logs, f"{operation.partition('/')[2].replace('/', '~')}.log"))
+    stamps = _stamps(os.path.join(logs, f"{id.file_name}.log"))
     if len(stamps) != 2:
         raise RuntimeError(f"{operation} printed {len(stamps)} times, not two")
     return stamps[1] - stamps[0]
@@ -373,21 +378,24 @@ class Trip:
     done: float
 
 
-class _Marks:
-    """The fleet's hooks: they keep no journal here."""
+class _Marks(Recorder):
+    """Marks when an order leaves. Nothing is kept in the journal."""
 
-    def __init__(self) -> None:
+    def __init__(self, deployment: str) -> None:
+        self.deployment = deployment
         self.posted: dict[str, float] = {}
 
-    async def before_dispatch(self, operation: str, _machine: str, _order: str) -> None:
-        self.posted[operation] = time.time()
-
-    async def after_report(self, machine: str, report: Report) -> None:
-        if report.state != "done":
-            raise RuntimeError(f"{machine}: {report.state}: {report.reason}")
-
-    async def note(self, machine: str, text: str) -> None:
-        print(f"note: {machine}: {text}", file=sys.stderr)
+    async def record(self, *events: Event) -> None:
+        for event in events:
+            match event:
+                case Dispatched(operation=operation):
+                    self.posted[operation] = time.time()
+                case Reported(machine=machine, state=state, reason=reason) if state != "done":
+                    raise RuntimeError(f"{machine}: {state}: {reason}")
+                case Note(text=text, machine=machine):
+                    print(f"note: {machine}: {text}", file=sys.stderr)
+                case _:
+                    pass
 
 
 async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[list[Trip], list[Trip]]:
@@ -406,19 +414,18 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
     os.makedirs(folder, mode=0o700)
     assert plan.scripts is not None
     script = RunScript(plan.scripts.manifest, "deploy/quick.sh", {})
-    signer, marks = load_signer(made.trust, "order"), _Marks()
+    signer, marks = load_signer(made.trust, "order"), _Marks(ulid)
 
-    async def one(fleet: Fleet, machine: str, number: int) -> tuple[str, float, float]:
-        asked = time.time()
-        await fleet.perform(machine, number, "quick", 1, script)
-        return fleet.operation(machine, number, "quick", 1), asked, time.time()
+    async def one(fleet: Fleet, machine: str, number: int) -> tuple[OperationId, float, float]:
+        asked, operation = time.time(), OperationId.of(ulid, number, machine, "quick")
+        await fleet.perform(operation, script)
+        return operation, asked, time.time()
 
     async with open_relay(plan.relays[0]) as client:
-        fleet = Fleet(
-            plan, ulid, {plan.relays[0].name: client}, signer=signer, journal=journal_id, folder=folder, hooks=marks
-        )
-        fleet.claim(fence)
-        async with fleet:
+        clients = {plan.relays[0].name: client}
+        async with Fleet(
+            plan, clients, signer=signer, journal=journal_id, folder=folder, recorder=marks, fence=fence
+        ) as fleet:
             await asyncio.gather(*(one(fleet, machine, 1) for machine in made.machines))
             single = [
                 await one(fleet, made.machines[n % len(made.machines)], 2 + n // len(made.machines))
@@ -431,9 +438,9 @@ async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[li
             return [_trip(fleet, marks, *each) for each in single], [_trip(fleet, marks, *each) for each in whole]
 
 
-def _trip(fleet: Fleet, marks: _Marks, operation: str, asked: float, done: float) -> Trip:
+def _trip(fleet: Fleet, marks: _Marks, operation: OperationId, asked: float, done: float) -> Trip:
     acted = _stamps(fleet.log_path(operation))[0]
-    return Trip(marks.posted[operation] - asked, acted - asked, done - asked)
+    return Trip(marks.posted[str(operation)] - asked, acted - asked, done - asked)
 
 
 def tell_orders(made: Farm, deployment: Deployed, rounds: int) -> None:

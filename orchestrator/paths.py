@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Paths:
     """Folders and files of one orchestrator."""
 
     home: str

@@ -19,10 +19,21 @@ def relay() -> None:
 
 @relay.command(epilog="Example: waystation relay serve --config /etc/waystation/relay.yaml")
 @click.option("--config", "config_file", metavar="FILE", help="relay.yaml; options given here win over it.")
-@click.option("--listen", metavar="HOST:PORT", help="Where to listen. [default: 127.0.0.1:7400]")
-@click.option("--store", metavar="LOCATION", help="Where to keep packages, e.g. disk:/var/lib/waystation.")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one. [default: 127.0.0.1:7400]"
+)
+@click.option(
+    "--store",
+    metavar="LOCATION",
+    help="Where packages are kept: disk:/absolute/path, a path, or memory:. [default: relay in $WAYSTATION_HOME]",
+)
 @click.option("--site", metavar="NAME", help="What DNS calls this place.")
-@click.option("--parent", metavar="URL", help="The relay to take from what an identical nupkg needs and is not here.")
+@click.option(
+    "--parent",
+    metavar="URL",
+    help="The relay to take from what an identical nupkg needs and is not here; with the token and authority of the same "
+    "URL in relay.yaml.",
+)
 @click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
 def serve(config_file: str | None, log_level: str, parent: str | None, **options: str | None) -> None:
     """Serve until SIGTERM, then let running requests end.
@@ -54,8 +65,13 @@ def serve(config_file: str | None, log_level: str, parent: str | None, **options
     epilog="Example: waystation relay token read agent --config /etc/waystation/relay.yaml --name fra-agents"
 )
 @click.argument("scopes", metavar="SCOPE...", nargs=-1, required=True)
-@click.option("--config", "config_file", metavar="FILE", help="Add the token's hash to this relay.yaml.")
-@click.option("--days", default=90, show_default=True, help="Life of the token.")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Add the token's hash to this relay.yaml; without it, the entry is printed on standard error.",
+)
+@click.option("--days", default=90, show_default=True, help="Life of the token, 1 to 90.")
 @click.option("--name", default="", help="For people: whose it is.")
 def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str) -> None:
     """Make a bearer token. It is printed once, on standard output; only its hash is kept.
@@ -81,7 +97,7 @@ def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str
 
 
 @relay.command(epilog="Example: waystation relay status --relay https://relay.fra.example:7443")
-@click.option("--relay", "url", required=True, metavar="URL")
+@click.option("--relay", "url", required=True, metavar="URL", help="The relay to ask.")
 @token_file_option
 @ca_file_option
 @json_option

@@ -53,22 +53,27 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of relay.yaml."""
 
     listen: str = "127.0.0.1:7400"
-    """HOST:PORT; port 0 takes a free one and prints it."""
+    """HOST:PORT; port 0 takes a free one."""
     store: str = ""
-    """Location, e.g. disk:/var/lib/waystation; by default the folder `relay` in Waystation's home."""
+    """`disk:/absolute/path`, a path, or `memory:`. Default: `relay` in `$WAYSTATION_HOME`."""
     free_floor: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Bytes of the store's file system that are kept free; by default the larger of 1 % and 1 GiB."""
+    """Bytes of the store's file system that are kept free. Default: the larger of 1 % and 1 GiB."""
     site: str = ""
+    """What DNS calls this place."""
     tokens: list[Any] = msgspec.field(default_factory=list)
+    """Who may call, see below; read at start."""
     tls: Tls | None = None
+    """`certificate` and `key`: PEM files. TLS 1.3; read at start."""
     peers: list[Peer] = msgspec.field(default_factory=list)
-    """Relays that this one may fetch packages from when it is told to. On loopback it may fetch from loopback, too."""
+    """Relays that this one may be told to fetch packages from: `url`, `token` (`file` or `env`, scope `read`), `ca_file`.
+    On loopback, loopback needs none.
+    """
     parent: Peer | None = None
-    """The relay to take from, once, what an identical nupkg needs and cannot be made here."""
+    """The relay to take from, once, what an identical nupkg needs and cannot be made here: as one of `peers`."""
     engines: list[Engine] = msgspec.field(default_factory=list)
-    """Beside those that are found by themselves."""
+    """Deflate engines beside those that are found by themselves: `path`, `encoder`, `sha256`."""
     limits: dict[str, float] = msgspec.field(default_factory=dict)
-    """Named limits in place of their defaults (docs/operations.md lists them), e.g. `drain_seconds: 60`."""
+    """Named limits in place of their defaults, such as `drain_seconds: 60`."""
 
 
 def home() -> str:

@@ -17,14 +17,14 @@ from relay.errors import RefusedError, UnreachableError, WaystationError
 from relay.support.console import printable
 
 _COMMANDS = {
-    "init": ("orchestrator.commands.release", "init", "Commented files to start from."),
+    "init": ("orchestrator.commands.init", "init", "Commented files to start from."),
     "release": ("orchestrator.commands.release", "release", "Releases, and their deployments into environments."),
-    "rotation": ("orchestrator.commands.release", "rotation", "Machines that are out of their load balancer."),
+    "rotation": ("orchestrator.commands.rotation", "rotation", "Machines that are out of their load balancer."),
     "package": ("orchestrator.commands.package", "package", "Packages in the depot, and their way to the relays."),
     "relay": ("relay.cli", "relay", "The cache in one datacenter or office."),
     "agent": ("agent.cli", "agent", "A machine: keys, relays, trees."),
     "bench": ("benchmarks.cli", "bench", "What a line and the machines at its ends can do, measured."),
-    "trust": ("orchestrator.commands.package", "trust", "Keys that sign packages and orders."),
+    "trust": ("orchestrator.commands.trust", "trust", "Keys that sign packages and orders."),
 }
 
 

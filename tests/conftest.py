@@ -1,9 +1,81 @@
-"""What holds for every test."""
+"""What holds for every test: the head of a run, and which tests may start processes."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from harness import process
+from harness.seed import SEED
 from programs_met import programs_met
+
+PROCESSES = (
+    "agent/relays/test_dns.py",
+    "agent/runs/",
+    "agent/test_agent_cli.py",
+    "agent/test_checks.py",
+    "agent/test_operations.py",
+    "agent/test_platform.py",
+    "agent/test_service.py",
+    "benchmarks/",
+    "compat/",
+    "demo/test_balancer.py",
+    "demo/test_demo.py",
+    "docs/test_readme.py",
+    "orchestrator/commands/",
+    "orchestrator/depot/test_depot.py",
+    "orchestrator/deployment/test_server_runs.py",
+    "orchestrator/journal/test_journal.py",
+    "orchestrator/journal/test_locks.py",
+    "relay/engines/",
+    "relay/rebuild/",
+    "relay/server/test_nupkg_routes.py",
+    "relay/server/test_relay_process.py",
+    "relay/server/test_tls.py",
+    "relay/stores/test_disk_faults.py",
+    "release/",
+    "road/",
+    "test_examples.py",
+    "test_programs_met.py",
+    "test_startup.py",
+)
+"""Below tests/, what starts processes: folders and files as wholes. `make check` leaves it out."""
+# A busy machine is no reason to fail: what must be fast is measured in benchmarks/.
+hypothesis.settings.register_profile("steady", deadline=None)
+hypothesis.settings.load_profile("steady")
+
+_STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", process.AUDIT_EVENT})
+_started: list[str] = []
+
+
+def _audit(event: str, _arguments: tuple[object, ...]) -> None:
+    if event in _STARTS:
+        _started.append(event)
+
+
+sys.addaudithook(_audit)
 
 
 def pytest_report_header() -> list[str]:
-    return programs_met()
+    return [*programs_met(), f"WAYSTATION_SEED={SEED}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(PROCESSES):
+            item.add_marker(pytest.mark.processes)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    if item.get_closest_marker("processes") is None:
+        assert not _started, f"a test that starts a process is marked `processes` (tests/conftest.py): {_started[0]}"
+    return result

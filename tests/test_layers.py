@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,12 +73,22 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[str, ...]:
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     """Every module that the source names in an import, at any depth, also under TYPE_CHECKING.
 
     `from a import b` counts as `a` and as `a.b`, as `b` may be a module.
     """
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -151,7 +162,7 @@ def test_no_folder_has_more_files_than_a_chapter_holds() -> None:
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=module_name)
 def test_every_folder_says_what_is_inside_and_where_to_start(path: Path) -> None:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = ast.get_docstring(tree_of(path)) or ""
     assert len(text.splitlines()) == 2, f"{module_name(path)}: two lines"
     named = {other.stem for other in path.parent.glob("*.py")} | {other.name for other in path.parent.iterdir()}
     assert any(f"{name}.py" in text or f"{name}/" in text for name in named), "it names the file to start with"
@@ -218,7 +229,7 @@ def test_names_point_up_only_in_the_table_of_commands() -> None:
     by_name = [
         module_name(path)
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "__import__"}
     ]
     assert by_name == ["relay.main"]

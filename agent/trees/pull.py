@@ -6,7 +6,7 @@ import asyncio
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from relay.package.chunk import Chunk
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.protocol.client import ManifestDocument, RelayClient
+from relay.support.progress import Progress
 from relay.transfer.download import (
     PERSISTENCE,
     STALL_SECONDS,
@@ -50,9 +51,6 @@ from relay.trust.keys import TrustPins
 
 _OTHERS_MAX = 8
 """Trees of other packages that are offered to a relay as bases: each is read to its last byte before."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes of the tree that are verified on disk, bytes of the whole)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,8 @@ class Balancer:
         servers = "\n".join(f"    server {name} {address}" for name, address in self.servers.items())
         return f"""\
 global
+    # One thread: where two want to write at once, HAProxy drops a line.
+    nbthread 1
     log stdout format timed local0
     stats socket unix@{self.runtime_api.name} mode 600 level admin
 

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
-import tempfile
-import threading
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from orchestrator.commands.options import depot_location, depot_option
-from relay.errors import ChunkInvalid, ChunkMissing, IdentityError, NotFoundError, StoreError, UsageError
-from relay.package.zip_records import CENTRAL, LOCAL
-from relay.support.console import json_option, print_json, printable, progress_bars, run, size, table
+from orchestrator.commands.options import depot_location, depot_option, package_ref
+from relay.errors import UsageError
+from relay.support.console import json_option, print_json, printable, progress_bars, size, table
 
 if TYPE_CHECKING:
-    import zipfile
-    from concurrent.futures import Future
+    from collections.abc import Sequence
 
-    from orchestrator.compare.diff import Package, PartChange, ZipPart
+    from orchestrator.compare.diff import OpenedPackage, PartChange
     from orchestrator.compare.lint import Finding, Lint
+    from orchestrator.compare.measure import Comparison
+    from orchestrator.compare.read_package import NamedPackage
     from relay.encoding.codecs import Coding
-    from relay.package.identity import PackageRef
-    from relay.package.manifest import NupkgDigests
-    from relay.package.zip_reader import Entry
 
-_CODINGS = "zstd:3,zstd:19,zstd-prefix,hdiff"
-_PIECE = 1 << 20
-_SHOWN = 20
+_CODINGS: Final = "zstd:3,zstd:19,zstd-prefix,hdiff"
+_SHOWN: Final = 20
 """Parts that are listed where not all are asked for."""
-_ENCODERS = 2
-"""At a time: one takes up to some 300 MB."""
 _DIFF_HINT = "For example: waystation package diff Acme.Web 1.4.1 1.4.2, or two .nupkg files"
 _LINT_HINT = "For example: waystation package lint Acme.Web.1.4.2.nupkg, or: waystation package lint Acme.Web 1.4.2"
-
-Bars = Callable[[str], Callable[[int, int], None]]
 
 
 # --- diff
@@ -52,7 +37,12 @@ Bars = Callable[[str], Callable[[int, int], None]]
     "waystation package diff --parts Acme.Web.1.4.1.nupkg Acme.Web.1.4.2.nupkg"
 )
 @click.argument("names", metavar="ID OLD NEW | FILE FILE", nargs=-1, required=True)
-@click.option("--parts", "with_parts", is_flag=True, help="Every part that changed, and what its own difference takes.")
+@click.option(
+    "--parts",
+    "with_parts",
+    is_flag=True,
+    help="Every part that changed, and what its own difference takes, the largest first.",
+)
 @click.option(
     "--encodings",
     "codings_text",
@@ -68,66 +58,52 @@ def diff(names: tuple[str, ...], with_parts: bool, codings_text: str, depot: str
 
     And what it takes to send the new one to a relay that holds the old one: every way is really encoded.
     """
+    from orchestrator.compare.measure import compare
+    from orchestrator.compare.read_package import opened_packages
     from relay.encoding.codecs import Coding
 
     codings = [Coding.parse(word.strip()) for word in codings_text.split(",") if word.strip()]
     if not codings or len(set(codings)) != len(codings):
         raise UsageError(f"--encodings {codings_text!r}: expected each encoding once", hint=f"For example: {_CODINGS}")
-    before, after = _pair_named(names)
-    with progress_bars() as bar, _opened([before, after], depot, bar) as (old, new):
-        document, changes = _compare(old, new, codings, with_parts, bar("comparing"))
+    named = _pair_named(names)
+    with progress_bars() as bar, opened_packages(named, depot_location(depot), bar) as (old, new):
+        found = compare(old, new, codings, bar("comparing"), with_parts=with_parts)
+        document = _diff_document(old, new, found)
     if as_json:
         print_json(document)
         return
-    click.echo(_diff_text(document, changes))
-    if not with_parts and len(changes) > _SHOWN:
-        click.echo(f"and {len(changes) - _SHOWN} more parts: --parts lists all, and what each takes")
+    click.echo(_diff_text(document, found.changes))
+    if not with_parts and len(found.changes) > _SHOWN:
+        click.echo(f"and {len(found.changes) - _SHOWN} more parts: --parts lists all, and what each takes")
 
 
-def _compare(
-    old: Package, new: Package, codings: Sequence[Coding], with_parts: bool, progress: Callable[[int, int], None]
-) -> tuple[dict[str, Any], list[PartChange]]:
-    """The document of `package diff`, and the changes in it."""
-    from orchestrator.compare import diff
-
-    changes = diff.compare_parts(old, new)
-    runs = diff.plan(old.manifest, new.manifest)
-    tasks = [(run.size, partial(diff.payload_bytes, old, new, run, coding)) for coding in codings for run in runs]
-    if with_parts:
-        tasks += [(change.size, partial(diff.part_delta_bytes, old, new, change)) for change in changes]
-    sizes = iter(_side_by_side(tasks, progress))
-    payloads = {coding: sum(next(sizes) for _ in runs) for coding in codings}
-    if with_parts:
-        measured = [replace(change, delta_bytes=next(sizes)) for change in changes]
-        changes = sorted(measured, key=lambda each: (-(each.delta_bytes or 0), -each.size, each.path))
-    document = {
+def _diff_document(old: OpenedPackage, new: OpenedPackage, found: Comparison) -> dict[str, Any]:
+    return {
         "format": 1,
         "old": _side(old),
         "new": _side(new),
-        "parts": _counts(new, changes),
-        "only_container": bool(changes) and all(change.container for change in changes),
-        "changes": [asdict(change) for change in changes],
-        "chunks": asdict(diff.count_chunks(old.manifest, new.manifest)),
-        "encodings": [_encoding(coding, payloads[coding], new) for coding in codings],
-        "manifest_bytes": diff.manifest_bytes(old.manifest, new.manifest),
-        "rsync_like_bytes": diff.rsync_like_bytes(old, new),
+        "parts": _counts(new, found.changes),
+        "only_container": bool(found.changes) and all(change.container for change in found.changes),
+        "changes": [asdict(change) for change in found.changes],
+        "chunks": asdict(found.chunks),
+        "encodings": [_encoding(coding, payload, new) for coding, payload in found.payloads.items()],
+        "manifest_bytes": found.manifest_bytes,
+        "rsync_like_bytes": found.rsync_like_bytes,
         "nupkg_bytes": new.manifest.nupkg.size,
     }
-    return document, changes
 
 
-def _pair_named(names: tuple[str, ...]) -> tuple[_Named, _Named]:
+def _pair_named(names: tuple[str, ...]) -> list[NamedPackage]:
     """What ID OLD NEW, or two files, stand for."""
     if len(names) == 2:
-        first, second = map(_file_named, names)
-        return first, second
+        return [_file_named(name) for name in names]
     if len(names) != 3:
         raise UsageError(f"{len(names)} names: expected ID OLD NEW, or two files", hint=_DIFF_HINT)
     id, old, new = names
-    return _depot_named(id, old), _depot_named(id, new)
+    return [_depot_named(id, old), _depot_named(id, new)]
 
 
-def _side(package: Package) -> dict[str, Any]:
+def _side(package: OpenedPackage) -> dict[str, Any]:
     manifest = package.manifest
     return {
         "id": str(manifest.package.id),
@@ -141,7 +117,7 @@ def _side(package: Package) -> dict[str, Any]:
     }
 
 
-def _counts(new: Package, changes: Sequence[PartChange]) -> dict[str, int]:
+def _counts(new: OpenedPackage, changes: Sequence[PartChange]) -> dict[str, int]:
     from orchestrator.compare.diff import CHANGES
 
     counts: dict[str, int] = dict.fromkeys(CHANGES, 0)
@@ -150,7 +126,7 @@ def _counts(new: Package, changes: Sequence[PartChange]) -> dict[str, int]:
     return counts | {"same": len(new.manifest.parts) - len(changes) + counts["removed"]}
 
 
-def _encoding(coding: Coding, payload: int, new: Package) -> dict[str, Any]:
+def _encoding(coding: Coding, payload: int, new: OpenedPackage) -> dict[str, Any]:
     share = payload / max(new.manifest.nupkg.size, 1)
     return {"encoding": str(coding), "payload_bytes": payload, "of_nupkg": round(share, 6)}
 
@@ -175,10 +151,9 @@ def _diff_text(document: dict[str, Any], changes: Sequence[PartChange]) -> str:
     ]
     whole = max(document["nupkg_bytes"], 1)
     rows = [[way, str(count), f"{100 * count / whole:.2f} %"] for way, count in ways]
-    return "\n".join([*lines, "", table(["to a holder of the old one", "bytes", "of the nupkg"], rows, right=_RIGHT)])
-
-
-_RIGHT = frozenset({1, 2})
+    return "\n".join(
+        [*lines, "", table(["to a holder of the old one", "bytes", "of the nupkg"], rows, right=frozenset({1, 2}))]
+    )
 
 
 def _changes_table(changes: Sequence[PartChange]) -> str:
@@ -199,23 +174,6 @@ def _called(side: dict[str, Any]) -> str:
     return f"{side['id']} {side['version']} ({size(side['size'])})"
 
 
-def _side_by_side(tasks: Sequence[tuple[int, Callable[[], int]]], progress: Callable[[int, int], None]) -> list[int]:
-    """The answers of all tasks, in their order. Each is given with its weight; the encoders release the GIL."""
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    whole, done = max(sum(weight for weight, _ in tasks), 1), 0
-    pool = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1))
-    try:
-        weights: dict[Future[int], int] = {pool.submit(task): weight for weight, task in tasks}
-        for future in as_completed(weights):
-            future.result()
-            done += weights[future]
-            progress(done, whole)
-        return [future.result() for future in weights]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # --- lint
 
 
@@ -226,9 +184,12 @@ def _side_by_side(tasks: Sequence[tuple[int, Callable[[], int]]], progress: Call
 )
 @click.argument("names", metavar="FILE... | ID VERSION", nargs=-1, required=True)
 @click.option(
-    "--against", metavar="FILE|VERSION", help="Another build: tell what really differs, and measure the cost."
+    "--against",
+    metavar="FILE|VERSION",
+    help="Another build, which shows what really differs: a file, or another version of ID in the depot. With one "
+    "package only.",
 )
-@click.option("--strict", is_flag=True, help="Exit with 1 where something can be mended (notes do not count).")
+@click.option("--strict", is_flag=True, help="Exit with 1 where something can be mended; notes do not count.")
 @depot_option
 @json_option
 def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str | None, as_json: bool) -> int:
@@ -237,15 +198,16 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
     What that costs a line, and how to mend it.
     """
     from orchestrator.compare import lint
+    from orchestrator.compare.read_package import opened_packages
 
     named = _named_for_lint(names)
     if against is not None and len(named) != 1:
         raise UsageError(f"--against with {len(named)} files: expected one", hint="Name one file, or ID VERSION")
     other = [_against(against, named[0], names)] if against is not None else []
-    results: list[tuple[Package, Package | None, Lint]] = []
+    results: list[tuple[OpenedPackage, OpenedPackage | None, Lint]] = []
     with progress_bars() as bar, ExitStack() as stack:
         for each in named:
-            package, *others = stack.enter_context(_opened([each, *other], depot, bar))
+            package, *others = stack.enter_context(opened_packages([each, *other], depot_location(depot), bar))
             watch = bar(f"looking into {each.name}")
             found = lint.lint_pair(others[0], package, watch) if others else lint.lint_alone(package, watch)
             results.append((package, others[0] if others else None, found))
@@ -256,7 +218,7 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
     return int(strict and any(found.can_be_mended for *_, found in results))
 
 
-def _named_for_lint(names: tuple[str, ...]) -> list[_Named]:
+def _named_for_lint(names: tuple[str, ...]) -> list[NamedPackage]:
     are_files = [name.lower().endswith(".nupkg") or os.path.isfile(name) for name in names]
     if len(names) == 2 and not any(are_files):
         return [_depot_named(*names)]
@@ -266,13 +228,13 @@ def _named_for_lint(names: tuple[str, ...]) -> list[_Named]:
     return [_file_named(name) for name in names]
 
 
-def _against(text: str, package: _Named, names: tuple[str, ...]) -> _Named:
+def _against(text: str, package: NamedPackage, names: tuple[str, ...]) -> NamedPackage:
     if package.ref is None or text.lower().endswith(".nupkg") or os.path.isfile(text):
         return _file_named(text)
     return _depot_named(names[0], text)
 
 
-def _lint_document(package: Package, other: Package | None, found: Lint) -> dict[str, Any]:
+def _lint_document(package: OpenedPackage, other: OpenedPackage | None, found: Lint) -> dict[str, Any]:
     return {
         **{key: value for key, value in _side(package).items() if key in {"id", "version", "name", "nupkg_sha256"}},
         "against": other.name if other else "",
@@ -281,7 +243,7 @@ def _lint_document(package: Package, other: Package | None, found: Lint) -> dict
     }
 
 
-def _lint_text(package: Package, other: Package | None, found: Lint) -> str:
+def _lint_text(package: OpenedPackage, other: OpenedPackage | None, found: Lint) -> str:
     head = f"{package.manifest.package}" + (f" against {other.name}" if other else "")
     if not found.findings:
         lines = [f"{head}: nothing that differs from build to build"]
@@ -320,202 +282,21 @@ def _finding_row(finding: Finding) -> list[str]:
     return ["note" if finding.is_note else "mend", finding.rule, *costs, what]
 
 
-# --- packages, opened
+# --- names of packages
 
 
-class _Named(NamedTuple):
-    """A package as it was named: a file, or one of the depot."""
+def _file_named(path: str) -> NamedPackage:
+    from orchestrator.compare.read_package import NamedPackage
 
-    name: str
-    path: str = ""
-    ref: PackageRef | None = None
-
-
-def _file_named(path: str) -> _Named:
     if not os.path.isfile(path):
         raise UsageError(
             f"{path} is not a file", hint="Expected the path of a .nupkg file, or ID and versions in the depot"
         )
-    return _Named(path, path)
+    return NamedPackage(path, path)
 
 
-def _depot_named(id: str, version: str) -> _Named:
-    from relay.package.identity import NuGetVersion, PackageId, PackageRef
+def _depot_named(id: str, version: str) -> NamedPackage:
+    from orchestrator.compare.read_package import NamedPackage
 
-    try:
-        ref = PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
-    except IdentityError as error:
-        raise UsageError(error.message, hint="Expected files that end in .nupkg, or ID and versions") from error
-    return _Named(str(ref), ref=ref)
-
-
-@contextmanager
-def _opened(named: Sequence[_Named], depot: str | None, bar: Bars) -> Iterator[list[Package]]:
-    """The packages, their tree streams in temporary files that go when this is left.
-
-    Raises:
-        NotFoundError: the depot does not list it, or lost its nupkg.
-        ArchiveError, MetadataError: it is no package.
-        UsageError, StoreError: a file cannot be read, or there is no room for temporary ones.
-    """
-    with ExitStack() as stack:
-        packages = []
-        for each in named:
-            path = each.path
-            if each.ref is not None:
-                folder = stack.enter_context(_temporary_folder())
-                path = run(_copy_out(depot_location(depot), each.ref, os.path.join(folder, "package.nupkg")))
-            spool = stack.enter_context(_spool())
-            packages.append(_read_package(path, each.name, spool, bar(f"reading {each.name}")))
-        yield packages
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="waystation-compare-") as folder:
-        yield folder
-
-
-@contextmanager
-def _spool() -> Iterator[BinaryIO]:
-    with tempfile.TemporaryFile(prefix="waystation-compare-") as file:
-        yield file
-
-
-async def _copy_out(location: str, ref: PackageRef, path: str) -> str:
-    from orchestrator.depot.depot import open_depot
-
-    async with open_depot(location) as depot:
-        pointer = depot.catalog.get(ref)
-        try:
-            with open(path, "xb") as file:  # noqa: ASYNC230 - nothing else runs in this loop
-                async for piece in depot.store.blobs.read(pointer.nupkg_sha256):
-                    file.write(piece)
-        except (ChunkMissing, ChunkInvalid) as error:
-            raise NotFoundError(
-                f"the nupkg of {ref} is damaged or gone from the depot", hint="Add it again, or name the file itself"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    return path
-
-
-def _read_package(path: str, name: str, spool: BinaryIO, progress: Callable[[int, int], None]) -> Package:
-    """Walk a nupkg, cut it as the depot would, and put its tree stream into `spool`."""
-    from orchestrator.compare.diff import Package
-    from relay.package import chunking
-    from relay.package.chunk import Chunk
-    from relay.package.identity import PackageRef
-    from relay.package.manifest import ManifestBuilder
-    from relay.package.zip_reader import read_nuspec, read_part, walk
-
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; only this error is about the name
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="Expected the path of a .nupkg file") from error
-    with file:
-        entries = walk(file)
-        nuspec = read_nuspec(file, entries)
-        builder = ManifestBuilder(PackageRef(nuspec.id, nuspec.version), _digests(file), dict(nuspec.metadata))
-        parts = sorted(entries, key=lambda entry: chunking.stream_key(entry.path))
-        done, whole = 0, sum(entry.size for entry in entries)
-        for found in chunking.cut(parts, lambda e: e.path, lambda e: e.size, lambda e: read_part(file, e)):
-            if isinstance(found, Chunk):
-                builder.saw_chunk(found)
-                _write(spool, found.data)
-                done += found.size
-                progress(done, whole)
-            else:
-                builder.saw_part(found)
-        read = _reader(spool)
-        manifest = builder.build(parts, _executable(parts, read))
-        return Package(name, manifest, tuple(_zip_parts(file, entries)), read)
-
-
-def _write(spool: BinaryIO, data: bytes) -> None:
-    try:
-        spool.write(data)
-    except OSError as error:
-        raise StoreError(f"cannot write to {tempfile.gettempdir()}: {error.strerror}", hint="Set TMPDIR") from error
-
-
-def _reader(spool: BinaryIO) -> Callable[[int, int], bytes]:
-    """Reads from any thread."""
-    lock = threading.Lock()
-
-    def read(offset: int, count: int) -> bytes:
-        with lock:
-            spool.seek(offset)
-            return spool.read(count)
-
-    return read
-
-
-def _executable(parts: Sequence[Entry], read: Callable[[int, int], bytes]) -> Iterator[bool]:
-    """As the depot tells it: by the zip's bit, or by how the file starts."""
-    start = 0
-    for part in parts:
-        yield part.executable_bit or read(start, min(part.size, 4)).startswith((b"\x7fELF", b"#!"))
-        start += part.size
-
-
-def _digests(file: BinaryIO) -> NupkgDigests:
-    from relay.package.manifest import NupkgDigests
-
-    digests = hashlib.sha256(), hashlib.sha512()
-    count = 0
-    file.seek(0)
-    while piece := file.read(_PIECE):
-        count += len(piece)
-        for digest in digests:
-            digest.update(piece)
-    return NupkgDigests(count, digests[0].hexdigest(), b64encode(digests[1].digest()).decode())
-
-
-def _zip_parts(file: BinaryIO, entries: Sequence[Entry]) -> Iterator[ZipPart]:
-    """What the records say of each part, in the file's order."""
-    from orchestrator.compare.diff import ZipPart
-
-    records = _records(file)
-    for entry in entries:
-        record = records.get(entry.data_offset)
-        yield ZipPart(
-            entry.path,
-            entry.size,
-            entry.compressed_size,
-            _sha256(file, entry.data_offset, entry.compressed_size),
-            record.date_time if record else (),
-            _record_bytes(entry, record) if record else 0,
-        )
-
-
-def _records(file: BinaryIO) -> dict[int, zipfile.ZipInfo]:
-    """The central records, by where the part's data begins. The walk has checked the file: that they are read again by
-    another reader is only for their times, and none are told where that reader is more particular.
-    """
-    import zipfile
-
-    found = {}
-    try:
-        for record in zipfile.ZipFile(file).infolist():
-            file.seek(record.header_offset + LOCAL.size - 4)
-            name, extra = struct.unpack("<2H", file.read(4))
-            found[record.header_offset + LOCAL.size + name + extra] = record
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
-        return {}
-    return found
-
-
-def _record_bytes(entry: Entry, record: zipfile.ZipInfo) -> int:
-    """Of the local and the central record."""
-    central = CENTRAL.size + len(record.orig_filename.encode()) + len(record.extra) + len(record.comment)
-    return entry.data_offset - record.header_offset + central
-
-
-def _sha256(file: BinaryIO, offset: int, count: int) -> str:
-    digest = hashlib.sha256()
-    file.seek(offset)
-    while count and (piece := file.read(min(count, _PIECE))):
-        digest.update(piece)
-        count -= len(piece)
-    return digest.hexdigest()
+    ref = package_ref(id, version, hint="Expected files that end in .nupkg, or ID and versions")
+    return NamedPackage(str(ref), ref=ref)

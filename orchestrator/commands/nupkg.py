@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.commands import options
-from orchestrator.commands.options import depot_location, depot_option, package_ref, pointer_document, trust_option
+from orchestrator.commands.options import (
+    depot_location,
+    depot_option,
+    in_depot,
+    package_ref,
+    pointer_document,
+    trust_option,
+)
 from relay.errors import UsageError
 from relay.support.console import (
     ca_file_option,
@@ -23,7 +30,7 @@ from relay.support.console import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.replication.export import Fetched
+    from orchestrator.depot.depot import PackageDetails
     from relay.package.manifest import Manifest
     from relay.package.recipe import Recipe
 
@@ -38,28 +45,8 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
 
     Where deflate engines were installed since it was added, that is found out again.
     """
-
-    async def look() -> dict[str, Any]:
-        from orchestrator.depot.depot import open_depot
-
-        async with open_depot(depot_location(depot)) as opened:
-            pointer = opened.catalog.get(package_ref(id, version))
-            manifest = await opened.manifest(pointer)
-            recipe = await opened.recipe(manifest)
-            return pointer_document(pointer) | {
-                "signed": bool(await opened.catalog.signature(manifest.id)),
-                "nupkg_sha512": manifest.nupkg.sha512,
-                "stream_bytes": manifest.stream_size,
-                "tree_bytes": manifest.tree_size,
-                "parts": len(manifest.parts),
-                "chunks": len(manifest.chunks),
-                "manifest_bytes": len(manifest.canonical),
-                "exact": None if recipe is None else _exact(recipe, manifest),
-                "executable": [part.path for part in manifest.parts if part.executable],
-                "metadata": manifest.body.metadata,
-            }
-
-    document = run(look())
+    ref = package_ref(id, version)
+    document = _document(in_depot(depot, lambda opened: opened.details(ref)))
     if as_json:
         print_json({"format": 1} | document)
         return
@@ -80,6 +67,22 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
         click.echo(f"  {name:12} {printable(value)}")
     if document["exact"]:
         click.echo(_shares(document["exact"]))
+
+
+def _document(details: PackageDetails) -> dict[str, Any]:
+    manifest, recipe = details.manifest, details.recipe
+    return pointer_document(details.pointer) | {
+        "signed": details.signed,
+        "nupkg_sha512": manifest.nupkg.sha512,
+        "stream_bytes": manifest.stream_size,
+        "tree_bytes": manifest.tree_size,
+        "parts": len(manifest.parts),
+        "chunks": len(manifest.chunks),
+        "manifest_bytes": len(manifest.canonical),
+        "exact": None if recipe is None else _exact(recipe, manifest),
+        "executable": [part.path for part in manifest.parts if part.executable],
+        "metadata": manifest.body.metadata,
+    }
 
 
 def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
 
 def _summary(exact: dict[str, Any] | None) -> str:
     if exact is None:
-        return "unknown: add its nupkg again"
+        return "not proved yet: adding its nupkg again does it"
     recipe = f"recipe of {size(exact['recipe_bytes'])} ({size(exact['recipe_wire_bytes'])} on the wire)"
     if exact["whole_file"]:
         return "no: relays take the whole file"
@@ -133,7 +136,7 @@ def _shares(exact: dict[str, Any]) -> str:
 @click.argument("id")
 @click.argument("version")
 @click.option("--relay", "url", metavar="URL", help="Take it from this relay. [default: out of the depot]")
-@click.option("--output", metavar="FILE", help="[default: ID.VERSION.nupkg in this folder]")
+@click.option("--output", metavar="FILE", help="Where to write it. [default: ID.VERSION.nupkg in this folder]")
 @depot_option
 @trust_option
 @token_file_option
@@ -159,23 +162,20 @@ def fetch(
     if url is not None and depot is not None:
         raise UsageError("give --depot or --relay, not both")
 
-    async def take() -> Fetched:
-        from orchestrator.depot.depot import open_depot
-        from orchestrator.replication.export import fetch_from_depot, fetch_from_relay, read_pins
-        from relay.protocol.client import RelayClient
-        from relay.protocol.connection import tls_from, token_from
+    from orchestrator.replication.export import fetch_from_depot, fetch_from_relay
+    from orchestrator.trust.keyring import load_pins
+    from relay.protocol.client import RelayClient
+    from relay.protocol.connection import tls_from, token_from
 
-        ref = package_ref(id, version)
-        path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")  # noqa: ASYNC240 - contacts no disk
-        pins = read_pins(options.trust_folder(trust_folder))
-        with progress_bars() as bar:
-            if url is None:
-                async with open_depot(depot_location(depot)) as opened:
-                    return await fetch_from_depot(opened, ref, pins, path, bar(str(ref)))
-            async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as relay:
-                return await fetch_from_relay(relay, ref, pins, path, bar(str(ref)))
-
-    fetched = run(take())
+    ref = package_ref(id, version)
+    path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")
+    pins = load_pins(options.trust_folder(trust_folder))
+    with progress_bars() as bar:
+        if url is None:
+            fetched = run(fetch_from_depot(depot_location(depot), ref, pins, path, bar(str(ref))))
+        else:
+            relay = RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file))
+            fetched = run(fetch_from_relay(relay, ref, pins, path, bar(str(ref))))
     nupkg = fetched.manifest.nupkg
     if as_json:
         digests = {"size": nupkg.size, "sha256": nupkg.sha256, "sha512": nupkg.sha512}

@@ -1,4 +1,4 @@
-"""`waystation init`, `waystation release …` and `waystation rotation …`"""
+"""`waystation release …`"""
 
 from __future__ import annotations
 
@@ -9,60 +9,61 @@ import re
 import signal
 import sys
 import time
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.commands import options
-from orchestrator.commands.options import depot_option, trust_option
-from relay.config import home
-from relay.errors import NotFoundError, UsageError
+from orchestrator.commands.options import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    WITH_EXCLUSIONS,
+    check_installed,
+    depot_option,
+    journal_option,
+    open_journal,
+    paths_of,
+    time_text,
+    trust_option,
+)
+from relay.errors import UsageError
 from relay.support.console import json_option, print_json, printable, progress_bars, run, table
 
 if TYPE_CHECKING:
     from orchestrator.deployment.deployment import Result
-    from orchestrator.files.environment import EnvironmentFile
-    from orchestrator.files.process import ProcessFile
-    from orchestrator.journal.events import Event
+    from orchestrator.deployment.setup import DeployRequest
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.views import DeploymentView, OpenBracket
-    from orchestrator.paths import Places
+    from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan
+    from relay.support.progress import Bar
 
-DONE, FAILED, WITH_EXCLUSIONS, CANCELLED = 0, 1, 5, 130
-
-_journal_option = click.option(
-    "--journal", metavar="FILE", help="What happened. [default: journal.db in $WAYSTATION_HOME]"
-)
 _process_option = click.option(
     "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
 )
 _environment_option = click.option(
-    "--environment", "-e", "environment", metavar="NAME|FILE", required=True, help="NAME: environments/NAME.yaml here."
+    "--environment",
+    "-e",
+    "environment",
+    metavar="NAME|FILE",
+    required=True,
+    help="The environment; NAME is environments/NAME.yaml here.",
 )
 _package_option = click.option(
-    "--package", "packages", multiple=True, metavar="NAME=VERSION", help="A version of a package of the process."
+    "--package",
+    "packages",
+    multiple=True,
+    metavar="NAME=VERSION",
+    help="A version of a package of the process; once for each.",
 )
 _variable_option = click.option(
-    "--variable", "variables", multiple=True, metavar="NAME=VALUE", help="An answer that the process asks for."
+    "--variable",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An answer that the process asks for; may be repeated.",
 )
-
-
-@click.command(epilog="Example: waystation init")
-@click.argument("folder", default=".", type=click.Path(file_okay=False))
-@json_option
-def init(folder: str, as_json: bool) -> None:
-    """Write commented files to start from: a process, an environment, scripts. Never overwrites one."""
-    from orchestrator.files.scaffold import write_scaffold
-
-    written = write_scaffold(folder)
-    if as_json:
-        print_json({"format": 1, "folder": os.path.abspath(folder), "written": written})
-        return
-    for path in written:
-        click.echo(f"wrote {path}")
-    click.echo("Edit them, then: waystation release plan --environment production --package web=1.0.0")
 
 
 @click.group()
@@ -91,20 +92,14 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
-    from orchestrator.deployment.packages import wanted_packages
+    from orchestrator.deployment.create_release import plan_release
+    from orchestrator.files.environment import environment_path, load_both
     from orchestrator.plan.forecast import describe, document
-    from orchestrator.plan.make_plan import make_plan
 
-    process, where = _files(process_path, environment)
-    versions = _pairs(packages, "--package", "web=1.4.2")
-    made = make_plan(
-        process,
-        where,
-        label=label or _label_of(versions),
-        packages=_with_sizes(depot, wanted_packages(process, versions)),
-        scripts=None,
-        prompts=_pairs(variables, "--variable", "change=CHG123456"),
-    )
+    process, where = load_both(process_path, environment_path(environment))
+    versions, prompts = _versions(packages), _prompts(variables)
+    label = label or next(iter(versions.values()), "0")
+    made = run(plan_release(options.depot_location(depot), process, where, label, versions, prompts))
     if as_json:
         print_json(document(made))
     else:
@@ -115,11 +110,16 @@ def plan(
 @click.argument("label")
 @_package_option
 @_process_option
-@click.option("--environment", "-e", metavar="NAME|FILE", help="Take packages that the depot lacks from its feeds now.")
+@click.option(
+    "--environment",
+    "-e",
+    metavar="NAME|FILE",
+    help="Take packages that the depot lacks from this environment's feeds now; without it, when it is deployed.",
+)
 @_variable_option
 @depot_option
 @trust_option
-@_journal_option
+@journal_option
 @json_option
 def create(
     label: str,
@@ -133,24 +133,24 @@ def create(
     as_json: bool,
 ) -> None:
     """Freeze and sign the process, its scripts and package versions as LABEL."""
-    _check_installed()
-    from orchestrator.deployment.setup import create_release
+    check_installed()
+    from orchestrator.deployment.create_release import create_release
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.files.process import load_process
 
-    places = _places(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal)
     process = load_process(process_path)
     where = None if environment is None else load_environment(environment_path(environment))
-    with _journal(places) as opened, progress_bars() as bar:
+    with open_journal(paths) as opened, progress_bars() as bar:
         made, new = run(
             create_release(
-                places,
+                paths,
                 opened,
                 label,
                 process,
-                _pairs(packages, "--package", "web=1.4.2"),
+                _versions(packages),
                 environment=where,
-                prompts=_pairs(variables, "--variable", "change=CHG123456"),
+                prompts=_prompts(variables),
                 bar=bar,
             )
         )
@@ -192,10 +192,15 @@ def schema(kind: str) -> None:
 @_variable_option
 @_process_option
 @click.option("--project", help="Where several projects have this label. [default: the process's]")
-@click.option("--adopt", is_flag=True, help="Answer for machines that an earlier deployment left out of rotation.")
+@click.option(
+    "--adopt",
+    is_flag=True,
+    help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
+    "orchestrator's deployment that has not ended.",
+)
 @depot_option
 @trust_option
-@_journal_option
+@journal_option
 @json_option
 def deploy(
     label: str,
@@ -215,43 +220,44 @@ def deploy(
     Ctrl-C once: nothing new starts, machines in flight come to their end. Twice: leave now; what is open is listed.
     Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
     """
-    _check_installed()
-    from orchestrator.deployment.setup import Wish, create_release
+    check_installed()
+    from orchestrator.deployment.create_release import create_release
+    from orchestrator.deployment.setup import DeployRequest
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.files.process import load_process
+    from orchestrator.journal.status import deployment_view
 
-    places = _places(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal)
     where = load_environment(environment_path(environment))
-    prompts = _pairs(variables, "--variable", "change=CHG123456")
+    prompts = _prompts(variables)
     process = load_process(process_path) if packages or os.path.exists(process_path) else None
-    with _journal(places) as opened, progress_bars() as bar:
+    with open_journal(paths) as opened, progress_bars() as bar:
         if packages and process is not None:
-            versions = _pairs(packages, "--package", "web=1.4.2")
-            run(create_release(places, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
-        wish = Wish(label, project or (process.value.project if process else None), where, prompts, adopt)
-        ulid, result = run(_deploy(places, opened, wish, bar, as_json))
+            versions = _versions(packages)
+            run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
+        project = project or (process.value.project if process else None)
+        request = DeployRequest(label, project, where, prompts, adopt)
+        ulid, result = run(_deploy(paths, opened, request, bar, as_json))
         if as_json:
-            print_json(_view_document(_view(opened, ulid)))
+            print_json(deployment_view(opened, ulid))
         else:
-            _tell_end(opened, ulid, result)
+            _tell_end(deployment_view(opened, ulid), result)
     return _exit_code(result)
 
 
-async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json: bool) -> tuple[str, Result]:  # noqa: ANN401 - lazily imported types
+async def _deploy(
+    paths: Paths, journal: Journal, request: DeployRequest, bar: Bar, as_json: bool
+) -> tuple[str, Result]:
     """Run it in the foreground; a signal is a decision like any other."""
-    from orchestrator.deployment.deployment import CANCEL
-    from orchestrator.deployment.setup import deploy as start
+    from orchestrator.deployment.decisions import CANCEL
+    from orchestrator.deployment.deployment import deploy as start
     from orchestrator.paths import operator
 
     began = time.monotonic()
     running: list[str] = []
 
-    def tell(event: Event) -> None:
-        from orchestrator.journal.event_text import line
-
-        said = line(event)
-        if said:
-            click.echo(f"{time.monotonic() - began:7.1f} s  {printable(said)}", err=as_json)
+    def tell(line: str) -> None:
+        click.echo(f"{time.monotonic() - began:7.1f} s  {printable(line)}", err=as_json)
 
     def begun(ulid: str, plan: Plan) -> None:
         running.append(ulid)
@@ -271,21 +277,20 @@ async def _deploy(places: Places, journal: Journal, wish: Any, bar: Any, as_json
             task.cancel()
             return
         click.echo("cancelling: machines in flight come to their end; once more leaves now", err=True)
-        journal.decide(wish.environment.value.environment, running[0], CANCEL, {}, operator())
+        journal.decide(request.environment.value.environment, running[0], CANCEL, {}, operator())
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
-        return await start(places, journal, wish, begun=begun, tell=tell, bar=bar)
+        return await start(paths, journal, request, begun=begun, tell=tell, bar=bar)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
 
-def _tell_end(journal: Journal, ulid: str, result: Result) -> None:
+def _tell_end(view: DeploymentView, result: Result) -> None:
     from orchestrator.journal.ledger_text import brief
 
-    view = _view(journal, ulid)
     for line in brief(view.ledger):
         click.echo(printable(line))
     for bracket in view.brackets:
@@ -310,51 +315,49 @@ def _exit_code(result: Result) -> int:
 @click.option("--environment", "-e", metavar="NAME", help="The newest deployment there. [default: the newest of all]")
 @click.option("--watch", is_flag=True, help="Go on until it ends.")
 @click.option("--ledger", is_flag=True, help="Show the bytes of each line by encoding.")
-@_journal_option
+@journal_option
 @json_option
 def status(
     deployment: str | None, environment: str | None, watch: bool, ledger: bool, journal: str | None, as_json: bool
 ) -> None:
     """Show a deployment: its state, its machines, open brackets, what agents refused, and which bytes crossed which line."""
-    with _journal(_places(None, None, journal)) as opened:
-        ulid = _found(opened, deployment, environment)
-        view = _view(opened, ulid)
+    check_installed()
+    from orchestrator.journal.status import deployment_view, find_deployment
+
+    with open_journal(paths_of(journal=journal)) as opened:
+        ulid = find_deployment(opened, deployment, environment)
+        view = deployment_view(opened, ulid)
         while watch and view.summary.state == "running":
             if sys.stdout.isatty() and not as_json:
                 click.clear()
             if not as_json:
                 click.echo(_shown(view, with_ledger=ledger))
             time.sleep(1.0)
-            view = _view(opened, ulid)
+            view = deployment_view(opened, ulid)
         if as_json:
-            print_json(_view_document(view))
+            print_json(view)
         else:
             click.echo(_shown(view, with_ledger=ledger))
 
 
 @release.command(epilog="Example: waystation release history --environment production")
-@click.option("--environment", "-e", metavar="NAME")
-@click.option("--limit", default=20, show_default=True)
-@_journal_option
+@click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
+@click.option("--limit", default=20, show_default=True, help="Deployments to show.")
+@journal_option
 @json_option
 def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
     """List deployments, the newest first."""
-    _check_installed()
-    import msgspec
+    check_installed()
+    from orchestrator.journal.status import summaries
 
-    from orchestrator.journal.locks import holder
-    from orchestrator.journal.views import summary
-
-    with _journal(_places(None, None, journal)) as opened:
-        records = opened.deployments(environment, limit=limit)
-        holders = {name: holder(opened, name) for name in {record.environment for record in records}}
-        alive = {found.deployment for found in holders.values() if found is not None}
-        found = [summary(record, is_alive=record.deployment in alive) for record in records]
+    with open_journal(paths_of(journal=journal)) as opened:
+        found = summaries(opened, environment, limit)
     if as_json:
-        print_json({"format": 1, "deployments": msgspec.to_builtins(found)})
+        print_json({"format": 1, "deployments": found})
         return
     rows = [
-        [s.deployment, _time(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator] for s in found
+        [s.deployment, time_text(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator]
+        for s in found
     ]
     heads = ["deployment", "started", "environment", "release", "state", "by"]
     click.echo(table(heads, rows) if rows else "nothing was deployed yet")
@@ -362,10 +365,10 @@ def history(environment: str | None, limit: int, journal: str | None, as_json: b
 
 @release.command(epilog="Example: waystation release log web1")
 @click.argument("machine", required=False)
-@click.option("--deployment", metavar="ULID", help="[default: the newest]")
+@click.option("--deployment", metavar="ULID", help="The deployment to read from. [default: the newest]")
 @click.option("--environment", "-e", metavar="NAME", help="The newest deployment there.")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends.")
-@_journal_option
+@journal_option
 @json_option
 def log(
     machine: str | None,
@@ -376,17 +379,19 @@ def log(
     as_json: bool,
 ) -> None:
     """Print what scripts printed, on the server and on machines, each line with where it is from. Secrets are masked."""
+    check_installed()
     from orchestrator.fleet.log_reader import LogReader
+    from orchestrator.journal.status import deployment_view, find_deployment
 
-    places = _places(None, None, journal)
-    with _journal(places) as opened:
-        ulid = _found(opened, deployment, environment)
-        reader = LogReader(os.path.join(places.deployment(ulid), "logs"), machine)
+    paths = paths_of(journal=journal)
+    with open_journal(paths) as opened:
+        ulid = find_deployment(opened, deployment, environment)
+        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
         while True:
-            is_over = _view(opened, ulid).summary.state != "running"
+            is_over = deployment_view(opened, ulid).summary.state != "running"
             for entry in reader.news(final=is_over or not follow):
                 if as_json:
-                    # One document a line, so that whoever follows can read each as it comes.
+                    # One document a line, so that a reader who follows has each as it comes.
                     click.echo(json.dumps({"format": 1, "operation": entry.operation, "text": entry.text}))
                 else:
                     click.echo(f"{entry.where}  {printable(entry.text)}")
@@ -395,108 +400,15 @@ def log(
             time.sleep(0.3)
 
 
-# --- rotations
+# --- what was typed, and what is shown
 
 
-@click.group()
-def rotation() -> None:
-    """Machines that are out of their load balancer."""
+def _versions(given: tuple[str, ...]) -> dict[str, str]:
+    return _pairs(given, "--package", "web=1.4.2")
 
 
-@rotation.command(name="list", epilog="Example: waystation rotation list")
-@click.option("--environment", "-e", metavar="NAME")
-@_journal_option
-@json_option
-def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
-    """List machines whose bracket is open: `before` was begun, and no `after` ended well since."""
-    import msgspec
-
-    from orchestrator.journal.views import open_brackets
-
-    with _journal(_places(None, None, journal)) as opened:
-        found = open_brackets(opened.brackets(environment))
-    if as_json:
-        print_json({"format": 1, "open": msgspec.to_builtins(found)})
-        return
-    rows = [[b.machine, b.rotation, b.environment, _time(b.since), b.label, b.owner] for b in found]
-    heads = ["machine", "rotation", "environment", "out since", "opened by", "deployment"]
-    click.echo(table(heads, rows) if rows else "no machine is out")
-
-
-@rotation.command(epilog="Example: waystation rotation close web2 --environment production")
-@click.argument("machine")
-@click.option("--environment", "-e", metavar="NAME", help="Where several environments have an open one.")
-@click.option("--by-hand", is_flag=True, help="Run nothing: you have put it back yourself.")
-@click.option("-m", "--message", default="", help="Why, for the record.")
-@_journal_option
-@json_option
-def close(
-    machine: str, environment: str | None, by_hand: bool, message: str, journal: str | None, as_json: bool
-) -> int:
-    """Put MACHINE back: run its rotation's `after` with OUTCOME=put_back, and note that it is in again."""
-    _check_installed()
-    from orchestrator.deployment.close_bracket import close_bracket
-
-    places = _places(None, None, journal)
-    with _journal(places) as opened:
-        closed = run(close_bracket(places, opened, machine, environment, by_hand=by_hand, message=message))
-    if as_json:
-        print_json({"format": 1, "machine": machine, "closed": closed.ok, "reason": closed.reason})
-    elif closed.ok:
-        click.echo(f"{machine} is back in {closed.rotation}")
-    else:
-        click.echo(f"{machine} could not be put back: {printable(closed.reason)}", err=True)
-    return DONE if closed.ok else FAILED
-
-
-# --- what they share
-
-
-def _places(depot: str | None, trust_folder: str | None, journal: str | None) -> Places:
-    from orchestrator.paths import Places
-
-    return Places(
-        home=home(),
-        depot=options.depot_location(depot),
-        trust=options.trust_folder(trust_folder),
-        journal=journal or os.path.join(home(), "journal.db"),
-    )
-
-
-def _journal(places: Places) -> Journal:
-    _check_installed()
-    from orchestrator.journal.journal import Journal
-
-    return Journal.open(places.journal)
-
-
-def _check_installed() -> None:
-    """Raises `UsageError` where only what agents and relays need is installed."""
-    from importlib.util import find_spec
-
-    if find_spec("sqlalchemy") is None:
-        raise UsageError(
-            "releases need SQLAlchemy, which is not installed", hint="pip install 'waystation[orchestrator]'"
-        )
-
-
-def _files(process_path: str, environment: str) -> tuple[ProcessFile, EnvironmentFile]:
-    """Both files, or the mistakes of both at once."""
-    from orchestrator.files.environment import environment_path, load_environment
-    from orchestrator.files.process import load_process
-    from orchestrator.files.yaml_positions import PlanError
-
-    loaded: list[Any] = []
-    mistakes: list[Any] = []
-    for load, path in ((load_process, process_path), (load_environment, environment_path(environment))):
-        try:
-            loaded.append(load(path))
-        except PlanError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise PlanError(mistakes)
-    process, where = loaded
-    return process, where
+def _prompts(given: tuple[str, ...]) -> dict[str, str]:
+    return _pairs(given, "--variable", "change=CHG123456")
 
 
 def _pairs(given: tuple[str, ...], option: str, example: str) -> dict[str, str]:
@@ -511,61 +423,13 @@ def _pairs(given: tuple[str, ...], option: str, example: str) -> dict[str, str]:
     return pairs
 
 
-def _label_of(versions: dict[str, str]) -> str:
-    return next(iter(versions.values()), "0")
-
-
-def _with_sizes(depot: str | None, packages: Any) -> Any:  # noqa: ANN401 - lazily imported types
-    """Fill in what the depot knows of these packages; one that it lacks stays as it is."""
-    from orchestrator.deployment.packages import known_packages
-
-    location = options.depot_location(depot)
-    folder = location.removeprefix("disk:")
-    if location.startswith("disk:") and not os.path.isdir(folder):
-        return packages
-    return run(known_packages(location, packages))
-
-
-def _found(journal: Journal, deployment: str | None, environment: str | None) -> str:
-    if deployment is not None:
-        return journal.deployment(deployment.upper()).deployment
-    newest = journal.deployments(environment, limit=1)
-    if not newest:
-        raise NotFoundError("nothing was deployed yet" + (f" in {environment}" if environment else ""))
-    return newest[0].deployment
-
-
-def _view(journal: Journal, ulid: str) -> DeploymentView:
-    import msgspec
-
-    from orchestrator.journal.locks import holder
-    from orchestrator.journal.views import open_brackets, view
-    from orchestrator.plan.plan import Plan
-
-    record = journal.deployment(ulid)
-    holding = holder(journal, record.environment)
-    return view(
-        record,
-        journal.entries(ulid),
-        is_alive=holding is not None and holding.deployment == ulid,
-        plan=msgspec.json.decode(journal.plan(ulid), type=Plan),
-        brackets=open_brackets(journal.brackets(record.environment)),
-    )
-
-
-def _view_document(view: DeploymentView) -> Any:  # noqa: ANN401 - JSON
-    import msgspec
-
-    return msgspec.to_builtins(view)
-
-
 def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
     from orchestrator.journal.ledger_text import brief, full
 
     s = view.summary
     lines = [
         f"{s.project} {s.label} in {s.environment}: {s.state}" + (f" ({printable(s.reason)})" if s.reason else ""),
-        f"deployment {s.deployment}, begun {_time(s.started)} by {s.operator} on {s.host}, fence {s.fence}",
+        f"deployment {s.deployment}, begun {time_text(s.started)} by {s.operator} on {s.host}, fence {s.fence}",
     ]
     lines += [f"step {step.number} {printable(step.name)}: {step.state}" for step in view.steps]
     rows = [[m.name, m.stage, m.version, m.outcome or m.doing, m.reason] for m in view.machines]
@@ -574,15 +438,11 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
     lines += [printable(line) for line in brief(view.ledger)]
     if with_ledger and view.ledger.lines:
         lines.append(full(view.ledger))
-    lines += [f"refused by {r.machine} at {_time(r.at)}: {printable(r.reason)}" for r in view.refusals]
+    lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
     lines += [f"out: {_told(bracket)}" for bracket in view.brackets]
-    lines += [f"note at {_time(note.at)}: {printable(note.text)}" for note in view.notes]
+    lines += [f"note at {time_text(note.at)}: {printable(note.text)}" for note in view.notes]
     return "\n".join(lines)
 
 
 def _told(bracket: OpenBracket) -> str:
-    return f"{bracket.machine} is out of {bracket.rotation} since {_time(bracket.since)}, opened by {bracket.label}"
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"{bracket.machine} is out of {bracket.rotation} since {time_text(bracket.since)}, opened by {bracket.label}"

@@ -42,7 +42,7 @@ class ZipPart:
 
 
 @dataclass(frozen=True)
-class Package:
+class OpenedPackage:
     """A package to be compared. `zip_parts` are in the file's order; `read(offset, size)` gives bytes of the tree stream."""
 
     name: str
@@ -92,7 +92,7 @@ class PartChange:
     delta_bytes: int | None = None
 
 
-def compare_parts(old: Package, new: Package) -> list[PartChange]:
+def compare_parts(old: OpenedPackage, new: OpenedPackage) -> list[PartChange]:
     """What changed, in the order of the new tree stream, then what was removed. Unchanged parts are left out."""
     old_digests = {part.path: old.manifest.part_sha256(i) for i, part in enumerate(old.manifest.parts)}
     new_digests = {part.path: new.manifest.part_sha256(i) for i, part in enumerate(new.manifest.parts)}
@@ -157,14 +157,14 @@ def _pair(
 
 
 def _container_kind(path: str) -> str:
-    """Container parts with names that mean nothing (`….psmdcp`) are told by their folder and extension."""
+    """Container parts with names that mean nothing (`….psmdcp`) are told apart by their folder and extension."""
     if not is_container(path):
         return ""
     folder, _, name = path.lower().rpartition("/")
     return f"{folder}/{name.rpartition('.')[2]}"
 
 
-def _mode(package: Package, path: str) -> bool:
+def _mode(package: OpenedPackage, path: str) -> bool:
     return package.manifest.parts[package.index_of[path]].executable
 
 
@@ -172,7 +172,7 @@ def _mode(package: Package, path: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BasedRun:
     """Chunks of the new package that go together, and the chunks of the old one that they build on. Sizes are bytes."""
 
     chunks: tuple[int, ...]
@@ -204,7 +204,7 @@ def count_chunks(old: Manifest, new: Manifest) -> Chunks:
     return Chunks(len(sizes) - len(lacking), sum(sizes.values()) - lacking_bytes, len(lacking), lacking_bytes)
 
 
-def plan(old: Manifest, new: Manifest) -> list[Run]:
+def plan(old: Manifest, new: Manifest) -> list[BasedRun]:
     """The runs in which the new package goes to a relay that holds all of the old one, and nothing else."""
     lacking = new_chunks(old, new)
     held = [Held(old, ((0, len(old.chunks)),))] if old.chunks else []
@@ -212,11 +212,11 @@ def plan(old: Manifest, new: Manifest) -> list[Run]:
     for run in plan_runs([(index, new.chunks[index].size) for index in lacking], RUN_BYTES):
         size = sum(new.chunks[index].size for index in run)
         bases = choose_bases(new, run, held, most=RUN_AND_BASES_MAX - size, missing=lacking)
-        runs.append(Run(tuple(run), bases, size))
+        runs.append(BasedRun(tuple(run), bases, size))
     return runs
 
 
-def payload_bytes(old: Package, new: Package, run: Run, coding: Coding) -> int:
+def payload_bytes(old: OpenedPackage, new: OpenedPackage, run: BasedRun, coding: Coding) -> int:
     """Bytes of one run, really encoded. Without bases a delta is no way to send: then it is the plain form. Blocking."""
     base = b"".join(_chunk(old, index) for span in run.bases for index in indexes(span.ranges))
     data = b"".join(_chunk(new, index) for index in run.chunks)
@@ -225,7 +225,7 @@ def payload_bytes(old: Package, new: Package, run: Run, coding: Coding) -> int:
     return _encoded(coding, data, base if coding.needs_bases else b"")
 
 
-def _chunk(package: Package, index: int) -> bytes:
+def _chunk(package: OpenedPackage, index: int) -> bytes:
     return package.read(package.manifest.chunk_starts[index], package.manifest.chunks[index].size)
 
 
@@ -234,7 +234,7 @@ def manifest_bytes(old: Manifest, new: Manifest) -> int:
     return 0 if old.id == new.id else len(to_wire(new.canonical, old.canonical))
 
 
-def rsync_like_bytes(old: Package, new: Package) -> int:
+def rsync_like_bytes(old: OpenedPackage, new: OpenedPackage) -> int:
     """What goes over where only the zip's own bytes are compared: every part whose compressed bytes are not in the old file.
 
     A little less than what such tools really send, as the records around the parts are not counted.
@@ -255,7 +255,7 @@ def plain_bytes(data: bytes) -> int:
     return _encoded(_PLAIN_SMALLEST, data)
 
 
-def part_delta_bytes(old: Package, new: Package, change: PartChange) -> int:
+def part_delta_bytes(old: OpenedPackage, new: OpenedPackage, change: PartChange) -> int:
     """What the difference of one part takes, sent alone. A part longer than a run is taken in pieces. Blocking."""
     if change.change not in {"added", "changed"}:
         return 0

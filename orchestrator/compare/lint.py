@@ -6,14 +6,14 @@ Part names, times and their cures: NuGet/Home#6229, #8601, and the design of #14
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 
 from orchestrator.compare.diff import (
     RUN_BYTES,
-    Package,
+    OpenedPackage,
     PartChange,
     compare_parts,
     delta_bytes,
@@ -23,6 +23,7 @@ from orchestrator.compare.diff import (
 from orchestrator.compare.portable_executable import Assembly, read_assembly, rebuilt, without_stamps
 from relay.package.chunking import is_container
 from relay.package.zip_reader import is_root_nuspec
+from relay.support.progress import Progress
 
 ASSEMBLY_MAX: Final = 32 << 20
 """Bytes. A larger part is not looked into."""
@@ -101,9 +102,6 @@ _OF_A_BUILD: Final = frozenset({"time", "checksum", "pdb id", "mvid", "strong na
 """Stamps that come new with each build that is not deterministic."""
 _SHOWN: Final = 3
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes of parts looked at, bytes of all)."""
-
 
 class _Group:
     """Parts to which one note applies, and what they cost together: differences of many parts share much."""
@@ -158,7 +156,7 @@ def _groups() -> tuple[_Group, _Group, _Group]:
     )
 
 
-def lint_alone(package: Package, progress: Progress | None = None) -> Lint:
+def lint_alone(package: OpenedPackage, progress: Progress | None = None) -> Lint:
     """What will make the next build of the same source differ.
 
     What it costs is tried: the same part with other stamps. Blocking.
@@ -192,7 +190,7 @@ def lint_alone(package: Package, progress: Progress | None = None) -> Lint:
     return Lint(_in_order(found), None)
 
 
-def lint_pair(old: Package, new: Package, progress: Progress | None = None) -> Lint:
+def lint_pair(old: OpenedPackage, new: OpenedPackage, progress: Progress | None = None) -> Lint:
     """What made two builds differ, as far as it is not their source; costs are measured. Blocking."""
     found = [*_random_name_pair(old, new), *_time_pair(old, new), *_order_pair(old, new), *_encoder_pair(old, new)]
     placed, committed, signed = groups = _groups()
@@ -207,7 +205,7 @@ def lint_pair(old: Package, new: Package, progress: Progress | None = None) -> L
                 zipped, both = change.compressed_size, {"base": base, "data": data}
                 same_code = without_stamps(data, after) == without_stamps(base, before)
                 explained += same_code
-                # Where the code changed too, nobody can tell what the stamps alone would have cost.
+                # Where the code changed too, what the stamps alone would have cost cannot be told.
                 known = both if same_code else {}
                 if not (after.deterministic and before.deterministic):
                     cost = delta_bytes(base, data) if same_code else None
@@ -238,7 +236,7 @@ def _in_order(found: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda each: (each.is_note, -(each.zip_bytes or 0), each.rule, each.part)))
 
 
-def _worth_reading(package: Package, path: str) -> bytes:
+def _worth_reading(package: OpenedPackage, path: str) -> bytes:
     """The part, where it may say something of its own making; else nothing."""
     size = package.manifest.parts[package.index_of[path]].size
     if is_root_nuspec(path):
@@ -247,7 +245,7 @@ def _worth_reading(package: Package, path: str) -> bytes:
     return package.part(path) if is_executable else b""
 
 
-def _compressed(package: Package, path: str) -> int:
+def _compressed(package: OpenedPackage, path: str) -> int:
     return package.zip_part[path].compressed_size
 
 
@@ -268,13 +266,13 @@ def _signature(our_bytes: int, zip_bytes: int) -> Finding:
     return Finding("signature", _SIGNATURE, what, MENDS["signature"], our_bytes, zip_bytes, is_note=True)
 
 
-def _random_name(package: Package) -> str:
+def _random_name(package: OpenedPackage) -> str:
     """The part that NuGet named by a GUID, or nothing."""
     paths = (path for path in package.index_of if is_container(path))
     return next((path for path in paths if _RANDOM_NAME.fullmatch(path.rpartition("/")[2])), "")
 
 
-def _random_name_alone(package: Package) -> Iterator[Finding]:
+def _random_name_alone(package: OpenedPackage) -> Iterator[Finding]:
     if path := _random_name(package):
         name = path.rpartition("/")[2]
         other = name[:32].lower().encode().translate(_OTHER_HEX) + name[32:].encode()
@@ -283,7 +281,7 @@ def _random_name_alone(package: Package) -> Iterator[Finding]:
         yield _named_at_random(package, path, "a name that is new with each pack", cost)
 
 
-def _random_name_pair(old: Package, new: Package) -> Iterator[Finding]:
+def _random_name_pair(old: OpenedPackage, new: OpenedPackage) -> Iterator[Finding]:
     before, after = _random_name(old), _random_name(new)
     if before != after and (path := after or before):
         both = _RELATIONSHIPS in old.index_of and _RELATIONSHIPS in new.index_of
@@ -291,7 +289,7 @@ def _random_name_pair(old: Package, new: Package) -> Iterator[Finding]:
         yield _named_at_random(new if after else old, path, "one of the two names is random, or both", cost)
 
 
-def _named_at_random(package: Package, path: str, what: str, our_bytes: int) -> Finding:
+def _named_at_random(package: OpenedPackage, path: str, what: str, our_bytes: int) -> Finding:
     parts = [package.zip_part[p] for p in (path, _RELATIONSHIPS) if p in package.zip_part]
     zip_bytes = sum(part.compressed_size + part.records for part in parts)
     what = f"{what}; the relationship to it in {_RELATIONSHIPS} follows"
@@ -304,7 +302,7 @@ def _is_of_names(change: PartChange, found: Iterable[Finding]) -> bool:
     return names and change.path == _RELATIONSHIPS
 
 
-def _time_alone(package: Package) -> Iterator[Finding]:
+def _time_alone(package: OpenedPackage) -> Iterator[Finding]:
     times = {part.stamped for part in package.zip_parts if part.stamped and part.stamped[:3] != _NO_DAY}
     if times:
         what = f"the parts carry {_times(times)}: if that is when it was packed, it is new with each pack"
@@ -313,7 +311,7 @@ def _time_alone(package: Package) -> Iterator[Finding]:
         yield _stamped(what, _records(package), is_note=may_be_given)
 
 
-def _time_pair(old: Package, new: Package) -> Iterator[Finding]:
+def _time_pair(old: OpenedPackage, new: OpenedPackage) -> Iterator[Finding]:
     pairs = [(old.zip_part[path], part) for path, part in new.zip_part.items() if path in old.zip_part]
     differing = [(before, after) for before, after in pairs if before.stamped != after.stamped]
     if differing:
@@ -334,11 +332,11 @@ def _times(times: Iterable[tuple[int, ...]]) -> str:
     return f"the time {first}" if len(known) == 1 else f"{len(known)} times from {first} on"
 
 
-def _records(package: Package) -> int:
+def _records(package: OpenedPackage) -> int:
     return sum(part.records for part in package.zip_parts)
 
 
-def _order_pair(old: Package, new: Package) -> Iterator[Finding]:
+def _order_pair(old: OpenedPackage, new: OpenedPackage) -> Iterator[Finding]:
     before = [path for path in old.zip_part if path in new.zip_part]
     after = [path for path in new.zip_part if path in old.zip_part]
     if before != after:
@@ -347,7 +345,7 @@ def _order_pair(old: Package, new: Package) -> Iterator[Finding]:
         yield Finding("member-order", "", what, MENDS["member-order"], 0, _records(new))
 
 
-def _encoder_pair(old: Package, new: Package) -> Iterator[Finding]:
+def _encoder_pair(old: OpenedPackage, new: OpenedPackage) -> Iterator[Finding]:
     """Parts with the same bytes that another deflate packed."""
     differing = [
         part

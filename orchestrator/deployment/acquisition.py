@@ -1,75 +1,109 @@
 """The barrier: every package is verified on every machine's own disk, or no step begins anywhere.
 
-First everybody is asked what is there and how much room there is; only then does a byte move. Machines of a site begin
-to pull as soon as their relays have been offered everything, while it still arrives there.
+Every machine is asked first what is there and how much room there is; only then does a byte move. Machines of a site
+begin to pull as soon as their relays have been offered everything, while it still arrives there.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Final
 
 from agent.orders.orders import Acquire, AcquireFacts, Report, Survey, SurveyFacts
-from orchestrator.deployment.context import DeploymentFailedError, Engine, together
+from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
 from orchestrator.deployment.packages import ref_of
-from orchestrator.journal.events import Acquired, Barrier, LineBytes, Note, Replicated, Surveyed
+from orchestrator.journal.events import Acquired, Barrier, Note, Replicated, Surveyed
 from orchestrator.plan.placement import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
 from orchestrator.plan.plan import Plan, PlannedPackage, PlannedRelay, ServerStep
-from orchestrator.replication.cascade import Delivered, replicate_all
-from orchestrator.replication.send import parcel, send_to, shipping_from
-from relay.errors import StoreError, WaystationError
-from relay.support.rate_limit import Pacer
+from orchestrator.replication.cascade import Delivered
+from orchestrator.replication.send import open_relay, pacers_of, package_to_send, send, shipping_from
+from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.support.together import together
 
 if TYPE_CHECKING:
-    from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress, Shipping
-    from relay.transfer.replicate import Replicated as Sent
+    from relay.support.rate_limit import Pacer
+    from relay.transfer.replicate import Shipping
 
 
-async def acquire(engine: Engine) -> dict[str, SurveyFacts]:
+STOP_SECONDS: Final = 5.0
+"""For a relay to take the order that stops a pull."""
+
+
+async def acquire(context: DeploymentContext) -> dict[str, SurveyFacts]:
     """Ask, replicate, pull, verify: the whole stage. What each machine said of itself at its beginning, by name.
+
+    A stop ends it at once: nothing is in flight but bytes, and what came is kept.
 
     Raises:
         DeploymentFailedError: a machine has no room, or could not get everything; nothing was started anywhere.
         UnreachableError: a relay could not be reached for too long.
         RefusedError: a relay or the depot says no.
     """
-    facts = await survey(engine)
-    short = short_of_room(engine.plan, facts)
+    acquiring = asyncio.create_task(_acquire(context))
+    stopped = asyncio.create_task(context.stop.wait())
+    try:
+        await asyncio.wait({acquiring, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if acquiring.done():
+            return acquiring.result()
+        raise DeploymentFailedError(context.stop.reason)
+    finally:
+        stopped.cancel()
+        if not acquiring.done():
+            acquiring.cancel()
+            with suppress(asyncio.CancelledError, WaystationError):
+                await acquiring
+        if acquiring.cancelled() or acquiring.exception() is not None:
+            await _stop_pulls(context)
+
+
+async def _acquire(context: DeploymentContext) -> dict[str, SurveyFacts]:
+    facts = await _survey(context)
+    short = short_of_room(context.plan, facts)
     if short:
         raise DeploymentFailedError("there is not enough room: " + "; ".join(short))
-    arriving = _Arriving(engine.plan)
+    arriving = _Arriving(context.plan)
     try:
-        async with asyncio.timeout(engine.plan.acquire.deadline):
+        async with asyncio.timeout(context.plan.acquire.deadline):
             await together(
-                [_replicate_everything(engine, arriving), _pull_everywhere(engine, arriving), _build_here(engine)]
+                [_replicate_everything(context, arriving), _pull_everywhere(context, arriving), _build_here(context)]
             )
     except TimeoutError as error:
         raise DeploymentFailedError(
-            f"not everything was on every machine after {engine.plan.acquire.deadline:.0f} s (acquire: deadline), "
-            f"so no step began: {'; '.join(arriving.told())}"
+            f"not everything was on every machine after {context.plan.acquire.deadline:.0f} s (acquire: deadline), "
+            f"so no step began: {'; '.join(arriving.reasons())}"
         ) from error
-    await engine.note(Barrier(tuple(machine.name for machine in engine.plan.machines)))
+    await context.recorder.record(Barrier(tuple(machine.name for machine in context.plan.machines)))
     return facts
+
+
+async def _stop_pulls(context: DeploymentContext) -> None:
+    """End pulls that are not awaited any more. Where no relay takes that soon, they end at their own deadline."""
+
+    async def stop(machine: str) -> None:
+        with suppress(UnreachableError, TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await context.fleet.stop(context.operation(0, machine, "acquire"))
+
+    await together([stop(machine.name) for machine in context.plan.machines])
 
 
 # --- what is there
 
 
-async def survey(engine: Engine) -> dict[str, SurveyFacts]:
+async def _survey(context: DeploymentContext) -> dict[str, SurveyFacts]:
     """Ask every machine at once what stands under its roots. Raises `DeploymentFailedError`, `UnreachableError`."""
 
     async def ask(name: str) -> tuple[str, SurveyFacts]:
-        report = await engine.perform(name, 0, "survey", Survey(trees_of(engine.plan, name)))
+        report = await context.fleet.perform(context.operation(0, name, "survey"), Survey(trees_of(context.plan, name)))
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
-        await engine.note(Surveyed(name, facts))
+        await context.recorder.record(Surveyed(name, facts))
         return name, facts
 
-    return dict(await together([ask(machine.name) for machine in engine.plan.machines]))
+    return dict(await together([ask(machine.name) for machine in context.plan.machines]))
 
 
 # --- to the relays
@@ -94,8 +128,8 @@ class _Arriving:
     def complete(self, machine: str) -> None:
         self._waiting.pop(machine, None)
 
-    def told(self) -> list[str]:
-        """In words, who does not have everything, and why; the server's own trees where no machine lacks any."""
+    def reasons(self) -> list[str]:
+        """Which machine does not have everything, and why, in words; the server's own trees where no machine lacks any."""
         waiting = [f"{machine}: {why}" for machine, why in sorted(self._waiting.items())]
         return waiting or ["the server has not built its own trees"]
 
@@ -111,19 +145,19 @@ class _Arriving:
                 await self._events[name].wait()
 
 
-async def _replicate_everything(engine: Engine, arriving: _Arriving) -> None:
+async def _replicate_everything(context: DeploymentContext, arriving: _Arriving) -> None:
     """All packages at once: they share the lines of relays whose machines wait for all of them anyway."""
-    relays = relays_to_fill(engine.plan)
+    relays = relays_to_fill(context.plan)
     wanted = {
-        relay.name: {package.manifest: package for package in packages_at(engine.plan, relay.name)} for relay in relays
+        relay.name: {package.manifest: package for package in packages_at(context.plan, relay.name)} for relay in relays
     }
     packages = {manifest: package for there in wanted.values() for manifest, package in there.items()}
-    pacers = {relay.name: Pacer(relay.limit) for relay in relays if relay.limit}
-    async with shipping_from(engine.depot) as shipping:
+    pacers = pacers_of(relays)
+    async with shipping_from(context.depot) as shipping:
         await together(
             [
                 _replicate(
-                    package, [r for r in relays if manifest in wanted[r.name]], engine, arriving, shipping, pacers
+                    package, [r for r in relays if manifest in wanted[r.name]], context, arriving, shipping, pacers
                 )
                 for manifest, package in packages.items()
             ]
@@ -133,26 +167,23 @@ async def _replicate_everything(engine: Engine, arriving: _Arriving) -> None:
 async def _replicate(
     package: PlannedPackage,
     relays: Sequence[PlannedRelay],
-    engine: Engine,
+    context: DeploymentContext,
     arriving: _Arriving,
     shipping: Shipping,
-    pacers: Mapping[str, Pacer],
+    pacers: Mapping[str, Pacer | None],
 ) -> None:
     """One package to all relays that get it. One that only passes it on may fail: then it is passed by."""
     ref = ref_of(package)
-    what = await parcel(engine.depot, ref)
-    bars = {relay.name: engine.bar(f"{relay.name} {ref}") for relay in relays}
+    what = await package_to_send(context.depot, ref)
+    bars = {relay.name: context.bar(f"{relay.name} {ref}") for relay in relays}
 
     def heard(relay: str, here: int, whole: int) -> None:
         arriving.offered(relay, package.manifest)
         bars[relay](here, whole)
 
-    async def send(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Sent:
-        return await send_to(engine.depot, what, client, progress, shipping=shipping, pacer=pacers.get(relay.name))
-
     async def delivered(done: Delivered) -> None:
         arriving.offered(done.relay, package.manifest)
-        await engine.note(
+        await context.recorder.record(
             Replicated(
                 relay=done.relay,
                 package=package.id,
@@ -162,41 +193,46 @@ async def _replicate(
                 chunks=done.chunks,
                 chunks_sent=done.chunks_sent,
                 seconds=done.seconds,
-                lines=tuple(LineBytes(one.line, one.wire_bytes, one.encodings) for one in done.lines),
+                lines=done.lines,
                 fallbacks=done.fallbacks,
             )
         )
 
     async with AsyncExitStack() as stack:
-        clients = {relay.name: await stack.enter_async_context(engine.open_relay(relay)) for relay in relays}
-        must = set(relays_asked(engine.plan))
-        done = await replicate_all(what.manifest, relays, clients, send, heard, delivered=delivered, must=must)
+        clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in relays}
+        must = set(relays_asked(context.plan))
+        done = await send(
+            context.depot, what, relays, clients, shipping, heard, pacers=pacers, delivered=delivered, must=must
+        )
     for replan in done.replans:
-        await engine.note(Note(f"{ref}: {replan}"))
+        await context.recorder.record(Note(f"{ref}: {replan}"))
     for name, error in done.failed.items():
-        await engine.note(Note(f"relay {name} passes nothing on and has no {ref}: {error.message}"))
+        await context.recorder.record(Note(f"relay {name} passes nothing on and has no {ref}: {error.message}"))
 
 
 # --- to the machines
 
 
-async def _pull_everywhere(engine: Engine, arriving: _Arriving) -> None:
-    places = {site: asyncio.Semaphore(engine.plan.acquire.per_relay) for site in {m.site for m in engine.plan.machines}}
+async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> None:
+    slots = {
+        site: asyncio.Semaphore(context.plan.acquire.per_relay) for site in {m.site for m in context.plan.machines}
+    }
 
     async def pull(name: str) -> str:
         """Why it could not; empty where it could."""
-        machine = engine.plan.machine(name)
-        trees = trees_of(engine.plan, name)
+        machine = context.plan.machine(name)
+        trees = trees_of(context.plan, name)
         if not trees:
             return ""
         arriving.lacks(name, f"relay {machine.relays[0]} was not offered everything")
         await arriving.wait(machine.relays[:1])
-        arriving.lacks(name, f"{engine.plan.acquire.per_relay} others of {machine.site} pulled (acquire: per_relay)")
-        async with places[machine.site]:
+        arriving.lacks(name, f"{context.plan.acquire.per_relay} others of {machine.site} pulled (acquire: per_relay)")
+        async with slots[machine.site]:
             arriving.lacks(name, "nothing was heard of its pull")
-            what = Acquire(trees, deadline=engine.plan.acquire.deadline, stall=engine.plan.acquire.stall)
+            shown = _shown(context, name, arriving)
+            what = Acquire(trees, deadline=context.plan.acquire.deadline, stall=context.plan.acquire.stall)
             try:
-                report = await engine.perform(name, 0, "acquire", what, on_progress=_shown(engine, name, arriving))
+                report = await context.fleet.perform(context.operation(0, name, "acquire"), what, shown)
             except StoreError:
                 raise
             except WaystationError as error:
@@ -205,17 +241,17 @@ async def _pull_everywhere(engine: Engine, arriving: _Arriving) -> None:
             arriving.lacks(name, report.reason or report.state)
             return f"{name}: {report.reason or report.state}"
         arriving.complete(name)
-        await engine.note(Acquired(name, report.facts))
+        await context.recorder.record(Acquired(name, report.facts))
         return ""
 
-    # Everybody is heard before anything is said: the reasons of all machines belong into one sentence.
-    reasons = [why for why in await together([pull(machine.name) for machine in engine.plan.machines]) if why]
+    # All answers are awaited before one is told: the reasons of all machines belong into one sentence.
+    reasons = [why for why in await together([pull(machine.name) for machine in context.plan.machines]) if why]
     if reasons:
         raise DeploymentFailedError(f"not every machine has everything, so no step began: {'; '.join(reasons)}")
 
 
-def _shown(engine: Engine, name: str, arriving: _Arriving) -> Callable[[Report], None]:
-    show = engine.bar(name)
+def _shown(context: DeploymentContext, name: str, arriving: _Arriving) -> Callable[[Report], None]:
+    show = context.bar(name)
 
     def hear(report: Report) -> None:
         show(report.done, report.whole)
@@ -225,9 +261,8 @@ def _shown(engine: Engine, name: str, arriving: _Arriving) -> Callable[[Report],
     return hear
 
 
-async def _build_here(engine: Engine) -> None:
+async def _build_here(context: DeploymentContext) -> None:
     """Trees of packages that steps on the server use."""
-    for step in engine.plan.steps:
-        if isinstance(step, ServerStep) and step.package and step.package not in engine.server_trees:
-            package = engine.plan.packages[step.package]
-            engine.server_trees[step.package] = await engine.server_tree(package)
+    for step in context.plan.steps:
+        if isinstance(step, ServerStep) and step.package:
+            await context.trees.build(context.plan.packages[step.package])

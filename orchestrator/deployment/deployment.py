@@ -7,22 +7,20 @@ still open is listed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import TYPE_CHECKING, Final
 
-from agent.orders.orders import SurveyFacts
+from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
-from orchestrator.deployment.context import SERVER, DeploymentFailedError, Engine, together, undo_step
-from orchestrator.deployment.notify import target_of
-from orchestrator.deployment.steps import Outcome, run_steps
+from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, undo_step
+from orchestrator.deployment.decisions import decisions_obeyed, obey
+from orchestrator.deployment.setup import DeployRequest, set_up
+from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.files.values import NotificationKind
-from orchestrator.fleet.presence import Muster
 from orchestrator.journal.events import (
     BracketAdopted,
-    DecisionTaken,
-    Ended,
     FinalState,
     Note,
     Notified,
@@ -30,18 +28,20 @@ from orchestrator.journal.events import (
     PreAcquireStarted,
     Refused,
 )
-from orchestrator.journal.views import OpenBracket
-from orchestrator.plan.plan import PreAcquire
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
+from relay.support.together import together
 
-DECISIONS_SECONDS = 0.5
-"""Between two looks at what people decided."""
-ACKNOWLEDGE_SECONDS = 10.0
+if TYPE_CHECKING:
+    from orchestrator.fleet.presence import Presences
+    from orchestrator.journal.journal import Journal
+    from orchestrator.journal.recorder import Tell
+    from orchestrator.journal.views import OpenBracket
+    from orchestrator.paths import Paths
+    from orchestrator.plan.plan import Plan, PreAcquire
+    from relay.support.progress import Bar
+
+ACKNOWLEDGE_SECONDS: Final = 10.0
 """For a relay to take an agent's acknowledgement at the end. An agent that gets none keeps its results for longer."""
-STOP_SECONDS = 5.0
-"""For a relay to take the order that stops a pull."""
-CANCEL = "cancel"
-"""Kind of the decision that ends a deployment: nothing new starts, what is in flight comes to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,107 +56,103 @@ class Result:
     """Machines that are left out of their rotation."""
 
 
-async def roll_out(engine: Engine, adopted: Iterable[OpenBracket] = (), *, adopt: bool = False) -> Result:
-    """Run the whole deployment. Errors of the road and refusals become the reason of its end.
+async def deploy(
+    paths: Paths,
+    journal: Journal,
+    request: DeployRequest,
+    *,
+    begun: Callable[[str, Plan], None],
+    tell: Tell,
+    bar: Bar,
+) -> tuple[str, Result]:
+    """Run a release in an environment, from plan to end. The deployment's ULID, and how it ended.
 
     Args:
-        engine: all that it works with; its deployment has begun in the journal.
-        adopted: open brackets of earlier deployments that this one answers for.
-        adopt: go on although agents know of another orchestrator's unfinished deployment.
+        paths: of this orchestrator.
+        journal: where the release is, and where the deployment is recorded.
+        request: what a person asked for.
+        begun: called with ULID and plan once the deployment stands in the journal.
+        tell: shows what happens, line by line.
+        bar: makes a progress bar for what moves bytes.
 
     Raises:
+        PlanError: mistakes in the files; nothing was contacted.
+        LockedError: another deployment runs there.
+        RefusedError: brackets of an earlier one are open, or a secret cannot be read; nothing was started.
+        NotFoundError: no such release or package.
         StoreError: the journal could not be written: what it could not take did not happen.
     """
-    undo = _Undo(engine)
-    try:
-        return await _to_the_end(engine, undo, adopted, adopt=adopt)
-    except asyncio.CancelledError:
-        _tell_what_is_open(engine, undo)
-        raise
+    async with set_up(paths, journal, request, tell=tell, bar=bar) as (context, brackets):
+        begun(context.recorder.deployment, context.plan)
+        return context.recorder.deployment, await _roll_out(context, brackets, adopt=request.adopt)
 
 
-async def _to_the_end(engine: Engine, undo: _Undo, adopted: Iterable[OpenBracket], *, adopt: bool) -> Result:
-    watching = asyncio.create_task(_watch(engine))
-    deadline = _deadline(engine)
-    try:
-        result = await _stages(engine, undo, adopted, adopt=adopt)
-    finally:
-        watching.cancel()
-        if deadline is not None:
-            deadline.cancel()
-    failed = await undo.everything()
-    if failed and result.state == "succeeded":
-        result = Result("failed", f"all steps are done, but this could not be undone: {', '.join(failed)}")
-    await _close(engine, result)
+async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket], *, adopt: bool) -> Result:
+    """The recipe. Errors of the road and refusals become the reason of its end."""
+    undo = _Undo(context)
+    with _open_things_told(context, undo):
+        async with decisions_obeyed(context.recorder, context.stop, context.plan.deadline):
+            try:
+                await _adopt(context, brackets)
+                await _pre_acquire(context, undo)
+                await _meet(context, adopt=adopt)
+                facts = await acquire(context)
+                await undo.those_until_acquired()
+                outcome = await run_steps(context, facts)
+            except WaystationError as error:
+                outcome = StepsOutcome(failed=[str(error)])
+        not_undone = await undo.everything()
+        result = _result_of(context, outcome, not_undone)
+        await _close(context, result)
     return result
 
 
-async def _stages(engine: Engine, undo: _Undo, adopted: Iterable[OpenBracket], *, adopt: bool) -> Result:
+@contextmanager
+def _open_things_told(context: DeploymentContext, undo: _Undo) -> Iterator[None]:
+    """A person who leaves in the middle reads what stays open. The journal has all of it."""
     try:
-        await _adopt(engine, adopted)
-        await _pre_acquire(engine, undo)
-        await _meet(engine, adopt=adopt)
-        facts = await _acquire_or_stop(engine)
-        await undo.those_until_acquired()
-        outcome = await run_steps(engine, facts, partial(_obey, engine))
-    except WaystationError as error:
-        outcome = Outcome(failed=[] if str(error) == engine.stopping else [str(error)])
-    reason = "; ".join([*([engine.stopping] if engine.stopping else []), *outcome.failed])
-    state: FinalState = "cancelled" if engine.cancelled else "failed" if reason else "succeeded"
-    return Result(state, reason, tuple(outcome.left), tuple(sorted(engine.out)))
+        yield
+    except asyncio.CancelledError:
+        if context.out:
+            context.recorder.tell(Note(f"still out of their rotation: {', '.join(sorted(context.out))}"))
+        if undo.owed:
+            context.recorder.tell(Note(f"not undone: {', '.join(step.run.name for step in undo.owed)}"))
+        raise
 
 
-# --- what people and the clock decide
-
-
-async def _watch(engine: Engine) -> None:
-    """Take up decisions as they are made."""
-    while True:
-        await _obey(engine)
-        await asyncio.sleep(DECISIONS_SECONDS)
-
-
-async def _obey(engine: Engine) -> None:
-    """Take up what was decided by now: decisions are rows, whoever wrote them."""
-    pending = await asyncio.to_thread(engine.journal.pending_decisions, None, engine.deployment)
-    for decision in pending:
-        # Obeyed, then taken: who finds none that waits knows that all are obeyed.
-        if decision.kind == CANCEL:
-            engine.cancel(f"cancelled by {decision.operator}")
-        if await asyncio.to_thread(engine.journal.take_decision, decision.number, engine.deployment):
-            engine.tell(DecisionTaken(decision.number, decision.operator, decision.kind, decision.data))
-
-
-def _deadline(engine: Engine) -> asyncio.TimerHandle | None:
-    seconds = engine.plan.deadline
-    if not seconds:
-        return None
-    why = f"the deadline of {seconds:.0f} s is over"
-    return asyncio.get_running_loop().call_later(seconds, engine.stop, why)
+def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Sequence[str]) -> Result:
+    stop = context.stop
+    reasons = [stop.reason, *(why for why in outcome.failed if why != stop.reason)]
+    reason = "; ".join(filter(None, reasons))
+    state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
+    if not_undone and state == "succeeded":
+        return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
+    return Result(state, reason, tuple(outcome.left), tuple(sorted(context.out)))
 
 
 # --- before the first byte
 
 
-async def _adopt(engine: Engine, brackets: Iterable[OpenBracket]) -> None:
+async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) -> None:
     """Brackets that this deployment will close: their machines are out, and go first."""
-    machines = {machine.name for machine in engine.plan.machines}
+    machines = {machine.name for machine in context.plan.machines}
     for bracket in brackets:
         if bracket.machine in machines:
-            await engine.note(BracketAdopted(bracket.machine, bracket.rotation, bracket.owner))
-        engine.out.add(bracket.machine)
+            await context.recorder.record(BracketAdopted(bracket.machine, bracket.rotation, bracket.owner))
+        context.out.add(bracket.machine)
 
 
-async def _pre_acquire(engine: Engine, undo: _Undo) -> None:
+async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
     """One after another. An undo is owed from the moment that its step may have begun."""
-    for step in engine.plan.pre_acquire:
-        await _obey(engine)
-        if engine.stopping:
-            raise DeploymentFailedError(engine.stopping)
-        await engine.note(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
-        undo.owe(step)
-        result = await engine.run_here(step.run, 0, SERVER, f"pre-{step.run.name}", {})
-        await engine.note(
+    for step in context.plan.pre_acquire:
+        await obey(context.recorder, context.stop)
+        if context.stop.reason:
+            raise DeploymentFailedError(context.stop.reason)
+        await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
+        if step.undo is not None:
+            undo.owed.append(step)
+        result = await context.runs.run(step.run, context.operation(0, SERVER, f"pre-{step.run.name}"), {})
+        await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
         )
         if not result.ok:
@@ -167,13 +163,9 @@ async def _pre_acquire(engine: Engine, undo: _Undo) -> None:
 class _Undo:
     """What pre-acquisition opened, and is to be closed in the opposite order."""
 
-    engine: Engine
+    context: DeploymentContext
     owed: list[PreAcquire] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-
-    def owe(self, step: PreAcquire) -> None:
-        if step.undo is not None:
-            self.owed.append(step)
 
     async def those_until_acquired(self) -> None:
         await self._undo([step for step in self.owed if step.until == "acquired"])
@@ -186,146 +178,95 @@ class _Undo:
     async def _undo(self, steps: Sequence[PreAcquire]) -> None:
         for step in reversed(steps):
             self.owed.remove(step)
-            if not await undo_step(step, self.engine.deployment, self.engine.runs, self.engine.note):
+            if not await undo_step(step, self.context.runs, self.context.recorder):
                 self.failed.append(step.run.name)
 
 
-async def _meet(engine: Engine, *, adopt: bool) -> None:
-    """Everybody must be there, with a clock that is right, and know of no other orchestrator that is at work.
+async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
+    """Every machine must be there, with a clock that is right, and know of no other orchestrator that is at work.
 
     Raises:
-        DeploymentFailedError: somebody is not.
+        DeploymentFailedError: a machine is not there, or its clock is wrong.
         RefusedError: another orchestrator's deployment is not over.
     """
-    here = await engine.fleet.presences()
+    here = await context.fleet.presences()
     if here.missing:
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(here.missing.items()))
         raise DeploymentFailedError(f"not every machine can be given orders: {reasons}")
-    foreign = _other_orchestrators(engine, here)
+    foreign = _other_orchestrators(context, here)
     if foreign and not adopt:
         raise RefusedError(
             f"another orchestrator has not finished here: {'; '.join(foreign)}",
             hint="End that deployment first, or take over with --adopt: it can order nothing any more then",
         )
-    engine.refused_before = {name: presence.refused for name, presence in here.present.items()}
-    await _claim(engine, here)
+    await _claim(context, here)
+    context.refused_before = {name: presence.refused for name, presence in here.present.items()}
 
 
-def _other_orchestrators(engine: Engine, here: Muster) -> list[str]:
-    seen = {name: presence.fences.get(engine.plan.environment) for name, presence in here.present.items()}
+def _other_orchestrators(context: DeploymentContext, here: Presences) -> list[str]:
+    seen = {name: presence.fences.get(context.plan.environment) for name, presence in here.present.items()}
     return [
         f"{name} knows deployment {fence.deployment}"
         for name, fence in sorted(seen.items())
-        if fence is not None and fence.open and fence.journal != engine.journal.id
+        if fence is not None and fence.open and fence.journal != context.recorder.journal.id
     ]
 
 
-async def _claim(engine: Engine, here: Muster) -> None:
-    """A fence above all that any agent has seen: from the first order on, whoever led before is shut out."""
-    environment = engine.plan.environment
+async def _claim(context: DeploymentContext, here: Presences) -> None:
+    """A fence above all that any agent has seen shuts out, from the first order on, the orchestrator that led before."""
+    environment = context.plan.environment
     fences = [presence.fences.get(environment) for presence in here.present.values()]
     seen = [fence.fence for fence in fences if fence is not None]
-    fence = engine.fence
-    if seen and max(seen) >= fence:
-        fence = await asyncio.to_thread(engine.journal.claim, environment, seen)
-        note = Note(f"agents have seen fence {max(seen)}: this deployment goes on with {fence}")
-        await asyncio.to_thread(engine.journal.take_up, engine.deployment, fence, engine.operator, note)
-        engine.tell(note)
-    engine.fence = fence
-    engine.fleet.claim(fence)
-    engine.has_met = True
-
-
-# --- acquisition
-
-
-async def _acquire_or_stop(engine: Engine) -> Mapping[str, SurveyFacts]:
-    """The barrier. A cancel ends it at once: nothing is in flight but bytes, and what came is kept."""
-    acquiring = asyncio.create_task(acquire(engine))
-    stopped = asyncio.create_task(engine.stopped.wait())
-    try:
-        await asyncio.wait({acquiring, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if acquiring.done():
-            return acquiring.result()
-        raise DeploymentFailedError(engine.stopping)
-    finally:
-        stopped.cancel()
-        if not acquiring.done():
-            acquiring.cancel()
-            with suppress(asyncio.CancelledError, WaystationError):
-                await acquiring
-        if acquiring.cancelled() or acquiring.exception() is not None:
-            await _stop_pulls(engine)
-
-
-async def _stop_pulls(engine: Engine) -> None:
-    """Nobody waits for them any more. Where no relay takes that soon, they end by themselves at their own deadline."""
-
-    async def stop(machine: str) -> None:
-        with suppress(UnreachableError, TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS):
-                await engine.fleet.stop(engine.fleet.operation(machine, 0, "acquire", 1))
-
-    await together([stop(machine.name) for machine in engine.plan.machines])
+    if seen and max(seen) >= context.fleet.fence:
+        context.fleet.fence = await context.recorder.claim(environment, seen)
 
 
 # --- the end
 
 
-def _tell_what_is_open(engine: Engine, undo: _Undo) -> None:
-    """Somebody left in the middle. All of it stands in the journal; they should hear of it now."""
-    if engine.out:
-        engine.tell(Note(f"still out of their rotation: {', '.join(sorted(engine.out))}"))
-    if undo.owed:
-        engine.tell(Note(f"not undone: {', '.join(step.run.name for step in undo.owed)}"))
-
-
-async def _close(engine: Engine, result: Result) -> None:
-    """Let agents forget what is on disk here, tell who wanted to hear of it, and write the end down."""
-    if engine.has_met:
-        await _note_refusals(engine)
-        await engine.fleet.logs_arrived()
-        await together([_acknowledge(engine, machine.name) for machine in engine.plan.machines])
+async def _close(context: DeploymentContext, result: Result) -> None:
+    """Let agents forget what is on disk here, tell the plan's receivers, and write the end down."""
+    if context.refused_before is not None:
+        await _note_refusals(context, context.refused_before)
+        await context.fleet.logs_arrived()
+        await together([_acknowledge(context, machine.name) for machine in context.plan.machines])
     if result.out:
-        await _notify(engine, "rotation_open", result)
-    await _notify(engine, "finished" if result.state == "succeeded" else "failed", result)
-    ended = Ended(result.state, result.reason)
-    await asyncio.to_thread(engine.journal.set_state, engine.deployment, result.state, result.reason, ended)
-    engine.tell(ended)
+        await _notify(context, "rotation_open", result)
+    await _notify(context, "finished" if result.state == "succeeded" else "failed", result)
+    await context.recorder.end(result.state, result.reason)
 
 
-async def _note_refusals(engine: Engine) -> None:
-    """Letters that agents refused meanwhile and that were not ours: somebody else can write into the mail."""
-    here = await engine.fleet.presences()
+async def _note_refusals(context: DeploymentContext, before: Mapping[str, Sequence[str]]) -> None:
+    """Letters that agents refused meanwhile and that were not ours show that another can write into the mail."""
+    here = await context.fleet.presences()
     for name, presence in here.present.items():
         for text in presence.refused:
-            if text not in engine.refused_before.get(name, ()) and f" {engine.deployment}/" not in text:
-                await engine.note(Refused(name, text))
+            if text not in before.get(name, ()) and f" {context.recorder.deployment}/" not in text:
+                await context.recorder.record(Refused(name, text))
 
 
-async def _acknowledge(engine: Engine, machine: str) -> None:
+async def _acknowledge(context: DeploymentContext, machine: str) -> None:
     try:
         async with asyncio.timeout(ACKNOWLEDGE_SECONDS):
-            await engine.fleet.acknowledge(machine, ends=True)
+            await context.fleet.acknowledge(machine, ends=True)
     except StoreError:
         raise
     except (UnreachableError, TimeoutError) as error:
         why = getattr(error, "message", f"no relay took the acknowledgement within {ACKNOWLEDGE_SECONDS:.0f} s")
-        await engine.note(Note(f"it keeps its results for now: {why}", machine))
+        await context.recorder.record(Note(f"it keeps its results for now: {why}", machine))
 
 
-async def _notify(engine: Engine, event: NotificationKind, result: Result) -> None:
-    told = {
+async def _notify(context: DeploymentContext, event: NotificationKind, result: Result) -> None:
+    news = {
         "event": event,
-        "project": engine.plan.project,
-        "label": engine.plan.label,
-        "environment": engine.plan.environment,
-        "deployment": engine.deployment,
+        "project": context.plan.project,
+        "label": context.plan.label,
+        "environment": context.plan.environment,
+        "deployment": context.recorder.deployment,
         "state": result.state,
         "reason": result.reason,
         "out": list(result.out),
     }
-    if any(event in plan.on for plan in engine.plan.notify):
-        targets = ", ".join(target_of(plan) for plan in engine.plan.notify if event in plan.on)
-        errors = await engine.notify(told)
-        await engine.note(*(Notified(event, targets, error) for error in errors or [""]))
+    if targets := context.notifier.targets(event):
+        errors = await context.notifier.notify(news)
+        await context.recorder.record(*(Notified(event, targets, error) for error in errors or [""]))

@@ -4,8 +4,7 @@ Format: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json
 https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/http-protocol-binding.md (structured content mode).
 
 The header `Waystation-Signature` holds, in base64, a DSSE envelope of type `SIGNATURE_TYPE` whose payload is
-`{"format":1,"sha256":"<of the body, hex>"}`; `verify_notification` is what a receiver does with it. The body names the
-event by `source` and `id`, which stay the same when it is sent again, so a receiver can tell a repetition.
+`{"format":1,"sha256":"<of the body, hex>"}`. The body names the event by `source` and `id`, which stay the same when it is sent again, so a receiver can tell a repetition.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ import asyncio
 import base64
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import msgspec
 
 from orchestrator.files.values import NotificationKind
 from orchestrator.plan.plan import NotifyPlan
-from relay.errors import SignatureError, UnreachableError, UsageError, WaystationError
-from relay.trust.envelopes import sign_document, verify_document
+from relay.errors import UnreachableError, UsageError, WaystationError
+from relay.trust.envelopes import sign_document
 
 if TYPE_CHECKING:
     import aiohttp
     from securesystemslib.signer import Signer
 
     from orchestrator.trust.secrets import SecretStore
-    from relay.trust.keys import PublicKey
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 SIGNATURE_HEADER: Final = "Waystation-Signature"
@@ -46,49 +45,54 @@ SECONDS: Final = 10.0
 log = logging.getLogger(__name__)
 
 
-class _Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Literal[1]
-    sha256: str
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """Tells the receivers of one plan.
 
-
-async def notify(
-    plans: Iterable[NotifyPlan],
-    secrets: SecretStore,
-    signer: Signer,
-    event: Mapping[str, Any],
-    *,
-    seconds: float = SECONDS,
-) -> list[str]:
-    """Tell every receiver that asked for this event, all at once. Nobody's failure stops anything: it never raises.
-
-    Args:
+    Attributes:
         plans: the receivers.
         secrets: where URLs are that are secret; such a URL is shown nowhere, also not in an error.
         signer: the order key.
-        event: `event` (one of `NotificationKind`), `project`, `environment` and `deployment` (its ULID); `id` (unique in the
-            deployment) and `time` (seconds since 1970) where they are known. It is sent whole, as the event's data.
         seconds: for each attempt.
-
-    Returns:
-        A sentence for each receiver that could not be told.
     """
-    wanted = [plan for plan in plans if event.get("event") in plan.on]
-    if not wanted:
-        return []
-    try:
-        body = cloud_event(event)
-        signature = await asyncio.to_thread(_sign, body, signer)
-    except Exception as error:  # this edge promises not to raise: a deployment is worth more than its news
-        log.exception("a notification could not be made")
-        return [f"nobody was told of {event.get('event')!r}: {error}"]
-    import aiohttp
 
-    # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
-    async with aiohttp.ClientSession(
-        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=seconds)
-    ) as session:
-        told = await asyncio.gather(*(_tell(session, plan, secrets, body, signature) for plan in wanted))
-    return [error for error in told if error]
+    plans: Sequence[NotifyPlan]
+    secrets: SecretStore
+    signer: Signer
+    seconds: float = SECONDS
+
+    def targets(self, event: NotificationKind) -> str:
+        """The receivers of this event, for people and records; empty where it has none."""
+        return ", ".join(target_of(plan) for plan in self.plans if event in plan.on)
+
+    async def notify(self, event: Mapping[str, Any]) -> list[str]:
+        """Tell every receiver of this event, all at once. No failure stops anything: it never raises.
+
+        Args:
+            event: `event` (one of `NotificationKind`), `project`, `environment` and `deployment` (its ULID); `id` (unique
+                in the deployment) and `time` (seconds since 1970) where they are known. It is sent whole, as the event's
+                data.
+
+        Returns:
+            A sentence for each receiver that could not be told.
+        """
+        wanted = [plan for plan in self.plans if event.get("event") in plan.on]
+        if not wanted:
+            return []
+        try:
+            body = cloud_event(event)
+            signature = await asyncio.to_thread(_sign, body, self.signer)
+        except Exception as error:  # this edge promises not to raise: a deployment is worth more than its news
+            log.exception("a notification could not be made")
+            return [f"no receiver was told of {event.get('event')!r}: {error}"]
+        import aiohttp
+
+        # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
+        async with aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=self.seconds)
+        ) as session:
+            errors = await asyncio.gather(*(_tell(session, plan, self.secrets, body, signature) for plan in wanted))
+        return [error for error in errors if error]
 
 
 def target_of(plan: NotifyPlan) -> str:
@@ -122,27 +126,8 @@ def cloud_event(event: Mapping[str, Any]) -> bytes:
     )
 
 
-def verify_notification(body: bytes, header: str, keys: Sequence[PublicKey]) -> None:
-    """Check that one of `keys` signed `body`, given the value of `Waystation-Signature`.
-
-    Raises:
-        SignatureError: none did, or another body.
-    """
-    try:
-        envelope = base64.b64decode(header, validate=True)
-    except ValueError as error:
-        raise SignatureError(f"{SIGNATURE_HEADER} is no base64: {error}") from error
-    payload, _ = verify_document(envelope, keys, SIGNATURE_TYPE)
-    try:
-        signed = msgspec.json.decode(payload, type=_Signed)
-    except (ValueError, RecursionError) as error:
-        raise SignatureError(f"{SIGNATURE_HEADER} signs something else: {error}") from error
-    if signed.sha256 != hashlib.sha256(body).hexdigest():
-        raise SignatureError("the notification is not the one that was signed")
-
-
 def _sign(body: bytes, signer: Signer) -> str:
-    signed = msgspec.json.encode(_Signed(1, hashlib.sha256(body).hexdigest()))
+    signed = msgspec.json.encode({"format": 1, "sha256": hashlib.sha256(body).hexdigest()})
     return base64.b64encode(sign_document(signed, SIGNATURE_TYPE, signer)).decode()
 
 
@@ -160,7 +145,7 @@ async def _tell(
         await _post(session, url, body, signature)
     except WaystationError as error:
         return f"{target} could not be told: {error}"
-    except Exception as error:  # as above: and of what is unknown only the kind is told, as its text can hold the URL
+    except Exception as error:  # as above; only the kind of what is unknown is shown, as its text can hold the URL
         return f"{target} could not be told: {type(error).__name__}"
     return ""
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
     from orchestrator.depot.depot import Depot
-    from orchestrator.replication.send import Bar
     from orchestrator.trust.secrets import SecretStore
+    from relay.support.progress import Bar
     from relay.trust.keys import TrustPins
 
 _FEED_POLICY: Final = FeedPolicy(allow_private=True)
@@ -57,9 +57,11 @@ def wanted_packages(process: ProcessFile, versions: Mapping[str, str]) -> dict[s
 
 
 async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) -> dict[str, PlannedPackage]:
-    """Fill in what the depot knows of these; one that it lacks stays as it is."""
+    """Fill in what the depot knows of these; one that it lacks stays as it is. No depot is made where there is none."""
     from orchestrator.depot.depot import open_depot
 
+    if location.startswith("disk:") and not os.path.isdir(location.removeprefix("disk:")):  # noqa: ASYNC240 - once
+        return dict(packages)
     found: dict[str, PlannedPackage] = {}
     async with open_depot(location) as depot:
         for name, package in packages.items():
@@ -126,18 +128,18 @@ async def _take_from_feed(
     bar: Bar | None,
     policy: FeedPolicy,
 ) -> None:
-    from orchestrator.depot.nuget_client import download
+    from orchestrator.depot.add import add_from_feed
 
     ref = ref_of(package)
     credentials = _credentials(secrets.value(feed.secret).reveal()) if feed.secret else None
-    with tempfile.TemporaryDirectory(prefix="waystation-feed-") as folder:
-        path = os.path.join(folder, "package.nupkg")
-        try:
-            got = await download(feed.url, ref.id, ref.version, path, policy=policy, credentials=credentials)
-        except NotFoundError as error:
-            raise _not_found(package, str(error)) from error
-        provenance = Provenance("added", got.source_url, got.verified_by)
-        await depot.add(path, signer, provenance, progress=bar(str(ref)) if bar else None, expected=ref)
+    progress = bar(str(ref)) if bar else None
+    try:
+        added, _ = await add_from_feed(
+            depot, signer, feed.url, ref, policy=policy, credentials=credentials, progress=progress
+        )
+    except NotFoundError as error:
+        raise _not_found(package, str(error)) from error
+    await depot.recipe(added.manifest)
 
 
 def _credentials(secret: str) -> FeedCredentials:
@@ -246,11 +248,13 @@ async def _add_scripts(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="waystation-scripts-") as folder:
         path = await asyncio.to_thread(_pack, folder, package, scripts, project)
-        await depot.add(path, signer, Provenance("added", f"scripts of {project}"), expected=ref_of(package))
+        provenance = Provenance("added", f"scripts of {project}")
+        added = await depot.add(path, signer, provenance, expected=ref_of(package))
+        await depot.recipe(added.manifest)
 
 
 def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:
-    from relay.package.pack import pack
+    from relay.package.pack import pack_file
 
     ref = ref_of(package)
     tree = os.path.join(folder, "tree")
@@ -260,33 +264,47 @@ def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], pr
         target.write_bytes(data)
         # A script is started by its interpreter; its mode must not make another package of the same bytes.
         target.chmod(0o644)
-    output = os.path.join(folder, "scripts.nupkg")
-    with open(output, "xb") as file:
-        pack(tree, file, id=ref.id, version=ref.version, authors="Waystation", description=f"Scripts of {project}")
+    output, about = os.path.join(folder, "scripts.nupkg"), f"Scripts of {project}"
+    pack_file(tree, output, id=ref.id, version=ref.version, authors="Waystation", description=about)
     return output
 
 
 # --- onto the server
 
 
-async def server_tree(depot_location: str, package: PlannedPackage, pins: TrustPins, folder: str) -> str:
-    """The verified tree of a package of the depot, for a step on the server; its path.
+class ServerTrees:
+    """Verified trees of packages of the depot, for steps on the server. Built as an agent builds them."""
 
-    Built as an agent builds it, out of what is below `folder` and in the depot; the same again is the same tree.
+    def __init__(self, depot_location: str, pins: TrustPins, folder: str) -> None:
+        """Build below `folder`, out of what is there and in the depot; the same package again is the same tree."""
+        self._depot_location = depot_location
+        self._pins = pins
+        self._folder = folder
+        self._built: dict[str, str] = {}
 
-    Raises:
-        SignatureError: no pinned package key signed exactly what was planned.
-        UntrustedError: the same, where no other source is left to ask.
-        NotFoundError, UnreachableError: it is not in the depot, or the depot lost some of it.
-        LockedError: another process builds the same tree.
-        StoreError: the disk is full or failed.
-    """
-    from agent.config import AgentConfig
-    from agent.relays.sources import Sources
-    from agent.trees.installed import AgentState
-    from agent.trees.pull import PullRequest, pull
+    async def build(self, package: PlannedPackage) -> str:
+        """The path of the package's tree; the second call builds nothing.
 
-    home = os.path.join(os.path.abspath(folder), "state")  # noqa: ASYNC240 - contacts no disk
-    request = PullRequest(ref_of(package), folder, ManifestId(parse_digest(package.manifest)), signed=True)
-    async with Sources(AgentConfig(name="server"), Path(home, "relays.json"), relays=[depot_location]) as sources:
-        return (await pull(request, AgentState(home), sources, pins)).tree
+        Raises:
+            SignatureError: no pinned package key signed exactly what was planned.
+            UntrustedError: the same, where no other source is left to ask.
+            NotFoundError, UnreachableError: it is not in the depot, or the depot lost some of it.
+            LockedError: another process builds the same tree.
+            StoreError: the disk is full or failed.
+        """
+        if package.manifest not in self._built:
+            self._built[package.manifest] = await self._pull(package)
+        return self._built[package.manifest]
+
+    async def _pull(self, package: PlannedPackage) -> str:
+        from agent.config import AgentConfig
+        from agent.relays.sources import Sources
+        from agent.trees.installed import AgentState
+        from agent.trees.pull import PullRequest, pull
+
+        home = os.path.join(os.path.abspath(self._folder), "state")  # noqa: ASYNC240 - contacts no disk
+        manifest = ManifestId(parse_digest(package.manifest))
+        request = PullRequest(ref_of(package), self._folder, manifest, signed=True)
+        config, relays = AgentConfig(name="server"), [self._depot_location]
+        async with Sources(config, Path(home, "relays.json"), relays=relays) as sources:
+            return (await pull(request, AgentState(home), sources, self._pins)).tree

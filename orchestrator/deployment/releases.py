@@ -182,11 +182,6 @@ class FrozenRelease:
     envelope: bytes
     files: Mapping[str, bytes] = field(repr=False)
 
-    @property
-    def sha256(self) -> str:
-        """Of the document, hex: two releases are the same where this is."""
-        return hashlib.sha256(self.document).hexdigest()
-
 
 class _Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the order key signs."""

@@ -14,37 +14,33 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import re
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from agent.orders.operation_id import OperationId
 from agent.runs import runs
-from agent.runs.runner import EXIT
 from agent.runs.runs import Outcome, RunSpec
 from agent.runs.scripts import base_environment, command_for
 from orchestrator.deployment.releases import FileChangedError, check_script, read_beside, write_snapshot
-from orchestrator.files.script_names import slug
 from orchestrator.fleet.logs import LogFile
-from orchestrator.fleet.order_book import file_name
+from orchestrator.journal.events import ServerRunDispatched, ServerRunEnded
 from orchestrator.trust.secrets import variable_of
 from relay.errors import StoreError, UsageError, WaystationError
-from relay.protocol.messages import OPERATION_ID
 from relay.support.durable import sync_folder
 
 if TYPE_CHECKING:
+    from orchestrator.journal.recorder import Recorder
     from orchestrator.plan.plan import FrozenFile, ServerRun
     from orchestrator.trust.secrets import SecretStore
 
-Before = Callable[[str], Awaitable[None]]
-"""Called with the id of an attempt before anything of it is started: put it into the journal."""
-After = Callable[[str, Outcome], Awaitable[None]]
-"""Called with the id of an attempt and what came of it, before anything follows from that."""
+PROBE: Final = "probe"
+"""Action of a look at a rotation. It changes nothing, so it is not recorded."""
 
-State = Literal["done", "failed", "stopped", "unknown"]
+EndState = Literal["done", "failed", "stopped", "unknown"]
 
 _LOOK_SECONDS: Final = 0.05
 _KEY_DIGITS: Final = 16
@@ -57,22 +53,18 @@ class RunResult:
     Attributes:
         ok: it ended with 0.
         exit_status: of the last attempt; negative for the signal that ended it, None where there is none.
-        timed_out: the last attempt was ended because its time was over.
-        attempts: how many were made now.
         reason: a sentence for a person; empty where it is ok.
         log_path: what the last attempt printed; there is no file where it printed nothing.
-        state: as an agent's report has it: `unknown` means that it began, and nobody saw its end.
+        state: as an agent's report has it: `unknown` means that it began, and its end was not seen.
         operation: id of the last attempt.
     """
 
     ok: bool
     exit_status: int | None
-    timed_out: bool
-    attempts: int
     reason: str
     log_path: str
-    state: State
-    operation: str
+    state: EndState
+    operation: OperationId
 
 
 @dataclass(eq=False)
@@ -86,15 +78,14 @@ class _Mine:
 class ServerRuns:
     """The server's own scripts and commands of one deployment."""
 
-    def __init__(
-        self, folder: str, secrets: SecretStore, interpreters: Mapping[str, str], before: Before, after: After
-    ) -> None:
-        """Work below `folder`, which belongs to one deployment and is made where it is not there."""
+    def __init__(self, folder: str, secrets: SecretStore, recorder: Recorder) -> None:
+        """Work below `folder`, which belongs to one deployment and is made where it is not there.
+
+        `recorder` has an attempt before anything of it is started, and its end before anything follows from that.
+        """
         self._folder = os.path.abspath(folder)
         self._secrets = secrets
-        self._interpreters = dict(interpreters)
-        self._before = before
-        self._after = after
+        self._recorder = recorder
         self._mine: set[_Mine] = set()
 
     # --- scripts
@@ -158,7 +149,7 @@ class ServerRuns:
 
     # --- running
 
-    async def run(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> RunResult:
+    async def run(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> RunResult:
         """Run it until it succeeds or its attempts are used up.
 
         If an earlier attempt of the same operation still runs (it outlived the process that started it), its end is
@@ -167,39 +158,35 @@ class ServerRuns:
 
         Args:
             run: what to run; its script was frozen.
-            operation: deployment ULID/step/machine/action; the attempt is appended.
+            operation: its id; the attempt is the next that never was.
             extra: variables that are only known now; they win over those of the run. ATTEMPT and DEPLOYMENT are set
                 where neither names them.
 
         Raises:
-            UsageError: `operation` is none.
-            StoreError: our own folder cannot be written.
-            Exception: whatever the hooks raise.
+            StoreError: our own folder or the journal cannot be written.
         """
-        operation = _checked(operation)
         with self._waiting() as mine:
             made = 0
             while True:
                 made += 1
                 await self._end_of_last(operation)
                 attempt = await asyncio.to_thread(self._next_attempt, operation)
-                await self._before(attempt)
+                await self._record(attempt, ServerRunDispatched(str(attempt), attempt.action, attempt.machine))
                 result = await self._attempt(run, attempt, extra, mine, made)
                 if made >= run.attempts or not _may_repeat(run, result) or await _stopped_within(mine, run.delay):
                     return result
 
-    async def take_up(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> RunResult | None:
+    async def take_up(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> RunResult | None:
         """What became of the last attempt that was begun, awaiting its end; None where there was none.
 
         For a deployment that is taken up again. Nothing is begun a second time; of commands, those that never began are.
-        The `after` hook is called (again, where the end came between it and the crash). Raises as `run` does.
+        The end is recorded (again, where the crash came right after it). Raises as `run` does.
         """
-        operation = _checked(operation)
         attempts = await asyncio.to_thread(self._attempts, operation)
         if not attempts:
             return None
         with self._waiting() as mine:
-            return await self._attempt(run, f"{operation}/{attempts[-1]}", extra, mine, 1)
+            return await self._attempt(run, replace(operation, attempt=attempts[-1]), extra, mine, 1)
 
     async def stop_all(self) -> None:
         """End everything that runs, also what an earlier process left; returns when it has ended.
@@ -228,39 +215,53 @@ class ServerRuns:
             mine.ended.set()
 
     async def _attempt(
-        self, run: ServerRun, operation: str, extra: Mapping[str, str], mine: _Mine, made: int
+        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], mine: _Mine, made: int
     ) -> RunResult:
         log = self._log_path(operation)
-        outcome, timed_out = await self._follow(run, operation, extra, log, mine)
-        await self._after(operation, outcome)
+        outcome = await self._follow(run, operation, extra, log, mine)
+        await self._record(
+            operation,
+            ServerRunEnded(
+                str(operation),
+                outcome.state,
+                operation.machine,
+                reason=outcome.reason,
+                exit_status=outcome.exit_status,
+                started=outcome.started,
+                ended=outcome.ended,
+                log_bytes=outcome.output_bytes,
+            ),
+        )
         ok = outcome.state == "done"
         return RunResult(
             ok=ok,
             exit_status=outcome.exit_status,
-            timed_out=timed_out,
-            attempts=made,
             reason="" if ok else _reason(run, outcome, made, log),
             log_path=log,
             state=outcome.state,
             operation=operation,
         )
 
+    async def _record(self, operation: OperationId, event: ServerRunDispatched | ServerRunEnded) -> None:
+        if operation.action != PROBE:
+            await self._recorder.record(event)
+
     async def _follow(
-        self, run: ServerRun, operation: str, extra: Mapping[str, str], log: str, mine: _Mine
-    ) -> tuple[Outcome, bool]:
-        """Start what did not begin yet of an attempt, and see all of it through: its outcome, and whether time was up."""
-        folder = self._run_folder(operation)
+        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], log: str, mine: _Mine
+    ) -> Outcome:
+        """Start what did not begin yet of an attempt, and see all of it through."""
+        folder = self.run_folder(operation)
         try:
             environment = await asyncio.to_thread(self._environment, run, operation, extra)
             series = await asyncio.to_thread(self._series, run, folder)
         except WaystationError as error:
-            return Outcome("failed", None, str(error), 0.0, 0.0, 0), False
+            return Outcome("failed", None, str(error), 0.0, 0.0, 0)
         names = tuple(variable_of(name) for name in run.secrets)
         spent, printed, output = 0.0, 0, self._open_log(log)
         outcome = Outcome("done", 0, "", 0.0, 0.0, 0)
         for number, (place, cwd, argv) in enumerate(series, 1):
             if mine.stopping.is_set():
-                return Outcome("stopped", None, "it was stopped before it started", 0.0, 0.0, printed), False
+                return Outcome("stopped", None, "it was stopped before it started", 0.0, 0.0, printed)
             spec = RunSpec(argv=argv, cwd=cwd, timeout=max(run.timeout - spent, 0.001), secret_names=names)
             outcome = await _see_through(place, spec, environment, output, printed, mine)
             spent += max(outcome.ended - outcome.started, 0.0)
@@ -268,13 +269,12 @@ class ServerRuns:
             if outcome.state != "done":
                 about = f"{argv[0]} (command {number} of {len(series)}): " if len(series) > 1 else ""
                 outcome = msgspec.structs.replace(outcome, reason=about + outcome.reason)
-                return msgspec.structs.replace(outcome, output_bytes=printed), _timed_out(place)
-        return msgspec.structs.replace(outcome, output_bytes=printed), False
+                break
+        return msgspec.structs.replace(outcome, output_bytes=printed)
 
-    def _environment(self, run: ServerRun, operation: str, extra: Mapping[str, str]) -> dict[str, str]:
+    def _environment(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> dict[str, str]:
         """The whole of what it sees: nothing else of our own environment than where programs, home and language are."""
-        deployment, attempt = operation.partition("/")[0], operation.rpartition("/")[2]
-        given = {"DEPLOYMENT": deployment, "ATTEMPT": attempt, **run.variables, **extra}
+        given = {"DEPLOYMENT": operation.deployment, "ATTEMPT": str(operation.attempt), **run.variables, **extra}
         # Secrets last: what is masked must be what it sees.
         return {**base_environment(), **given, **self._secrets.environment(run.secrets)}
 
@@ -282,16 +282,17 @@ class ServerRuns:
         """The runner's folder, the working folder, and the command line of each process, in order."""
         if run.script is not None:
             script = self._frozen(run.script)
-            return [(folder, os.path.dirname(script), tuple(command_for(script, self._interpreters)))]
+            return [(folder, os.path.dirname(script), tuple(command_for(script, {})))]
         return [(os.path.join(folder, str(number)), folder, argv) for number, argv in enumerate(run.commands, 1)]
 
     # --- folders
 
-    def _run_folder(self, operation: str) -> str:
-        return os.path.join(self._folder, "runs", file_name(operation))
+    def run_folder(self, operation: OperationId) -> str:
+        """Of one attempt."""
+        return os.path.join(self._folder, "runs", operation.file_name)
 
-    def _log_path(self, operation: str) -> str:
-        return os.path.join(self._folder, "logs", f"{file_name(operation)}.log")
+    def _log_path(self, operation: OperationId) -> str:
+        return os.path.join(self._folder, "logs", f"{operation.file_name}.log")
 
     def _open_log(self, path: str) -> LogFile:
         try:
@@ -305,22 +306,23 @@ class ServerRuns:
         for folder in (self._folder, os.path.join(self._folder, name)):
             os.makedirs(folder, mode=0o700, exist_ok=True)
 
-    def _attempts(self, operation: str) -> list[int]:
+    def _attempts(self, operation: OperationId) -> list[int]:
         """Numbers of the attempts that have a folder, in order."""
-        name = re.compile(re.escape(file_name(f"{operation}/")) + r"([0-9]+)")
-        found = (name.fullmatch(each) for each in _names(os.path.join(self._folder, "runs")))
-        return sorted(int(match[1]) for match in found if match)
+        all_of_it = operation.file_name.rpartition("~")[0]
+        found = (name.rpartition("~") for name in _names(os.path.join(self._folder, "runs")))
+        return sorted(int(number) for first, _, number in found if first == all_of_it and number.isdecimal())
 
-    def _next_attempt(self, operation: str) -> str:
+    def _next_attempt(self, operation: OperationId) -> OperationId:
         """The id of an attempt that never was, its folder made. Raises `StoreError`."""
         number = max(self._attempts(operation), default=0)
         try:
             self._make_folder("runs")
             while True:
                 number += 1
+                attempt = replace(operation, attempt=number)
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(self._run_folder(f"{operation}/{number}"), 0o700)
-                    return f"{operation}/{number}"
+                    os.mkdir(self.run_folder(attempt), 0o700)
+                    return attempt
         except OSError as error:
             raise StoreError(f"cannot begin {operation}: {error.strerror}") from error
 
@@ -330,10 +332,10 @@ class ServerRuns:
         found = (folder for name in _names(base) for folder in _runners(os.path.join(base, name)))
         return [folder for folder in found if runs.state_of(folder) != "ended"]
 
-    async def _end_of_last(self, operation: str) -> None:
+    async def _end_of_last(self, operation: OperationId) -> None:
         """Nothing of the last attempt runs any more: what has a runner is awaited, what lost its runner is ended."""
         for number in (await asyncio.to_thread(self._attempts, operation))[-1:]:
-            for folder in _runners(self._run_folder(f"{operation}/{number}")):
+            for folder in _runners(self.run_folder(replace(operation, attempt=number))):
                 if await _until_ended(folder) == "unknown":
                     await asyncio.to_thread(runs.stop, folder)
 
@@ -380,36 +382,12 @@ def _reason(run: ServerRun, outcome: Outcome, made: int, log: str) -> str:
     return f"{run.name!r} on the server{of}: {outcome.reason}{see}"
 
 
-class _Exit(msgspec.Struct, frozen=True):
-    """What of a runner's own words an outcome does not say."""
-
-    cause: str = ""
-
-
-def _timed_out(folder: str) -> bool:
-    try:
-        with open(os.path.join(folder, EXIT), "rb") as file:
-            return msgspec.json.decode(file.read(), type=_Exit).cause == "timed_out"
-    except (OSError, msgspec.MsgspecError):
-        return False
-
-
 def _edited(file: FrozenFile) -> list[str]:
     try:
         read_beside(file)
     except WaystationError as error:
         return [f"{error.message}; the deployment goes on with the copy that it began with"]
     return []
-
-
-def _checked(operation: str) -> str:
-    """`operation` with its action as a word that an id can have. Raises `UsageError`."""
-    parts = operation.split("/", 3)
-    if len(parts) == 4:
-        operation = "/".join([*parts[:3], slug(parts[3])])
-    if len(parts) != 4 or not re.match(OPERATION_ID, f"{operation}/1"):
-        raise UsageError(f"{operation!r} is no operation: expected deployment/step/machine/action")
-    return operation
 
 
 def _runners(attempt: str) -> list[str]:

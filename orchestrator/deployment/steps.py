@@ -7,12 +7,13 @@ stands what then happens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from agent.checks import run_checks
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import (
     Action,
     CommandCheck,
@@ -28,8 +29,9 @@ from agent.orders.orders import (
     TreeFacts,
     Verify,
 )
-from orchestrator.deployment.context import PROBE, SERVER, Engine, together
-from orchestrator.deployment.server_runs import RunResult
+from orchestrator.deployment.context import DeploymentContext
+from orchestrator.deployment.decisions import obey
+from orchestrator.deployment.server_runs import PROBE, RunResult
 from orchestrator.journal.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
 from orchestrator.plan.plan import (
     OLD_VERSION,
@@ -44,20 +46,18 @@ from orchestrator.plan.plan import (
     SwitchAction,
 )
 from orchestrator.rolling import rolling, turn
-from orchestrator.rolling.rolling import Roll, Service
+from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
 from relay.errors import StoreError, WaystationError
+from relay.support.together import together
 
 STUCK_SECONDS = 60.0
 """How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
 _LOOK_AGAIN = 1.0
 
-Obey = Callable[[], Awaitable[None]]
-"""Takes up what people have decided. Awaited right before anything starts, so that nothing starts after a cancel."""
-
 
 @dataclass(slots=True)
-class Outcome:
+class StepsOutcome:
     """How the steps went."""
 
     failed: list[str] = field(default_factory=list)
@@ -66,28 +66,29 @@ class Outcome:
     """Machines whose turn failed within what their step allows."""
 
 
-async def run_steps(engine: Engine, facts: Mapping[str, SurveyFacts], obey: Obey) -> Outcome:
+async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]) -> StepsOutcome:
     """All steps, as their `when` says. A step that fails keeps those for success from starting."""
-    outcome = Outcome()
-    for step in engine.plan.steps:
-        await obey()
-        skip = _why_skipped(step, outcome, engine.stopping)
+    outcome = StepsOutcome()
+    for step in context.plan.steps:
+        # Right before anything starts, so that nothing starts after a cancel.
+        await obey(context.recorder, context.stop)
+        skip = _why_skipped(step, outcome, context.stop.reason)
         if skip:
-            await engine.note(StepEnded(step.number, ok=True, skipped=True, reason=skip))
+            await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip))
             continue
-        await engine.note(StepStarted(step.number, step.name))
+        await context.recorder.record(StepStarted(step.number, step.name))
         if isinstance(step, ServerStep):
-            why = await _on_server(engine, step)
+            why = await _on_server(context, step)
         else:
-            why = await _over(engine, step, facts, outcome, obey)
-        await engine.note(StepEnded(step.number, ok=not why, reason=why))
+            why = await _on_machines(context, step, facts, outcome)
+        await context.recorder.record(StepEnded(step.number, ok=not why, reason=why))
         # A step that was only stopped has nothing to add to why everything stops.
-        if why and why != engine.stopping:
+        if why and why != context.stop.reason:
             outcome.failed.append(f"step {step.number} ({step.name}): {why}")
     return outcome
 
 
-def _why_skipped(step: MachineStep | ServerStep, outcome: Outcome, stopping: str) -> str:
+def _why_skipped(step: MachineStep | ServerStep, outcome: StepsOutcome, stopping: str) -> str:
     if stopping:
         return stopping
     if outcome.failed and step.when == "success":
@@ -100,41 +101,40 @@ def _why_skipped(step: MachineStep | ServerStep, outcome: Outcome, stopping: str
 # --- on the server
 
 
-async def _on_server(engine: Engine, step: ServerStep) -> str:
-    extra = {"PACKAGE_DIR": engine.server_trees[step.package]} if step.package else {}
-    result = await engine.run_here(step.run, step.number, SERVER, step.run.name, extra)
+async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
+    extra = {"PACKAGE_DIR": await context.trees.build(context.plan.packages[step.package])} if step.package else {}
+    result = await context.runs.run(step.run, context.operation(step.number, SERVER, step.run.name), extra)
     return "" if result.ok else result.reason
 
 
 # --- over machines
 
 
-async def _over(
-    engine: Engine, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: Outcome, obey: Obey
+async def _on_machines(
+    context: DeploymentContext, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: StepsOutcome
 ) -> str:
     """Start turns as the window allows until all are through. Why the step failed; empty where it did not."""
-    over = _Over(engine, step, facts, obey)
+    rolling_step = RollingStep(context, step, facts)
     try:
-        roll = await over.run()
+        roll = await rolling_step.run()
     except asyncio.CancelledError:
-        over.leave()
+        rolling_step.leave()
         raise
     finally:
-        await over.wait_for_all()
+        await rolling_step.wait_for_all()
     if roll.stopped:
         return roll.stopped
     outcome.left += roll.failed
     return ""
 
 
-class _Over:
+class RollingStep:
     """One step over its machines."""
 
-    def __init__(self, engine: Engine, step: MachineStep, facts: Mapping[str, SurveyFacts], obey: Obey) -> None:
-        self._engine = engine
+    def __init__(self, context: DeploymentContext, step: MachineStep, facts: Mapping[str, SurveyFacts]) -> None:
+        self._context = context
         self._step = step
-        self._obey = obey
-        self._turns = {each.machine: _OneTurn(engine, step, each, facts) for each in step.turns}
+        self._turns = {each.machine: MachineTurnRunner(context, step, each, facts) for each in step.turns}
         self._running: dict[asyncio.Task[TurnOutcome], str] = {}
 
     async def run(self) -> Roll:
@@ -143,9 +143,9 @@ class _Over:
         clock = asyncio.get_running_loop().time
         while not roll.is_over:
             service = await self._service(roll)
-            await self._obey()
-            if self._engine.stopping:
-                roll = rolling.stop(roll, self._engine.stopping)
+            await obey(self._context.recorder, self._context.stop)
+            if self._context.stop.reason:
+                roll = rolling.stop(roll, self._context.stop.reason)
             for machine in rolling.next_starts(roll, service):
                 roll = rolling.started(roll, machine)
                 self._running[asyncio.create_task(self._turns[machine].run())] = machine
@@ -155,13 +155,13 @@ class _Over:
             elif not roll.is_over:
                 stuck_since = stuck_since or clock()
                 why = rolling.why_waiting(roll, service)
-                if why is not None and clock() - stuck_since > STUCK_SECONDS:
-                    roll = rolling.stop(roll, why.reason)
+                if why and clock() - stuck_since > STUCK_SECONDS:
+                    roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
         return roll
 
     def leave(self) -> None:
-        """Somebody leaves now: what runs runs on, and what is open stays listed as open."""
+        """Wait no longer: what runs runs on, and what is open stays listed as open."""
         for task in self._running:
             task.cancel()
 
@@ -174,7 +174,7 @@ class _Over:
         """Machines on which all of this was done before have no turn."""
         for machine, one in self._turns.items():
             if one.shape.current:
-                await self._engine.note(TurnEnded(machine, self._step.number, "already_current"))
+                await self._context.recorder.record(TurnEnded(machine, self._step.number, "already_current"))
                 roll = rolling.passed(roll, machine)
         return roll
 
@@ -186,50 +186,50 @@ class _Over:
             roll = rolling.ended(roll, machine, failure=result.failure, stop_roll=result.stop_roll)
         return roll
 
-    async def _service(self, roll: Roll) -> Service:
-        """Who is in service now: as the rotation's probe says, or as our own brackets know."""
+    async def _service(self, roll: Roll) -> RotationState:
+        """Which machines are in service now: as the rotation's probe says, or as our own brackets know."""
         machines = [machine for machine in roll.machines if machine not in roll.in_flight]
         rotation = self._step.rotation
         if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
-            return Service.by_brackets(roll.machines, self._engine.out)
+            return RotationState.by_brackets(roll.machines, self._context.out)
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))
-        return Service(
+        return RotationState(
             inside=frozenset(machine for machine, answer in status.items() if answer == 0),
             out=frozenset(machine for machine, answer in status.items() if answer == 1),
         )
 
     async def _probe(self, probe: ServerRun, machine: str) -> int | None:
-        variables = self._turns[machine].variables
-        result = await self._engine.run_here(probe, self._step.number, machine, PROBE, variables)
+        operation = self._context.operation(self._step.number, machine, PROBE)
+        result = await self._context.runs.run(probe, operation, self._turns[machine].variables)
         return result.exit_status
 
 
-class _OneTurn:
+class MachineTurnRunner:
     """What one step does on one machine."""
 
     def __init__(
-        self, engine: Engine, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
+        self, context: DeploymentContext, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
     ) -> None:
-        self._engine = engine
+        self._context = context
         self._step = step
         self._turn = planned
-        self._facts = _facts_of(engine, step, planned, facts)
-        self.shape = turn.shape_of(step, planned, self._facts, is_out=planned.machine in engine.out)
+        self._facts = _facts_of(context, step, planned, facts)
+        self.shape = turn.shape_of(step, planned, self._facts, is_out=planned.machine in context.out)
 
     @property
     def variables(self) -> dict[str, str]:
-        return {**self._turn.variables, "DEPLOYMENT": self._engine.deployment}
+        return {**self._turn.variables, "DEPLOYMENT": self._context.recorder.deployment}
 
     async def run(self) -> TurnOutcome:
         machine, number = self._turn.machine, self._step.number
-        await self._engine.note(TurnStarted(machine, number))
+        await self._context.recorder.record(TurnStarted(machine, number))
         state = turn.begin(self.shape)
         while not isinstance(do := turn.next_do(state), End):
             state = turn.did(state, await self._do(do))
         result = do.result
-        await self._engine.note(
+        await self._context.recorder.record(
             TurnEnded(
                 machine,
                 number,
@@ -273,8 +273,8 @@ class _OneTurn:
         rotation = self._step.rotation
         assert rotation is not None  # noqa: S101 - only such a step has a bracket
         machine = self._turn.machine
-        await self._engine.note(BracketOpened(machine, rotation.name, self._step.number))
-        self._engine.out.add(machine)
+        await self._context.recorder.record(BracketOpened(machine, rotation.name, self._step.number))
+        self._context.out.add(machine)
         return _done(await self._here(rotation.before, "before", {}))
 
     async def _after(self, outcome: str) -> Done:
@@ -282,13 +282,12 @@ class _OneTurn:
         assert rotation is not None  # noqa: S101 - only such a step has a bracket
         result = await self._here(rotation.after, "after", {"OUTCOME": outcome})
         if result.ok:
-            await self._engine.note(BracketClosed(self._turn.machine, rotation.name, outcome))
-            self._engine.out.discard(self._turn.machine)
+            await self._context.recorder.record(BracketClosed(self._turn.machine, rotation.name, outcome))
+            self._context.out.discard(self._turn.machine)
         return _done(result)
 
     async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
-        variables = {**self.variables, **extra}
-        return await self._engine.run_here(what, self._step.number, self._turn.machine, name, variables)
+        return await self._context.runs.run(what, self._operation(name), {**self.variables, **extra})
 
     # --- on the machine
 
@@ -305,33 +304,40 @@ class _OneTurn:
         raise AssertionError("unreachable")
 
     async def _perform(self, name: str, attempt: int, action: ApplyAction) -> Report:
-        machine = self._turn.machine
-        order = self._order(action, self._engine.fleet.operation(machine, self._step.number, name, attempt), attempt)
-        return await self._engine.perform(machine, self._step.number, name, order, attempt=attempt)
+        operation = self._operation(name, attempt)
+        return await self._context.fleet.perform(operation, self._order(action, operation))
 
-    def _order(self, action: ApplyAction, operation: str, attempt: int) -> Action:
+    def _operation(self, name: str, attempt: int = 1) -> OperationId:
+        return self._context.operation(self._step.number, self._turn.machine, name, attempt)
+
+    def _order(self, action: ApplyAction, operation: OperationId) -> Action:
         match action:
             case SwitchAction():
-                return Switch(self._turn.root, self._engine.plan.packages[self._step.package].manifest)
+                return Switch(self._turn.root, self._context.plan.packages[self._step.package].manifest)
             case ServiceAction():
                 return ControlService(action.service, action.action, action.timeout, action.idempotent)
             case ScriptAction():
-                scripts = self._engine.plan.scripts
+                scripts = self._context.plan.scripts
                 assert scripts is not None  # noqa: S101 - made with the release wherever a machine runs a script
                 return RunScript(
                     package=scripts.manifest,
                     path=action.path,
-                    variables={**self.variables, **action.variables, "ATTEMPT": str(attempt)},
-                    secrets=self._engine.seal(self._turn.machine, operation, action.secrets),
+                    variables={**self.variables, **action.variables, "ATTEMPT": str(operation.attempt)},
+                    secrets=self._sealed(action.secrets, operation),
                     root=self._turn.root,
                     timeout=action.timeout,
                     idempotent=action.idempotent,
                 )
 
+    def _sealed(self, names: Collection[str], operation: OperationId) -> dict[str, bytes]:
+        """Secrets as only this machine can open them, and only in this operation."""
+        sealing = self._context.fleet.presence(self._turn.machine).sealing
+        return self._context.secrets.sealed(names, sealing, str(operation))
+
     async def _settle(self) -> Done:
-        manifest = self._engine.plan.packages[self._step.package].manifest
+        manifest = self._context.plan.packages[self._step.package].manifest
         what = Settle(self._turn.root, manifest, self._turn.fingerprint, self._step.keep)
-        return _done_by(await self._engine.perform(self._turn.machine, self._step.number, "settle", what))
+        return _done_by(await self._context.fleet.perform(self._operation("settle"), what))
 
     async def _verify(self, name: str, checks: Sequence[tuple[PlannedCheck, TimedCheck]]) -> Done:
         """The machine's checks and the server's at once; the first that fails is the reason."""
@@ -342,10 +348,10 @@ class _OneTurn:
         return next((done for done in results if not done.ok), turn.DONE)
 
     async def _check_there(self, name: str, checks: tuple[TimedCheck, ...]) -> Done:
-        scripts = self._engine.plan.scripts
+        scripts = self._context.plan.scripts
         signed = tuple(_signed(timed, scripts.manifest if scripts else "") for timed in checks)
         what = Verify(signed, self._turn.root, self.variables)
-        return _done_by(await self._engine.perform(self._turn.machine, self._step.number, name, what))
+        return _done_by(await self._context.fleet.perform(self._operation(name), what))
 
 
 def _signed(timed: TimedCheck, scripts: str) -> TimedCheck:
@@ -361,11 +367,11 @@ async def _check_here(checks: Sequence[TimedCheck]) -> Done:
 
 
 def _facts_of(
-    engine: Engine, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
+    context: DeploymentContext, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
 ) -> TreeFacts | None:
     if not step.package:
         return None
-    manifest = engine.plan.packages[step.package].manifest
+    manifest = context.plan.packages[step.package].manifest
     trees = facts[planned.machine].trees
     return next((tree for tree in trees if tree.root == planned.root and tree.manifest == manifest), None)
 

@@ -1,48 +1,39 @@
 """The depot: the orchestrator's own store, and where packages enter it. A nupkg becomes parts, chunks and a signed manifest.
 
 Order keeps it safe: chunks durable first, then the nupkg itself, then the manifest, and the name that lists it last.
+How the nupkg can be made again is found out afterwards (`recipe`): a listed package needs it for nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
 from relay.engines.encoders import Encoders
 from relay.engines.engine_pool import Engines
-from relay.errors import MetadataError, NotFoundError, UsageError, first_of
-from relay.package import chunking
+from relay.errors import MetadataError, NotFoundError, first_of
 from relay.package.chunk import Chunk
-from relay.package.chunking import PartDigest
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.package.nuspec import Nuspec
 from relay.package.recipe import Recipe
-from relay.package.zip_reader import Entry, read_nuspec, read_part, walk
+from relay.package.zip_reader import Entry, walk
 from relay.package.zip_records import STORED
 from relay.rebuild.find_recipe import find_recipe
 from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.open import Store, open_store
+from relay.stores.volume import translate
+from relay.support.progress import Progress
 from relay.trust.envelopes import PackageStatement, sign_package
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
-
-BATCH_BYTES = 8 << 20
-"""Chunks made durable in one go."""
-_READ = 1 << 20
-_EXECUTABLE_STARTS = (b"\x7fELF", b"#!")
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes that are done, of all). Each byte counts as it is stored, and those of the nupkg once more as it is
-found out how they can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +45,16 @@ class Added:
     new: bool
     """False where the same nupkg was there already."""
     chunks_stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackageDetails:
+    """All that the depot knows of a package. `recipe` is None where it was not found how its nupkg is made again."""
+
+    pointer: Pointer
+    manifest: Manifest
+    signed: bool
+    recipe: Recipe | None
 
 
 class Depot:
@@ -80,9 +81,10 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed, and find out how it can be made again. Adding the same one again
-        changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
-        better recipe where there are engines that were not there before.
+        """Take a nupkg in, chunked and signed: on return it is listed. Adding the same one again changes nothing, but
+        brings back what the depot lost, and signs anew where the key is another one.
+
+        How it can be made again is not known by that: `recipe` finds it.
 
         Raises:
             MetadataError: also where it is another package than `expected`.
@@ -91,9 +93,9 @@ class Depot:
             UsageError: the file cannot be read.
             StoreError: the medium failed.
         """
-        with _open(path) as file:
-            digests = await asyncio.to_thread(_digest, file)
-            entries, nuspec = await asyncio.to_thread(_read_directory, file)
+        with open_nupkg(path) as file:
+            digests = await asyncio.to_thread(digests_of, file)
+            entries, nuspec = await asyncio.to_thread(read_directory, file)
             ref = PackageRef(nuspec.id, nuspec.version)
             if expected is not None and ref != expected:
                 raise MetadataError(f"the file is {ref}, where {expected} was expected")
@@ -101,15 +103,13 @@ class Depot:
             if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
-                if await self._may_find_better(manifest):
-                    await self._find_recipe(path, manifest, entries, progress)
                 return Added(there, manifest, new=False, chunks_stored=0)
-            meter = _Meter(progress, stream=sum(entry.size for entry in entries), nupkg=digests.size)
-            manifest, stored = await self._store_chunks(file, entries, ref, nuspec, digests, meter.stored)
+            whole, show = sum(entry.size for entry in entries), progress or (lambda _done, _whole: None)
+            manifest, stored = await self._store_chunks(
+                file, entries, ref, nuspec, digests, lambda done: show(done, whole)
+            )
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
-        await self._find_recipe(path, manifest, entries, meter.tried)
-        meter.end()
         pointer = await self.catalog.publish(manifest, provenance)
         return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
@@ -122,13 +122,32 @@ class Depot:
             )
         return manifest
 
-    async def recipe(self, manifest: Manifest) -> Recipe | None:
-        """How to make the identical nupkg. A better one is looked for first, where engines came since the last look."""
+    async def recipe(self, manifest: Manifest, progress: Progress | None = None) -> Recipe | None:
+        """How to make the identical nupkg, proved; None where that cannot be found, as the depot lost its nupkg.
+
+        It is looked for first where none is known yet, and where engines came since the last look that may do better.
+
+        Args:
+            manifest: of a listed package.
+            progress: is told of the nupkg's bytes whose encoder was looked for.
+
+        Raises:
+            ChunkInvalid: the depot's nupkg is damaged.
+            StoreError: the medium failed.
+        """
         if await self._may_find_better(manifest) and await self.store.blobs.has(manifest.nupkg.sha256):
             async with self.nupkgs.as_file(manifest) as path:
-                entries = await asyncio.to_thread(_walk_file, path)
-                await self._find_recipe(path, manifest, entries, None)
+                await self._find_recipe(path, manifest, progress)
         return await self.recipes.find(manifest)
+
+    async def details(self, ref: PackageRef) -> PackageDetails:
+        """Raises `NotFoundError`, and as `recipe`."""
+        pointer = self.catalog.get(ref)
+        manifest = await self.manifest(pointer)
+        signature = await self.catalog.signature(manifest.id)
+        # The proof of a package that was just added may be under way in another process.
+        recipe = await self.recipe(manifest) if await self.recipes.find(manifest) else None
+        return PackageDetails(pointer, manifest, bool(signature), recipe)
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
         """Manifests of the newest other versions of the same id, newest first."""
@@ -151,15 +170,10 @@ class Depot:
             return kept is None
         return bool(await self._engines.installed() - await self.recipes.tried(manifest))
 
-    async def _find_recipe(
-        self, path: str, manifest: Manifest, entries: Sequence[Entry], progress: Progress | None
-    ) -> None:
-        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are.
-
-        Raises:
-            UsageError: the file cannot be read any more.
-        """
+    async def _find_recipe(self, path: str, manifest: Manifest, progress: Progress | None) -> None:
+        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are."""
         try:
+            entries = await asyncio.to_thread(_walk_file, path)
             if all(entry.method == STORED for entry in entries):
                 recipe = await find_recipe(path, manifest, Encoders(1), progress)
                 tried: tuple[str, ...] = ("zlib",)
@@ -168,7 +182,7 @@ class Depot:
                     recipe = await find_recipe(path, manifest, encoders, progress)
                     tried = encoders.names()
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
+            raise translate(error, f"read the nupkg of {manifest.package}") from error
         await self.recipes.keep(manifest, recipe, tried)
 
     async def _is_whole(self, pointer: Pointer) -> bool:
@@ -195,11 +209,11 @@ class Depot:
         ref: PackageRef,
         nuspec: Nuspec,
         digests: NupkgDigests,
-        progress: Progress | None,
+        stored_bytes: Callable[[int], None],
     ) -> tuple[Manifest, int]:
         """Cut, and while one batch is made durable already cut the next."""
-        cutter = _Cutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
-        whole, done, stored = sum(entry.size for entry in entries), 0, 0
+        cutter = NupkgCutter(file, entries, ManifestBuilder(ref, digests, dict(nuspec.metadata)))
+        done, stored = 0, 0
         batch = await asyncio.to_thread(cutter.next_batch)
         while batch:
             fresh = await self._lacking(batch)
@@ -211,8 +225,7 @@ class Depot:
                 raise first_of(errors) from None
             stored += len(fresh)
             done += sum(chunk.size for chunk in batch)
-            if progress:
-                progress(done, whole)
+            stored_bytes(done)
             batch = following.result()
         return await asyncio.to_thread(cutter.manifest), stored
 
@@ -236,92 +249,6 @@ async def open_depot(location: str) -> AsyncIterator[Depot]:
         await store.close()
 
 
-class _Meter:
-    """One progress out of two: chunks that are stored, then the nupkg's bytes whose encoder was looked for."""
-
-    def __init__(self, progress: Progress | None, *, stream: int, nupkg: int) -> None:
-        self._progress = progress
-        self._stream = stream
-        self._whole = stream + nupkg
-
-    def stored(self, done: int, _whole: int) -> None:
-        self._tell(done)
-
-    def tried(self, done: int, _whole: int) -> None:
-        self._tell(self._stream + done)
-
-    def end(self) -> None:
-        """Nothing is left to do; what stands around the parts was not counted."""
-        self._tell(self._whole)
-
-    def _tell(self, done: int) -> None:
-        if self._progress:
-            self._progress(done, self._whole)
-
-
-class _Cutter:
-    """Turns one nupkg into batches of chunks, and in the end into its manifest. Blocking."""
-
-    def __init__(self, file: BinaryIO, entries: list[Entry], builder: ManifestBuilder) -> None:
-        self._file = file
-        self._entries = sorted(entries, key=lambda entry: chunking.stream_key(entry.path))
-        self._builder = builder
-        self._starts: dict[str, bytes] = {}
-        self._cuts = chunking.cut(self._entries, lambda e: e.path, lambda e: e.size, self._read)
-
-    def next_batch(self) -> list[Chunk]:
-        """Some `BATCH_BYTES` of chunks in stream order; empty at the end."""
-        batch: list[Chunk] = []
-        size = 0
-        for found in self._cuts:
-            if isinstance(found, PartDigest):
-                self._builder.saw_part(found)
-                continue
-            self._builder.saw_chunk(found)
-            batch.append(found)
-            size += found.size
-            if size >= BATCH_BYTES:
-                break
-        return batch
-
-    def manifest(self) -> Manifest:
-        return self._builder.build(self._entries, [self._is_executable(entry) for entry in self._entries])
-
-    def _read(self, entry: Entry) -> Iterator[bytes]:
-        start = b""
-        for piece in read_part(self._file, entry):
-            if len(start) < 4:
-                start += piece[:4]
-            yield piece
-        self._starts[entry.path] = start[:4]
-
-    def _is_executable(self, entry: Entry) -> bool:
-        return entry.executable_bit or self._starts.get(entry.path, b"").startswith(_EXECUTABLE_STARTS)
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="Expected the path of a .nupkg file") from error
-
-
-def _digest(file: BinaryIO) -> NupkgDigests:
-    sha256, sha512 = hashlib.sha256(), hashlib.sha512()
-    size = 0
-    file.seek(0)
-    while piece := file.read(_READ):
-        sha256.update(piece)
-        sha512.update(piece)
-        size += len(piece)
-    return NupkgDigests(size, sha256.hexdigest(), b64encode(sha512.digest()).decode())
-
-
 def _walk_file(path: str) -> list[Entry]:
     with open(path, "rb") as file:
         return list(walk(file))
-
-
-def _read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
-    entries = list(walk(file))
-    return entries, read_nuspec(file, entries)

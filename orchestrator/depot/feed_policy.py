@@ -20,7 +20,7 @@ from yarl import URL
 
 from relay.errors import RefusedError, UsageError
 
-Scope = Literal["public", "private", "loopback", "link-local", "reserved"]
+AddressScope = Literal["public", "private", "loopback", "link-local", "reserved"]
 
 # RFC 6052: the well-known prefix of NAT64, whose last 32 bits are the IPv4 address that is really reached.
 _NAT64 = IPv6Network("64:ff9b::/96")
@@ -144,7 +144,7 @@ class FeedGate:
         return self.feed.scheme == "http" and (self._policy.allow_http or _is_loopback(host))
 
 
-def scope_of(address: str) -> Scope:
+def scope_of(address: str) -> AddressScope:
     """What kind of address this is, looking through IPv6 forms that lead to an IPv4 address."""
     found = ip_address(address)
     if isinstance(found, IPv6Address):
@@ -192,8 +192,8 @@ def _parse_url(text: str) -> URL | None:
     return url if _HOST_NAME.fullmatch(host) or _is_address(host) else None
 
 
-def _allowed_scopes(feed: URL, policy: FeedPolicy) -> frozenset[Scope]:
-    scopes: set[Scope] = {"public"}
+def _allowed_scopes(feed: URL, policy: FeedPolicy) -> frozenset[AddressScope]:
+    scopes: set[AddressScope] = {"public"}
     if policy.allow_private:
         scopes.add("private")
     host = feed.raw_host or ""

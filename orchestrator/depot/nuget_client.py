@@ -40,6 +40,7 @@ from relay.package.identity import NuGetVersion, PackageId
 from relay.support.json_bounds import check_depth
 
 __all__ = [
+    "DownloadProgress",
     "FeedCredentials",
     "FeedDocumentError",
     "FeedDownload",
@@ -47,13 +48,12 @@ __all__ = [
     "FeedPolicy",
     "FeedPolicyError",
     "FeedTooSlowError",
-    "Progress",
     "VerifiedBy",
     "download",
     "parse_sha512",
 ]
 
-Progress = Callable[[int, int | None], None]
+DownloadProgress = Callable[[int, int | None], None]
 """Called with the bytes received so far, and those announced."""
 
 VerifiedBy = Literal["feed", "given", "transport"]
@@ -112,7 +112,7 @@ async def download(
     sha512: str | None = None,
     policy: FeedPolicy | None = None,
     credentials: FeedCredentials | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     resolver: AbstractResolver | None = None,
 ) -> FeedDownload:
     """Fetch one nupkg into the new file `destination`, which is removed again if anything is wrong.
@@ -165,7 +165,12 @@ def parse_sha512(text: str) -> bytes:
 
 
 async def _download(
-    feed: _Feed, id: PackageId, version: NuGetVersion, destination: str, given: bytes | None, progress: Progress | None
+    feed: _Feed,
+    id: PackageId,
+    version: NuGetVersion,
+    destination: str,
+    given: bytes | None,
+    progress: DownloadProgress | None,
 ) -> FeedDownload:
     resources = await _resources(feed)
     base = _find(resources, _PACKAGE_BASE)
@@ -245,7 +250,7 @@ async def _catalog_entry(feed: _Feed, index: URL, version: NuGetVersion) -> _Ent
     return None
 
 
-async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: Progress | None) -> None:
+async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: DownloadProgress | None) -> None:
     try:
         async with feed.get(url, accept_encoding="identity") as response:
             announced = response.content_length

@@ -121,10 +121,9 @@ class _Fitting:
         self._document = document
 
     def fit(self, node: Node, info: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401 - any type of a field
-        members = _members(info)
         if isinstance(node, Scalar):
-            return self._scalar(node, info, members, path)
-        for member in members:
+            return self._scalar(node, info, path)
+        for member in _members(info):
             match member, node:
                 case kinds_of.StructType(), Keys():
                     return self._struct(node, member, path)
@@ -173,7 +172,7 @@ class _Fitting:
         result = {}
         for entry in node.entries:
             key_path = (*path, entry.key)
-            key = self._text(entry.key, info.key_type, key_path)
+            key = self._scalar(Scalar(entry.line, entry.key, entry.key), info.key_type, key_path)
             result[key] = self.fit(entry.node, info.value_type, key_path)
         return _WRONG if _WRONG in result or any(value is _WRONG for value in result.values()) else result
 
@@ -183,37 +182,17 @@ class _Fitting:
         values = [self.fit(item, info.item_type, (*path, index)) for index, item in enumerate(node.items)]
         return _WRONG if any(value is _WRONG for value in values) else tuple(values)
 
-    def _scalar(self, node: Scalar, whole: kinds_of.Type, members: tuple[kinds_of.Type, ...], path: Path) -> Any:  # noqa: ANN401
-        for member in members:
-            if isinstance(member, kinds_of.LiteralType) and any(_same(node.value, one) for one in member.values):
-                return node.value
-        for member in sorted(members, key=_texts_first):
+    def _scalar(self, node: Scalar, info: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401
+        members = _members(info)
+        texts = [member for member in members if isinstance(member, kinds_of.StrType)]
+        if any(_is(member, node.value) for member in members):
             # Beside numbers, free text keeps what was written: 1.10 is not 1.1.
-            if isinstance(_bare(member), kinds_of.StrType) and (
-                isinstance(node.value, str) or _takes_everything(members, node.value)
-            ):
-                return self._text(node.text, member, path)
-            if _takes(_bare(member), node.value):
-                return self._number(node, _bare(member), whole, path)
+            return node.text if any(text.pattern is None for text in texts) else node.value
         if node.value is None:
-            return self._wrong(path, f"is empty: expected {_expected(whole)}, or leave the key out")
-        hint = ", in quotes" if any(isinstance(_bare(member), kinds_of.StrType) for member in members) else ""
-        return self._wrong(path, f"{shown(node.value)}: expected {_expected(whole)}{hint}")
-
-    def _text(self, text: str, info: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401
-        kind = _bare(info)
-        assert isinstance(kind, kinds_of.StrType)  # noqa: S101 - the types of our own files
-        fits = not kind.pattern or re.fullmatch(kind.pattern, text)
-        if not fits or len(text) > (kind.max_length or len(text)) or len(text) < (kind.min_length or 0):
-            return self._wrong(path, f"{shown(text)}: expected {_expected(info)}")
-        return text
-
-    def _number(self, node: Scalar, info: kinds_of.Type, whole: kinds_of.Type, path: Path) -> Any:  # noqa: ANN401
-        if isinstance(info, kinds_of.IntType) and isinstance(node.value, int):
-            too_small = info.ge is not None and node.value < info.ge
-            if too_small or (info.le is not None and node.value > info.le):
-                return self._wrong(path, f"{shown(node.value)}: expected {_expected(whole)}")
-        return node.value
+            return self._wrong(path, f"is empty: expected {_expected(info)}, or leave the key out")
+        is_number = any(isinstance(member, kinds_of.IntType) for member in members)
+        hint = ", in quotes" if texts and not isinstance(node.value, str) and not is_number else ""
+        return self._wrong(path, f"{shown(node.value)}: expected {_expected(info)}{hint}")
 
     def _wrong(self, path: Path, text: str) -> _Wrong:
         self.mistakes.append(self._document.mistake(path, text))
@@ -225,41 +204,27 @@ def _bare(info: kinds_of.Type) -> kinds_of.Type:
 
 
 def _members(info: kinds_of.Type) -> tuple[kinds_of.Type, ...]:
-    """What may stand there. None is how a struct says "absent"; nobody writes it."""
+    """What may stand there. None is how a struct says "absent"; no file says it."""
     bare = _bare(info)
-    if not isinstance(bare, kinds_of.UnionType):
-        return (_unwrapped(info),)
-    return tuple(member for member in map(_unwrapped, bare.types) if not isinstance(member, kinds_of.NoneType))
+    types = bare.types if isinstance(bare, kinds_of.UnionType) else (bare,)
+    return tuple(_bare(member) for member in types if not isinstance(member, kinds_of.NoneType))
 
 
-def _unwrapped(info: kinds_of.Type) -> kinds_of.Type:
-    """Structures without their description: only texts need it, for their expectation."""
-    return info if isinstance(_bare(info), kinds_of.StrType) else _bare(info)
-
-
-def _texts_first(info: kinds_of.Type) -> bool:
-    return not isinstance(_bare(info), kinds_of.StrType)
-
-
-def _same(value: object, wanted: object) -> bool:
-    """Equal and of one type: `true` is no 1."""
-    return type(value) is type(wanted) and value == wanted
-
-
-def _takes(info: kinds_of.Type, value: object) -> bool:
+def _is(info: kinds_of.Type, value: object) -> bool:
+    """Whether a scalar's value is of the type, to the letter: `true` is no 1."""
     match info:
+        case kinds_of.LiteralType(values=values):
+            return any(type(value) is type(one) and value == one for one in values)
+        case kinds_of.StrType(min_length=least, max_length=most, pattern=pattern) if isinstance(value, str):
+            has_length = (least or 0) <= len(value) <= (most or len(value))
+            return has_length and (pattern is None or re.fullmatch(pattern, value) is not None)
         case kinds_of.BoolType():
             return isinstance(value, bool)
-        case kinds_of.IntType():
-            return isinstance(value, int) and not isinstance(value, bool)
+        case kinds_of.IntType(ge=least, le=most) if type(value) is int:
+            return (least is None or least <= value) and (most is None or value <= most)
         case kinds_of.FloatType():
-            return isinstance(value, int | float) and not isinstance(value, bool)
+            return type(value) in {int, float}
     return False
-
-
-def _takes_everything(members: tuple[kinds_of.Type, ...], value: object) -> bool:
-    free = any(isinstance(member, kinds_of.StrType) and member.pattern is None for member in members)
-    return free and any(_takes(member, value) for member in members)
 
 
 def _close(key: str, allowed: list[str]) -> str:
@@ -272,8 +237,9 @@ def _expected(info: kinds_of.Type) -> str:
     match info:
         case kinds_of.Metadata(type=inner, extra_json_schema=extra):
             return str((extra or {}).get("description") or _expected(inner))
-        case kinds_of.UnionType():
-            return " or ".join(dict.fromkeys(_expected(member) for member in _members(info)))
+        case kinds_of.UnionType(types=types):
+            members = [member for member in types if not isinstance(member, kinds_of.NoneType)]
+            return " or ".join(dict.fromkeys(map(_expected, members)))
         case kinds_of.LiteralType(values=values):
             return " or ".join(str(value) for value in values)
         case kinds_of.StructType(fields=fields):

@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from orchestrator.files.decode import Kind, Written, fit, schema_of
-from orchestrator.files.process import Retry, Value
+from orchestrator.files.process import ProcessFile, Retry, Value, load_process
 from orchestrator.files.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
-from orchestrator.files.yaml_positions import LoadedFile, load, parse
+from orchestrator.files.yaml_positions import LoadedFile, Mistake, PlanError, load
 
 _Date = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="a date such as 2026-12-20")]
 _VariableOfProcess = Annotated[
@@ -48,17 +48,24 @@ class Token(Written, frozen=True):
 
 
 class Relay(Written, frozen=True):
-    """A relay. `generic`: it serves every site, after the site's own. `from`: the relay that it fetches packages from;
-    without it they come from the origin. `limit`: how fast packages may come in.
-    """
+    """Where packages are kept for the machines of a site."""
 
     url: Text
+    """Such as `https://relay.example:7443`."""
     site: Name | None = None
+    """Whose machines it serves."""
     token: Token | None = None
+    """`file` or `env`: a bearer token with the scopes `write` and `order`."""
     ca_file: Text | None = None
+    """PEM of its authority, where it is a private one."""
     generic: bool = False
+    """It serves every site, after the site's own relays."""
     from_: Name | None = msgspec.field(name="from", default=None)
+    """Name of the relay that it fetches packages from; without it the origin sends them. Each byte then leaves the
+    origin once, however many relays there are below. A relay on the way that fails is routed around.
+    """
     limit: Rate | None = None
+    """How fast packages may come in: `50Mbit`, `800kbit`, `1Gbit`; a bare number is in Mbit/s."""
 
 
 class Role(Written, frozen=True):
@@ -77,11 +84,17 @@ class Rotation(Written, frozen=True):
 
     before: ScriptPath
     after: ScriptPath
+    """Scripts, below this file's folder."""
     probe: ScriptPath | None = None
+    """A script that says whether a machine is in service."""
     secrets: tuple[Name, ...] = ()
+    """Names; only these scripts see them, and no process can ask for them."""
     timeout: Duration | None = None
+    """Of one attempt. Default: `10m`."""
     retry: Retry | None = None
+    """`attempts`, `delay`."""
     run_on: Literal["server", "machine"] = "server"
+    """Where its scripts run; `machine` is not built yet."""
 
 
 class SecretFrom(Written, frozen=True):
@@ -96,11 +109,14 @@ class SecretFrom(Written, frozen=True):
 
 
 class Machine(Written, frozen=True):
-    """A machine. `key` is the fingerprint that `waystation agent init` printed there."""
+    """Where a release is installed."""
 
     address: Annotated[str, Meta(min_length=1, max_length=255, description="an address or a host name")]
+    """For checks and scripts; Waystation itself never connects to it."""
     site: Name
+    """Its relays are those of this site, then the generic ones, in the file's order."""
     roles: tuple[Name, ...] = ()
+    """Which steps concern it."""
     key: Annotated[
         str,
         Meta(
@@ -108,23 +124,35 @@ class Machine(Written, frozen=True):
             description="the fingerprint that 'waystation agent init' prints: sha256: and 64 hex digits",
         ),
     ] = ""
+    """The fingerprint that `waystation agent init` printed there."""
     tags: dict[Name, Value] = msgspec.field(default_factory=dict)
+    """Seen as `TAG_…`."""
     variables: dict[VariableName, Value] = msgspec.field(default_factory=dict)
+    """They win over those of its roles."""
 
 
 class Environment(Written, frozen=True):
     """The whole of an environment file. `machines: { from: COMMAND }` names a command that lists them."""
 
     environment: Name
+    """Its name; an order key may be pinned for some environments only."""
     requires: Requires | None = None
     freeze: tuple[Freeze, ...] = ()
+    """Not built yet."""
     relays: dict[Name, Relay] = msgspec.field(default_factory=dict)
+    """Name to a relay."""
     roles: dict[Name, Role] = msgspec.field(default_factory=dict)
+    """Name to `variables` that its machines have."""
     feeds: dict[Name, Feed] = msgspec.field(default_factory=dict)
+    """Name to `url` (a NuGet V3 `index.json`) and `secret` (`user:password`, or a token alone)."""
     rotation: dict[Name, Rotation] = msgspec.field(default_factory=dict)
+    """Name to how a machine leaves and comes back."""
     secrets: dict[Name, SecretFrom] = msgspec.field(default_factory=dict)
+    """Name to where the value is: `file` or `env`."""
     variables: dict[VariableName, Value] = msgspec.field(default_factory=dict)
+    """They win over the process's."""
     machines: dict[MachineName, Machine | Text | Command] = msgspec.field(default_factory=dict)
+    """Name to a machine."""
 
 
 EnvironmentFile = LoadedFile[Environment]
@@ -135,9 +163,20 @@ def load_environment(path: str) -> EnvironmentFile:
     return fit(load(path), Environment)
 
 
-def parse_environment(text: bytes, name: str, folder: str) -> EnvironmentFile:
-    """An environment from its text, which mistakes call `name`; its scripts stand below `folder`. Raises `PlanError`."""
-    return fit(parse(text, name, folder), Environment)
+def load_both(process_path: str, path: str) -> tuple[ProcessFile, EnvironmentFile]:
+    """A process and an environment. Raises `PlanError` with every mistake of both."""
+    mistakes: list[Mistake] = []
+    try:
+        process = load_process(process_path)
+    except PlanError as error:
+        mistakes += error.mistakes
+    try:
+        environment = load_environment(path)
+    except PlanError as error:
+        raise PlanError([*mistakes, *error.mistakes]) from error
+    if mistakes:
+        raise PlanError(mistakes)
+    return process, environment
 
 
 def json_schema() -> dict[str, Any]:

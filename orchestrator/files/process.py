@@ -25,7 +25,7 @@ from orchestrator.files.values import (
     Title,
     VariableName,
 )
-from orchestrator.files.yaml_positions import LoadedFile, load, parse
+from orchestrator.files.yaml_positions import LoadedFile, load
 
 _Count = Annotated[int, Meta(ge=0, le=100_000)]
 _ActionName = Annotated[
@@ -58,8 +58,11 @@ class Package(Written, frozen=True):
     """A package of the release: `id` alone is short for this."""
 
     id: PackageName
+    """NuGet id."""
     via: Literal["relay", "direct"] = "relay"
+    """How it comes to machines; `direct` is not built yet."""
     feed: Name | None = None
+    """Name of a feed in the environment, from which the package is taken where the depot lacks it."""
 
 
 class Retry(Written, frozen=True):
@@ -83,14 +86,24 @@ class PreAcquireStep(Written, frozen=True):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"script": Kind(), "commands": Kind()}
     name: Title
+    """A title."""
     script: ScriptPath | None = None
     commands: tuple[Command, ...] = ()
+    """One of the two: a script, or argument lists, one after another."""
     timeout: Duration | None = None
+    """Of one attempt. Default: `10m`."""
     retry: Retry | None = None
+    """`attempts` (default 3), `delay` (`10s`). Without it, one attempt."""
     idempotent: bool = False
+    """The step may be run again after an unknown outcome."""
     secrets: tuple[Name, ...] = ()
+    """Names; seen as `SECRET_…`."""
     undo: ScriptPath | Undo | None = None
+    """A script, or a mapping with `script` or `commands`, `timeout`, `retry`, `secrets`. It is owed from the moment
+    that the step may have begun; it sees `UNDO=1`.
+    """
     until: Literal["finished", "acquired"] = "finished"
+    """When it is undone: `finished` or `acquired`."""
 
 
 class Offline(Written, frozen=True):
@@ -102,12 +115,16 @@ class Offline(Written, frozen=True):
 
 
 class Acquire(Written, frozen=True):
-    """Bringing every package to every machine: `per_relay` machines of one site pull at one time."""
+    """Bringing every package to every machine."""
 
     deadline: Duration = "30m"
+    """Of the whole acquisition."""
     stall: Duration = "60s"
+    """A source that sends nothing for so long is left."""
     per_relay: Annotated[int, Meta(ge=1, le=1000)] = 20
+    """Machines of one site that pull at one time."""
     offline: Offline | None = None
+    """Not built yet."""
 
 
 class Gate(Written, frozen=True):
@@ -127,8 +144,11 @@ class Phase(Written, frozen=True):
     """A stretch of a rolling step: so many machines (without it: all that are left), `window` of them at a time."""
 
     machines: Share | None = None
+    """How many it takes. Without it, in the last phase, all that are left."""
     window: Share = 1
+    """Machines in flight at one time."""
     gate: Gate | None = None
+    """Not built yet."""
 
 
 class MaxPer(Written, frozen=True):
@@ -142,11 +162,17 @@ class Rolling(Written, frozen=True):
     """How a step rolls: one `window` for all machines, or `phases`."""
 
     window: Share | None = None
+    """Machines in flight at one time. Default: 1."""
     phases: tuple[Phase, ...] = ()
+    """In place of `window`: stretches, one after another."""
     min_in_service: _Count = 0
+    """Machines that must be known to be in service before one starts."""
     max_failures: _Count = 0
+    """Of the whole step; one more stops it."""
     order: tuple[Name, ...] = ("unhealthy", "name")
+    """Who goes first; machines' names between the two come first."""
     max_per: MaxPer | None = None
+    """Not built yet."""
 
 
 class Strategy(Written, frozen=True):
@@ -158,21 +184,22 @@ class Apply(Written, frozen=True):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"script": Kind(may=("secrets",)), "service": Kind(needs=("action",))}
     name: _ActionName | None = None
+    """For logs and operation ids."""
     script: ScriptPath | None = None
+    """A script of the process, run on the machine."""
     service: Text | None = None
     action: Literal["start", "stop", "restart", "reload"] | None = None
+    """`start`, `stop`, `restart` or `reload` by the machine's service manager."""
     timeout: Duration | None = None
+    """Of one attempt. Default: `10m`, of a service `2m`."""
     retry: Retry | None = None
     idempotent: bool = False
     secrets: tuple[Name, ...] = ()
+    """As in `pre_acquire`; `secrets` for scripts only."""
 
 
 class Check(Written, frozen=True):
-    """What must hold once a machine was deployed to, for a stretch of time, within a deadline.
-
-    `from: server`: the server asks; else the machine's agent does. A `command` begins with a program of the server, or,
-    on a machine, with the path of a script of this process, which travels signed as all that machines run.
-    """
+    """What must hold once a machine was deployed to, for a stretch of time, within a deadline."""
 
     kinds: ClassVar[Mapping[str, Kind]] = {
         "http": Kind(may=("expect", "contains", "status")),
@@ -181,16 +208,29 @@ class Check(Written, frozen=True):
         "service": Kind(),
     }
     http: Text | None = None
+    """URL; one GET, no redirect, no proxy, at most 1 MiB."""
     tcp: Text | None = None
+    """`HOST:PORT`: something listens there."""
     command: Command | None = None
+    """An argument list that ends with 0. On a machine it begins with a script of the process, which sees what scripts
+    see there, but for secrets; on the server with a program. It is started many times.
+    """
     service: Text | None = None
+    """The machine's service manager says that it is active."""
     expect: str | None = None
+    """With `http`: the whole body, without spaces around it."""
     contains: str | None = None
+    """With `http`: a part of the body."""
     status: Annotated[int, Meta(ge=100, le=599)] = 200
+    """With `http`: the status."""
     lasting: Duration = msgspec.field(name="for", default="0s")
+    """How long it must hold without a break."""
     deadline: Duration = "60s"
+    """By when it must hold."""
     timeout: Duration = "10s"
+    """Of one try."""
     from_: Literal["machine", "server"] = msgspec.field(name="from", default="machine")
+    """Who asks: `machine` or `server`."""
 
 
 class OneOf(Written, frozen=True):
@@ -208,20 +248,36 @@ class Step(Written, frozen=True):
         "ask": Kind(may=("approvers", "minimum", "not_author", "expires", "on_expiry")),
     }
     name: Title
+    """A title that no other step has."""
     roles: tuple[Name, ...] = ()
+    """Machines that have one of these."""
     run_on: Literal["server"] | OneOf | None = None
+    """`server`."""
     ask: Text | None = None
+    """Not built yet."""
     when: Literal["success", "failure", "always"] = "success"
+    """Run it after `success`, `failure`, or `always`, of the steps before it."""
     required: bool = False
+    """Loaded; has no effect yet, as no step can be left out."""
 
     deploy: Name | None = None
+    """Name of a package. Over machines it is installed under `to`; on the server its verified tree is there as
+    `PACKAGE_DIR`.
+    """
     to: Text | None = None
+    """Absolute folder on the machine."""
     keep: Annotated[int, Meta(ge=0, le=1000)] = 3
+    """So many of the newest trees stay, and in any case the current one and the last good one."""
     strategy: Literal["parallel", "rolling"] | Strategy = "parallel"
+    """`parallel`, `rolling` (one machine at a time), or a mapping `rolling:`."""
     rotation: Name | None = None
+    """Name of a rotation in the environment."""
     apply: tuple[Literal["switch"] | Apply, ...] | None = None
+    """What is done on the machine, in order. Default: `[switch]`."""
     verify: tuple[Check, ...] = ()
+    """What must hold then."""
     on_failure: Literal["ask", "rollback", "stop"] | None = None
+    """`stop`, which is also what no key means."""
 
     script: ScriptPath | None = None
     commands: tuple[Command, ...] = ()
@@ -229,42 +285,61 @@ class Step(Written, frozen=True):
     retry: Retry | None = None
     idempotent: bool = False
     secrets: tuple[Name, ...] = ()
+    """On the server, as in `pre_acquire`."""
 
     approvers: tuple[Text, ...] = ()
     minimum: Annotated[int, Meta(ge=1, le=100)] = 1
     not_author: bool = False
     expires: Duration | None = None
     on_expiry: Literal["pause", "stop", "proceed"] = "pause"
+    """Not built yet."""
 
 
 class Notify(Written, frozen=True):
-    """Who is told of what, at a URL that stands here or in a secret."""
+    """A receiver and the events that it hears of, at a URL that stands here or in a secret."""
 
     kinds: ClassVar[Mapping[str, Kind]] = {"url": Kind(), "url_secret": Kind()}
     on: tuple[NotificationKind, ...]
+    """Of `failed`, `finished`, `rotation_open` (machines are left out); `waiting` and `paused` are taken and never
+    happen yet.
+    """
     url: Text | None = None
     url_secret: Name | None = None
+    """Where; or the secret that holds the URL."""
 
 
 class Process(Written, frozen=True, kw_only=True):
     """The whole of release.yaml."""
 
     format: Literal[1]
+    """The form of this file: `1`."""
     project: ProjectName
+    """A name; releases are told apart by project and label."""
     variables: dict[VariableName, Value | Prompt] = msgspec.field(default_factory=dict)
+    """Name to text, number or truth value, or to a prompt."""
     secrets: dict[Name, Secret] = msgspec.field(default_factory=dict)
+    """Name to who may see it: `available_to: server`, or `available_to: [ROLE, …]`, to whose machines it may be sent,
+    sealed.
+    """
     packages: dict[Name, PackageName | Package] = msgspec.field(default_factory=dict)
+    """Name to a package id, or to a mapping, see below."""
     pre_acquire: tuple[PreAcquireStep, ...] = ()
+    """Steps on the server before a byte moves."""
     acquire: Acquire = Acquire()
+    """Limits of the acquisition."""
     steps: Annotated[tuple[Step, ...], Meta(min_length=1)]
+    """At least one."""
     notify: tuple[Notify, ...] = ()
+    """Who is told of what."""
     busy: Annotated[
         str,
         Meta(
             pattern=r"^(fail|replace|wait [0-9]{1,6}(s|m|h|d))$", description="fail, replace, or wait with a duration"
         ),
     ] = "fail"
+    """What happens where another deployment runs there. Nothing but `fail` is built yet."""
     deadline: Duration | None = None
+    """Of the whole deployment; after it nothing new starts."""
 
 
 ProcessFile = LoadedFile[Process]
@@ -273,11 +348,6 @@ ProcessFile = LoadedFile[Process]
 def load_process(path: str) -> ProcessFile:
     """Raises `PlanError` with every mistake of the file."""
     return fit(load(path), Process)
-
-
-def parse_process(text: bytes, name: str, folder: str) -> ProcessFile:
-    """A process from its text, which mistakes call `name`; its scripts stand below `folder`. Raises `PlanError`."""
-    return fit(parse(text, name, folder), Process)
 
 
 def json_schema() -> dict[str, Any]:

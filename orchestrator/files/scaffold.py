@@ -1,4 +1,4 @@
-"""The files that `waystation init` makes: commented, loadable, and refusing to act until somebody has edited them."""
+"""The files that `waystation init` makes: commented, loadable, and refusing to act until they were edited."""
 
 from __future__ import annotations
 

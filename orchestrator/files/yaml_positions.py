@@ -12,12 +12,11 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+import yaml
 
 from relay.errors import UsageError
-
-if TYPE_CHECKING:
-    import yaml
 
 T = TypeVar("T")
 
@@ -90,7 +89,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MappingEntry:
     key: str
     line: int
     node: Node
@@ -99,7 +98,7 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Keys:
     line: int
-    entries: tuple[Entry, ...]
+    entries: tuple[MappingEntry, ...]
 
 
 Node = Scalar | Items | Keys
@@ -234,8 +233,6 @@ class _Reader:
         self._name = name
 
     def read(self, data: bytes) -> Node:
-        import yaml
-
         text = self._decode(data)
         try:
             events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -263,8 +260,6 @@ class _Reader:
 
     def _document(self, events: Iterator[yaml.Event]) -> Node:
         """The only document of the stream. An empty one is an empty mapping: then its keys are what is missed."""
-        import yaml
-
         root: Node | None = None
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent) and root is not None:
@@ -276,8 +271,6 @@ class _Reader:
         return root
 
     def _node(self, event: yaml.Event, events: Iterator[yaml.Event], path: Path) -> Node:
-        import yaml
-
         line = _line(event)
         if len(path) > DEPTH_MAX:
             raise self._fatal(line, f"is nested deeper than {DEPTH_MAX} levels")
@@ -294,16 +287,12 @@ class _Reader:
         return Scalar(line, "", None)  # an alias, which was refused just now
 
     def _items(self, events: Iterator[yaml.Event], path: Path) -> Iterator[Node]:
-        import yaml
-
         for index, event in enumerate(events):
             if isinstance(event, yaml.SequenceEndEvent):
                 return
             yield self._node(event, events, (*path, index))
 
-    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[Entry]:
-        import yaml
-
+    def _entries(self, events: Iterator[yaml.Event], path: Path) -> Iterator[MappingEntry]:
         seen: dict[str, int] = {}
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
@@ -317,11 +306,9 @@ class _Reader:
                 self._wrong(line, (*path, name), f"stands twice, first in line {seen[name]}: keep one of them")
             else:
                 seen[name] = line
-                yield Entry(name, line, value)
+                yield MappingEntry(name, line, value)
 
     def _refuse_magic(self, event: yaml.Event, path: Path) -> None:
-        import yaml
-
         if isinstance(event, yaml.AliasEvent):
             self._wrong(_line(event), path, f"is an alias ({shown(event.anchor)}): write the value itself")
         elif isinstance(event, yaml.NodeEvent) and event.anchor is not None:
@@ -342,7 +329,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _resolve(text: str) -> bool | int | float | str | None:
-    """A plain word by the core schema, but for infinities: nobody here can mean them."""
+    """A plain word by the core schema, but for infinities, which no key here can mean."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):

@@ -10,7 +10,7 @@ _PIECE = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LogLine:
     """A line of output. `operation` is step~machine~action~attempt, as its file is called."""
 
     operation: str
@@ -33,7 +33,7 @@ class LogReader:
         self._read: dict[str, int] = {}
         self._rest: dict[str, bytes] = {}
 
-    def news(self, *, final: bool = True) -> Iterator[Line]:
+    def news(self, *, final: bool = True) -> Iterator[LogLine]:
         """Lines that came since the last call. A last line without an end waits for it, but where this is the `final`
         call.
         """
@@ -44,10 +44,10 @@ class LogReader:
                 while piece := file.read(_PIECE):
                     self._read[name] = self._read.get(name, 0) + len(piece)
                     *lines, rest = (self._rest.pop(name, b"") + piece).split(b"\n")
-                    yield from (Line(operation, _text(line)) for line in lines)
+                    yield from (LogLine(operation, _text(line)) for line in lines)
                     self._rest[name] = rest
             if final and (rest := self._rest.pop(name, b"")):
-                yield Line(operation, _text(rest))
+                yield LogLine(operation, _text(rest))
 
     def _names(self) -> list[str]:
         """In the order in which they were begun."""

@@ -19,7 +19,7 @@ LOG_MAX = 32 << 20
 """Bytes. An agent caps output far below it; more is a relay's invention."""
 READ_BYTES = 1 << 20
 
-Whole = Literal["whole", "missing", "differs"]
+LogState = Literal["whole", "missing", "differs"]
 
 
 class LogFile:
@@ -57,7 +57,7 @@ class LogFile:
         if run:
             self._append(bytes(run))
 
-    def compare(self, size: int, sha256: str) -> Whole:
+    def compare(self, size: int, sha256: str) -> LogState:
         """Whether this is the output of which the agent says that it has `size` bytes and this hash."""
         if self.size < size:
             return "missing"

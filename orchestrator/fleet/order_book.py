@@ -1,7 +1,7 @@
-"""Orders as they left, kept as files: whoever orders the same again after a crash sends the same bytes.
+"""Orders as they left, kept as files: the same order after a crash is the same bytes.
 
 Signing and sealing anew would make other bytes under the same name, which relays and agents must refuse.
-Secrets in them are sealed to their agent; nobody here can open them.
+Secrets in them are sealed to their agent and cannot be opened here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+from agent.orders.operation_id import OperationId
 from relay.errors import StoreError
 from relay.support.durable import write_durably
 from relay.support.private_files import make_private_folder
@@ -22,7 +23,7 @@ class OrderBook:
         make_private_folder(folder)
         self._folder = folder
 
-    def find(self, operation: str) -> bytes | None:
+    def find(self, operation: OperationId) -> bytes | None:
         """The envelope that left, or was about to. Raises `StoreError`."""
         try:
             with open(self._path(operation), "rb") as file:
@@ -32,17 +33,12 @@ class OrderBook:
         except OSError as error:
             raise StoreError(f"the order of {operation} cannot be read: {error.strerror}") from error
 
-    async def keep(self, operation: str, envelope: bytes) -> None:
+    async def keep(self, operation: OperationId, envelope: bytes) -> None:
         """Durable on return. Raises `StoreError`."""
         try:
             await asyncio.to_thread(write_durably, self._path(operation), envelope, mode=0o600)
         except OSError as error:
             raise StoreError(f"the order of {operation} cannot be written: {error.strerror}") from error
 
-    def _path(self, operation: str) -> str:
-        return os.path.join(self._folder, f"{file_name(operation)}.json")
-
-
-def file_name(operation: str) -> str:
-    """An operation as the name of a file: no operation holds a tilde, so no two have the same."""
-    return operation.partition("/")[2].replace("/", "~")
+    def _path(self, operation: OperationId) -> str:
+        return os.path.join(self._folder, f"{operation.file_name}.json")

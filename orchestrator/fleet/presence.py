@@ -34,7 +34,7 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True)
-class Muster:
+class Presences:
     """All machines that were asked for: each is in one of the two.
 
     Attributes:
@@ -48,9 +48,9 @@ class Muster:
     silent: Mapping[str, str]
 
 
-def muster(
+def merge_presences(
     machines: Iterable[PlannedMachine], answers: Answers, now: float, lost_seconds: float = LOST_SECONDS
-) -> Muster:
+) -> Presences:
     """Merge the relays' `answers`. `now` is this server's clock, seconds since 1970."""
     present: dict[str, Presence] = {}
     missing: dict[str, str] = {}
@@ -62,7 +62,7 @@ def muster(
         else:
             present[machine.name] = sight.presence
     silent = {relay: answer for relay, answer in answers.items() if isinstance(answer, str)}
-    return Muster(present, missing, silent)
+    return Presences(present, missing, silent)
 
 
 def sight_of(machine: PlannedMachine, answers: Answers, now: float) -> Sight | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from relay.protocol.mail_client import MailClient
 
 
-class Reader(Protocol):
+class MailReader(Protocol):
     """Who takes what comes in."""
 
     async def take_reports(self, relay: str, reports: Sequence[messages.NumberedReport]) -> None: ...
@@ -49,7 +49,7 @@ class Pauses:
 
 
 class Posting:
-    """A letter on its way to several relays, for as long as nobody cancels it: a relay that is down may come back."""
+    """A letter on its way to several relays, until it is cancelled: a relay that is down may come back."""
 
     def __init__(self, to: str) -> None:
         self._to = to
@@ -91,7 +91,7 @@ class Mailroom:
     """Use it as an async context manager. Reports and output are read at every relay while it is open."""
 
     def __init__(
-        self, deployment: str, relays: Mapping[str, MailClient], reader: Reader, pauses: Pauses | None = None
+        self, deployment: str, relays: Mapping[str, MailClient], reader: MailReader, pauses: Pauses | None = None
     ) -> None:
         self._deployment = deployment
         self._relays = relays

@@ -1,7 +1,8 @@
-"""Events of a deployment as lines for people. Pure; what came from elsewhere is made printable by whoever prints it."""
+"""Events of a deployment as lines for people. Pure; what came from elsewhere is made printable where it is printed."""
 
 from __future__ import annotations
 
+from agent.orders.operation_id import action_of
 from orchestrator.journal.events import (
     Acquired,
     Barrier,
@@ -81,21 +82,13 @@ def _of_steps(event: Event) -> str:
             return f"{machine}: back in {rotation} ({outcome})"
         case BracketAdopted(machine=machine, opened_by=by):
             return f"{machine}: its bracket, opened by {by}, is adopted"
-        case Reported(machine=machine, operation=operation, state=state, reason=reason):
-            return (
-                ""
-                if state == "done"
-                else f"{machine}: {_action(operation)} {state}" + (f": {reason}" if reason else "")
-            )
-        case ServerRunEnded(operation=operation, machine=machine, state=state, reason=reason):
+        case (
+            Reported(machine=machine, operation=operation, state=state, reason=reason)
+            | ServerRunEnded(machine=machine, operation=operation, state=state, reason=reason)
+        ) if state != "done":
             head = f"{machine}: " if machine else ""
-            return "" if state == "done" else f"{head}{_action(operation)} {state}" + (f": {reason}" if reason else "")
+            return f"{head}{action_of(operation)} {state}" + (f": {reason}" if reason else "")
         case Refused(machine=machine, reason=reason):
             return f"{machine} refused an order: {reason}"
         case _:
             return ""
-
-
-def _action(operation: str) -> str:
-    """Of deployment/step/machine/action/attempt, the action."""
-    return operation.split("/")[-2] if operation.count("/") >= 2 else operation

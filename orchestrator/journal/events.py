@@ -39,7 +39,7 @@ class _Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Started(_Fact, frozen=True, tag="started"):
-    """The engine began; always the first entry."""
+    """The deployment began; always the first entry."""
 
     operator: str
     host: str
@@ -49,7 +49,7 @@ class Started(_Fact, frozen=True, tag="started"):
 
 
 class Resumed(_Fact, frozen=True, tag="resumed"):
-    """Another engine took the deployment up, under a new fence. `reopens`: it had ended, and goes on (`retry`)."""
+    """Another process took the deployment up, under a new fence. `reopens`: it had ended, and goes on (`retry`)."""
 
     operator: str
     host: str
@@ -75,7 +75,7 @@ class Notified(_Fact, frozen=True, tag="notified"):
 
 
 class DecisionTaken(_Fact, frozen=True, tag="decision_taken"):
-    """The engine took up what a person decided: row `decision`, of this kind, with these words."""
+    """What a person decided was taken up: row `decision`, of this kind, with these words."""
 
     decision: int
     operator: str
@@ -92,7 +92,7 @@ class Ended(_Fact, frozen=True, tag="ended"):
 
 
 class PreAcquireStarted(_Fact, frozen=True, tag="pre_acquire_started"):
-    """`undo_due`: from here on its undo is owed, also when nobody sees its end."""
+    """`undo_due`: from here on its undo is owed, also where its end is not seen."""
 
     name: str
     undo_due: bool
@@ -348,7 +348,7 @@ class DeploymentRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     """An event in its place. `number` counts the entries of the whole journal, `at` is seconds since 1970."""
 
     number: int

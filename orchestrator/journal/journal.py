@@ -1,7 +1,7 @@
 """The orchestrator's journal: releases, deployments and what happened in them, in one SQLite file.
 
 Append-only: triggers refuse to change an entry, a release or a plan (`orchestrator/journal/tables.py`). What a method returned from
-is on the disk. Several processes may have it open at once: an engine writes, `status` reads, `decide` adds a row
+is on the disk. Several processes may have it open at once: a deployment writes, `status` reads, `decide` adds a row
 (`orchestrator/journal/sqlite.py` says how). Beside the file stand SQLite's own (`-wal`, `-shm`) and the folder
 `journal.db.locks` (`orchestrator/journal/locks.py`).
 """
@@ -26,9 +26,9 @@ from orchestrator.journal.events import (
     BRACKET_KINDS,
     DecisionTaken,
     DeploymentRecord,
-    Entry,
     Event,
     Goal,
+    JournalEntry,
     Started,
     WrittenState,
     decode,
@@ -44,20 +44,9 @@ FENCE_MAX: Final = (1 << 53) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseRecord:
-    """A release as it is listed. `created` is seconds since 1970."""
+class StoredRelease:
+    """A release's document and the DSSE envelope over it, as they were added."""
 
-    project: str
-    label: str
-    created: float
-    operator: str
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A frozen release: its document and the DSSE envelope over it, as they were added."""
-
-    record: ReleaseRecord
     document: bytes
     envelope: bytes
 
@@ -127,10 +116,6 @@ class Journal:
         """Of the file, absolute."""
         return self.database.path
 
-    def check(self) -> None:
-        """Read every page of the file. Raises `StoreError` where one is damaged."""
-        self.database.check()
-
     # --- releases
 
     def add_release(
@@ -170,7 +155,7 @@ class Journal:
                 connection.execute(sa.insert(tables.releases), row | {"created": self._clock(), "operator": operator})
         return held is None
 
-    def release(self, project: str | None, label: str) -> Release:
+    def release(self, project: str | None, label: str) -> StoredRelease:
         """One release; without a project the only one of that label.
 
         Raises:
@@ -189,17 +174,7 @@ class Journal:
             projects = ", ".join(sorted(row.project for row in rows))
             raise UsageError(f"several projects have a release {label}: {projects}", hint="name the project")
         row = rows[0]
-        return Release(ReleaseRecord(row.project, row.label, row.created, row.operator), row.document, row.envelope)
-
-    def releases(self, project: str | None = None) -> list[ReleaseRecord]:
-        """All releases, newest first. Raises `StoreError`."""
-        query = sa.select(
-            tables.releases.c.project, tables.releases.c.label, tables.releases.c.created, tables.releases.c.operator
-        )
-        if project is not None:
-            query = query.where(tables.releases.c.project == project)
-        with self.database.reading() as connection:
-            return [ReleaseRecord(*row) for row in connection.execute(query.order_by(tables.releases.c.number.desc()))]
+        return StoredRelease(row.document, row.envelope)
 
     def release_file(self, sha256: str) -> bytes:
         """The file with this hash, checked.
@@ -292,7 +267,7 @@ class Journal:
                 raise NotFoundError(f"there is no deployment {deployment}")
             return self._add(connection, deployment, events)
 
-    def entries(self, deployment: str, after: int = 0) -> list[Entry]:
+    def entries(self, deployment: str, after: int = 0) -> list[JournalEntry]:
         """What happened in a deployment after the entry `after`, in order. Raises `StoreError`."""
         query = sa.select(tables.entries).where(
             tables.entries.c.deployment == deployment, tables.entries.c.number > after
@@ -348,7 +323,7 @@ class Journal:
         self._change(deployment, {"state": state, "reason": reason, "ended": ended}, events)
 
     def take_up(self, deployment: str, fence: int, operator: str, *events: Event, host: str = "") -> None:
-        """Another engine goes on with a deployment: it is running, under this fence, of this process.
+        """Another process goes on with a deployment: it is running, under this fence, of this process.
 
         `events` (a `resumed`) are added in the same commit.
 
@@ -356,10 +331,10 @@ class Journal:
             NotFoundError: there is no such deployment.
             StoreError: see the class.
         """
-        engine = {"fence": fence, "operator": operator, "host": host or socket.gethostname(), "pid": os.getpid()}
-        self._change(deployment, engine | {"state": "running", "reason": "", "ended": None}, events)
+        holder = {"fence": fence, "operator": operator, "host": host or socket.gethostname(), "pid": os.getpid()}
+        self._change(deployment, holder | {"state": "running", "reason": "", "ended": None}, events)
 
-    def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[Entry]]]:
+    def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
         """All that was ever said of rotations, by deployment: what `history.open_brackets` folds. Raises `StoreError`."""
         query = (
             sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
@@ -371,7 +346,7 @@ class Journal:
             query = query.where(tables.deployments.c.environment == environment)
         with self.database.reading() as connection:
             rows = connection.execute(query).all()
-        found: dict[str, tuple[DeploymentRecord, list[Entry]]] = {}
+        found: dict[str, tuple[DeploymentRecord, list[JournalEntry]]] = {}
         for row in rows:
             if row.deployment not in found:
                 found[row.deployment] = (DeploymentRecord(*row[len(tables.entries.c) :]), [])
@@ -383,7 +358,7 @@ class Journal:
     def decide(
         self, environment: str, deployment: str | None, kind: str, data: Mapping[str, Any], operator: str
     ) -> int:
-        """Leave a decision for the engine; gives its number. `data` is JSON.
+        """Leave a decision for a deployment; gives its number. `data` is JSON.
 
         Raises:
             NotFoundError: there is no such deployment.
@@ -398,7 +373,7 @@ class Journal:
             return _key_of(done)
 
     def pending_decisions(self, environment: str | None = None, deployment: str | None = None) -> list[Decision]:
-        """Decisions that nobody took up yet, oldest first.
+        """Decisions that were not taken up yet, oldest first.
 
         With a deployment: those for it, and those for its environment as a whole where that is named too.
         Raises `StoreError`.
@@ -417,7 +392,7 @@ class Journal:
     def take_decision(self, number: int, deployment: str | None = None) -> bool:
         """Take a decision up, once: it is marked, and its deployment gets the entry `decision_taken`, in one commit.
 
-        `deployment` is who takes it, where the decision named none. False where somebody took it before.
+        `deployment` takes it, where the decision named none. False where it was taken before.
 
         Raises:
             NotFoundError: there is no such decision.
@@ -458,7 +433,7 @@ class Journal:
     def _prepare(self) -> None:
         if not self._read_meta():
             with self.database.writing() as connection:
-                if not tables.names(connection):  # nobody was faster
+                if not tables.names(connection):  # no other process was faster
                     self._create(connection)
             self._read_meta()
 
@@ -527,8 +502,8 @@ def _record(row: sa.Row[Any]) -> DeploymentRecord:
     return DeploymentRecord(*tuple(row))
 
 
-def _entry(row: sa.Row[Any]) -> Entry:
-    return Entry(row.number, row.deployment, row.at, decode(row.data))
+def _entry(row: sa.Row[Any]) -> JournalEntry:
+    return JournalEntry(row.number, row.deployment, row.at, decode(row.data))
 
 
 def _decision(row: sa.Row[Any]) -> Decision:

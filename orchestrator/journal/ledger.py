@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from orchestrator.journal import events as ev
-from orchestrator.journal.events import Entry
+from orchestrator.journal.events import JournalEntry
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.routes import ORIGIN, line_name
 from relay.protocol.messages import EncodedBytes, summed
@@ -22,11 +22,11 @@ ARROW: Final = line_name(ORIGIN, "").removeprefix("origin")
 """Between the two ends in the name of a line."""
 
 
-class _View(msgspec.Struct, frozen=True):
+class View(msgspec.Struct, frozen=True):
     """A part of what is printed."""
 
 
-class ReplicatedView(_View, frozen=True):
+class ReplicatedView(View, frozen=True):
     """A package at a relay. `wire_bytes` is what that took, over all tries; 0 where no chunk was sent."""
 
     relay: str
@@ -36,7 +36,7 @@ class ReplicatedView(_View, frozen=True):
     wire_bytes: int
 
 
-class LineView(_View, frozen=True):
+class LineView(View, frozen=True):
     """What crossed one line, such as `origin → fra` or `fra → web1`, questions and answers included.
 
     `overhead_bytes` is what is not payload, 0 where an old entry does not tell; `encodings`: the payload, by encoding.
@@ -50,7 +50,7 @@ class LineView(_View, frozen=True):
     encodings: tuple[EncodedBytes, ...]
 
 
-class CrossedView(_View, frozen=True):
+class CrossedView(View, frozen=True):
     """Many lines together. `fallbacks`: runs that were refused as differences and went plainly."""
 
     wire_bytes: int
@@ -60,7 +60,7 @@ class CrossedView(_View, frozen=True):
     fallbacks: int
 
 
-class AlternativesView(_View, frozen=True):
+class AlternativesView(View, frozen=True):
     """What other ways of sending what was not there yet would have taken.
 
     Attributes:
@@ -74,14 +74,14 @@ class AlternativesView(_View, frozen=True):
     machines: int
 
 
-class SavedView(_View, frozen=True):
+class SavedView(View, frozen=True):
     """The alternatives, less what crossed all lines to relays. Below 0 where they would have been cheaper."""
 
     whole_file: int
     per_machine: int
 
 
-class LedgerView(_View, frozen=True):
+class LedgerView(View, frozen=True):
     """Which bytes came from where, over all machines and tries.
 
     Attributes:
@@ -117,7 +117,7 @@ class LedgerView(_View, frozen=True):
     saved: SavedView
 
 
-def ledger(entries: Iterable[Entry], plan: Plan | None = None) -> LedgerView:
+def ledger(entries: Iterable[JournalEntry], plan: Plan | None = None) -> LedgerView:
     """What the acquisition of a deployment moved. `plan` knows the names of relays, and sizes of packages."""
     book = _Book(plan)
     for entry in entries:

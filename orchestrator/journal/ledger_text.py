@@ -51,7 +51,7 @@ def _made_of(crossed: CrossedView) -> str:
 
 
 def _saved(saved: int, whole: int, what: str) -> str:
-    """In percent and bytes. Small packages may cost more than their file: that is told as it is."""
+    """In percent and bytes. Small packages may cost more than their file, and then the line says so."""
     if not whole:
         return ""
     word = "less" if saved >= 0 else "more"

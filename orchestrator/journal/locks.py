@@ -1,8 +1,8 @@
-"""The lock of an environment: one engine at a time, and a name for whoever must wait.
+"""The lock of an environment: one deployment at a time, and a name for those who must wait.
 
-The kernel's lock on a file (`journal.db.locks/…`) says that somebody holds it, and goes with its process, also at
-kill -9. A row in the journal says who. Both change only inside a transaction that excludes all others, so whoever finds
-the file locked reads the row of the process that locked it, never an older one.
+The kernel's lock on a file (`journal.db.locks/…`) says that it is held, and goes with its process, also at
+kill -9. A row in the journal says by whom. Both change only inside a transaction that excludes all others, so that a
+process which finds the file locked reads the row of the process that locked it, never an older one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Holder:
 
 
 class EnvironmentLockedError(LockedError):
-    """Another engine works on this environment. `holder` says whose."""
+    """Another process holds this environment. `holder` says whose."""
 
     def __init__(self, holder: Holder) -> None:
         since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -66,7 +66,7 @@ def hold(
         deployment: ULID of what runs under the lock.
 
     Raises:
-        EnvironmentLockedError: somebody else holds it; a `LockedError` that names them.
+        EnvironmentLockedError: another person holds it; a `LockedError` that names them.
         StoreError: the journal or the lock file cannot be written.
     """
     mine = Holder(environment, operator, socket.gethostname(), os.getpid(), time.time(), label, why, deployment)
@@ -78,8 +78,8 @@ def hold(
 
 
 def holder(journal: Journal, environment: str) -> Holder | None:
-    """Who holds it now; None where nobody does, whatever a killed process left behind. Raises `StoreError`."""
-    with journal.database.writing() as connection:  # inside it, nobody can mistake this look for a holder
+    """Who holds it now; None where it is free, whatever a killed process left behind. Raises `StoreError`."""
+    with journal.database.writing() as connection:  # inside it, no process can mistake this look for a holder
         descriptor = _lock(journal, environment)
         if descriptor is None:
             return _row(connection, environment)
@@ -104,7 +104,7 @@ def _take(journal: Journal, mine: Holder) -> int:
 
 
 def _give_back(journal: Journal, mine: Holder, descriptor: int) -> None:
-    # The file is the truth: where the row cannot be removed, it is a stale one that nobody reads.
+    # The file is the truth: where the row cannot be removed, it is a stale one that is never read.
     try:
         with suppress(StoreError), journal.database.writing() as connection:
             connection.execute(sa.delete(holders).where(holders.c.environment == mine.environment))
@@ -128,6 +128,6 @@ def _lock(journal: Journal, environment: str) -> int | None:
 
 def _row(connection: sa.Connection, environment: str) -> Holder:
     row = connection.execute(sa.select(holders).where(holders.c.environment == environment)).first()
-    if row is None:  # somebody locked the file, but not with this module
+    if row is None:  # the file was locked, but not with this module
         return Holder(environment, "somebody", "this host", 0, 0.0, "", "", "")
     return Holder(*tuple(row))

@@ -1,6 +1,6 @@
 """One SQLite file, used by several processes at once: short transactions, patience, and errors in our words.
 
-Writers are BEGIN IMMEDIATE, one after another; readers see one unchanging view and wait for nobody (WAL). A commit is on
+Writers are BEGIN IMMEDIATE, one after another; readers see one unchanging view and never wait (WAL). A commit is on
 the disk: `synchronous=FULL` syncs the WAL at each (https://www.sqlite.org/pragma.html#pragma_synchronous). The locks need
 a local file system.
 """
@@ -57,7 +57,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction that nobody else's overlaps: committed and on the disk at its end, undone by an exception.
+        """One transaction that no other overlaps: committed and on the disk at its end, undone by an exception.
 
         Raises:
             StoreError: it was not committed; `full` where there is no space left.
@@ -70,13 +70,6 @@ class Database:
         """One unchanging view of everything. Raises `StoreError`."""
         with self._telling(), self._readers.begin() as connection:
             yield connection
-
-    def check(self) -> None:
-        """Read every page. Raises `StoreError` where SQLite finds one damaged."""
-        with self.reading() as connection:
-            found = connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars().all()
-        if found != ["ok"]:
-            raise self.damaged("; ".join(map(str, found)))
 
     def damaged(self, how: str) -> StoreError:
         """The error for a file that holds what we never wrote."""
@@ -161,7 +154,7 @@ def _code(error: BaseException | None) -> int:
 
 
 def _make_file(path: str) -> None:
-    # SQLite's other files take this one's mode: plans are nobody else's business.
+    # SQLite's other files take this one's mode: plans are for this user's eyes.
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

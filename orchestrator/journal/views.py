@@ -13,27 +13,24 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from agent.orders.operation_id import action_of
 from agent.orders.orders import FINAL, SwitchFacts
 from orchestrator.journal import events as ev
-from orchestrator.journal.events import DeploymentRecord, Entry
-from orchestrator.journal.ledger import LedgerView, ledger
+from orchestrator.journal.events import DeploymentRecord, JournalEntry
+from orchestrator.journal.ledger import LedgerView, View, ledger
 from orchestrator.plan.plan import MachineStep, Plan
 
 VIEW_FORMAT: Final = 1
 
 DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
-"""`interrupted`: written as running, but no engine is alive that runs it."""
+"""`interrupted`: written as running, but no process is alive that runs it."""
 Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
-Progress = Literal["waiting", "running", "done", "failed", "skipped"]
-Undo = Literal["none", "due", "running", "done", "failed"]
+StepState = Literal["waiting", "running", "done", "failed", "skipped"]
+UndoState = Literal["none", "due", "running", "done", "failed"]
 MachineStage = Literal["waiting", "surveyed", "acquiring", "acquired", "in flight", "through", "excluded"]
 
 
-class _View(msgspec.Struct, frozen=True):
-    """A part of what is printed."""
-
-
-class OpenBracket(_View, frozen=True):
+class OpenBracket(View, frozen=True):
     """A machine that may be out of its rotation: `before` was begun at `since`, and no `after` ended well since then.
 
     `deployment`, `label`, `step` and `number` (of the entry) are those of who opened it; `adopted_by` is the ULID of the
@@ -56,7 +53,7 @@ class OpenBracket(_View, frozen=True):
         return self.adopted_by or self.deployment
 
 
-class DeploymentSummary(_View, frozen=True):
+class DeploymentSummary(View, frozen=True):
     """A line of a list of deployments."""
 
     deployment: str
@@ -73,15 +70,15 @@ class DeploymentSummary(_View, frozen=True):
     ended: float | None
 
 
-class PreAcquireView(_View, frozen=True):
+class PreAcquireView(View, frozen=True):
     name: str
-    state: Progress
-    undo: Undo
+    state: StepState
+    undo: UndoState
     since: float | None = None
     reason: str = ""
 
 
-class TurnView(_View, frozen=True):
+class TurnView(View, frozen=True):
     """One machine in one step; `ended` is None while it is in flight. `begun` counts from 1."""
 
     machine: str
@@ -95,12 +92,12 @@ class TurnView(_View, frozen=True):
     begun: int = 1
 
 
-class StepView(_View, frozen=True):
+class StepView(View, frozen=True):
     """`machines`: how many it has in all, 0 for a step on the server; `turns`: those that began, in that order."""
 
     number: int
     name: str
-    state: Progress
+    state: StepState
     started: float | None = None
     ended: float | None = None
     reason: str = ""
@@ -108,10 +105,10 @@ class StepView(_View, frozen=True):
     turns: tuple[TurnView, ...] = ()
 
 
-class OperationView(_View, frozen=True):
+class OperationView(View, frozen=True):
     """An operation of an agent (`order`: SHA-256 of its envelope) or of the server (`order` is empty).
 
-    `result` is None while nobody has seen its end.
+    `result` is None while its end was not seen.
     """
 
     operation: str
@@ -121,14 +118,14 @@ class OperationView(_View, frozen=True):
     result: ev.Reported | ev.ServerRunEnded | None = None
 
 
-class MachineView(_View, frozen=True):
+class MachineView(View, frozen=True):
     """Where a machine stands.
 
     Attributes:
         version: of what is current there, as far as the journal knows; several roots with `, ` between.
         step: of its last turn, 0 before the first.
         since: in flight since then.
-        doing: the action of an operation that nobody has seen the end of.
+        doing: the action of an operation whose end was not seen.
         outcome, reason: of its last turn that ended.
         failure: one of its turns ended as a failure, and no later one of that step made it good.
         out_since: its bracket is open since then.
@@ -146,28 +143,28 @@ class MachineView(_View, frozen=True):
     out_since: float | None = None
 
 
-class RefusalView(_View, frozen=True):
+class RefusalView(View, frozen=True):
     at: float
     machine: str
     reason: str
     operation: str = ""
 
 
-class DecisionView(_View, frozen=True):
+class DecisionView(View, frozen=True):
     at: float
     operator: str
     what: str
     data: dict[str, Any]
 
 
-class NoteView(_View, frozen=True):
+class NoteView(View, frozen=True):
     at: float
     text: str
     machine: str = ""
     step: int = 0
 
 
-class DeploymentView(_View, frozen=True):
+class DeploymentView(View, frozen=True):
     """All of one deployment. `last` is the number of the newest entry that it was made of."""
 
     summary: DeploymentSummary
@@ -187,7 +184,7 @@ class DeploymentView(_View, frozen=True):
 
 def view(
     record: DeploymentRecord,
-    entries: Sequence[Entry],
+    entries: Sequence[JournalEntry],
     *,
     is_alive: bool,
     plan: Plan | None = None,
@@ -198,7 +195,7 @@ def view(
     Args:
         record: its row.
         entries: all of its entries, in order.
-        is_alive: whether an engine holds the lock of the environment for it.
+        is_alive: whether a process holds the lock of the environment for it.
         plan: its plan; with it, steps and machines that did not begin are shown too.
         brackets: the open ones of its environment (`open_brackets`); without them only its own entries tell, which know
             nothing of a bracket that it adopted, or that was closed elsewhere.
@@ -250,10 +247,10 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
 # --- what a resume and the next deployment ask
 
 
-def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Entry]]]) -> list[OpenBracket]:
+def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[JournalEntry]]]) -> list[OpenBracket]:
     """All that is open, oldest first.
 
-    A bracket is one machine in one rotation of an environment, whoever opened or closed it: so all deployments of an
+    A bracket is one machine in one rotation of an environment, opened and closed by any deployment: so all deployments of an
     environment belong in here (`Journal.brackets` has just what is needed of them).
     """
     told = [(entry, record) for record, entries in deployments for entry in entries]
@@ -286,7 +283,7 @@ def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Entry]]
     return sorted(found.values(), key=lambda bracket: bracket.number)
 
 
-def operations(entries: Iterable[Entry]) -> dict[str, OperationView]:
+def operations(entries: Iterable[JournalEntry]) -> dict[str, OperationView]:
     """Every operation that was about to begin, by its id, in the order of their beginnings.
 
     An order sent again keeps its result, as an agent acts once; a run on the server that began again has none yet.
@@ -308,7 +305,7 @@ def operations(entries: Iterable[Entry]) -> dict[str, OperationView]:
     return found
 
 
-def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
+def turns(entries: Iterable[JournalEntry]) -> dict[tuple[int, str], TurnView]:
     """The last turn of each (step, machine), in the order in which they first began."""
     found: dict[tuple[int, str], TurnView] = {}
     for entry in entries:
@@ -333,7 +330,7 @@ def turns(entries: Iterable[Entry]) -> dict[tuple[int, str], TurnView]:
     return found
 
 
-def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
+def undos_due(entries: Iterable[JournalEntry]) -> tuple[str, ...]:
     """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
     return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
 
@@ -341,7 +338,7 @@ def undos_due(entries: Iterable[Entry]) -> tuple[str, ...]:
 # --- the parts of a view
 
 
-def _stage(record: DeploymentRecord, entries: Iterable[Entry]) -> Stage:
+def _stage(record: DeploymentRecord, entries: Iterable[JournalEntry]) -> Stage:
     if record.state != "running":
         return "ended"
     stage: Stage = "pre_acquire"
@@ -356,7 +353,7 @@ def _stage(record: DeploymentRecord, entries: Iterable[Entry]) -> Stage:
     return stage
 
 
-def _pre_acquire(entries: Iterable[Entry], plan: Plan | None) -> tuple[PreAcquireView, ...]:
+def _pre_acquire(entries: Iterable[JournalEntry], plan: Plan | None) -> tuple[PreAcquireView, ...]:
     found = {one.run.name: PreAcquireView(one.run.name, "waiting", "none") for one in plan.pre_acquire} if plan else {}
     for entry in entries:
         match entry.event:
@@ -368,14 +365,14 @@ def _pre_acquire(entries: Iterable[Entry], plan: Plan | None) -> tuple[PreAcquir
             case ev.UndoStarted(name=name) if name in found:
                 found[name] = msgspec.structs.replace(found[name], undo="running")
             case ev.UndoEnded(name=name, ok=ok, reason=reason) if name in found:
-                undone: Undo = "done" if ok else "failed"
+                undone: UndoState = "done" if ok else "failed"
                 found[name] = msgspec.structs.replace(found[name], undo=undone, reason=reason or found[name].reason)
             case _:
                 pass
     return tuple(found.values())
 
 
-def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
+def _steps(entries: Sequence[JournalEntry], plan: Plan | None) -> tuple[StepView, ...]:
     found: dict[int, StepView] = {}
     for step in plan.steps if plan else ():
         count = len(step.turns) if isinstance(step, MachineStep) else 0
@@ -389,7 +386,7 @@ def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
                 found[number] = msgspec.structs.replace(known, state="running", started=since, ended=None, reason="")
             case ev.StepEnded(step=number, ok=ok, skipped=skipped, reason=reason):
                 known = found.get(number, StepView(number, "", "waiting"))
-                state: Progress = "skipped" if skipped else _end(ok=ok)
+                state: StepState = "skipped" if skipped else _end(ok=ok)
                 found[number] = msgspec.structs.replace(known, state=state, ended=entry.at, reason=reason)
             case _:
                 pass
@@ -400,10 +397,12 @@ def _steps(entries: Sequence[Entry], plan: Plan | None) -> tuple[StepView, ...]:
     )
 
 
-def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[OpenBracket]) -> tuple[MachineView, ...]:
+def _machines(
+    entries: Sequence[JournalEntry], plan: Plan | None, brackets: Sequence[OpenBracket]
+) -> tuple[MachineView, ...]:
     began, known = turns(entries), _versions(entries)
     ordered = operations(entries).values()
-    doing = {one.machine: _action(one.operation) for one in ordered if one.result is None}
+    doing = {one.machine: action_of(one.operation) for one in ordered if one.result is None}
     stages = _acquisition_stages(entries)
     named = [machine.name for machine in plan.machines] if plan else []
     named += [*stages, *(machine for _, machine in began), *(one.machine for one in ordered if one.machine)]
@@ -436,17 +435,17 @@ def _machines(entries: Sequence[Entry], plan: Plan | None, brackets: Sequence[Op
     return tuple(views)
 
 
-def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
+def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineStage]:
     found: dict[str, MachineStage] = {}
     for entry in entries:
         match entry.event:
             case ev.Surveyed(machine=machine):
                 if found.get(machine) != "acquired":
                     found[machine] = "surveyed"
-            case ev.Dispatched(machine=machine, operation=operation) if _action(operation) == "acquire":
+            case ev.Dispatched(machine=machine, operation=operation) if action_of(operation) == "acquire":
                 if found.get(machine) != "acquired":
                     found[machine] = "acquiring"
-            case ev.Reported(machine=machine, operation=operation, state=state) if _action(operation) == "acquire":
+            case ev.Reported(machine=machine, operation=operation, state=state) if action_of(operation) == "acquire":
                 if state != "done" and found.get(machine) == "acquiring":
                     found[machine] = "surveyed"
             case ev.Acquired(machine=machine):
@@ -458,7 +457,7 @@ def _acquisition_stages(entries: Iterable[Entry]) -> dict[str, MachineStage]:
     return found
 
 
-def _versions(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
+def _versions(entries: Iterable[JournalEntry]) -> dict[str, dict[str, str]]:
     """What is current on each machine, by root: as surveyed, then as switched."""
     current: dict[str, dict[str, str]] = {}
     of_trees: dict[tuple[str, str], str] = {}
@@ -481,7 +480,7 @@ def _versions(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
     return current
 
 
-def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
+def _notes(entries: Iterable[JournalEntry]) -> Iterable[NoteView]:
     for entry in entries:
         match entry.event:
             case ev.Note(text=text, machine=machine, step=step):
@@ -497,11 +496,5 @@ def _notes(entries: Iterable[Entry]) -> Iterable[NoteView]:
                 pass
 
 
-def _action(operation: str) -> str:
-    """Of deployment ULID/step/machine/action/attempt; empty where the id is formed otherwise."""
-    parts = operation.split("/")
-    return parts[3] if len(parts) == 5 else ""
-
-
-def _end(*, ok: bool) -> Progress:
+def _end(*, ok: bool) -> StepState:
     return "done" if ok else "failed"

@@ -29,7 +29,7 @@ from orchestrator.plan.plan import (
 
 
 class RelayForecast(msgspec.Struct, frozen=True):
-    """`at_most`: bytes that cross the line to this relay. `unknown`: packages whose size nobody knows yet."""
+    """`at_most`: bytes that cross the line to this relay. `unknown`: packages whose size is not known yet."""
 
     relay: str
     site: str

@@ -5,7 +5,6 @@ Nothing is contacted. Script files are read to be hashed, and git is asked wheth
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -31,7 +30,7 @@ from orchestrator.plan.plan import (
     SecretSource,
     ServerRun,
 )
-from orchestrator.plan.routes import limit_of, lineage, upstreams_of, wrong_ways
+from orchestrator.plan.routes import lineage, planned_relay, upstreams_of, wrong_ways
 from orchestrator.plan.steps import is_http_url, plan_steps
 from orchestrator.plan.unsupported import not_built
 from relay.errors import IdentityError
@@ -203,19 +202,7 @@ def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[Planned
             token = None
             if relay.token is not None:
                 token = ground.source(relay.token.file, relay.token.env, place.below("token"))
-            ca_file = relay.ca_file and os.path.normpath(os.path.join(ground.environment.folder, relay.ca_file))
-            planned.append(
-                PlannedRelay(
-                    name,
-                    relay.url,
-                    relay.site or "",
-                    relay.generic,
-                    token,
-                    ca_file or "",
-                    upstreams.get(name, ""),
-                    limit_of(relay),
-                )
-            )
+            planned.append(planned_relay(ground.environment, name, upstreams.get(name, ""), token))
     return tuple(planned)
 
 

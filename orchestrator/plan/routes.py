@@ -6,13 +6,14 @@ origin, so that each byte leaves the origin once for each root, however many rel
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.files.environment import Environment, EnvironmentFile, Relay
 from orchestrator.files.values import bytes_per_second
 from orchestrator.files.yaml_positions import Mistake, shown
-from orchestrator.plan.plan import PlannedRelay
+from orchestrator.plan.plan import PlannedRelay, SecretSource
 from relay.errors import UsageError
 
 ORIGIN = ""
@@ -43,6 +44,13 @@ def wrong_ways(file: EnvironmentFile) -> list[Mistake]:
         for name, relay in file.value.relays.items()
         if relay.limit is not None and not limit_of(relay)
     ]
+
+
+def planned_relay(file: EnvironmentFile, name: str, upstream: str, token: SecretSource | None) -> PlannedRelay:
+    """A relay of the file, as a plan has it."""
+    relay = file.value.relays[name]
+    ca_file = os.path.normpath(os.path.join(file.folder, relay.ca_file)) if relay.ca_file else ""
+    return PlannedRelay(name, relay.url, relay.site or "", relay.generic, token, ca_file, upstream, limit_of(relay))
 
 
 def limit_of(relay: Relay) -> float:

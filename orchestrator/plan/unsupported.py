@@ -1,4 +1,4 @@
-"""What the files may say and this version cannot do: refused by name, so that nobody believes it was done."""
+"""What the files may say and this version cannot do: refused by name, so that it is never believed to be done."""
 
 from __future__ import annotations
 

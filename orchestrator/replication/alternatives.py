@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import tempfile
 from dataclasses import dataclass
 from typing import BinaryIO, Final, cast
 
+from orchestrator.depot.cut_nupkg import compressed_digest
 from orchestrator.depot.depot import Depot
 from relay.errors import WaystationError
 from relay.package.manifest import Manifest
-from relay.package.zip_reader import Entry, walk
+from relay.package.zip_reader import walk
 
 _SIGNATURE_BYTES: Final = 12
 """rsync's sums of one block: 4 bytes that roll, and some 8 of the strong one at this size (rsync 3.2, `sum_sizes_sqroot`)."""
 _BLOCK_MIN: Final = 700
-_READ: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +61,7 @@ async def _spool(depot: Depot, manifest: Manifest, file: BinaryIO) -> None:
 
 
 def _compare(old: BinaryIO, new: BinaryIO, old_size: int) -> int:
-    held = {_digest(old, entry) for entry in walk(old)}
-    literal = sum(entry.compressed_size for entry in walk(new) if _digest(new, entry) not in held)
+    held = {compressed_digest(old, entry) for entry in walk(old)}
+    literal = sum(entry.compressed_size for entry in walk(new) if compressed_digest(new, entry) not in held)
     block = max(_BLOCK_MIN, math.isqrt(old_size))
     return literal + math.ceil(old_size / block) * _SIGNATURE_BYTES
-
-
-def _digest(file: BinaryIO, entry: Entry) -> bytes:
-    file.seek(entry.data_offset)
-    digest, left = hashlib.sha256(), entry.compressed_size
-    while left and (piece := file.read(min(left, _READ))):
-        digest.update(piece)
-        left -= len(piece)
-    return digest.digest()

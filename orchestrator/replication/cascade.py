@@ -1,7 +1,7 @@
 """A package to many relays at once: the roots are sent to from here, the others fetch from the relay above them, all at
 the same time, so that each byte leaves the origin once for each root.
 
-Who fetches from whom is decided here, and watched: where a relay dies or fails, those below it are told to go on with
+The way to each relay is decided here, and watched: where a relay dies or fails, those below it are made to go on with
 the next one above, or the origin itself sends them what they still lack.
 """
 
@@ -16,42 +16,36 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from orchestrator.journal.events import LineBytes
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import ORIGIN, Replan, check_upstreams, in_order, line_name, next_upstream
-from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError, first_of
+from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError
 from relay.package.manifest import Manifest
 from relay.protocol import messages
 from relay.support.persistence import Persistence
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
-    from relay.transfer.replicate import Progress, Replicated
+    from relay.support.progress import Progress
+    from relay.transfer.replicate import ReplicationResult
 
 PATIENCE: Final = 60.0
 """Seconds that a relay may be away in the middle before it is given up."""
 PERSISTENCE: Final = Persistence(first_pause=0.2, failures=4)
 """With a relay that is lost and found again: as long as it holds more each time."""
 GRACE_SECONDS: Final = 5.0
-"""How long a relay may get nothing from one that failed before it is told to go on elsewhere."""
+"""How long a relay may get nothing from one that failed before it is sent elsewhere."""
 
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
 
-Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["Replicated"]]
+Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["ReplicationResult"]]
 """Sends the package from here to one relay. Raises as `relay.transfer.replicate.replicate`."""
 Heard = Callable[[str, int, int], None]
-"""Told (relay, bytes of the tree stream that are there, bytes of the whole), from the moment of the offer on."""
+"""Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
 SourceUrl = Callable[[PlannedRelay, PlannedRelay], str]
 """The URL under which a relay reaches the one above it: (the one above, the relay)."""
-
-
-@dataclass(frozen=True, slots=True)
-class LineBytes:
-    """The ledger of one line, such as `fra → iad`. Bytes in both directions, of HTTP in all; then by encoding."""
-
-    line: str
-    wire_bytes: int
-    encodings: tuple[messages.EncodedBytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ class Delivered:
     seconds: float
     interruptions: int
     """How often the relay was lost and found again."""
-    sent: Replicated | None = None
+    sent: ReplicationResult | None = None
     """What the sender here has to say, where the last of it was sent from here."""
 
     @property
@@ -138,12 +132,7 @@ async def replicate_all(
     """
     check_upstreams({relay.name: relay.upstream or None for relay in relays})
     work = _Cascade(manifest, relays, clients, send, heard, delivered, frozenset(must), patience, source_url)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for relay in in_order(relays):
-                group.create_task(work.bring(relay))
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
+    await together(work.bring(relay) for relay in in_order(relays))
     found = (work.delivered.get(relay.name) for relay in relays)
     return Cascaded(tuple(one for one in found if one is not None), work.failed, tuple(work.replans))
 
@@ -358,7 +347,10 @@ def document_of(done: Delivered) -> dict[str, Any]:
         "fallbacks": done.fallbacks,
         "goodput": done.sent.goodput if done.sent else 0.0,
         "exact_bytes": exact_bytes,
-        "lines": msgspec.to_builtins(done.lines),
+        "lines": [
+            {"line": one.line, "wire_bytes": one.wire_bytes, "encodings": msgspec.to_builtins(one.encodings)}
+            for one in done.lines
+        ],
     }
 
 
@@ -373,7 +365,7 @@ class _Book:
     fallbacks: int = 0
     interruptions: int = 0
     chunks_sent: int = 0
-    sent: Replicated | None = None
+    sent: ReplicationResult | None = None
     _wire: dict[str, int] = field(default_factory=dict)
     _encodings: dict[str, list[messages.EncodedBytes]] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,20 +15,16 @@ from typing import TYPE_CHECKING
 import aiofiles
 
 from agent.trees.pull import check_signature
-from orchestrator.trust.keyring import PINS_FILE
+from orchestrator.depot.depot import open_depot
 from relay.errors import ConflictError, UntrustedError, UsageError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.support.durable import sync_folder
-from relay.trust.keys import parse_pins
+from relay.support.progress import Progress
 
 if TYPE_CHECKING:
-    from orchestrator.depot.depot import Depot
     from relay.protocol.client import RelayClient
     from relay.trust.keys import TrustPins
-
-Progress = Callable[[int, int], None]
-"""Bytes that are here, and all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +37,8 @@ class Fetched:
     """False where the same file stood there already."""
 
 
-def read_pins(folder: str) -> TrustPins:
-    """Whose signatures count. Raises `UsageError`, `SignatureError`."""
-    path = os.path.join(folder, PINS_FILE)
-    try:
-        with open(path, "rb") as file:
-            return parse_pins(file.read(1 << 20))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="Name the folder of trust.json with --trust") from error
-
-
-async def fetch_from_depot(depot: Depot, ref: PackageRef, pins: TrustPins, path: str, progress: Progress) -> Fetched:
-    """Out of the depot; a nupkg that it lost is made of its chunks again.
+async def fetch_from_depot(location: str, ref: PackageRef, pins: TrustPins, path: str, progress: Progress) -> Fetched:
+    """Out of the depot at `location`; a nupkg that it lost is made of its chunks again.
 
     Raises:
         NotFoundError: no such package, or its nupkg is lost and cannot be made.
@@ -61,22 +47,24 @@ async def fetch_from_depot(depot: Depot, ref: PackageRef, pins: TrustPins, path:
         UsageError: `path` cannot be written.
         UntrustedError, StoreError: the depot is damaged, or its medium failed.
     """
-    manifest = await depot.manifest(depot.catalog.get(ref))
-    check_signature(manifest, await depot.catalog.signature(manifest.id), pins)
-    return await _write(manifest, depot.nupkgs.read(manifest), path, progress)
+    async with open_depot(location) as depot:
+        manifest = await depot.manifest(depot.catalog.get(ref))
+        check_signature(manifest, await depot.catalog.signature(manifest.id), pins)
+        return await _write(manifest, depot.nupkgs.read(manifest), path, progress)
 
 
 async def fetch_from_relay(
     relay: RelayClient, ref: PackageRef, pins: TrustPins, path: str, progress: Progress
 ) -> Fetched:
-    """From a relay. Raises as `fetch_from_depot`, with what `RelayClient.nupkg` raises."""
-    pointer = await relay.package(ref.id, ref.version)
-    document = await relay.manifest(pointer.manifest)
-    manifest = document.manifest
-    if manifest.package != ref:
-        raise UntrustedError(f"{relay.url} answers with {manifest.package} where {ref} was asked for")
-    check_signature(manifest, document.signature, pins)
-    return await _write(manifest, relay.nupkg(ref), path, progress)
+    """From a relay, whose client is opened and closed. Raises as `fetch_from_depot`, with what `RelayClient.nupkg` raises."""
+    async with relay:
+        pointer = await relay.package(ref.id, ref.version)
+        document = await relay.manifest(pointer.manifest)
+        manifest = document.manifest
+        if manifest.package != ref:
+            raise UntrustedError(f"{relay.url} answers with {manifest.package} where {ref} was asked for")
+        check_signature(manifest, document.signature, pins)
+        return await _write(manifest, relay.nupkg(ref), path, progress)
 
 
 async def _write(manifest: Manifest, pieces: AsyncGenerator[bytes, None], path: str, progress: Progress) -> Fetched:
@@ -129,7 +117,7 @@ def _stands(path: str, manifest: Manifest) -> bool:
 
 
 def _name(temporary: str, path: str) -> None:
-    """Give the finished file its name, which nobody took meanwhile. Raises `FileExistsError`."""
+    """Give the finished file its name, unless it was taken meanwhile. Raises `FileExistsError`."""
     os.link(temporary, path, follow_symlinks=False)
     os.unlink(temporary)
     sync_folder(os.path.dirname(path))

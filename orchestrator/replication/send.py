@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -11,31 +11,25 @@ from orchestrator.depot.depot import Depot
 from orchestrator.files.environment import EnvironmentFile
 from orchestrator.files.yaml_positions import PlanError
 from orchestrator.plan.plan import PlannedRelay, SecretSource
-from orchestrator.plan.routes import limit_of, upstreams_of, wrong_ways
-from orchestrator.replication.cascade import Cascaded, replicate_all
+from orchestrator.plan.routes import planned_relay, upstreams_of, wrong_ways
+from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, replicate_all
 from orchestrator.trust.secrets import read_secret
+from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX
 from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
 from relay.protocol.connection import tls_from
+from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines
 from relay.transfer.probe import Explained
-from relay.transfer.replicate import PATIENCE, Progress, Replicated, Shipping, plan, replicate
-
-Bar = Callable[[str], Progress]
-"""Makes a named progress bar."""
-
-OTHERS_MAX = 256
-"""Other packages of the depot, the newest first, whose parts are looked for in the one that is sent."""
-_MOSTLY_NEW = 0.05
-"""Share of a package that must be new against the version before it, for other packages to be looked into."""
+from relay.transfer.replicate import PATIENCE, ReplicationResult, Shipping, plan, replicate
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackageToSend:
     """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
 
     ref: PackageRef
@@ -46,7 +40,7 @@ class Parcel:
     """Of other packages, which may hold parts of this one."""
 
 
-async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
+async def package_to_send(depot: Depot, ref: PackageRef) -> PackageToSend:
     """Get a package ready.
 
     Raises:
@@ -58,14 +52,14 @@ async def parcel(depot: Depot, ref: PackageRef) -> Parcel:
     if not signature:
         raise RefusedError(f"{ref} is not signed", hint="Add its nupkg again to sign it")
     known = await depot.other_versions(ref)
-    return Parcel(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
+    return PackageToSend(ref, manifest, signature, known, await _others(depot, ref, manifest, known))
 
 
 async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequence[Manifest]) -> list[Manifest]:
     """Packages whose parts this one may carry. None where a version before it holds nearly all of it anyway."""
     there = {id for one in known for id in one.chunk_ids()}
     fresh = sum(entry.size for entry in manifest.chunks if entry.id not in there)
-    if fresh <= _MOSTLY_NEW * manifest.stream_size:
+    if fresh <= MOSTLY_NEW * manifest.stream_size:
         return []
     pointers = sorted((p for p in depot.catalog.all() if p.ref.id != ref.id), key=lambda p: p.published, reverse=True)
     return list((await depot.catalog.manifests_of(p.manifest_id for p in pointers[:OTHERS_MAX])).values())
@@ -81,65 +75,59 @@ async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
         await payloads.close()
 
 
-def shipping_of(depot: Depot, what: Parcel, shipping: Shipping | None = None, pacer: Pacer | None = None) -> Shipping:
+def shipping_of(what: PackageToSend, shipping: Shipping, pacer: Pacer | None) -> Shipping:
     """How `what` is sent, given what it shares with all others."""
-    shipping = shipping or Shipping(lines=Lines(depot.store.documents), recipes=depot.recipes)
-    return replace(shipping, known=what.known, others=what.others, pacer=pacer or shipping.pacer)
+    return replace(shipping, known=what.known, others=what.others, pacer=pacer)
 
 
 async def send_to(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relay: RelayClient,
     progress: Progress,
     patience: float = PATIENCE,
     *,
-    shipping: Shipping | None = None,
+    shipping: Shipping,
     pacer: Pacer | None = None,
-) -> Replicated:
+) -> ReplicationResult:
     """To one relay. `pacer` is the limit of its line, shared by all that goes there. Raises as `relay.transfer.replicate.replicate`."""
+    how = shipping_of(what, shipping, pacer)
     return await replicate(
-        what.manifest,
-        what.signature,
-        depot.store.chunks,
-        relay,
-        shipping_of(depot, what, shipping, pacer),
-        progress=progress,
-        patience=patience,
+        what.manifest, what.signature, depot.store.chunks, relay, how, progress=progress, patience=patience
     )
 
 
 async def send(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,
+    heard: Heard,
     *,
-    bar: Bar,
+    pacers: Mapping[str, Pacer | None],
     patience: float = PATIENCE,
+    delivered: OnDelivered | None = None,
+    must: Collection[str] = (),
 ) -> Cascaded:
-    """To all relays at once, by the ways that they name; one that fails leaves the others alone. `clients`: by name."""
-    bars = {relay.name: bar(relay.name) for relay in relays}
-    pacers = {relay.name: pacer_of(relay) for relay in relays}
+    """To all relays at once, by the ways that they name. `clients` and `pacers` are by name; see `replicate_all`."""
 
-    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
         return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
 
-    def heard(relay: str, here: int, whole: int) -> None:
-        bars[relay](here, whole)
+    return await replicate_all(
+        what.manifest, relays, clients, to, heard, delivered=delivered, must=must, patience=patience
+    )
 
-    return await replicate_all(what.manifest, relays, clients, to, heard, patience=patience)
 
-
-def pacer_of(relay: PlannedRelay) -> Pacer | None:
-    """The limit of the line to it, where it has one."""
-    return Pacer(relay.limit) if relay.limit else None
+def pacers_of(relays: Iterable[PlannedRelay]) -> dict[str, Pacer | None]:
+    """The limits of the lines to these relays, by name, where they have one."""
+    return {relay.name: Pacer(relay.limit) if relay.limit else None for relay in relays}
 
 
 async def plan_for(
     depot: Depot,
-    what: Parcel,
+    what: PackageToSend,
     relays: Sequence[PlannedRelay],
     clients: Mapping[str, RelayClient],
     shipping: Shipping,
@@ -148,11 +136,12 @@ async def plan_for(
     is sent but questions.
     """
     planned: dict[str, Explained] = {}
+    pacers = pacers_of(relays)
     failed: dict[str, WaystationError] = {}
     for relay in relays:
         if relay.upstream:
             continue
-        how = shipping_of(depot, what, shipping, pacer_of(relay))
+        how = shipping_of(what, shipping, pacers[relay.name])
         try:
             planned[relay.name] = await plan(what.manifest, depot.store.chunks, clients[relay.name], how)
         except WaystationError as error:
@@ -172,27 +161,18 @@ def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
     if mistakes := wrong_ways(environment):
         raise PlanError(mistakes)
     upstreams = upstreams_of(environment.value)
-
-    def near(path: str) -> str:
-        return os.path.normpath(os.path.join(environment.folder, path)) if path else ""
-
-    return [
-        PlannedRelay(
-            name,
-            relay.url,
-            relay.site or "",
-            relay.generic,
-            SecretSource(near(relay.token.file or ""), relay.token.env or "") if relay.token else None,
-            near(relay.ca_file or ""),
-            upstreams.get(name, ""),
-            limit_of(relay),
-        )
-        for name, relay in environment.value.relays.items()
-    ]
+    planned = []
+    for name, relay in environment.value.relays.items():
+        token = None
+        if relay.token is not None:
+            file = os.path.normpath(os.path.join(environment.folder, relay.token.file)) if relay.token.file else ""
+            token = SecretSource(file, relay.token.env or "")
+        planned.append(planned_relay(environment, name, upstreams.get(name, ""), token))
+    return planned
 
 
 def open_relay(relay: PlannedRelay) -> RelayClient:
-    """A client for a relay of the environment, with its token. Contacts nobody.
+    """A client for a relay of the environment, with its token. Contacts nothing.
 
     Raises:
         NotFoundError, RefusedError: its token cannot be read.

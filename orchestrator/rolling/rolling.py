@@ -19,8 +19,8 @@ from orchestrator.plan.plan import MachineStep, PlannedPhase
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """Which machines are in service and which are out. Of one in neither nobody can tell: it does not count as in
+class RotationState:
+    """Which machines are in service and which are out. Of one in neither it is not known: it does not count as in
     service, and starting it may take it out.
     """
 
@@ -28,17 +28,9 @@ class Service:
     out: frozenset[str]
 
     @classmethod
-    def by_brackets(cls, machines: Collection[str], out: Collection[str]) -> Service:
+    def by_brackets(cls, machines: Collection[str], out: Collection[str]) -> RotationState:
         """What is known without a probe: a machine is out where a bracket of ours is open, else in service."""
         return cls(frozenset(machines) - frozenset(out), frozenset(out))
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Why nothing starts. `stuck`: nothing in flight can change it, so that waiting would never end."""
-
-    reason: str
-    stuck: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +82,7 @@ def begin(step: MachineStep) -> Roll:
     )
 
 
-def next_starts(roll: Roll, service: Service) -> list[str]:
+def next_starts(roll: Roll, service: RotationState) -> list[str]:
     """The machines to start now, in this order. Call it again whenever one ended or `service` changed."""
     starts: list[str] = []
     while (machine := _next(roll, service)) is not None:
@@ -136,21 +128,19 @@ def stop(roll: Roll, reason: str) -> Roll:
     return roll if roll.stopped else replace(roll, stopped=reason)
 
 
-def why_waiting(roll: Roll, service: Service) -> Wait | None:
-    """Why nothing can start; None where something can, or where the roll is over."""
+def why_waiting(roll: Roll, service: RotationState) -> str:
+    """Why nothing can start; empty where something can, or where the roll is over."""
     if roll.is_over or _next(roll, service) is not None:
-        return None
+        return ""
     if roll.stopped:
-        return Wait(f"stopped: {roll.stopped}; {_names(roll.in_flight)} still in flight", stuck=False)
-    if roll.in_flight and (full := _why_full(roll)):
-        return Wait(full, stuck=False)
-    return Wait(_why_too_few(roll, service), stuck=not roll.in_flight)
+        return f"stopped: {roll.stopped}; {_names(roll.in_flight)} still in flight"
+    return (_why_full(roll) if roll.in_flight else "") or _why_too_few(roll, service)
 
 
 # --- the rules
 
 
-def _next(roll: Roll, service: Service) -> str | None:
+def _next(roll: Roll, service: RotationState) -> str | None:
     if roll.stopped or _why_full(roll):
         return None
     left = len(service.inside - roll.in_flight)
@@ -158,8 +148,8 @@ def _next(roll: Roll, service: Service) -> str | None:
     return next(candidates, None)
 
 
-def _in_order(roll: Roll, service: Service) -> Iterator[str]:
-    """Out of service first, then those of which nobody can tell, then the others; or as listed."""
+def _in_order(roll: Roll, service: RotationState) -> Iterator[str]:
+    """Out of service first, then those of which it is not known, then the others; or as listed."""
     if not roll.unhealthy_first:
         yield from roll.waiting
         return
@@ -168,7 +158,7 @@ def _in_order(roll: Roll, service: Service) -> Iterator[str]:
     )
 
 
-def _may_start(roll: Roll, service: Service, machine: str, left: int) -> bool:
+def _may_start(roll: Roll, service: RotationState, machine: str, left: int) -> bool:
     """Whether `min_in_service` are known to stay, of the `left` ones that are in service and not in flight."""
     if machine in service.out:
         return True
@@ -176,7 +166,7 @@ def _may_start(roll: Roll, service: Service, machine: str, left: int) -> bool:
 
 
 def _why_full(roll: Roll) -> str:
-    """Why the phase takes nobody now; empty where it does."""
+    """Why the phase takes no machine now; empty where it does."""
     index, first = _phase(roll)
     phase = roll.phases[index]
     before = roll.in_flight.intersection(roll.started[:first])
@@ -196,7 +186,7 @@ def _phase(roll: Roll) -> tuple[int, int]:
     return index, firsts[index]
 
 
-def _why_too_few(roll: Roll, service: Service) -> str:
+def _why_too_few(roll: Roll, service: RotationState) -> str:
     inside = service.inside - roll.in_flight
     unknown = set(roll.machines) - service.inside - service.out - roll.in_flight
     told = f"; of {_names(unknown)} nobody can tell" if unknown else ""

@@ -1,7 +1,7 @@
 """One machine's turn in a step: what comes next, whatever happened so far. Pure.
 
 A turn is a fold: `begin(shape)`, then `next_do(turn)` says what to do and `did(turn, done)` takes what became of it,
-until `next_do` is an `End`. Replaying the same `Done`s gives the same turn, so a resumed engine comes to the point
+until `next_do` is an `End`. Replaying the same `Done`s gives the same turn, so a resumed deployment comes to the point
 where it died. Repeats (`attempts`) are the caller's: a `Done` is the last word on one `Do`.
 
     what happened                       then
@@ -29,15 +29,15 @@ from agent.orders.orders import TreeFacts
 from orchestrator.plan.plan import MachineStep, MachineTurn, SwitchAction
 
 AfterOutcome = Literal["deployed", "not_started", "kept_old"]
-"""What `after` is told as OUTCOME."""
+"""What `after` gets as OUTCOME."""
 
-Outcome = Literal[
+TurnEnding = Literal[
     "deployed", "already_current", "not_started", "kept_old", "left_out", "rotation_unknown", "lost", "failed"
 ]
 """How a turn ended. `failed`: a step without a rotation, after the switch or without one; `lost`: left as found."""
 
-How = Literal["done", "failed", "stopped", "refused", "unknown", "lost"]
-"""What became of a thing to do: the words of an agent's final report, and `lost`: nobody can say, for the agent or
+DoneState = Literal["done", "failed", "stopped", "refused", "unknown", "lost"]
+"""What became of a thing to do: the words of an agent's final report, and `lost`: it cannot be said, for the agent or
 the road to it is gone. `refused`: it never ran, which is also the word for what a cancel kept from starting.
 `unknown` is a failure at that point, never a success.
 """
@@ -133,7 +133,7 @@ class After:
 class TurnOutcome:
     """How the turn ended. `stop_roll`: no other machine may start, whatever `max_failures` allows."""
 
-    outcome: Outcome
+    outcome: TurnEnding
     failure: bool = False
     stop_roll: bool = False
     bracket_open: bool = False
@@ -152,7 +152,7 @@ Do = Before | Act | Verify | VerifyOld | Settle | After | End
 class Done:
     """What became of a `Do`."""
 
-    how: How
+    how: DoneState
     reason: str = ""
 
     @property
@@ -256,7 +256,7 @@ def _is_old(turn: Turn, index: int) -> bool:
 
 
 def _may_have_switched(shape: Shape, index: int, done: Done) -> bool:
-    """A switch that failed changed nothing; of one that was stopped, or that nobody saw end, this is not known."""
+    """A switch that failed changed nothing; of one that was stopped, or whose end was not seen, this is not known."""
     return index == shape.switch and done.how in {"unknown", "stopped"}
 
 
@@ -316,7 +316,7 @@ def _failed(turn: Turn, done: Done, what: str) -> Turn:
     return replace(turn, reasons=(*turn.reasons, f"{what}: {done.reason or how}"))
 
 
-def _end(turn: Turn, outcome: Outcome, *, stop_roll: bool = False) -> Turn:
+def _end(turn: Turn, outcome: TurnEnding, *, stop_roll: bool = False) -> Turn:
     if outcome == "left_out" and not turn.is_open:
         outcome = "failed"
     result = TurnOutcome(outcome, bool(turn.reasons), stop_roll, turn.is_open, "; ".join(turn.reasons))

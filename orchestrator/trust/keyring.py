@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from relay.errors import NotFoundError, RefusedError
 from relay.support.private_files import make_private_folder, read_signer, write_new_file, write_private_key
-from relay.trust.keys import OrderKey, PublicKey, TrustPins, encode_pins, keyid_of
+from relay.trust.keys import OrderKey, PublicKey, TrustPins, encode_pins, keyid_of, parse_pins
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.signer import CryptoSigner
 
-Role = Literal["package", "order"]
+KeyRole = Literal["package", "order"]
 
 PINS_FILE = "trust.json"
 _FILES = ("package.key", "order.key", PINS_FILE)
@@ -44,7 +44,7 @@ def init_trust(folder: str) -> TrustPins:
     return pins
 
 
-def load_signer(folder: str, role: Role) -> CryptoSigner:
+def load_signer(folder: str, role: KeyRole) -> CryptoSigner:
     """The private key of `role` in `folder`.
 
     Raises:
@@ -57,6 +57,17 @@ def load_signer(folder: str, role: Role) -> CryptoSigner:
         return read_signer(path)
     except NotFoundError as error:
         raise NotFoundError(f"there is no {role} key {path}", hint="'waystation trust init' makes it") from error
+
+
+def load_pins(folder: str) -> TrustPins:
+    """The keys whose signatures count, out of `trust.json` in `folder`. Raises `NotFoundError`, `SignatureError`."""
+    path = os.path.join(folder, PINS_FILE)
+    try:
+        with open(path, "rb") as file:
+            return parse_pins(file.read(1 << 20))
+    except OSError as error:
+        hint = "'waystation trust init' makes it; --trust names the folder where it stands"
+        raise NotFoundError(f"{path}: {error.strerror}", hint=hint) from error
 
 
 def _refuse_existing(folder: str) -> None:

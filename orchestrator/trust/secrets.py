@@ -31,7 +31,7 @@ class SecretRefusedError(RefusedError):
     """A secret that cannot be used. The text names the secret and where it lies, never what it holds."""
 
 
-class Secret:
+class ServerSecret:
     """A value that is used on the server and shown nowhere: no `repr`, no comparison by value, no copy, no pickle.
 
     It is no `str`, so that no encoder takes it for one; who needs the text says so by `reveal`.
@@ -66,7 +66,7 @@ class Secret:
         raise TypeError(f"{self!r} is never copied or serialised")
 
 
-class MachineSecret(Secret):
+class MachineSecret(ServerSecret):
     """A value that may go to a machine, sealed to its agent."""
 
     __slots__ = ()
@@ -93,14 +93,14 @@ class SecretStore:
         """Paths of files that hold secrets: what must never be copied anywhere."""
         return frozenset(source.file for source in self._sources.values() if source.file)
 
-    def value(self, name: str) -> Secret:
+    def value(self, name: str) -> ServerSecret:
         """The value of `name`, read now.
 
         Raises:
             NotFoundError: no such secret, or nothing where it should be.
             SecretRefusedError: others can read its file, or it is too short, too long, or no text.
         """
-        return Secret(name, _read(name, self._source(name)))
+        return ServerSecret(name, _read(name, self._source(name)))
 
     def machine_value(self, name: str) -> MachineSecret:
         """The value of a secret that may leave the server. Raises as `value`, and where `name` may not leave."""
@@ -125,7 +125,7 @@ class SecretStore:
         """Read every one of `names` (by default all) once, so that none is missed in the middle of a deployment.
 
         Raises:
-            SecretRefusedError: one or more cannot be used; all of them are told.
+            SecretRefusedError: one or more cannot be used; the message names all of them.
         """
         wrong = []
         for name in sorted(self._sources if names is None else set(names)):
@@ -145,9 +145,9 @@ class SecretStore:
             ) from None
 
 
-def read_secret(name: str, source: SecretSource) -> Secret:
+def read_secret(name: str, source: SecretSource) -> ServerSecret:
     """One value that belongs to no store, such as a relay's token. Raises as `SecretStore.value`."""
-    return Secret(name, _read(name, source))
+    return ServerSecret(name, _read(name, source))
 
 
 def seal_for_machine(secret: MachineSecret, sealing_public: str, operation: str) -> bytes:

@@ -6,6 +6,7 @@ Those are verified, or not given at all.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final, Protocol
@@ -16,7 +17,12 @@ from relay.errors import ChunkInvalid, ChunkMissing
 from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
 from relay.stores.contract import ChunkReader
+from relay.support.byte_budget import Place
 
+log = logging.getLogger(__name__)
+
+_ROOM_SECONDS: Final = 20.0
+"""How long a run on its way in waits for memory for its bases, before it is refused and a plain one follows."""
 _AT_ONCE: Final = 4
 """Chunks that are read at a time."""
 
@@ -58,6 +64,24 @@ class StoreHoldings:
         return [found[id] for id in ids]
 
 
+class BoundedHoldings(StoreHoldings):
+    """Chunks of a store, those of one run at a time, within what `place` can get of a budget."""
+
+    def __init__(
+        self, store: ChunkReader, manifests: Mapping[ManifestId, Manifest], place: Place, held: Sequence[Held] = ()
+    ) -> None:
+        super().__init__(store, manifests, held)
+        self._place = place
+
+    async def load(self, places: Places) -> list[bytes]:
+        # Once as they are read, once as they are joined.
+        if not await self._place.enter(2 * size_of(places, self._manifests), _ROOM_SECONDS):
+            # A run whose bases are not given is refused, and a plain one follows.
+            log.warning("no memory for the bases of a run")
+            raise ChunkMissing(self._manifests[places[0][0]].chunk_id(places[0][1]))
+        return await super().load(places)
+
+
 async def answer(needs: NeedsBases, holdings: Holdings | None) -> bool:
     """Give a decoder the bases that it asks for; False where they are not here, and so its run will be refused.
 
@@ -76,7 +100,7 @@ async def answer(needs: NeedsBases, holdings: Holdings | None) -> bool:
 async def next_events(batches: Iterator[list[Event]]) -> list[Event] | None:
     """The next batch, decoded in a thread; None at the end.
 
-    Who is cancelled meanwhile waits for the thread: afterwards nobody is at work in the decoder.
+    A caller that is cancelled meanwhile waits for the thread: afterwards the decoder is at rest.
 
     Raises:
         FrameError: as the decoder.

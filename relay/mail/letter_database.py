@@ -97,13 +97,13 @@ class LetterDatabase:
             StoreError: nothing of any request was taken.
         """
         pending: Counter[Account] = Counter()
-        taken = []
+        taken: list[tuple[list[Letter], WaystationError | None]] = []
         with self._telling(), self._transaction():
             for letters in requests:
                 try:
                     fresh = self._take_one(letters, arrived, pending)
                 except WaystationError as error:
-                    taken.append((list[Letter](), error))
+                    taken.append(([], error))
                 else:
                     pending += charges(fresh)
                     taken.append((fresh, None))

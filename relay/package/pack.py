@@ -11,9 +11,10 @@ import html
 import os
 import re
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple, cast
 from urllib.parse import quote
 
 from relay.errors import ArchiveError, MetadataError, UsageError
@@ -98,6 +99,19 @@ def pack(
     ]
     _check_amount(skeleton + parts, DEFAULT_LIMITS)
     _write_zip(skeleton + parts, output)
+
+
+def pack_file(folder: str, path: str, *, id: PackageId, version: NuGetVersion, authors: str, description: str) -> None:
+    """As `pack`, into the file `path`: whole or not at all, in place of one that stands there. Raises as `pack`."""
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".pack-", delete=False) as temporary:
+        try:
+            output = cast("BinaryIO", temporary)
+            pack(folder, output, id=id, version=version, authors=authors, description=description)
+            os.fchmod(temporary.fileno(), 0o644)
+            os.rename(temporary.name, path)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
 
 
 def _scan(folder: str, prefix: str) -> Iterator[_Source]:

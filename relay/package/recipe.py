@@ -84,7 +84,7 @@ class Canonical(_Struct, frozen=True, tag="canonical"):
     names: Annotated[tuple[tuple[_Part, _Name], ...], Meta(max_length=PARTS_MAX)]
 
 
-class Literally(_Struct, frozen=True, tag="literal"):
+class LiteralRecords(_Struct, frozen=True, tag="literal"):
     """The records as they are: `lengths` bytes of `records` before each part, and the last ones after all."""
 
     lengths: Annotated[tuple[_Size, ...], Meta(max_length=PARTS_MAX + 1)]
@@ -116,7 +116,7 @@ class Recipe(_Struct, frozen=True):
     """See the module. `order` steps through the parts sorted by path, `used` counts in `uses`; both are runs."""
 
     format: int
-    records: Canonical | Literally | Opaque
+    records: Canonical | LiteralRecords | Opaque
     uses: Annotated[tuple[Use, ...], Meta(max_length=_USES_MAX)]
     order: _Steps
     used: Annotated[tuple[tuple[_Part, _Count], ...], Meta(max_length=PARTS_MAX)]

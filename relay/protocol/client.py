@@ -193,7 +193,7 @@ class RelayClient(Connection):
         self, request: messages.ReplicationRequest
     ) -> AsyncGenerator[messages.ReplicationProgress, None]:
         """Have the relay fetch a package from another relay; how far it is, about every second, until it is `done` or
-        `failed`. It goes on by itself when nobody listens any more; asking again joins it. Not retried here.
+        `failed`. It goes on without a listener; asking again joins it. Not retried here.
 
         Raises:
             UnknownPeerError: it does not fetch from there.
@@ -221,7 +221,7 @@ class RelayClient(Connection):
         """Chunks of `manifest`, about in this order, verified, as they come. Closing the iterator ends the request.
 
         With `bases`, the relay may send differences from them: they are loaded and given to the decoder here. `goodput` is
-        what is known of this line, bytes per second of payload (0: nothing). `tap` is told of each run when it begins, in
+        what is known of this line, bytes per second of payload (0: nothing). `tap` hears of each run when it begins, in
         the decoder's thread.
 
         Raises:

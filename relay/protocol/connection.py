@@ -33,7 +33,8 @@ from relay.errors import (
 )
 from relay.package.ranges import Ranges
 from relay.protocol import messages
-from relay.protocol.http_bytes import Traffic, chunk_bytes, header_bytes
+from relay.protocol.http_bytes import Traffic, chunked_bytes, header_bytes
+from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.persistence import Persistence
 
@@ -91,24 +92,6 @@ class MissingChunksError(ConflictError):
 
 class UnknownPeerError(RefusedError):
     """The relay does not fetch from the other relay that it was told of."""
-
-
-class NotExactError(NotFoundError):
-    """The relay has the package, but neither its nupkg nor all that it takes to make the identical one."""
-
-    def __init__(self, message: str, lacks: messages.ExactLacks) -> None:
-        told = [
-            "it has no recipe that gives it" if lacks.recipe else "",
-            f"it lacks the encoder {', '.join(lacks.encoders)[:200]}" if lacks.encoders else "",
-            f"it lacks {lacks.verbatim_bytes:,} bytes that no encoder makes" if lacks.verbatim_bytes else "",
-            "chunks are damaged or gone there" if lacks.chunks else "",
-        ]
-        why = " and ".join(filter(None, told))
-        super().__init__(
-            f"{message}: {why}" if why else message,
-            hint="Send them with 'waystation package replicate --exact', or give that relay a parent",
-        )
-        self.lacks = lacks
 
 
 class LeaseLostError(RefusedError):
@@ -184,10 +167,10 @@ class Connection:
         async def counted() -> AsyncIterator[bytes]:
             try:
                 async for piece in body:
-                    self.traffic.sent += len(piece) + chunk_bytes(len(piece))
+                    self.traffic.sent += chunked_bytes(len(piece))
                     yield piece
                     patience.reschedule(loop.time() + self.limits.answer_seconds)
-                self.traffic.sent += chunk_bytes(0)
+                self.traffic.sent += chunked_bytes(0)
             except WaystationError as error:
                 # aiohttp tells of it as a broken connection; a damaged depot is no fault of the relay's.
                 own.append(error)

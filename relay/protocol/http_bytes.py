@@ -23,11 +23,6 @@ def header_bytes(first_line: str, headers: Iterable[tuple[bytes, bytes]]) -> int
     return len(first_line) + 2 + sum(len(name) + len(value) + 4 for name, value in headers) + 2
 
 
-def chunk_bytes(size: int) -> int:
-    """What a body of unknown length takes beside each of its pieces: the length in hex, and twice CR LF (RFC 9112, 7.1)."""
-    return len(f"{size:x}") + 4
-
-
 def chunked_bytes(size: int) -> int:
     """What a piece of a body without a length takes on the wire (RFC 9112, 7.1); 0 bytes end the body."""
     return len(f"{size:x}") + 2 + size + 2

@@ -16,17 +16,16 @@ import tempfile
 from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, cast
 
 import aiofiles
+import msgspec
 
 from relay.engines.encoders import EncoderDiedError
 from relay.engines.engine_pool import Engines
 from relay.errors import (
     ChunkInvalid,
     ChunkMissing,
-    NotFoundError,
     RefusedError,
     UntrustedError,
 )
@@ -34,6 +33,8 @@ from relay.package.manifest import Manifest
 from relay.package.part_reader import parts_of_chunks
 from relay.package.recipe import Blob, Opaque, Recipe
 from relay.package.zip_reader import Entry, walk
+from relay.protocol.messages import ExactLacks
+from relay.protocol.not_exact import NotExactError
 from relay.rebuild.rebuilder import RebuildError, rebuild
 from relay.rebuild.recipe_store import Recipes
 from relay.rebuild.zip_layout import verbatim_bytes
@@ -48,41 +49,6 @@ log = logging.getLogger(__name__)
 AT_ONCE: Final = 2
 """Nupkgs that are made or taken at the same time; later ones wait."""
 _CHECKED_MAX: Final = 100_000
-
-Progress = Callable[[int, int], None]
-"""Bytes of the nupkg that are done, and all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lacks:
-    """What stands between a store and an identical nupkg."""
-
-    recipe: bool = False
-    """There is none, or the one that was here gave another file."""
-    encoders: tuple[str, ...] = ()
-    """Those that the recipe names and this side has not."""
-    verbatim_bytes: int = 0
-    """Bytes that no encoder makes; they are not here."""
-    chunks: bool = False
-    """Chunks are damaged or gone."""
-
-    def __str__(self) -> str:
-        told = (
-            "there is no recipe that gives it" if self.recipe else "",
-            f"the encoder {', '.join(self.encoders)} is not there" if self.encoders else "",
-            f"{self.verbatim_bytes} verbatim bytes are not there" if self.verbatim_bytes else "",
-            "chunks are damaged or gone" if self.chunks else "",
-        )
-        return " and ".join(filter(None, told)) or "nobody says why"
-
-
-class NotExactError(NotFoundError):
-    """The identical nupkg is not here, and cannot be made here."""
-
-    def __init__(self, package: object, lacks: Lacks, where: str = "here") -> None:
-        hint = "Send the package again with 'waystation package replicate --exact', or give the relay a parent"
-        super().__init__(f"the identical nupkg of {package} cannot be had {where}: {lacks}", hint=hint)
-        self.lacks = lacks
 
 
 class Nupkgs:
@@ -251,22 +217,24 @@ class Nupkgs:
             if lacks is None:
                 return
             if parent is None:
-                raise NotExactError(manifest.package, lacks)
+                raise _not_exact(manifest, lacks)
             await self._take_whole(manifest, lacks, parent)
 
-    async def _rebuild(self, manifest: Manifest, recipe: Recipe | None, parent: RelayClient | None) -> Lacks | None:
+    async def _rebuild(
+        self, manifest: Manifest, recipe: Recipe | None, parent: RelayClient | None
+    ) -> ExactLacks | None:
         """Make it of chunks and keep it; what was lacking, or None when it is done."""
         if recipe is None:
-            return Lacks(recipe=True)
+            return ExactLacks(recipe=True)
         if isinstance(recipe.records, Opaque):
-            return Lacks(verbatim_bytes=manifest.nupkg.size)
+            return ExactLacks(verbatim_bytes=manifest.nupkg.size)
         async with self._engines.use(recipe.encoders) as encoders:
-            lacks = Lacks(encoders=tuple(sorted(recipe.encoders - set(encoders.names()))))
+            lacks = ExactLacks(encoders=tuple(sorted(recipe.encoders - set(encoders.names()))))
             blob = recipe.verbatim
             # Without an encoder the bytes are no use: the parent is asked for the whole file, not for them first.
             if blob is not None and not await self._has_verbatim(manifest, blob, None if lacks.encoders else parent):
-                lacks = replace(lacks, verbatim_bytes=blob.size)
-            if lacks != Lacks():
+                lacks = msgspec.structs.replace(lacks, verbatim_bytes=blob.size)
+            if lacks != ExactLacks():
                 return lacks
             verbatim = None if recipe.verbatim is None else self._store.blobs.read(recipe.verbatim.id)
             output = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
@@ -277,23 +245,23 @@ class Nupkgs:
             except RebuildError as error:
                 log.warning("the recipe of %s lies, it is forgotten: %s", manifest.package, error)
                 await self.recipes.forget(manifest.nupkg.sha256)
-                return Lacks(recipe=True)
+                return ExactLacks(recipe=True)
             except (ChunkInvalid, ChunkMissing) as error:
                 return await self._damaged(manifest, recipe, error)
             except EncoderDiedError as error:
                 log.warning("no nupkg of %s: %s", manifest.package, error)
-                return Lacks(encoders=tuple(sorted(recipe.encoders)))
+                return ExactLacks(encoders=tuple(sorted(recipe.encoders)))
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(output)
         self.rebuilt += 1
         return None
 
-    async def _damaged(self, manifest: Manifest, recipe: Recipe, error: ChunkInvalid | ChunkMissing) -> Lacks:
+    async def _damaged(self, manifest: Manifest, recipe: Recipe, error: ChunkInvalid | ChunkMissing) -> ExactLacks:
         log.warning("no nupkg of %s: %s", manifest.package, error)
         if recipe.verbatim is not None and error.id == recipe.verbatim.id:
-            return Lacks(verbatim_bytes=recipe.verbatim.size)
-        return Lacks(chunks=True)
+            return ExactLacks(verbatim_bytes=recipe.verbatim.size)
+        return ExactLacks(chunks=True)
 
     # --- the parent
 
@@ -320,7 +288,7 @@ class Nupkgs:
             return False
         return True
 
-    async def _take_whole(self, manifest: Manifest, lacks: Lacks, parent: RelayClient) -> None:
+    async def _take_whole(self, manifest: Manifest, lacks: ExactLacks, parent: RelayClient) -> None:
         """The file itself. Raises `NotExactError`, `UnreachableError`, `StoreError`."""
         try:
             async with (
@@ -331,7 +299,7 @@ class Nupkgs:
                 await self._store.blobs.put_file(manifest.nupkg.sha256, path)
         except (RefusedError, UntrustedError) as error:
             log.warning("no nupkg of %s from %s: %s", manifest.package, parent.url, error)
-            raise NotExactError(manifest.package, lacks) from error
+            raise _not_exact(manifest, lacks) from error
 
     @asynccontextmanager
     async def _spooled(self, pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[str]:
@@ -359,6 +327,10 @@ class Nupkgs:
 def _closing(pieces: AsyncIterator[bytes]) -> aclosing[AsyncGenerator[bytes, None]]:
     """What reads a blob is a generator, whatever the contract calls it."""
     return aclosing(cast("AsyncGenerator[bytes, None]", pieces))
+
+
+def _not_exact(manifest: Manifest, lacks: ExactLacks) -> NotExactError:
+    return NotExactError(f"the identical nupkg of {manifest.package} cannot be had here", lacks)
 
 
 async def _recipe_of(parent: RelayClient, manifest: Manifest) -> Recipe | None:

@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from typing import BinaryIO, Final, NamedTuple, cast
 
@@ -23,12 +23,10 @@ from relay.package.manifest import Manifest
 from relay.package.part_reader import PartReader
 from relay.package.recipe import STORED_AS_IS, VERBATIM, Opaque, Recipe, Step, steps
 from relay.rebuild.zip_layout import Layout
+from relay.support.progress import Progress
 
 _IN_MEMORY: Final = 512 << 10
 """Bytes of a part's deflate that wait in memory for their turn; more wait in a file."""
-
-Progress = Callable[[int, int], None]
-"""Bytes of the nupkg that are done, and all of them."""
 
 
 class RebuildError(UntrustedError):

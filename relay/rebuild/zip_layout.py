@@ -15,7 +15,7 @@ from relay.package.recipe import (
     Blob,
     Canonical,
     Feeding,
-    Literally,
+    LiteralRecords,
     Opaque,
     Recipe,
     Use,
@@ -77,7 +77,7 @@ class Layout:
         return bytes(self._directory) + end
 
     def _cut(self, place: int) -> bytes:
-        records = cast("Literally", self._records)
+        records = cast("LiteralRecords", self._records)
         self._at += records.lengths[place]
         return records.records[self._at - records.lengths[place] : self._at]
 
@@ -87,7 +87,7 @@ def _runs_of_differences(runs: Iterable[tuple[int, int]]) -> Iterator[int]:
     return chain.from_iterable(chain((value,), repeat(0, count - 1)) for value, count in runs)
 
 
-def describe(file: BinaryIO, entries: Sequence[Entry], manifest: Manifest) -> Iterator[Canonical | Literally]:
+def describe(file: BinaryIO, entries: Sequence[Entry], manifest: Manifest) -> Iterator[Canonical | LiteralRecords]:
     """The records of a walked nupkg in every form that gives them back, the shortest first.
 
     Args:
@@ -103,11 +103,11 @@ def describe(file: BinaryIO, entries: Sequence[Entry], manifest: Manifest) -> It
     if canonical is not None and _gives(canonical, gaps, entries, manifest):
         yield canonical
     if spare <= RECIPE_MAX:
-        yield Literally(tuple(map(len, gaps)), b"".join(gaps))
+        yield LiteralRecords(tuple(map(len, gaps)), b"".join(gaps))
 
 
 def compose(
-    records: Canonical | Literally,
+    records: Canonical | LiteralRecords,
     entries: Sequence[Entry],
     manifest: Manifest,
     made: Sequence[tuple[str, Feeding]],

@@ -133,7 +133,8 @@ class RelayApp:
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
         pieces = metrics.counted(body_pieces(request, self._limits, messages.BUNDLE_BODY_MAX), metrics.RECEIVED)
-        with budget_of(request, self._limits).reserve(_BUNDLE_MEMORY):
+        with budget_of(request, self._limits).place() as place:
+            place.take(_BUNDLE_MEMORY)
             answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
         metrics.CHUNKS.labels("held").inc(answer.held)

@@ -1,12 +1,11 @@
-"""Chunks on their way into the store: whoever waits for one hangs on the one flight that brings it."""
+"""Chunks on their way into the store: all that wait for one hang on the one flight that brings it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 from weakref import WeakValueDictionary
 
@@ -19,21 +18,21 @@ from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
 from relay.server import metrics
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
-from relay.transfer.encoder_pool import Growing, Payloads, RunSpec
+from relay.transfer.encoder_pool import Growing, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
 """Chunks made durable in one go: few enough that readers who wait for them wait briefly."""
-QUEUE_BYTES = 8 << 20
+QUEUE_BYTES = 4 << 20
 """Verified chunks of one sender that wait to be written; more make the sender wait."""
 
 
 class Arrivals:
-    """Who waits for which chunk."""
+    """The flights of chunks that are waited for."""
 
     def __init__(self) -> None:
-        # Weak: a flight that nobody waits for any more is forgotten by itself.
+        # Weak: a flight without a waiter is forgotten by itself.
         self._waiting: WeakValueDictionary[ChunkId, asyncio.Event] = WeakValueDictionary()
 
     def landed(self, ids: Sequence[ChunkId]) -> None:
@@ -131,7 +130,7 @@ class Landing:
         return batch
 
 
-class Shelf:
+class ArrivingChunks:
     """The chunks of a relay as a reader meets them: here, on their way, or neither."""
 
     def __init__(self, store: ChunkReader, arrivals: Arrivals, is_arriving: Callable[[Manifest], bool]) -> None:
@@ -152,7 +151,7 @@ class Shelf:
             return None
 
     async def open(self, manifest: Manifest, index: int, patience: float) -> StoredChunk | None:
-        """The chunk; None where it is not here and nobody brings it.
+        """The chunk; None where it is neither here nor on its way.
 
         Raises:
             TimeoutError: it did not arrive within `patience` seconds.
@@ -182,7 +181,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
     def tap(run: Places, bases: Places, encoding: Encoding) -> Sink | None:
         if len(run) < 2 and not bases:
             return None
-        spec = RunSpec(
+        spec = PayloadSpec(
             tuple(known[manifest].chunk_id(index) for manifest, index in run),
             tuple(known[manifest].chunk_id(index) for manifest, index in bases),
             Coding(encoding, 0),
@@ -197,7 +196,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
 class _Adoption:
     """Hands what a decoder tells in its thread to the loop, in order."""
 
-    def __init__(self, payloads: Payloads, spec: RunSpec, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, payloads: Payloads, spec: PayloadSpec, loop: asyncio.AbstractEventLoop) -> None:
         self._payloads = payloads
         self._spec = spec
         self._loop = loop
@@ -225,75 +224,3 @@ class _Adoption:
         # A loop that is closed has no readers any more.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(what)
-
-
-class Room:
-    """Bytes of memory that several take in turn, first come, first served."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._used = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @contextmanager
-    def place(self) -> Iterator[Place]:
-        """A place in it, with nothing taken yet."""
-        place = Place(self)
-        try:
-            yield place
-        finally:
-            place.give_back()
-
-    async def take(self, size: int) -> None:
-        """Wait for `size` bytes. Whoever is alone gets them, whatever the size: else it would wait for ever."""
-        ticket = asyncio.get_running_loop().create_future()
-        asked = (size, ticket)
-        self._queue.append(asked)
-        self._look()
-        try:
-            await ticket
-        except asyncio.CancelledError:
-            if asked in self._queue:
-                self._queue.remove(asked)
-                self._look()
-            else:
-                self.give_back(size)
-            raise
-
-    def give_back(self, size: int) -> None:
-        self._used -= size
-        self._look()
-
-    def _look(self) -> None:
-        while self._queue:
-            size, ticket = self._queue[0]
-            if self._used and self._used + size > self._size:
-                return
-            self._queue.popleft()
-            self._used += size
-            if not ticket.done():
-                ticket.set_result(None)
-
-
-class Place:
-    """What one holds of a `Room`."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._held = 0
-
-    async def take(self, size: int, seconds: float) -> bool:
-        """Hold `size` bytes in place of what was held; False, and nothing held, where they were not free in time."""
-        self.give_back()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._room.take(size)
-        except TimeoutError:
-            return False
-        self._held = size
-        return True
-
-    def give_back(self) -> None:
-        """Hold nothing. Twice is once."""
-        held, self._held = self._held, 0
-        self._room.give_back(held)

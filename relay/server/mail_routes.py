@@ -18,8 +18,9 @@ from relay.protocol import messages
 from relay.server import metrics
 from relay.server.http.access import DRAINING, add, long_poll
 from relay.server.http.bodies import body_pieces, budget_of, json_answer, parse_json_aside
-from relay.server.http.connection import Budget, Limits
+from relay.server.http.connection import Limits
 from relay.server.http.problems import HttpRefusal
+from relay.support.byte_budget import ByteBudget
 
 T = TypeVar("T")
 
@@ -47,8 +48,8 @@ class MailRoutes:
         self._mail = mail
         self._limits = limits
         self._presences = Presences(limits.agents)
-        self._order_budget = Budget(limits.mail_bytes_in_flight)
-        self._agent_budget = Budget(limits.mail_bytes_in_flight)
+        self._order_budget = ByteBudget(limits.mail_bytes_in_flight)
+        self._agent_budget = ByteBudget(limits.mail_bytes_in_flight)
         metrics.MAIL_BYTES.set(mail.kept_bytes)
 
     def add_to(self, app: web.Application) -> None:
@@ -153,7 +154,7 @@ class MailRoutes:
 
     @contextlib.asynccontextmanager
     async def _body(
-        self, request: web.Request, budget: Budget, type: type[T], cap: int | None = None
+        self, request: web.Request, budget: ByteBudget, type: type[T], cap: int | None = None
     ) -> AsyncIterator[T]:
         """The JSON body as a `type`, its bytes counted in `budget` until the context ends.
 
@@ -165,9 +166,9 @@ class MailRoutes:
             raise HttpRefusal(415, "media_type")
         most = min(self._limits.json_bytes, cap or self._limits.json_bytes)
         raw = bytearray()
-        with budget.reserve(0) as take:
+        with budget.place() as place:
             async for piece in body_pieces(request, self._limits, most):
-                take(len(piece))
+                place.take(len(piece))
                 raw += piece
             yield await parse_json_aside(bytes(raw), type, self._limits.json_depth)
 

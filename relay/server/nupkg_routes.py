@@ -20,7 +20,8 @@ from relay.package.manifest import Manifest
 from relay.package.recipe import from_wire, parse_recipe
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.rebuild.nupkgs import NotExactError, Nupkgs
+from relay.protocol.not_exact import NotExactError
+from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
 from relay.server.http.access import add
 from relay.server.http.bodies import body_pieces, json_answer, read_body, write_guarded
@@ -61,10 +62,7 @@ class RebuildRoutes:
         try:
             await self._nupkgs.ensure(manifest)
         except NotExactError as error:
-            lacks = messages.ExactLacks(
-                error.lacks.recipe, error.lacks.encoders, error.lacks.verbatim_bytes, error.lacks.chunks
-            )
-            return problem(404, "not_exact", extra={"lacks": msgspec.to_builtins(lacks)}, cause=error)
+            return problem(404, "not_exact", extra={"lacks": msgspec.to_builtins(error.lacks)}, cause=error)
         sha256, size = manifest.nupkg.sha256, manifest.nupkg.size
         return await self._stream(request, self._nupkgs.read(manifest), size, sha256)
 

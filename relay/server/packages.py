@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,7 +24,7 @@ from relay.encoding.bundle import (
     RunRefused,
 )
 from relay.encoding.choose_bases import Held
-from relay.encoding.holdings import StoreHoldings, answer, next_events, size_of
+from relay.encoding.holdings import BoundedHoldings, Holdings, answer, next_events
 from relay.errors import (
     ChunkInvalid,
     ChunkMissing,
@@ -43,20 +43,22 @@ from relay.protocol import messages
 from relay.protocol.packed_envelope import unpack_envelope
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Arrivals, Landing, Place, Room, Shelf, adopting
+from relay.server.arrivals import Arrivals, ArrivingChunks, Landing, adopting
 from relay.server.bundle_answer import ANYBODY, Ground, Reader, give
 from relay.server.leases import Leases
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.contract import StoredChunk
 from relay.stores.open import Store
+from relay.support.byte_budget import ByteBudget
 from relay.transfer.encoder_pool import Payloads
 
 log = logging.getLogger(__name__)
 
+_KEPT_BYTES: Final = 12 << 20
+"""Bytes of finished payloads that a relay keeps: all of a common package, and of a large one enough, as readers take what is
+kept first, wherever in the package it stands, and so meet at the same runs. With 64 MiB a relay encoded no less."""
 _BASES_BYTES: Final = 192 << 20
 """Bytes that the bases of all incoming runs take together, as they are read and as they are joined."""
-_ROOM_SECONDS: Final = 20.0
-"""How long a run waits for its share of them, before it is refused and a plain one follows."""
 
 
 class UnknownManifestError(NotFoundError):
@@ -81,23 +83,6 @@ class _Outcome:
     refused: list[messages.RefusedRun] = field(default_factory=list)
 
 
-class _Bases:
-    """What the runs of one incoming bundle build on: one run's bases at a time, within what all bundles may hold."""
-
-    def __init__(self, holdings: StoreHoldings, known: Mapping[ManifestId, Manifest], place: Place) -> None:
-        self._holdings = holdings
-        self._known = known
-        self._place = place
-
-    async def provide(self, needs: NeedsBases) -> None:
-        """Answer, if the bases are here and there is memory for them soon; else the run is refused, and a plain one follows."""
-        # Once as they are read, once as they are joined.
-        if not await self._place.take(2 * size_of(needs.bases, self._known), _ROOM_SECONDS):
-            log.warning("bundle: no memory for the bases of a run")
-        elif not await answer(needs, self._holdings):
-            log.warning("bundle: a run builds on chunks that are not here")
-
-
 class Transfer:
     """One relay's packages, as senders and readers meet them."""
 
@@ -115,10 +100,10 @@ class Transfer:
         self._store = store.chunks
         self._recipes = Recipes(store)
         self._arrivals = Arrivals()
-        self._shelf = Shelf(self._store, self._arrivals, self._is_arriving)
-        self.room = Room(_BASES_BYTES)
+        self._chunks = ArrivingChunks(self._store, self._arrivals, self._is_arriving)
+        self.room = ByteBudget(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
-        self.payloads = Payloads(self._store)
+        self.payloads = Payloads(self._store, kept_bytes=_KEPT_BYTES)
         self.rates = rates
 
     @property
@@ -205,7 +190,7 @@ class Transfer:
         async with AsyncExitStack() as stack:
             place = stack.enter_context(self.room.place())
             landing = await stack.enter_async_context(Landing(self._store, self._arrivals))
-            bases = _Bases(StoreHoldings(self._store, known), known, place)
+            bases = BoundedHoldings(self._store, known, place)
             try:
                 async for piece in body:
                     batches = decoder.feed(piece)
@@ -219,7 +204,7 @@ class Transfer:
         await self.leases.use(lease_id)
         return messages.BundleAnswer(landing.stored, outcome.held, tuple(outcome.refused))
 
-    async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome, bases: _Bases) -> None:
+    async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome, bases: Holdings) -> None:
         arrived = [event.chunk for event in events if isinstance(event, Received)]
         here = await self._store.has_many(chunk.id for chunk in arrived) if arrived else set()
         for chunk in _each_once(arrived):
@@ -233,7 +218,8 @@ class Transfer:
                 outcome.incoming.refused(event)
                 outcome.refused.extend(_refused(event))
             elif isinstance(event, NeedsBases):
-                await bases.provide(event)
+                if not await answer(event, bases):
+                    log.warning("bundle: the bases of a run cannot be given")
             elif isinstance(event, NotSent | Aborted):
                 raise FrameError("a sender's bundle holds data frames only")
 
@@ -301,7 +287,7 @@ class Transfer:
 
         Where the store's medium fails before a chunk has begun, the bundle says so and ends.
         """
-        return give(wanted, reader, Ground(self._shelf, self.payloads, self._arriving_seconds, self.rates))
+        return give(wanted, reader, Ground(self._chunks, self.payloads, self._arriving_seconds, self.rates))
 
     async def chunk(self, id: ChunkId) -> StoredChunk:
         """One chunk, awaited where it is on its way here.
@@ -318,7 +304,7 @@ class Transfer:
             if manifest is None:
                 raise
         try:
-            found = await self._shelf.open(manifest, manifest.index_of[id], self._arriving_seconds)
+            found = await self._chunks.open(manifest, manifest.index_of[id], self._arriving_seconds)
         except TimeoutError as error:
             raise UnreachableError("this chunk is still on its way here", retry_after=1.0) from error
         if found is None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.encoding.bundle import Places, Received, Sink
-from relay.encoding.choose_bases import Held, worth_asking
+from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX, Held, worth_asking
 from relay.encoding.codecs import Encoding
-from relay.encoding.holdings import Holdings, StoreHoldings, size_of
+from relay.encoding.holdings import BoundedHoldings, Holdings
 from relay.encoding.planner import Line
 from relay.errors import (
-    ChunkMissing,
     NotFoundError,
     RefusedError,
     StoreError,
@@ -33,10 +32,11 @@ from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
-from relay.server.arrivals import Landing, Place, adopting
+from relay.server.arrivals import Landing, adopting
 from relay.server.packages import ChunksMissingError, Transfer
 from relay.stores.catalog import Pointer
 from relay.stores.open import Store
+from relay.support.byte_budget import Place
 from relay.support.persistence import Persistence
 from relay.support.rate_limit import Pacer
 from relay.transfer.download import (
@@ -56,13 +56,7 @@ UNKNOWN_SECONDS = 20.0
 PERSISTENCE = Persistence(first_pause=0.5, longest_pause=10.0, longest_asked=10.0, failures=4, patience=60.0)
 """With the source. Its patience is also for chunks that are still on their way there, and none comes."""
 _UNTIL_KNOWN = Persistence(first_pause=0.5, longest_pause=0.5)
-_MOSTLY_NEW = 0.05
-"""Share of a package that must be missing for packages of other names to be looked into."""
 _RENEW_SECONDS = 60.0
-_ROOM_SECONDS = 20.0
-"""For memory for the bases of a run."""
-_OTHERS_MAX = 256
-"""Packages of other names that are looked through for parts that are in this one, too."""
 
 
 @dataclass(slots=True)
@@ -83,23 +77,6 @@ class DownloadState:
     @property
     def encodings(self) -> tuple[messages.EncodedBytes, ...]:
         return tuple(sum_encodings(self.tallies.values()))
-
-
-class _BoundedHoldings:
-    """Holdings that are read when there is memory for them: once as they are read, once as they are joined."""
-
-    def __init__(self, holdings: StoreHoldings, known: Mapping[ManifestId, Manifest], place: Place) -> None:
-        self.held: Sequence[Held] = holdings.held
-        self._holdings = holdings
-        self._known = known
-        self._place = place
-
-    async def load(self, places: Places) -> list[bytes]:
-        """As `Holdings.load`."""
-        if not await self._place.take(2 * size_of(places, self._known), _ROOM_SECONDS):
-            # A run whose bases are not given is refused, and asked for plainly.
-            raise ChunkMissing(self._known[places[0][0]].chunk_id(places[0][1]))
-        return await self._holdings.load(places)
 
 
 class RelayDownload(Receiver):
@@ -237,7 +214,7 @@ class RelayDownload(Receiver):
         newest = await self._newest_other()
         if newest is not None and missing:
             known[newest.id] = newest
-        if sum(manifest.chunks[index].size for index in missing) > _MOSTLY_NEW * manifest.stream_size:
+        if manifest.size_of(missing) > MOSTLY_NEW * manifest.stream_size:
             others = await self._others()
             asked = await asyncio.to_thread(worth_asking, manifest, sorted(missing), others)
             known |= {other.id: other for other in others if other.id in asked}
@@ -246,13 +223,13 @@ class RelayDownload(Receiver):
         # Held before the source builds on them.
         await self._transfer.leases.use(lease, known)
         held = [Held(each, ((0, len(each.chunks)),)) for each in known.values()]
-        return _BoundedHoldings(StoreHoldings(self._store.chunks, known, held), known, place)
+        return BoundedHoldings(self._store.chunks, known, place, held)
 
     async def _others(self) -> list[Manifest]:
         """The newest version of packages of other names that are here."""
         newest = {pointer.id.lower(): pointer for pointer in self._transfer.catalog.all()}
         newest.pop(self._package.id.key, None)
-        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:_OTHERS_MAX]
+        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:OTHERS_MAX]
         found = [await self._transfer.catalog.manifest(pointer.manifest_id) for pointer in some]
         return [manifest for manifest in found if manifest is not None]
 

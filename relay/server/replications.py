@@ -1,6 +1,6 @@
-"""Packages that this relay fetches from another one because it was told to: one flight for each, however many ask.
+"""Packages that this relay fetches from another one on request: one flight for each, however many ask.
 
-A flight belongs to the relay, not to who asked: it goes on when its watchers are gone, and ends with the relay.
+A flight belongs to the relay, not to its request: it goes on when its watchers are gone, and ends with the relay.
 What came stays; asked again, it goes on from there.
 """
 
@@ -39,13 +39,13 @@ AT_ONCE: Final = 3
 TELL_SECONDS: Final = 0.5
 """Between two lines of progress, where something came."""
 UNHEARD_SECONDS: Final = 60.0
-"""How long one that ended well while nobody listened can still be joined: who was cut off learns what it moved."""
+"""How long one that ended well without a watcher can still be joined: a watcher that was cut off learns what it moved."""
 SILENCE_SECONDS: Final = 2.0
-"""Between two lines of progress at most: who watches knows that we are there."""
+"""Between two lines of progress at most: watchers know that we are there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReplicationOrder:
     """What to fetch, and from where."""
 
     package: PackageRef
@@ -56,7 +56,10 @@ class Flight:
     """One package on its way here."""
 
     def __init__(
-        self, order: Order, bring: Callable[[DownloadState], Coroutine[Any, Any, None]], places: asyncio.Semaphore
+        self,
+        order: ReplicationOrder,
+        bring: Callable[[DownloadState], Coroutine[Any, Any, None]],
+        places: asyncio.Semaphore,
     ) -> None:
         """Begin at once, or as soon as one of `places` is free."""
         self.order = order
@@ -201,7 +204,7 @@ class Replications:
     async def begin(self, request: messages.ReplicationRequest) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
 
-        One that fetches from elsewhere ends first: whoever asks last knows best which relays are alive.
+        One that fetches from elsewhere ends first: the last request knows best which relays are alive.
 
         Raises:
             HttpRefusal: 403 `unknown_peer`; 400 `bad_fields` where id or version are none.
@@ -225,7 +228,7 @@ class Replications:
         """Stop all flights. What came is kept. Twice is once."""
         await asyncio.gather(*(flight.stop() for flight in self._flights.values()))
 
-    async def _bring(self, order: Order, client: RelayClient, state: DownloadState) -> None:
+    async def _bring(self, order: ReplicationOrder, client: RelayClient, state: DownloadState) -> None:
         async with client:
             pacer = self._pacer(order.request)
             await RelayDownload(order.package, order.request, client, self._transfer, self._store, state, pacer).run()
@@ -243,9 +246,9 @@ class Replications:
         self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
-def _order(request: messages.ReplicationRequest) -> Order:
+def _order(request: messages.ReplicationRequest) -> ReplicationOrder:
     try:
         package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
     except IdentityError as error:
         raise HttpRefusal(400, "bad_fields") from error
-    return Order(package, request)
+    return ReplicationOrder(package, request)

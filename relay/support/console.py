@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
+from relay.support.progress import Bar, Progress
+
 T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 token_file_option = click.option(
-    "--token-file", metavar="FILE", help="File with the relay's bearer token (or WAYSTATION_TOKEN).", default=None
+    "--token-file", metavar="FILE", help="File with the relay's bearer token. [default: the token in $WAYSTATION_TOKEN]"
 )
 ca_file_option = click.option(
-    "--ca-file", metavar="FILE", help="Authority that signs the relays' certificates (PEM).", default=None
+    "--ca-file",
+    metavar="FILE",
+    help="The authority that signs the relay's certificate (PEM), where it is a private one.",
 )
 
 
@@ -39,13 +43,14 @@ def print_json(document: object) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Gives a function that makes a named bar: call that with (done, whole) in bytes. Silent where nobody watches."""
+def progress_bars() -> Iterator[Bar]:
+    """Gives what makes bars. They are silent where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda _name: lambda _done, _whole: None
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -54,9 +59,9 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
-        def bar(name: str) -> Callable[[int, int], None]:
+        def bar(name: str) -> Progress:
             task = progress.add_task(printable(name), total=None)
             return lambda done, whole: progress.update(task, completed=done, total=whole)
 

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -17,11 +15,11 @@ from typing import Any, Self
 
 import pytest
 import yaml
+from harness.process import Done, run
 from harness.support import depot_with, make_nupkg, noise, running_relay
 
 from agent.trees.installed import AgentState
 
-WAYSTATION = Path(sys.executable).with_name("waystation")
 FILES = {"bin/app": b"#!/bin/sh\nexit 0\n", "lib.dll": noise("lib", 300_000), "empty": b""}
 NEWER = {**FILES, "readme.txt": b"New."}
 ULID = r"[0-9A-HJKMNP-TV-Z]{26}"
@@ -73,30 +71,23 @@ class Agent:
     def __init__(self, folder: Path) -> None:
         self.home = folder / "home" / "agent"
         self.root = folder / "root"
-        self._environment = {**os.environ, "WAYSTATION_HOME": str(folder / "home")}
+        self._home = folder / "home"
 
-    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [WAYSTATION, "agent", *words],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            env=self._environment,
-        )
+    def __call__(self, *words: object) -> Done:
+        return run(self._home, "agent", *words)
 
     def json(self, *words: str, code: int = 0) -> Any:
         done = self(*words, "--json")
-        assert done.returncode == code, done.stderr
-        return json.loads(done.stdout)
+        assert done.code == code, done.err
+        return json.loads(done.out)
 
     def refused(self, *words: str, code: int = 1) -> str:
         """What it says on standard error: one sentence and a hint, never a traceback, and nothing on standard output."""
         done = self(*words)
-        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert done.stdout == ""
-        return done.stderr
+        assert done.code == code, (done.code, done.out, done.err)
+        assert "Traceback" not in done.err
+        assert done.out == ""
+        return done.err
 
 
 @pytest.fixture
@@ -120,8 +111,8 @@ def test_init_makes_keys_and_configuration_and_prints_the_fingerprint(agent: Age
         "--resolver", "127.0.0.1:53", "--scheme", "http", "--relay", "http://10.0.0.1:7400", "--relay", "disk:/mnt/dfs",
     )  # fmt: skip
 
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^fingerprint sha256:[0-9a-f]{64}$", done.stdout, re.MULTILINE)
+    assert done.code == 0, done.err
+    assert re.search(r"^fingerprint sha256:[0-9a-f]{64}$", done.out, re.MULTILINE)
     assert yaml.safe_load((agent.home / "agent.yaml").read_text()) == {
         "name": "web7", "site": "fra", "domain": "example.net", "resolver": "127.0.0.1:53", "scheme": "http",
         "relays": ["http://10.0.0.1:7400", "disk:/mnt/dfs"],
@@ -142,8 +133,8 @@ def test_inits_json_has_its_documented_shape(agent: Agent) -> None:
 def test_init_without_trust_says_what_is_missing(agent: Agent) -> None:
     done = agent("init")
 
-    assert done.returncode == 0
-    assert "trust.json" in done.stderr
+    assert done.code == 0
+    assert "trust.json" in done.err
 
 
 def test_a_second_init_changes_nothing(ready: Agent) -> None:
@@ -201,10 +192,10 @@ def test_the_same_pull_again_is_done_already(ready: Agent) -> None:
     first = ready(*words)
     again = ready(*words)
 
-    assert first.returncode == again.returncode == 0
-    assert "is already at" in again.stdout
-    assert "current names it now" in first.stdout
-    assert "current named it already" in again.stdout
+    assert first.code == again.code == 0
+    assert "is already at" in again.out
+    assert "current names it now" in first.out
+    assert "current named it already" in again.out
     assert len(os.listdir(ready.root / "releases")) == 1
 
 
@@ -213,9 +204,9 @@ def test_a_next_version_takes_from_the_disk_what_is_there(ready: Agent) -> None:
 
     done = ready("pull", "Acme.Web", "1.1.0-beta.2", "--root", str(ready.root))
 
-    assert done.returncode == 0, done.stderr
-    assert "from trees already here" in done.stdout
-    assert re.search(rf"releases/1\.1\.0-beta\.2-{ULID}", done.stdout)
+    assert done.code == 0, done.err
+    assert "from trees already here" in done.out
+    assert re.search(rf"releases/1\.1\.0-beta\.2-{ULID}", done.out)
 
 
 def test_a_digest_needs_no_trust(agent: Agent, world: World) -> None:
@@ -263,9 +254,9 @@ def test_a_relay_that_is_not_there_is_named_with_the_next_step(ready: Agent) -> 
 def test_what_cannot_be_meant_is_told_with_what_is_expected(ready: Agent, words: list[str], told: str) -> None:
     done = ready("pull", *words, "--root", str(ready.root))
 
-    assert done.returncode in {1, 2}
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code in {1, 2}
+    assert told in done.err
+    assert "Traceback" not in done.err
     assert not ready.root.exists()
 
 
@@ -320,9 +311,9 @@ def test_relays_shows_the_ranking_in_its_documented_shape(ready: Agent, world: W
 def test_relays_shows_why_one_cannot_be_used(ready: Agent) -> None:
     done = ready("relays", "--relay", "http://127.0.0.1:1")
 
-    assert done.returncode == 0
-    assert "http://127.0.0.1:1" in done.stdout
-    assert "cannot be reached" in done.stdout
+    assert done.code == 0
+    assert "http://127.0.0.1:1" in done.out
+    assert "cannot be reached" in done.out
 
 
 def test_after_a_pull_the_relay_in_use_is_shown_with_its_goodput(ready: Agent) -> None:
@@ -355,11 +346,11 @@ def test_verify_reads_every_byte(ready: Agent) -> None:
         "lib.dll": "other content",
         "added\n\x1b[31m": "not part of the package",
     }
-    assert text.returncode == 1
-    assert "differs" in text.stdout
-    assert "lib.dll: other content" in text.stdout
-    assert "\x1b" not in text.stdout, "a file's name drives the terminal"
-    assert "Pull it again" in text.stderr
+    assert text.code == 1
+    assert "differs" in text.out
+    assert "lib.dll: other content" in text.out
+    assert "\x1b" not in text.out, "a file's name drives the terminal"
+    assert "Pull it again" in text.err
 
 
 def test_what_verify_finds_a_pull_mends(ready: Agent) -> None:
@@ -395,24 +386,24 @@ def test_verify_says_that_a_manifest_is_lost(ready: Agent, world: World) -> None
 def test_verify_of_nothing_is_no_error(agent: Agent) -> None:
     done = agent("verify")
 
-    assert done.returncode == 0
-    assert "no tree is installed" in done.stdout
+    assert done.code == 0
+    assert "no tree is installed" in done.out
 
 
-def test_every_command_has_a_help_with_an_example() -> None:
+def test_every_command_has_a_help_with_an_example(tmp_path: Path) -> None:
     for command in ("init", "pull", "relays", "verify"):
-        done = subprocess.run([WAYSTATION, "agent", command, "--help"], capture_output=True, text=True, timeout=60)
-        assert f"Example: waystation agent {command}" in done.stdout
+        done = run(tmp_path, "agent", command, "--help")
+        assert f"Example: waystation agent {command}" in done.out
 
 
 def test_init_keeps_where_the_token_is_whatever_folder_it_was_called_in(tmp_path):
     (tmp_path / "token").write_text("wst_x\n")
     home = tmp_path / "home"
     words = ["agent", "init", "--home", str(home), "--token-file", "token", "--name", "web7"]
-    done = subprocess.run([WAYSTATION, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run(tmp_path, *words, cwd=tmp_path)
+    assert done.code == 0, done.err
     assert AgentState(str(home)).config().token_file == str(tmp_path / "token")
     words[3] = str(tmp_path / "other")
-    refused = subprocess.run([WAYSTATION, *words], cwd="/", capture_output=True, text=True)
-    assert refused.returncode == 2
+    refused = run(tmp_path, *words, cwd="/")
+    assert refused.code == 2
     assert not (tmp_path / "other").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from harness import commands
 from harness.orders_kit import DEPLOYMENT, JOURNAL, OTHER, Desk, desk_in, new_signer, tree
+from harness.process import Done, Process, run
 from harness.support import Origin, Relay, depot_with, eventually, make_nupkg, running_relay
 
 from agent.orders.envelopes import order_digest, sign_order, sign_report, verify_presence, verify_report
@@ -150,9 +149,9 @@ class Place:
             RunScript(self.manifest, path, {"VAR_CANARY": str(self.canary)}, timeout=60.0), **changes
         )
 
-    async def command(self, *words: str) -> commands.Done:
+    async def command(self, *words: str) -> Done:
         told = ("agent", words[0], "--home", self.desk.home, *words[1:])
-        return await asyncio.to_thread(commands.run, self.folder / "h", *told)
+        return await asyncio.to_thread(run, self.folder / "h", *told)
 
     def runs(self) -> list[str]:
         return self.canary.read_text().splitlines() if self.canary.exists() else []
@@ -656,34 +655,24 @@ async def test_a_full_disk_refuses_the_order_and_runs_nothing(place: Place, monk
 
 @dataclass
 class AgentProcess:
-    process: subprocess.Popen[str]
+    """Awaited in a thread: the relay that it talks to lives in our loop."""
+
+    process: Process
     said: str
 
     async def kill(self) -> None:
-        self.process.kill()
-        assert (await self.end()).code == -9, "it was gone already"
+        await asyncio.to_thread(self.process.kill)
 
-    async def stop(self) -> commands.Done:
-        self.process.terminate()
-        return await self.end()
-
-    async def end(self) -> commands.Done:
-        # In a thread: the relay that it talks to lives in our loop.
-        return await asyncio.to_thread(commands.finish, self.process)
+    async def stop(self) -> Done:
+        return await asyncio.to_thread(self.process.stop)
 
 
 @asynccontextmanager
 async def agent_process(place: Place) -> AsyncIterator[AgentProcess]:
     """`waystation agent serve`, ready."""
     words = ("agent", "serve", "--home", place.desk.home, "--relay", place.relay.url)
-    process = commands.begin(place.folder / "h", *words)
-    try:
-        assert process.stdout is not None
-        yield AgentProcess(process, await asyncio.to_thread(process.stdout.readline))
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    with Process(place.folder / "h", *words) as process:
+        yield AgentProcess(process, await asyncio.to_thread(process.wait_for_line, "agent "))
 
 
 async def test_killed_while_a_script_runs_the_agent_loses_nothing_of_it(place: Place) -> None:
@@ -753,7 +742,7 @@ async def test_a_stopped_agent_leaves_the_script_alone(place: Place) -> None:
         await place.acquired()
         await place.post(order)
         await eventually(lambda: place.runs() == ["begin"])
-        assert agent.said == f"agent web1 ready at {place.relay.url}\n"
+        assert agent.said == f"agent web1 ready at {place.relay.url}"
         assert (await agent.stop()).code == 0
     go.touch()
 

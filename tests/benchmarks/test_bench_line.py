@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from harness.commands import run, serving
+from harness.process import run
+from harness.relays import RelayProcess
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ def line(*words: object) -> Result:
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("relay")
-    with serving(home, "--store", f"disk:{home / 'store'}") as served:
+    with RelayProcess(home, "--store", f"disk:{home / 'store'}") as served:
         yield served
 
 
@@ -101,7 +102,7 @@ def test_a_token_that_may_not_write_is_told_as_such(tmp_path: Path) -> None:
     made = run(tmp_path, "relay", "token", "read", "--config", config)
     file.write_text(made.out)
     config.write_text(config.read_text() + f"\nlisten: 127.0.0.1:0\nstore: disk:{tmp_path / 'store'}\n")
-    with serving(tmp_path, "--config", config) as served:
+    with RelayProcess(tmp_path, "--config", config) as served:
         done = line("--relay", served.url, "--token-file", file, "--seconds", "1")
     assert isinstance(done.exception, TokenRefusedError)
 

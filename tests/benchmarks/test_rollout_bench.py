@@ -12,8 +12,8 @@ from benchmarks import rollout
 from benchmarks.rollout import STEPS, Deployed, Farm, StepKind, measure
 from orchestrator.journal.events import (
     Dispatched,
-    Entry,
     Event,
+    JournalEntry,
     Reported,
     ServerRunDispatched,
     ServerRunEnded,
@@ -26,11 +26,11 @@ from orchestrator.journal.events import (
 # --- by arithmetic
 
 
-def entries_of(*told: tuple[float, Event]) -> list[Entry]:
-    return [Entry(number, "D", at, event) for number, (at, event) in enumerate(told, 1)]
+def entries_of(*told: tuple[float, Event]) -> list[JournalEntry]:
+    return [JournalEntry(number, "D", at, event) for number, (at, event) in enumerate(told, 1)]
 
 
-def two_turns(number: int, gap: float) -> list[Entry]:
+def two_turns(number: int, gap: float) -> list[JournalEntry]:
     """Machine a, then b, `gap` seconds later: each 1.5 s of `before` and a script."""
     told: list[tuple[float, Event]] = [(10.0, StepStarted(number, "s"))]
     for machine, at in (("a", 10.0), ("b", 10.0 + gap)):
@@ -150,18 +150,6 @@ def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Depl
 
 
 def test_an_order_that_is_not_done_ends_the_benchmark() -> None:
-    from agent.orders.orders import Report
-
-    report = Report(
-        format=1,
-        operation="D/1/a/quick/1",
-        deployment="D",
-        agent="a",
-        key="",
-        order="",
-        number=1,
-        state="failed",
-        reason="it ended with exit status 1",
-    )
+    reported = Reported("D/1/a/quick/1", "a", "failed", "it ended with exit status 1")
     with pytest.raises(RuntimeError, match="exit status 1"):
-        asyncio.run(rollout._Marks().after_report("a", report))
+        asyncio.run(rollout._Marks("D").record(reported))

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from harness.commands import run, serving
+from harness.process import run
+from harness.relays import RelayProcess
 from harness.support import make_nupkg, noise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,7 +105,7 @@ def test_a_package_of_the_depot_goes_over_a_line_like_the_one_to_a_relay_which_g
     monkeypatch.setattr(transfer, "LINE_SECONDS", 0.5)
     assert run(home, "trust", "init").code == 0
     assert run(home, "package", "add", *files).code == 0
-    with serving(tmp_path / "relay", "--store", f"disk:{tmp_path / 'store'}") as relay:
+    with RelayProcess(tmp_path / "relay", "--store", f"disk:{tmp_path / 'store'}") as relay:
         words = (ID, "1.1.0", "--base", "1.0.0", "--relay", relay.url, "--encodings", "zstd:3", "--repeat", "1")
         document = measured(*words)
         status = run(home, "relay", "status", "--relay", relay.url, "--json").json

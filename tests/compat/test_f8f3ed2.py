@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Serving, run, serving
+from harness.process import run
+from harness.relays import RelayProcess
 from old_commit import COMMIT, NotInHistoryError, take_out
 from yesterday import Agent, Yesterday
 
@@ -34,23 +35,23 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Yesterday:
 
 
 @pytest.fixture(scope="module")
-def new_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def new_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     """A relay of today that has nothing yet."""
-    with serving(tmp_path_factory.mktemp("new-relay"), "--store", "memory:") as relay:
+    with RelayProcess(tmp_path_factory.mktemp("new-relay"), "--store", "memory:") as relay:
         yield relay
 
 
 @pytest.fixture(scope="module")
-def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     """A relay of today over yesterday's store, with yesterday's mail in it."""
     folder = tmp_path_factory.mktemp("relay")
-    with serving(folder, "--store", Yesterday.unpacked(folder).relay_store) as relay:
+    with RelayProcess(folder, "--store", Yesterday.unpacked(folder).relay_store) as relay:
         yield relay
 
 
 @pytest.fixture(scope="module")
 def world(
-    tmp_path_factory: pytest.TempPathFactory, relay: Serving, new_relay: Serving
+    tmp_path_factory: pytest.TempPathFactory, relay: RelayProcess, new_relay: RelayProcess
 ) -> Iterator[tuple[Yesterday, Agent, Agent]]:
     """A copy that goes on: web1 serves at an empty relay, web2, which is out, at the one with yesterday's store."""
     copy = Yesterday.unpacked(tmp_path_factory.mktemp("world"))
@@ -69,10 +70,10 @@ def old_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def old_relay(tmp_path_factory: pytest.TempPathFactory, old_code: dict[str, str]) -> Iterator[Serving]:
+def old_relay(tmp_path_factory: pytest.TempPathFactory, old_code: dict[str, str]) -> Iterator[RelayProcess]:
     """A relay of yesterday that has nothing yet."""
     folder = tmp_path_factory.mktemp("old-relay")
-    with serving(folder, "--store", f"disk:{folder / 'store'}", **old_code) as relay:
+    with RelayProcess(folder, "--store", f"disk:{folder / 'store'}", **old_code) as relay:
         yield relay
 
 
@@ -84,7 +85,7 @@ def test_the_depot_lists_what_was_added_to_it(kept: Yesterday) -> None:
     assert {"Acme.Web 1.0.0", "Acme.Web 1.1.0", "Acme.Tools 2.0.0"} < {f"{p['id']} {p['version']}" for p in packages}
 
 
-def test_the_depot_replicates_to_a_relay_of_today(kept: Yesterday, new_relay: Serving) -> None:
+def test_the_depot_replicates_to_a_relay_of_today(kept: Yesterday, new_relay: RelayProcess) -> None:
     for version in ("1.0.0", "1.1.0"):
         kept.json("package", "replicate", "Acme.Web", version, "--relay", new_relay.url)
     assert _listed(kept, new_relay) >= {"Acme.Web 1.0.0", "Acme.Web 1.1.0"}
@@ -93,12 +94,12 @@ def test_the_depot_replicates_to_a_relay_of_today(kept: Yesterday, new_relay: Se
 # --- a relay's store
 
 
-def test_a_relay_lists_what_is_in_the_store(kept: Yesterday, relay: Serving) -> None:
+def test_a_relay_lists_what_is_in_the_store(kept: Yesterday, relay: RelayProcess) -> None:
     assert {"Acme.Web 1.0.0", "Acme.Web 1.1.0", "Acme.Tools 2.0.0"} < _listed(kept, relay)
 
 
 def test_a_new_machine_pulls_out_of_the_store_what_yesterdays_machines_have(
-    kept: Yesterday, relay: Serving, tmp_path: Path
+    kept: Yesterday, relay: RelayProcess, tmp_path: Path
 ) -> None:
     pulled = _pull(kept, _new_machine(kept, tmp_path), "1.1.0", relay)
     assert _same_files(pulled, kept.root("web1") / "current") == FILES
@@ -107,7 +108,7 @@ def test_a_new_machine_pulls_out_of_the_store_what_yesterdays_machines_have(
 
 @pytest.mark.parametrize(("id", "version"), [("Acme.Web", "1.0.0"), ("Acme.Web", "1.1.0"), ("Acme.Tools", "2.0.0")])
 def test_a_relay_gives_the_identical_nupkg(
-    kept: Yesterday, relay: Serving, tmp_path: Path, id: str, version: str
+    kept: Yesterday, relay: RelayProcess, tmp_path: Path, id: str, version: str
 ) -> None:
     """One that was made again yesterday, one by its recipe, one by its recipe and bytes that no encoder makes."""
     given = kept.json("package", "fetch", id, version, "--relay", relay.url, "--output", tmp_path / "given.nupkg")
@@ -210,21 +211,21 @@ def test_the_code_beside_todays_is_that_of_the_commit(old_code: dict[str, str]) 
     assert said.count(old_code["PYTHONPATH"]) == 3
 
 
-def test_todays_sender_replicates_to_yesterdays_relay(kept: Yesterday, old_relay: Serving) -> None:
+def test_todays_sender_replicates_to_yesterdays_relay(kept: Yesterday, old_relay: RelayProcess) -> None:
     for version in ("1.0.0", "1.1.0"):
         kept.json("package", "replicate", "Acme.Web", version, "--relay", old_relay.url)
     kept.json("package", "replicate", "Acme.Tools", "2.0.0", "--relay", old_relay.url, "--exact")
     assert _listed(kept, old_relay) >= {"Acme.Web 1.0.0", "Acme.Web 1.1.0", "Acme.Tools 2.0.0"}
 
 
-def test_todays_agent_pulls_from_yesterdays_relay(kept: Yesterday, old_relay: Serving, tmp_path: Path) -> None:
+def test_todays_agent_pulls_from_yesterdays_relay(kept: Yesterday, old_relay: RelayProcess, tmp_path: Path) -> None:
     kept.json("package", "replicate", "Acme.Web", "1.1.0", "--relay", old_relay.url)
     pulled = _pull(kept, _new_machine(kept, tmp_path), "1.1.0", old_relay)
     assert _same_files(pulled, kept.root("web1") / "current") == FILES
 
 
 def test_yesterdays_agent_pulls_from_todays_relay(
-    kept: Yesterday, new_relay: Serving, old_code: dict[str, str], tmp_path: Path
+    kept: Yesterday, new_relay: RelayProcess, old_code: dict[str, str], tmp_path: Path
 ) -> None:
     kept.json("package", "replicate", "Acme.Web", "1.1.0", "--relay", new_relay.url)
     home = _new_machine(kept, tmp_path)
@@ -234,7 +235,7 @@ def test_yesterdays_agent_pulls_from_todays_relay(
 
 
 def test_todays_orders_reach_yesterdays_agent_and_go_through_yesterdays_relay(
-    tmp_path_factory: pytest.TempPathFactory, new_relay: Serving, old_relay: Serving, old_code: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, new_relay: RelayProcess, old_relay: RelayProcess, old_code: dict[str, str]
 ) -> None:
     """web2's agent is yesterday's, at a relay of today; web1's is today's, at yesterday's relay."""
     copy = Yesterday.unpacked(tmp_path_factory.mktemp("mixed"))
@@ -250,7 +251,7 @@ def test_todays_orders_reach_yesterdays_agent_and_go_through_yesterdays_relay(
 # --- helpers
 
 
-def _listed(at: Yesterday, relay: Serving) -> set[str]:
+def _listed(at: Yesterday, relay: RelayProcess) -> set[str]:
     return {f"{one['id']} {one['version']}" for one in at.json("relay", "status", "--relay", relay.url)["packages"]}
 
 
@@ -261,7 +262,7 @@ def _new_machine(at: Yesterday, folder: Path) -> Path:
     return home
 
 
-def _pull(at: Yesterday, home: Path, version: str, relay: Serving) -> Path:
+def _pull(at: Yesterday, home: Path, version: str, relay: RelayProcess) -> Path:
     root = home.parent / "srv"
     words = ("agent", "pull", "Acme.Web", version, "--home", home, "--root", root, "--relay", relay.url)
     return Path(at.json(*words)["tree"])
@@ -295,14 +296,14 @@ def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _ask(relay: Serving, path: str, body: object = None) -> Any:
+def _ask(relay: RelayProcess, path: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{relay.url}{path}", data, {"Content-Type": "application/json"} if data else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
-def _answers(relay: Serving, operations: set[str]) -> dict[str, bytes]:
+def _answers(relay: RelayProcess, operations: set[str]) -> dict[str, bytes]:
     """The first report of each operation, as it comes to a relay that had none of them."""
     found: dict[str, bytes] = {}
     deadline = time.monotonic() + 60

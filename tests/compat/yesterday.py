@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any
 from unittest import mock
 
 import yaml
-from harness.commands import WAYSTATION, Done, Serving, environment, wait_for
+from harness.process import Done, Process, environment, wait_for
+from harness.relays import RelayProcess
 
 from relay.main import waystation
 
@@ -31,7 +31,7 @@ class Agent:
     """Which machine's, and the only relay it is to know. `code` is the environment that makes it yesterday's."""
 
     machine: str
-    relay: Serving
+    relay: RelayProcess
     code: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -146,28 +146,15 @@ class Yesterday:
     def agents(self, *agents: Agent) -> Iterator[None]:
         """`agent serve` on some machines until the end of the block."""
         with contextlib.ExitStack() as stack:
-            logs = {stack.enter_context(self._started(agent)): self._log(agent) for agent in agents}
-            for process, log in logs.items():
-                wait_for(lambda p=process, log=log: b" ready at " in log.read_bytes() or p.poll() is not None, 60.0)
-                assert process.poll() is None, log.read_text()
+            for process in [stack.enter_context(self._started(agent)) for agent in agents]:
+                wait_for(lambda p=process: " ready at " in p.out or not p.is_alive)
+                assert process.is_alive, process.result()
             yield
 
     @contextlib.contextmanager
-    def _started(self, agent: Agent) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(self, agent: Agent) -> Iterator[Process]:
         home = self.agent_home(agent.machine)
-        with self._log(agent).open("wb") as output:
-            process = subprocess.Popen(
-                [WAYSTATION, "agent", "serve", "--home", home, "--relay", agent.relay.url],
-                env=environment(home, HOME=str(self.folder), **agent.code),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        try:
+        words = ("agent", "serve", "--home", home, "--relay", agent.relay.url)
+        with Process(home, *words, HOME=str(self.folder), **agent.code) as process:
             yield process
-        finally:
-            process.terminate()
-            process.wait(60.0)
-
-    def _log(self, agent: Agent) -> Path:
-        return self.folder / f"{agent.machine}.log"
+            process.stop()

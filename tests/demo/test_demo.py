@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from harness.seed import SOAK
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "demo.py"
 MIB = 1 << 20
@@ -97,7 +98,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     "shelf", ["as it is", pytest.param("empty", marks=pytest.mark.soak)], ids=["packages-as-found", "packages-packed"]
 )
 def test_the_demo_keeps_every_promise_and_leaves_nothing(folder: Path, tmp_path: Path, shelf: str):
-    if shelf == "empty" and not os.environ.get("WAYSTATION_SOAK"):
+    if shelf == "empty" and not SOAK:
         pytest.skip("the second form of the demo runs in `make soak`")
     report = tmp_path / "ledger.json"
     chosen = ["--packages", str(tmp_path / "nothing")] if shelf == "empty" else []

@@ -13,8 +13,8 @@ import pytest
 
 from harness.paths import SHARED
 from harness.support import noise, nuspec
-from orchestrator.commands.compare import _file_named, _opened
-from orchestrator.compare.diff import Package
+from orchestrator.compare.diff import OpenedPackage
+from orchestrator.compare.read_package import NamedPackage, opened_packages
 
 REAL = SHARED / "packages"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,12 +30,13 @@ def real(name: str) -> str:
 
 
 @contextmanager
-def opener() -> Iterator[Callable[..., list[Package]]]:
+def opener() -> Iterator[Callable[..., list[OpenedPackage]]]:
     """A function that opens nupkgs as the commands do."""
     with ExitStack() as stack:
 
-        def open_(*paths: str) -> list[Package]:
-            return stack.enter_context(_opened([_file_named(path) for path in paths], None, lambda _: lambda *_: None))
+        def open_(*paths: str) -> list[OpenedPackage]:
+            named = [NamedPackage(path, path) for path in paths]
+            return stack.enter_context(opened_packages(named, "", lambda _: lambda *_: None))
 
         yield open_
 

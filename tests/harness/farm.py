@@ -6,92 +6,31 @@ Everything is a real process on loopback; nothing of it outlives the farm.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
-from harness.commands import WAYSTATION, Done, Serving, begin, environment, finish, run, serving
-
-SECONDS = 120.0
-READY_SECONDS = 30.0
-
-
-@dataclass
-class Agent:
-    """A machine: `home` is its agent's, `root` what the release deploys to."""
-
-    name: str
-    site: str
-    home: Path
-    root: Path
-    key: str
-    relays: tuple[str, ...]
-    variables: dict[str, str] = field(default_factory=dict)
-    under: tuple[str, ...] = ()
-    """A program and its arguments that start `agent serve` in its turn."""
-    process: subprocess.Popen[bytes] | None = None
-    starts: int = 0
-
-    @property
-    def log(self) -> Path:
-        return self.home / f"serve-{self.starts}.log"
-
-    def start(self, **more: str) -> Self:
-        """Start `agent serve`, and wait until a relay has answered it."""
-        self.starts += 1
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*self.under, WAYSTATION, "agent", "serve", "--home", str(self.home)],
-                env=environment(self.home, **(self.variables | more)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + READY_SECONDS
-        while b" ready at " not in self.log.read_bytes():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"{self.name} is not ready: {self.log.read_text()}"
-            time.sleep(0.01)
-        return self
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until the kernel has taken it back."""
-        assert self.process is not None
-        self.process.kill()
-        assert self.process.wait(SECONDS) == -signal.SIGKILL, "there was nothing left to kill"
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(READY_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-    def status(self) -> Any:
-        return run(self.home, "agent", "status", "--home", self.home, "--json").json
+from harness.machines import Agent
+from harness.process import Done, Process, run
+from harness.relays import RelayProcess
 
 
 class Farm:
     """Use as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cold: bool = False) -> None:
+        """`cold`: every process is started as an interpreter of its own, so that /proc shows what is really its own."""
+        self._how = {"cold": cold}
         self.folder = folder
         self.home = folder / "origin"
         self.project = folder / "project"
         (self.project / "environments").mkdir(parents=True)
         self.home.mkdir()
         self.agents: dict[str, Agent] = {}
-        self.relays: dict[str, Serving] = {}
+        self.relays: dict[str, RelayProcess] = {}
         self.urls: dict[str, str] = {}
         self._stack = ExitStack()
 
@@ -106,9 +45,11 @@ class Farm:
 
     # --- the world
 
-    def add_relay(self, site: str, *options: object) -> Serving:
+    def add_relay(self, site: str, *options: object) -> RelayProcess:
         """A relay without tokens, as loopback allows."""
-        relay = self._stack.enter_context(serving(self.folder / f"relay-{site}", "--site", site, *options))
+        relay = self._stack.enter_context(
+            RelayProcess(self.folder / f"relay-{site}", "--site", site, *options, **self._how)
+        )
         self.relays[site] = relay
         self.urls[site] = relay.url
         return relay
@@ -125,7 +66,7 @@ class Farm:
         ).json
         path = home / "agent.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | config, sort_keys=False))
-        agent = Agent(name, site, home, self.folder / "srv" / name, made["fingerprint"], urls)
+        agent = Agent(name, site, home, self.folder / "srv" / name, made["fingerprint"], urls, dict(self._how))
         self.agents[name] = agent
         return agent
 
@@ -176,11 +117,11 @@ class Farm:
         return done
 
     def call(self, *words: object, **more: str) -> Done:
-        return finish(self.start(*words, **more), SECONDS)
+        return self.start(*words, **more).result()
 
-    def start(self, *words: object, **more: str) -> subprocess.Popen[str]:
+    def start(self, *words: object, **more: str) -> Process:
         """A command at the origin, in the project's folder."""
-        return begin(self.home, *words, cwd=str(self.project), **more)
+        return Process(self.home, *words, cwd=self.project, **self._how, **more)
 
     def deploy(self, label: str, *words: object, **more: str) -> Done:
         return self.call("release", "deploy", label, "--environment", "production", *words, **more)

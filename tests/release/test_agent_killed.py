@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import WAYSTATION, Done, environment, finish, wait_for
 from harness.farm import Agent, Farm
+from harness.process import Done, Process, wait_for
+from harness.seed import SEED, SOAK, chance
 
 LINES = 2000
 """Of output before the kill, and again after it."""
@@ -37,7 +37,7 @@ echo "{name} of $MACHINE begins"
 sleep {seconds}
 echo "{name} of $MACHINE ends"
 """
-ROUNDS = int(os.environ.get("WAYSTATION_TEST_ROUNDS", "2"))
+ROUNDS = 20 if SOAK else 2
 """Deployments under random kills."""
 QUICK_ONES = {"first": 0.0, "second": 0.3, "third": 0.1}
 
@@ -50,7 +50,7 @@ class World:
         self.count = count
         self._labels = 0
 
-    def begin(self, roles: str, actions: list[Any]) -> subprocess.Popen[str]:
+    def begin(self, roles: str, actions: list[Any]) -> Process:
         """Deploy to the machines that have the role `roles`, anew each time."""
         self._labels += 1
         label, version = f"r{self._labels}", f"1.0.{self._labels}"
@@ -71,7 +71,7 @@ class World:
         words = ("release", "deploy", label, "--environment", "production", "--package", f"web={version}")
         return self.farm.start(*words)
 
-    def begin_slow(self, status: int) -> subprocess.Popen[str]:
+    def begin_slow(self, status: int) -> Process:
         """A deployment to web1 that now waits in the middle of its script."""
         for name in ("is-running", "may-end", "has-ended"):
             (self.count / name).unlink(missing_ok=True)
@@ -81,9 +81,9 @@ class World:
         return deploying
 
     @staticmethod
-    def wait(deploying: subprocess.Popen[str], path: Path) -> None:
-        wait_for(lambda: path.exists() or deploying.poll() is not None, 60.0)
-        assert deploying.poll() is None, deploying.communicate()
+    def wait(deploying: Process, path: Path) -> None:
+        wait_for(lambda: path.exists() or not deploying.is_alive, 60.0)
+        assert deploying.is_alive, deploying.result()
 
     def counted(self, deployment: str) -> dict[str, int]:
         """How often each script ran on each machine."""
@@ -135,7 +135,7 @@ def test_a_script_that_ended_while_its_agent_was_dead_ran_once_and_is_reported_b
     (world.count / "may-end").touch()
     World.wait(deploying, world.count / "has-ended")
     agent.start()
-    done = finish(deploying)
+    done = deploying.result()
 
     assert done.code == 0, done.out + done.err
     deployment, status = world.last()
@@ -155,7 +155,7 @@ def test_a_script_that_ran_on_is_followed_by_the_next_agent_and_its_exit_status_
         agent.start()
     assert not (world.count / "has-ended").exists()
     (world.count / "may-end").touch()
-    done = finish(deploying)
+    done = deploying.result()
 
     assert done.code == 1, done.out + done.err
     deployment, status = world.last()
@@ -176,7 +176,7 @@ def test_a_runner_that_was_killed_too_leaves_an_unknown_outcome_and_no_second_ru
         os.kill(pid, signal.SIGKILL)
     assert runners, "there was no runner to kill"
     agent.start()
-    done = finish(deploying)
+    done = deploying.result()
 
     assert done.code == 1, done.out + done.err
     deployment, status = world.last()
@@ -188,52 +188,36 @@ def test_a_runner_that_was_killed_too_leaves_an_unknown_outcome_and_no_second_ru
 
 
 def test_agents_that_die_at_random_moments_never_run_a_script_twice(world: World) -> None:
-    seed = int(os.environ.get("WAYSTATION_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-    print(f"WAYSTATION_TEST_SEED={seed}")
-    chance = random.Random(seed)
+    drawn = chance("agents that die")
     for name, seconds in QUICK_ONES.items():
         world.farm.write_script(f"ops/{name}.sh", QUICK.format(count=world.count, name=name, seconds=seconds))
     actions = [{"name": name, "script": f"ops/{name}.sh"} for name in QUICK_ONES]
     for _ in range(ROUNDS):
         deploying = world.begin("all", [actions[0], "switch", *actions[1:]])
         try:
-            kills = kill_until(deploying, list(world.farm.agents.values()), chance)
+            kills = kill_until(deploying, list(world.farm.agents.values()), drawn)
         finally:
             for agent in world.farm.agents.values():
                 agent.stop()
                 agent.start()
-        done = finish(deploying)
+        done = deploying.result()
         deployment, status = world.last()
-        assert_all_ran_once(world, done, deployment, status, f"seed {seed}, {kills} kills")
+        assert_all_ran_once(world, done, deployment, status, f"WAYSTATION_SEED={SEED}, {kills} kills")
         assert kills > 0
         print(f"{kills} kills, exit code {done.code}, {world.counted(deployment)}")
 
 
-def kill_until(deploying: subprocess.Popen[str], agents: list[Agent], chance: random.Random) -> int:
+def kill_until(deploying: Process, agents: list[Agent], drawn: random.Random) -> int:
     """Kill and start agents, in their starting too, as long as the deployment goes on, up to a limit."""
     kills = 0
     ends = time.monotonic() + 6.0
-    while deploying.poll() is None and time.monotonic() < ends:
-        time.sleep(chance.uniform(0.0, 1.0))
-        agent = chance.choice(agents)
+    while deploying.is_alive and time.monotonic() < ends:
+        time.sleep(drawn.uniform(0.0, 1.0))
+        agent = drawn.choice(agents)
         agent.kill()
         kills += 1
-        spawn(agent)
+        agent.spawn()
     return kills
-
-
-def spawn(agent: Agent) -> None:
-    """Start it, and do not wait until it is ready."""
-    agent.starts += 1
-    with agent.log.open("wb") as log:
-        agent.process = subprocess.Popen(
-            [WAYSTATION, "agent", "serve", "--home", str(agent.home)],
-            env=environment(agent.home),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
 
 
 def assert_all_ran_once(world: World, done: Done, deployment: str, status: Any, what: str) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Done, finish
 from harness.farm import Farm
+from harness.process import Done, Process
 from harness.support import noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
@@ -95,12 +95,12 @@ class Barrier:
         text = LOOK.format(python=sys.executable, srv=str(self.srv), events=str(self.events), what=what)
         self.farm.write_script(f"{path}.py", text)
 
-    def begin(self, version: str) -> subprocess.Popen[str]:
+    def begin(self, version: str) -> Process:
         words = ("release", "deploy", version, "--environment", "production", "--package", f"web={version}")
         return self.farm.start(*words)
 
     def deploy(self, version: str) -> Done:
-        return finish(self.begin(version))
+        return self.begin(version).result()
 
     def events_seen(self) -> list[Any]:
         """What the scripts wrote, the oldest first."""
@@ -189,7 +189,7 @@ def test_chunks_that_a_relay_lost_stop_everything_before_the_first_step(barrier:
     for chunk in lost:
         chunk.unlink()
     barrier.line.shape(down=Line())
-    done = finish(deploying)
+    done = deploying.result()
 
     assert lost, "there was nothing to lose"
     barrier.assert_nothing_ran(done, before)
@@ -245,7 +245,7 @@ def test_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_
     barrier.line.wait_for(already + PAYLOAD // 20, direction="down")
     barrier.farm.agents["far"].kill()
     try:
-        done = finish(deploying)
+        done = deploying.result()
         barrier.assert_nothing_ran(done, before)
         assert "acquire: deadline" in done.out
         reason = barrier.farm.status()["summary"]["reason"]

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from harness.commands import Done
 from harness.farm import Farm
+from harness.process import Done
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "deploy" / "demo"), str(REPOSITORY / "deploy" / "demo" / "webapp")]

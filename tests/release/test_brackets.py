@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Done
 from harness.farm import Farm
+from harness.process import Done
 
 FATES = {
     "web1": "before_fails",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
@@ -43,8 +42,7 @@ def test_a_site_gets_its_packages_through_another_one(farm: Farm) -> None:
 
 
 def test_a_relay_on_the_way_that_is_gone_costs_a_re_plan_and_no_failure(farm: Farm) -> None:
-    farm.relays["fra"].process.send_signal(signal.SIGKILL)
-    farm.relays["fra"].process.wait()
+    farm.relays["fra"].kill()
     done = farm.deploy("1.0.0", "--package", "web=1.0.0")
     assert done.code == 0, done.out + done.err
     assert farm.current("web1").startswith("1.0.0-")

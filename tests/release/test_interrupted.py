@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import finish, wait_for
 from harness.farm import Farm
+from harness.process import Process, wait_for
 
 SECONDS = 60.0
 OPENED = ("vpn open", "vpn is there")
@@ -89,11 +89,11 @@ class World:
         lines = [line.split() for line in self.diary.read_text().splitlines()]
         return [line[-1] for line in lines if " ".join(line[:-1]) == what]
 
-    def begin(self) -> subprocess.Popen[str]:
+    def begin(self) -> Process:
         """Make the release, and deploy it."""
         return self.deploy("--package", "web=1.0.0")
 
-    def deploy(self, *words: object) -> subprocess.Popen[str]:
+    def deploy(self, *words: object) -> Process:
         return self.farm.start("release", "deploy", self.name, "-e", self.name, *words)
 
     def until(self, line: str, count: int = 1) -> None:
@@ -152,7 +152,6 @@ def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting
     engine = world.begin()
     world.until("web1 configure begins")
     engine.kill()
-    assert finish(engine).code == -signal.SIGKILL
 
     status = world.status
     first = status["summary"]["deployment"]
@@ -164,7 +163,7 @@ def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting
     assert "web1 is out of web since" in told
     assert "opened by killed" in told
 
-    refused = finish(world.deploy())
+    refused = world.deploy().result()
     assert refused.code == 1
     assert "web1 is out of web" in refused.err
 
@@ -174,7 +173,7 @@ def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting
     time.sleep(0.5)
     assert world.lines.count("web1 configure begins") == 1, "two scripts at once on one machine"
     world.go()
-    done = finish(heir)
+    done = heir.result()
     assert done.code == 0, done.out + done.err
     second = world.status["summary"]["deployment"]
     assert world.deployments("web1 configure begins") == world.deployments("web1 configure ends") == [first, second]
@@ -192,7 +191,7 @@ def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting
         for each in world.farm.do("release", "history", "-e", "killed", "--json").json["deployments"]
     }
     assert states == {first: "failed", second: "succeeded"}
-    again = finish(world.deploy())
+    again = world.deploy().result()
     assert again.code == 0, "a lock or a bracket remained: " + again.err
 
 
@@ -202,13 +201,12 @@ def test_closing_a_machine_waits_for_the_before_that_a_killed_engine_left_runnin
     engine = world.begin()
     world.until("web1 before begins")
     engine.kill()
-    finish(engine)
 
     closing = world.farm.start("rotation", "close", "web1", "-e", "orphan")
     with pytest.raises(subprocess.TimeoutExpired):  # time enough for one that does not wait
         closing.wait(2.0)
     (world.folder / "go-before").touch()
-    done = finish(closing)
+    done = closing.result()
     assert done.code == 0, done.err
     assert world.lines == [*OPENED, "web1 before begins", "web1 before ends", "web1 after put_back"]
     assert world.out == []
@@ -221,12 +219,11 @@ def test_adopting_a_machine_waits_for_the_before_that_a_killed_engine_left_runni
     engine = world.begin()
     world.until("web1 before begins")
     engine.kill()
-    finish(engine)
 
     heir = world.deploy("--adopt")
     time.sleep(2.5)  # time enough for one that does not wait
     (world.folder / "go-before").touch()
-    done = finish(heir)
+    done = heir.result()
     assert done.code == 0, done.out + done.err
     of_before = [line for line in world.lines if "web1 before" in line]
     assert of_before == ["web1 before begins", "web1 before ends"] * 2
@@ -239,12 +236,12 @@ def test_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hear
     world.set_up("twice")
     world.farm.do("release", "create", "twice", "--package", "web=1.0.0")
     both = [world.deploy(), world.deploy()]
-    wait_for(lambda: any(each.poll() is not None for each in both), seconds=SECONDS)
-    [loser] = [each for each in both if each.poll() is not None]
+    wait_for(lambda: any(not each.is_alive for each in both), seconds=SECONDS)
+    [loser] = [each for each in both if not each.is_alive]
     [winner] = [each for each in both if each is not loser]
-    lost = finish(loser)
+    lost = loser.result()
     world.until("web1 configure begins")
-    adopting = finish(world.deploy("--adopt"))
+    adopting = world.deploy("--adopt").result()
     closing = world.farm.call("rotation", "close", "web1", "-e", "twice")
     for refused in (lost, adopting, closing):
         assert refused.code == 4, refused.err
@@ -252,7 +249,7 @@ def test_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hear
         assert "deploy twice" in refused.err
 
     world.go()
-    done = finish(winner)
+    done = winner.result()
     assert done.code == 0, done.err
     assert world.lines == [*OPENED, *turn("web1"), *turn("web2"), "vpn closed"]
 
@@ -260,11 +257,11 @@ def test_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hear
 # --- cancelled
 
 
-def _interrupt(engine: subprocess.Popen[str]) -> str:
+def _interrupt(engine: Process) -> str:
     """Ctrl-C, and what is said of it at once."""
     engine.send_signal(signal.SIGINT)
-    assert engine.stderr is not None
-    return engine.stderr.readline()
+    wait_for(lambda: "\n" in engine.err)
+    return engine.err
 
 
 def test_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(world: World) -> None:
@@ -273,7 +270,7 @@ def test_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(w
     world.until("web1 configure begins")
     assert "come to their end" in _interrupt(engine)
     world.go()
-    done = finish(engine)
+    done = engine.result()
     assert done.code == 130, done.out + done.err
     assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]
     summary = world.status["summary"]
@@ -288,7 +285,7 @@ def test_ctrl_c_twice_leaves_at_once_and_says_what_is_open(world: World) -> None
     world.until("web1 configure begins")
     assert "once more leaves now" in _interrupt(engine)
     engine.send_signal(signal.SIGINT)
-    done = finish(engine)  # the script still waits: who waited for it would hang here
+    done = engine.result()  # the script still waits: who waited for it would hang here
     assert done.code == 130, done.out + done.err
     assert "web1 configure ends" not in world.lines
     assert "still out of their rotation: web1" in done.out + done.err
@@ -311,7 +308,7 @@ def test_ctrl_c_before_acquisition_undoes_what_was_opened_and_opens_nothing_more
     world.until("vpn opens")
     _interrupt(engine)
     world.go()
-    assert finish(engine).code == 130
+    assert engine.result().code == 130
     assert world.lines == ["vpn opens", "vpn open", "vpn closed"]
     assert not (world.folder / "srv").exists()
 
@@ -326,7 +323,7 @@ def test_after_its_deadline_nothing_starts_any_more_and_everything_is_undone(wor
     with pytest.raises(subprocess.TimeoutExpired):  # it is over by then, as it ran before
         engine.wait(5.2)
     world.go()
-    done = finish(engine)
+    done = engine.result()
     assert done.code == 1, done.out + done.err
     assert "deadline" in world.status["summary"]["reason"]
     assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]

@@ -61,7 +61,7 @@ def farm(tmp_path: Path) -> Iterator[Farm]:
             )
             manager.chmod(0o755)
             agent = farm.add_agent(name, service_command=[str(manager), "{action}", "{service}"])
-            agent.under = ("unshare", "-m", "sh", "-c", f'mount --bind {srv} /srv && exec "$@"', "sh")
+            agent.how["under"] = ("unshare", "-m", "sh", "-c", f'mount --bind {srv} /srv && exec "$@"', "sh")
             agent.start()
         try:
             yield farm

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +22,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.commands import Done, Serving, environment, finish, run, wait_for
-from harness.farm import READY_SECONDS, Agent, Farm
+from harness.farm import Agent, Farm
+from harness.process import Done, Process, run, wait_for
+from harness.relays import RelayProcess
 
 from agent.orders.envelopes import sign_order, unverified
 from agent.orders.orders import Order, RunScript
@@ -86,18 +86,17 @@ class World:
         return ("release", "deploy", label, "--environment", "production", "--package", f"web={version}")
 
     @contextmanager
-    def held(self, label: str) -> Iterator[subprocess.Popen[str]]:
+    def held(self, label: str) -> Iterator[Process]:
         """A deployment that waits on the server, after acquisition and before any machine; afterwards it may go on."""
         (self.ran / f"hold-{label}").touch()
         deploying = self.farm.start(*self.words(label))
         try:
-            wait_for(lambda: (self.ran / f"holds-{label}").exists() or deploying.poll() is not None, 60.0)
-            assert deploying.poll() is None, deploying.communicate()
+            wait_for(lambda: (self.ran / f"holds-{label}").exists() or not deploying.is_alive, 60.0)
+            assert deploying.is_alive, deploying.result()
             yield deploying
         finally:
             (self.ran / f"hold-{label}").unlink()
-            if deploying.poll() is None:
-                deploying.send_signal(signal.SIGCONT)
+            deploying.send_signal(signal.SIGCONT)
 
     def counts(self) -> dict[str, int]:
         """How many scripts ran on each machine."""
@@ -166,7 +165,7 @@ class World:
         return told
 
 
-def add_relay(farm: Farm) -> tuple[Serving, dict[str, str]]:
+def add_relay(farm: Farm) -> tuple[RelayProcess, dict[str, str]]:
     """A relay that asks for tokens; they are written beside it, and returned by whose they are."""
     config = farm.folder / "relay.yaml"
     config.write_text("listen: 127.0.0.1:0\n")
@@ -393,7 +392,7 @@ def test_release_status_tells_what_agents_refused_while_it_runs_and_afterwards(w
         assert [each["code"] for each in told] == ["forged", "altered", "expired"]
         reasons = [each["text"] for each in told]
         wait_for(lambda: all(reason in world.farm.do("release", "status").out for reason in reasons), 30.0, 0.5)
-    done = finish(deploying)
+    done = deploying.result()
     assert done.code == 0, done.out + done.err
     document = json.dumps(world.farm.status(), ensure_ascii=False)
     for each in told:
@@ -431,7 +430,7 @@ def test_another_orchestrator_is_refused_unless_it_adopts_and_the_old_one_is_fen
         once_more = {name: count + 1 for name, count in before.items()}
         assert world.counts() == once_more
         current = {name: world.farm.current(name) for name in world.farm.agents}
-    done = finish(asleep)
+    done = asleep.result()
 
     assert done.code == 1, done.out + done.err
     assert world.counts() == once_more, "the old orchestrator ran something"
@@ -464,7 +463,7 @@ def run_as(home: Path, world: World, *words: str) -> Done:
 
 # --- clocks
 
-SHIFTED = "import time; real = time.time; time.time = lambda: real() + {shift}; from relay.main import main; main()"
+SHIFTED = "import sys, time; del sys.argv[1]; real = time.time; time.time = lambda: real() + {shift}; from relay.main import main; main()"
 
 
 @pytest.mark.parametrize(("shift", "side"), [(600, "ahead of"), (-600, "behind")])
@@ -490,15 +489,7 @@ def test_a_machine_whose_clock_is_wrong_is_refused_before_anything_starts(world:
 
 def start_with_clock(agent: Agent, shift: int) -> None:
     """`agent serve` with a clock that is `shift` seconds off."""
-    agent.starts += 1
-    code = SHIFTED.format(shift=shift)
-    with agent.log.open("wb") as log:
-        agent.process = subprocess.Popen(
-            [sys.executable, "-c", code, "agent", "serve", "--home", str(agent.home)],
-            env=environment(agent.home),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    wait_for(lambda: b" ready at " in agent.log.read_bytes(), READY_SECONDS)
+    usual = agent.how
+    agent.how = {"under": (sys.executable, "-c", SHIFTED.format(shift=shift))}
+    agent.start()
+    agent.how = usual

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from harness.commands import Done
 from harness.farm import Farm
+from harness.process import Done
 
 FIVE = ("web1", "web2", "web3", "web4", "web5")
 THREE = FIVE[:3]

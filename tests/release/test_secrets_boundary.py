@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import zipfile
@@ -27,8 +26,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from harness.commands import Done, finish, run, wait_for
 from harness.farm import Farm
+from harness.process import Done, Process, run, wait_for
 
 from agent.orders.envelopes import open_sealed, secret_context
 from relay.errors import SignatureError
@@ -150,7 +149,7 @@ def places_of(secret: str, *folders: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Process:
+class Seen:
     pid: int
     parent: int
     cmdline: bytes
@@ -158,20 +157,20 @@ class Process:
     """Not shown where a test fails: it holds what the environment of the tests holds."""
 
 
-def processes() -> dict[int, Process]:
+def processes() -> dict[int, Seen]:
     """Everything that runs now."""
     found = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):
             folder = Path("/proc", name)
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            found[int(name)] = Process(
+            found[int(name)] = Seen(
                 int(name), parent, (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
             )
     return found
 
 
-def is_below(process: Process, ancestor: int, all_of_them: Mapping[int, Process]) -> bool:
+def is_below(process: Seen, ancestor: int, all_of_them: Mapping[int, Seen]) -> bool:
     """Whether `ancestor` is `process`'s parent, or its parent's, and so on."""
     while process.parent in all_of_them:
         if process.parent == ancestor:
@@ -232,7 +231,7 @@ class World:
     proofs: Path
     told: dict[str, str] = field(default_factory=dict)
     """Everything that commands printed, by what they were."""
-    during: dict[str, dict[int, Process]] = field(default_factory=dict)
+    during: dict[str, dict[int, Seen]] = field(default_factory=dict)
     """The processes while the server's script ran, and while the machine's did."""
     on_disk: dict[str, list[Path]] = field(default_factory=dict)
     """Where the machine's secret was on any disk while its script ran."""
@@ -247,9 +246,7 @@ class World:
         return done
 
     def pid_of_agent(self, name: str) -> int:
-        process = self.farm.agents[name].process
-        assert process is not None
-        return process.pid
+        return self.farm.agents[name].pid
 
 
 def write_release(farm: Farm, vault: Path, proofs: Path) -> None:
@@ -314,16 +311,16 @@ def roll_through(world: World) -> None:
         world.on_disk["machine"] = places_of(APP_KEY, *everywhere(world))
         (world.proofs / "machine-may-end").touch()
     except BaseException:
-        process.kill()
+        process.end()
         raise
     finally:
-        done = world.note("deploy", finish(process))
+        done = world.note("deploy", process.result())
     assert done.code == 0, done.out + done.err
 
 
-def _wait(path: Path, process: subprocess.Popen[str]) -> None:
-    wait_for(lambda: path.exists() or process.poll() is not None, 60.0)
-    assert process.poll() is None, "the deployment was over before its script ran"
+def _wait(path: Path, process: Process) -> None:
+    wait_for(lambda: path.exists() or not process.is_alive, 60.0)
+    assert process.is_alive, "the deployment was over before its script ran"
 
 
 def ask_everybody(world: World) -> None:
@@ -342,13 +339,13 @@ def ask_everybody(world: World) -> None:
         for more in ((), ("--json",)):
             done = run(farm.home, "agent", "status", "--home", agent.home, *more)
             world.note(f"agent status of {agent.name} {more}", done)
-        world.told[f"log of {agent.name}"] = agent.log.read_text()
+        world.told[f"log of {agent.name}"] = agent.said
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("secrets")
-    with Farm(folder / "farm") as farm:
+    with Farm(folder / "farm", cold=True) as farm:
         relay = farm.add_relay("fra")
         tap = Tap(relay.port)
         farm.urls["fra"] = tap.url

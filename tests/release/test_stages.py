@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from harness.commands import Done
 from harness.farm import Farm
 from harness.feed_server import Server, body, running_feed
+from harness.process import Done
+from harness.receiver import verify_notification
 
-from orchestrator.deployment.notify import CONTENT_TYPE, SIGNATURE_HEADER, verify_notification
+from orchestrator.deployment.notify import CONTENT_TYPE, SIGNATURE_HEADER
 from relay.errors import SignatureError
 from relay.trust.keys import parse_pins
 

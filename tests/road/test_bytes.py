@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.processes import Machine, OriginHome, RelayProcess
+from harness.machines import Machine
+from harness.origins import OriginHome
+from harness.relays import RelayProcess
 from harness.support import make_nupkg, noise
 
 from agent.relays.sources import Sources
@@ -45,7 +47,7 @@ class Site:
 @contextmanager
 def sites(folder: Path, *names: str) -> Iterator[list[Site]]:
     with ExitStack() as stack:
-        relays = [stack.enter_context(RelayProcess(folder / name, name)) for name in names]
+        relays = [stack.enter_context(RelayProcess(folder / name, "--site", name)) for name in names]
         yield [Site(relay, stack.enter_context(ThreadedProxy("127.0.0.1", relay.port))) for relay in relays]
 
 

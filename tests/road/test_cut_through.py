@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.processes import RUN_SECONDS, Command, CommandFailedError, Machine, OriginHome, RelayProcess, wait_until
+from harness.machines import Machine
+from harness.origins import OriginHome
+from harness.process import Process, wait_for
+from harness.relays import RelayProcess
 from harness.support import Cut, cut_package, make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
@@ -44,12 +47,12 @@ class Arriving:
     size: int
     """Bytes of the nupkg, which does not compress: about what crosses."""
 
-    def replicating(self) -> Command:
+    def replicating(self) -> Process:
         return self.origin.replicating(ID, VERSION, f"http://127.0.0.1:{self.line.port}")
 
-    def wait_for(self, share: float, replicating: Command) -> None:
+    def wait_for(self, share: float, replicating: Process) -> None:
         """Until so much has crossed; the package is still on its way then."""
-        wait_until(lambda: self.line.counts.up >= share * self.size or not replicating.is_alive, RUN_SECONDS)
+        wait_for(lambda: self.line.counts.up >= share * self.size or not replicating.is_alive)
         assert replicating.is_alive, "the replication ended too early"
         assert self.line.counts.up < 0.9 * self.size
 
@@ -80,9 +83,9 @@ def test_machines_that_pull_while_a_package_arrives_end_with_its_replication(tmp
             pulling.append(stack.enter_context(machine.pulling(ID, VERSION, url, digest=package.digest)))
         # Starting a process costs these machines nothing in the end, as they start in mid-arrival; ending one costs
         # them what it costs the replication. So no allowance is made for either.
-        [done] = replicating.result()["relays"]
+        [done] = replicating.result().json["relays"]
         arrived = time.monotonic()
-        pulled = [command.result() for command in pulling]
+        pulled = [command.result().json for command in pulling]
         late = time.monotonic() - arrived
 
         allowed = LATER * done["seconds"] + CHUNK_MAX / WAN_RATE
@@ -105,23 +108,23 @@ def test_a_waiting_machine_outlasts_a_sender_that_is_killed_and_started_again(tm
         first.kill()
         time.sleep(1.0)
         assert pulling.is_alive
-        package.replicating().result()
-        assert not pulling.result()["failed"]
+        assert package.replicating().result().code == 0
+        assert not pulling.result().json["failed"]
     assert machine.verified() == [f"{ID} {VERSION}"]
 
 
 def test_who_asks_too_early_or_without_the_digest_is_told_that_the_package_is_not_there(tmp_path: Path) -> None:
     with arriving(tmp_path, 4 * WAN_RATE) as package, ExitStack() as stack:
         machine = Machine.made(tmp_path / "machine", package.origin.pins)
-        with pytest.raises(CommandFailedError, match="Replicate it first"):
-            machine.pulling(ID, VERSION, package.relay.url, digest=package.digest).result()
+        refused = machine.pulling(ID, VERSION, package.relay.url, digest=package.digest).result()
+        assert (refused.code, "Replicate it first" in refused.err) == (1, True), refused
         replicating = stack.enter_context(package.replicating())
         package.wait_for(0.1, replicating)
-        with pytest.raises(CommandFailedError, match="Replicate it first"):
-            machine.pull(ID, VERSION, package.relay.url)
+        refused = machine.pulling(ID, VERSION, package.relay.url).result()
+        assert (refused.code, "Replicate it first" in refused.err) == (1, True), refused
         assert replicating.is_alive
         assert machine.verified() == []
-        machine.pulling(ID, VERSION, package.relay.url, digest=package.digest).result()
+        assert machine.pulling(ID, VERSION, package.relay.url, digest=package.digest).result().code == 0
     assert machine.verified() == [f"{ID} {VERSION}"]
 
 

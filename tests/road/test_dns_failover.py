@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from harness.dns_server import DOMAIN, DnsServer, Srv, dns_server
-from harness.processes import WAYSTATION
+from harness.process import Done, run
 from harness.support import Relay, depot_with, make_nupkg, noise, running_relay, token
 
 from agent.relays.health import FAILS_OUT
@@ -80,15 +79,8 @@ class Town:
             os.unlink(os.path.join(self.home, "trees", f"{record.ulid}.json"))
         return result
 
-    def waystation(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [WAYSTATION, *words, "--home", self.home],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "WAYSTATION_HOME": str(self.folder)},
-        )
+    def waystation(self, *words: str) -> Done:
+        return run(self.folder, *words, "--home", self.home)
 
 
 def free_port() -> int:
@@ -269,7 +261,7 @@ async def test_with_every_relay_gone_each_is_named(town: Town) -> None:
 # --- the commands
 
 
-async def _run(town: Town, *words: str) -> subprocess.CompletedProcess[str]:
+async def _run(town: Town, *words: str) -> Done:
     """Beside the relays of this process."""
     import asyncio
 
@@ -297,11 +289,11 @@ async def test_agent_relays_shows_the_order_and_why(town: Town) -> None:
     async with town.site_relay():
         text = await _run(town, "agent", "relays")
         listed = await _run(town, "agent", "relays", "--json")
-    first, second = json.loads(listed.stdout)["relays"]
+    first, second = json.loads(listed.out)["relays"]
 
-    assert text.returncode == listed.returncode == 0
-    assert text.stdout.index(town.site_url) < text.stdout.index(town.generic_url)
-    assert "the site's relay, priority 10" in text.stdout
+    assert text.code == listed.code == 0
+    assert text.out.index(town.site_url) < text.out.index(town.generic_url)
+    assert "the site's relay, priority 10" in text.out
     assert (first["url"], first["found_by"], first["priority"], first["usable"]) == (town.site_url, "site", 10, True)
     assert (second["url"], second["found_by"], second["error"]) == (town.generic_url, "generic", "")
     assert 0 < first["first_byte_seconds"] < 60
@@ -312,14 +304,14 @@ async def test_agent_relays_says_what_is_wrong_with_one_that_is_gone(town: Town)
     for _ in range(FAILS_OUT):
         listed = await _run(town, "agent", "relays", "--json")
     text = await _run(town, "agent", "relays")
-    first, second = json.loads(listed.stdout)["relays"]
+    first, second = json.loads(listed.out)["relays"]
 
     assert first["url"] == town.generic_url
     assert second["url"] == town.site_url
     assert second["usable"] is False
     assert "cannot be reached" in second["error"]
     assert "looks ill" in second["why"]
-    assert "cannot be reached" in text.stdout
+    assert "cannot be reached" in text.out
 
 
 @pytest.fixture
@@ -337,21 +329,19 @@ def test_with_no_relay_at_all_the_error_says_what_to_do(nowhere: dict[str, Any],
     digest = f"sha256:{'0' * 64}"
     words = ["Acme.Web", "1.0.0", "--root", str(tmp_path / "r"), "--digest", digest, "--home", nowhere["home"]]
 
-    done = subprocess.run([WAYSTATION, "agent", "pull", *words], capture_output=True, text=True, timeout=60)
+    done = run(tmp_path, "agent", "pull", *words)
 
-    assert done.returncode == 1
+    assert done.code == 1
     assert nowhere["dns"].was_asked("SRV", SITE)
-    assert "no relay is known" in done.stderr
-    assert SITE in done.stderr
-    assert "--relay" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "no relay is known" in done.err
+    assert SITE in done.err
+    assert "--relay" in done.err
+    assert "Traceback" not in done.err
     assert not (tmp_path / "r").exists()
 
 
-def test_agent_relays_says_so_where_there_is_none(nowhere: dict[str, Any]) -> None:
-    done = subprocess.run(
-        [WAYSTATION, "agent", "relays", "--home", nowhere["home"]], capture_output=True, text=True, timeout=60
-    )
+def test_agent_relays_says_so_where_there_is_none(nowhere: dict[str, Any], tmp_path: Path) -> None:
+    done = run(tmp_path, "agent", "relays", "--home", nowhere["home"])
 
-    assert done.returncode == 0
-    assert "no relay is known" in done.stdout + done.stderr
+    assert done.code == 0
+    assert "no relay is known" in done.out + done.err

@@ -14,8 +14,9 @@ from aiohttp import web
 
 from relay.protocol import messages
 from relay.server.http.access import IDENTITY
-from relay.server.http.connection import ACKS_ARE_COUNTED, Budget, GuardedHandler, Ledger, Limits, address_key
+from relay.server.http.connection import ACKS_ARE_COUNTED, GuardedHandler, Ledger, Limits, address_key
 from relay.server.http.problems import HttpRefusal
+from relay.support.byte_budget import ByteBudget
 from relay.support.json_bounds import JsonTooDeepError, check_depth, repeats_a_key
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def _ledger_of(request: web.BaseRequest, limits: Limits) -> Ledger:
     return protocol.ledger if isinstance(protocol, GuardedHandler) else Ledger(limits)
 
 
-def budget_of(request: web.BaseRequest, limits: Limits) -> Budget:
+def budget_of(request: web.BaseRequest, limits: Limits) -> ByteBudget:
     """The bytes in flight of this relay, for handlers that hold more than a piece of a body at a time."""
     return _ledger_of(request, limits).budget
 
@@ -86,9 +87,9 @@ async def _next_piece(request: web.Request, patience: float) -> bytes | None:
 async def read_body(request: web.Request, limits: Limits, cap: int) -> bytes:
     """The whole body, counted against the bytes in flight while it comes. Raises as `body_pieces`, and 503 (busy)."""
     collected = bytearray()
-    with budget_of(request, limits).reserve(0) as take:
+    with budget_of(request, limits).place() as place:
         async for piece in body_pieces(request, limits, cap):
-            take(len(piece))
+            place.take(len(piece))
             collected += piece
     return bytes(collected)
 

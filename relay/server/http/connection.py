@@ -15,7 +15,7 @@ import struct
 import sys
 from asyncio.sslproto import SSLProtocol
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -25,6 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from relay.errors import UnreachableError
 from relay.protocol import messages
 from relay.server.http.problems import HttpRefusal, log, problem_of
+from relay.support.byte_budget import ByteBudget
 
 ACKS_ARE_COUNTED: Final[bool] = sys.platform == "linux"
 """Whether the system tells how many bytes a peer has acknowledged."""
@@ -80,36 +81,6 @@ class Limits:
     """Of the request line, and of each header."""
     headers: int = 100
     """How many headers a request may have."""
-
-
-class Budget:
-    """A number of bytes that requests share."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-
-    @contextlib.contextmanager
-    def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
-        """Hold `size` bytes; the function that it gives takes more of them.
-
-        Raises:
-            UnreachableError: there are not so many left now (503 with Retry-After).
-        """
-        held = 0
-
-        def take(more: int) -> None:
-            nonlocal held
-            if self.used + more > self.limit:
-                raise UnreachableError("too many bytes are in flight")
-            self.used += more
-            held += more
-
-        try:
-            take(size)
-            yield take
-        finally:
-            self.used -= held
 
 
 class Meter:
@@ -191,7 +162,7 @@ class Ledger:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.budget = Budget(limits.bytes_in_flight)
+        self.budget = ByteBudget(limits.bytes_in_flight)
         self.total = 0
         self.polling = 0
         self.by_address: Counter[str] = Counter()

@@ -187,6 +187,7 @@ def test_no_field_can_be_changed_on_the_way(desk: Desk, field: str, change: Call
     assert isinstance(verdict(resigned), Accepted)
 
 
+@pytest.mark.long
 @settings(max_examples=300)
 @given(st.data())
 def test_a_changed_envelope_is_never_accepted_and_never_an_error(data: st.DataObject) -> None:

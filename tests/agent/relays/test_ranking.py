@@ -149,6 +149,7 @@ def test_a_source_that_does_not_hang_together_cannot_be_made():
             replace(A, **broken)
 
 
+@pytest.mark.processes
 def test_ranking_and_look_ups_load_neither_dns_nor_aiohttp():
     code = (
         "import sys, agent.relays.ranking, agent.relays.dns; print(*{'dns', 'aiohttp', 'msgspec'} & set(sys.modules))"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,10 +129,10 @@ async def test_a_forked_runner_has_all_that_one_of_its_own_has_and_nothing_else(
     for way in ("forked", "alone"):
         folder = tmp_path / way
         ours._works = way == "forked"
-        child = started(folder, "env | sort; umask; exec sleep 1000", VAR_A="ä b=c", LC_ALL="C")
+        child = started(folder, "env | sort; umask; echo all told; exec sleep 1000", VAR_A="ä b=c", LC_ALL="C")
         assert isinstance(child, fork_server.Runner) is ours._works
         await eventually((folder / "leader").exists)
-        await eventually(lambda at=folder: (at / "output").stat().st_size > 20)
+        await eventually(lambda at=folder: (at / "output").read_bytes().endswith(b"all told\n"))
         seen[way] = seen_of(child.pid, folder), (folder / "output").read_bytes()
         runs.stop(str(folder))
         assert (await watch(str(folder))).state == "stopped"
@@ -330,25 +331,32 @@ async def test_a_fork_server_that_is_killed_at_any_moment_costs_no_run_and_repea
     tmp_path: Path, ours: ForkServer
 ) -> None:
     """Also between a request and its answer: then two runners are started, and one of them runs the script."""
-    over, killed, chance = threading.Event(), set(), random.Random(1)
+    killed, alone, took, chance = set(), 0, {}, random.Random(1)
 
     def kill() -> None:
-        while not over.wait(chance.random() * 0.03):
-            if process := ours._process:
-                process.send_signal(signal.SIGKILL)
-                killed.add(process.pid)
+        if process := ours._process:
+            process.send_signal(signal.SIGKILL)
+            killed.add(process.pid)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    alone = 0
-    try:
-        for number in range(60):
-            ours._works = True  # also when one was killed before it answered first
-            alone += isinstance(
-                started(tmp_path / str(number), f"echo run >> {tmp_path}/counter-{number}"), subprocess.Popen
-            )
-    finally:
-        over.set()
+    def launch(number: int) -> None:
+        nonlocal alone
+        ours._works = True  # also when one was killed before it answered first
+        begun = time.monotonic()
+        alone += isinstance(
+            started(tmp_path / str(number), f"echo run >> {tmp_path}/counter-{number}"), subprocess.Popen
+        )
+        took[number % 4] = time.monotonic() - begun
+
+    # By turns, undisturbed: one that must start a fork server, one that finds it; then each of them with a kill at a moment
+    # within the time that it just took, however slow the machine is today.
+    for number in range(60):
+        if number % 4 < 2:
+            launch(number)
+            continue
+        within = took[1 if number % 4 == 2 else 0]
+        killer = threading.Timer(chance.random() * within, kill)
+        killer.start()
+        launch(number)
         killer.join()
     assert len(killed) > 5, "no fork server was killed"
     assert 0 < alone < 60

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness.paths import ROOT
+from harness.process import forked
 from harness.support import Cut, cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -176,14 +176,15 @@ PLANS = {
 }  # fmt: skip
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_a_crash_anywhere_is_taken_up_again(tmp_path: Path, cut: Cut, plan: str) -> None:
     here = Path(__file__).parent
     script = CRASH.format(
         paths=[str(here), str(ROOT / "tests")], root=str(tmp_path), plan=plan.format(root=str(tmp_path))
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -9, f"the crash did not take place: {done.stdout} {done.stderr}"
+    done = forked(tmp_path, script).result()
+    assert done.code == -9, f"the crash did not take place: {done}"
 
     tree = IncomingTree(str(tmp_path), cut.manifest, "1.0.0-B")
     for index in tree.missing:
@@ -510,6 +511,7 @@ def test_what_the_disk_says_is_told(
     assert os.listdir(tmp_path / "releases") == []
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a really full file system is NOT tested")
 def test_a_really_full_disk_is_told_as_full(tmp_path: Path, cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     mount = tmp_path / "small"
@@ -730,6 +732,7 @@ def packages(draw: st.DrawFn) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 @given(files=packages(), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_package_in_any_order_with_any_interruption_gives_its_files(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from harness.builds import COMMIT, executable, write
-from harness.commands import Done, run
+from harness.process import Done, run
 from harness.support import make_nupkg, noise
 
-from orchestrator.commands.compare import _side_by_side
+from orchestrator.compare.measure import side_by_side
 
 WEB = noise("web", 300_000)
 BEFORE = {"lib/web.dll": WEB, "content/logo.png": noise("logo", 80_000), "content/a.txt": b"a" * 100}
@@ -161,7 +161,7 @@ def test_one_failed_encoder_ends_the_others_and_is_told() -> None:
         raise RuntimeError("broken")
 
     seen: list[tuple[int, int]] = []
-    assert _side_by_side([(2, lambda: 5), (3, lambda: 7)], lambda *at: seen.append(at)) == [5, 7]
+    assert side_by_side([(2, lambda: 5), (3, lambda: 7)], lambda *at: seen.append(at)) == [5, 7]
     assert seen[-1] == (5, 5)
     ran: list[None] = []
 
@@ -171,7 +171,7 @@ def test_one_failed_encoder_ends_the_others_and_is_told() -> None:
         return 1
 
     with pytest.raises(RuntimeError, match="broken"):
-        _side_by_side([(1, fail), *[(1, work)] * 1000], lambda *_: None)
+        side_by_side([(1, fail), *[(1, work)] * 1000], lambda *_: None)
     assert len(ran) < 1000
 
 

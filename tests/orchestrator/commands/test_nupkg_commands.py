@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Serving, run, serving
 from harness.exact_kit import ENGINES, PACKAGES, deflated, needs_engines, words
+from harness.process import Process, run
+from harness.relays import RelayProcess
 
 PARTS = {"lib/a.dll": words(1, 400_000), "b.txt": words(2, 2_000)}
 EF = PACKAGES / "microsoft.entityframeworkcore.10.0.14.nupkg"
@@ -24,8 +29,8 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def relay(tmp_path: Path) -> Iterator[Serving]:
-    with serving(tmp_path / "relay") as running:
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path / "relay") as running:
         yield running
 
 
@@ -78,6 +83,74 @@ def test_engines_that_come_later_mend_the_recipe(by: str, home: Path) -> None:
     assert told["verbatim"] is None
 
 
+# --- between publication and proof
+
+engines_are_looked_for = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="engines are for linux-x64"
+)
+
+
+@contextmanager
+def killed_in_the_proof(home: Path, *nupkgs: str, **more: str) -> Iterator[str]:
+    """What `package add` told, before it was killed over the proof: it waits for an engine that never can be read."""
+    engines = home / "engines-that-wait"
+    engines.mkdir()
+    os.mkfifo(engines / "engine.so")
+    with Process(home, "package", "add", *nupkgs, WAYSTATION_ENGINES=str(engines), **more) as adding:
+        yield adding.wait_for_line("added")
+        assert adding.kill().code == -signal.SIGKILL, "it had ended before the kill"
+
+
+@engines_are_looked_for
+def test_a_package_is_listed_fetched_and_replicated_while_its_proof_is_under_way(
+    home: Path, tmp_path: Path, relay: RelayProcess
+) -> None:
+    nupkg = deflated(tmp_path, PARTS)
+    out = tmp_path / "out.nupkg"
+    with killed_in_the_proof(home, nupkg) as told:
+        assert told.startswith("added  Acme.Web 1.0.0  sha256:")
+        (listed,) = run(home, "package", "list", "--json").json["packages"]
+        assert (listed["id"], listed["version"]) == NAME
+        assert exact(home, *NAME) is None
+        assert "not proved yet" in run(home, "package", "show", *NAME).out
+        assert run(home, "package", "fetch", *NAME, "--output", out).code == 0
+        sent = run(home, "package", "replicate", *NAME, "--relay", relay.url, "--json").json
+        assert sent["failed"] == []
+    assert out.read_bytes() == Path(nupkg).read_bytes()
+
+
+@engines_are_looked_for
+@pytest.mark.parametrize("by", ["add", "replicate --exact"])
+def test_a_kill_between_publication_and_proof_leaves_a_package_that_is_proved_later(
+    by: str, home: Path, tmp_path: Path, relay: RelayProcess
+) -> None:
+    nupkg = deflated(tmp_path, PARTS)
+    with killed_in_the_proof(home, nupkg):
+        pass
+    assert exact(home, *NAME) is None, "the kill fell behind the proof"
+    assert run(home, "package", "replicate", *NAME, "--relay", relay.url).code == 0
+    if by == "add":
+        again = run(home, "package", "add", nupkg, "--json").json["packages"][0]
+        assert (again["new"], again["chunks_stored"]) == (False, 0)
+        assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
+    sent = run(home, "package", "replicate", *NAME, "--relay", relay.url, "--exact", "--json").json
+    assert sent["relays"][0]["exact_bytes"] == 0, "the recipe is all that the relay needs"
+    assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
+    out = tmp_path / "out.nupkg"
+    assert run(home, "package", "fetch", *NAME, "--relay", relay.url, "--output", out).code == 0
+    assert out.read_bytes() == Path(nupkg).read_bytes()
+    assert list((home / "depot" / "tmp").glob("*")) == []
+
+
+def test_the_file_may_go_as_soon_as_it_is_told(home: Path, tmp_path: Path) -> None:
+    nupkg = Path(deflated(tmp_path, PARTS | {"lib/large.dll": words(3, 20_000_000)}))
+    with Process(home, "package", "add", nupkg) as adding:
+        adding.wait_for_line("added  ")
+        nupkg.unlink()
+        assert adding.result().code == 0
+    assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
+
+
 # --- fetch
 
 
@@ -112,7 +185,7 @@ def test_fetch_never_overwrites_another_file(home: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob("out.*")] == ["out.nupkg"]
 
 
-def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     nupkg = deflated(tmp_path, PARTS)
     run(home, "package", "add", nupkg)
     assert run(home, "package", "replicate", *NAME, "--relay", relay.url).code == 0
@@ -121,7 +194,7 @@ def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_pat
     assert out.read_bytes() == Path(nupkg).read_bytes()
 
 
-def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     run(home, "package", "add", deflated(tmp_path, PARTS))
     run(home, "package", "replicate", *NAME, "--relay", relay.url)
     stranger = tmp_path / "stranger"
@@ -133,7 +206,7 @@ def test_fetch_believes_only_pinned_keys(home: Path, tmp_path: Path, relay: Serv
     assert not out.exists()
 
 
-def test_fetch_says_what_the_relay_lacks(home: Path, tmp_path: Path, relay: Serving) -> None:
+def test_fetch_says_what_the_relay_lacks(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
     nupkg = deflated(tmp_path, PARTS, level=1)
     run(home, "package", "add", nupkg)
     run(home, "package", "replicate", *NAME, "--relay", relay.url)
@@ -164,8 +237,8 @@ def test_serve_takes_what_it_lacks_from_its_parent(home: Path, tmp_path: Path) -
     run(home, "package", "add", nupkg)
     out = tmp_path / "out.nupkg"
     with (
-        serving(tmp_path / "parent", "--store", home / "depot") as parent,
-        serving(tmp_path / "child", "--parent", parent.url) as child,
+        RelayProcess(tmp_path / "parent", "--store", home / "depot") as parent,
+        RelayProcess(tmp_path / "child", "--parent", parent.url) as child,
     ):
         run(home, "package", "replicate", *NAME, "--relay", child.url)
         assert run(home, "package", "fetch", *NAME, "--relay", child.url, "--output", out).code == 0

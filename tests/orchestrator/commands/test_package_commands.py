@@ -19,8 +19,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.commands import WAYSTATION, Done, Serving, environment, run, serving
 from harness.feed_server import body, running_feed
+from harness.process import WAYSTATION, Done, environment, run
+from harness.relays import RelayProcess
 from harness.support import make_nupkg, noise, nuspec
 
 from relay.package.zip_reader import read_part, walk
@@ -47,9 +48,9 @@ def home(tmp_path: Path, keys: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def relays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Serving]]:
+def relays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RelayProcess]]:
     folder = tmp_path_factory.mktemp("relays")
-    with serving(folder / "fra") as fra, serving(folder / "iad") as iad:
+    with RelayProcess(folder / "fra") as fra, RelayProcess(folder / "iad") as iad:
         yield [fra, iad]
 
 
@@ -425,11 +426,13 @@ def package(home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return id
 
 
-def held_by(home: Path, relay: Serving) -> set[str]:
+def held_by(home: Path, relay: RelayProcess) -> set[str]:
     return {entry["id"] for entry in run(home, "relay", "status", "--relay", relay.url, "--json").json["packages"]}
 
 
-def test_a_package_goes_to_every_relay_and_again_sends_nothing(home: Path, package: str, relays: list[Serving]) -> None:
+def test_a_package_goes_to_every_relay_and_again_sends_nothing(
+    home: Path, package: str, relays: list[RelayProcess]
+) -> None:
     to = [word for relay in relays for word in ("--relay", relay.url)]
     first = run(home, "package", "replicate", package, "1.0.0", *to, "--json").json
     assert (first["format"], first["id"], first["version"], first["failed"]) == (1, package, "1.0.0", [])
@@ -463,7 +466,7 @@ def versions_of(home: Path, tmp_path: Path, request: pytest.FixtureRequest) -> s
 
 
 def test_a_dry_run_shows_the_arithmetic_and_sends_nothing(
-    home: Path, tmp_path: Path, relays: list[Serving], request: pytest.FixtureRequest
+    home: Path, tmp_path: Path, relays: list[RelayProcess], request: pytest.FixtureRequest
 ) -> None:
     id, relay = versions_of(home, tmp_path, request), relays[0]
     run(home, "package", "replicate", id, "1.0.0", "--relay", relay.url)
@@ -491,7 +494,7 @@ def test_a_dry_run_shows_the_arithmetic_and_sends_nothing(
 
 
 def test_a_forced_encoding_is_used_and_the_ledger_says_so(
-    home: Path, tmp_path: Path, relays: list[Serving], request: pytest.FixtureRequest
+    home: Path, tmp_path: Path, relays: list[RelayProcess], request: pytest.FixtureRequest
 ) -> None:
     id, relay = versions_of(home, tmp_path, request), relays[0]
     first = ["package", "replicate", id, "1.0.0", "--relay", relay.url, "--encoding", "hdiff", "--explain", "--json"]
@@ -516,7 +519,7 @@ def test_an_encoding_or_limit_that_there_is_not_is_a_usage_error(home: Path, wor
 
 
 def test_a_relay_that_is_down_is_named_and_the_other_one_is_served(
-    home: Path, package: str, relays: list[Serving]
+    home: Path, package: str, relays: list[RelayProcess]
 ) -> None:
     down = f"http://127.0.0.1:{unused_port()}"
     to = ["--relay", down, "--relay", relays[0].url, "--patience", "0.2"]
@@ -529,7 +532,7 @@ def test_a_relay_that_is_down_is_named_and_the_other_one_is_served(
     assert package in held_by(home, relays[0])
 
 
-def test_a_package_without_a_signature_is_not_sent(home: Path, package: str, relays: list[Serving]) -> None:
+def test_a_package_without_a_signature_is_not_sent(home: Path, package: str, relays: list[RelayProcess]) -> None:
     for path in (home / "depot/signatures").iterdir():
         path.unlink()
     done = run(home, "package", "replicate", package, "1.0.0", "--relay", relays[0].url)
@@ -616,7 +619,7 @@ BAR = "━"
 
 
 def test_a_progress_bar_is_drawn_on_a_terminal_and_nowhere_else(
-    home: Path, tmp_path: Path, relays: list[Serving]
+    home: Path, tmp_path: Path, relays: list[RelayProcess]
 ) -> None:
     files = {f"lib/{n}.dll": noise(n, 1_000_000) for n in range(20)}
     nupkg = make_nupkg(tmp_path, files, id="Acme.Bar")

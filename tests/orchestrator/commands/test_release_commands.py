@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness.commands import Done, begin, finish
+from harness.process import Done, run
 from harness.support import make_nupkg
 
 PROCESS = {
@@ -37,7 +37,7 @@ class Desk:
         (self.project / path).write_text(yaml.safe_dump(document, sort_keys=False))
 
     def call(self, *words: object) -> Done:
-        return finish(begin(self.home, *words, cwd=str(self.project)))
+        return run(self.home, *words, cwd=str(self.project))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def origin(desk: Desk, tmp_path: Path) -> Desk:
 
 def test_init_writes_files_that_can_be_planned_with_once_they_are_filled_in(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    done = finish(begin(tmp_path / "home", "init", folder))
+    done = run(tmp_path / "home", "init", folder)
 
     assert (done.code, done.err) == (0, "")
     assert (folder / "release.yaml").is_file()
@@ -70,7 +70,7 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
     (folder / "release.yaml").write_text("mine\n")
-    finish(begin(tmp_path / "home", "init", folder))
+    run(tmp_path / "home", "init", folder)
 
     assert (folder / "release.yaml").read_text() == "mine\n"
 
@@ -230,7 +230,7 @@ def test_without_sqlalchemy_a_release_says_what_to_install_and_help_works(desk: 
     )
 
     def call(*words: str) -> Done:
-        return finish(begin(desk.home, *words, cwd=str(desk.project), PYTHONPATH=str(shadow)))
+        return run(desk.home, *words, cwd=str(desk.project), PYTHONPATH=str(shadow))
 
     for words in (
         ("release", "deploy", "1.0.0", "-e", "production"),

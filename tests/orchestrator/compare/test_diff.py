@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness.builds import FILES, RANDOM, opener, real, write
+from harness.seed import SOAK
 from harness.support import noise, nuspec
 
 from orchestrator.compare import diff
@@ -121,7 +122,7 @@ def test_bytes_by_encoding_are_those_of_a_payload_that_decodes(tmp_path: Path, o
 
 def test_without_bases_a_delta_is_counted_as_the_plain_form(tmp_path: Path, opened) -> None:
     (new,) = opened(write(tmp_path / "a.nupkg", FILES))
-    run = diff.Run(tuple(range(len(new.manifest.chunks))), (), new.manifest.stream_size)
+    run = diff.BasedRun(tuple(range(len(new.manifest.chunks))), (), new.manifest.stream_size)
     assert diff.payload_bytes(new, new, run, Coding.parse("zstd-prefix:3")) == diff.payload_bytes(
         new, new, run, Coding.parse("zstd:3")
     )
@@ -147,11 +148,15 @@ def test_rsync_like_counts_parts_whose_compressed_bytes_are_new(tmp_path: Path, 
     assert diff.rsync_like_bytes(old, new) == new.zip_part["content/keep.txt"].compressed_size
 
 
+soak = [pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="the largest pair is compared in `make soak`")]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after", "share"),
     [
         ("Shop.Web.1.0.0", "Shop.Web.1.0.1", 0.001),
-        ("Shop.Web.1.0.1", "Shop.Web.1.1.0", 0.04),
+        pytest.param("Shop.Web.1.0.1", "Shop.Web.1.1.0", 0.04, marks=soak),
         ("microsoft.entityframeworkcore.10.0.14", "microsoft.entityframeworkcore.10.0.15", 0.08),
     ],
 )

@@ -13,6 +13,7 @@ from harness.support import noise
 
 from orchestrator.compare import diff
 from orchestrator.compare import lint as linting
+from orchestrator.compare.read_package import zip_records
 
 
 @pytest.fixture
@@ -210,6 +211,4 @@ def test_times_of_a_zip_that_another_reader_refuses_are_not_told(tmp_path: Path,
     (package,) = opened(write(tmp_path / "a.nupkg", FILES, time=(2026, 1, 2, 3, 4, 6)))
     blind = replace(package, zip_parts=tuple(replace(part, stamped=()) for part in package.zip_parts))
     assert linting.lint_alone(blind) == linting.Lint((), None)
-    from orchestrator.commands.compare import _records
-
-    assert _records(io.BytesIO(b"no zip")) == {}
+    assert zip_records(io.BytesIO(b"no zip")) == {}

@@ -105,6 +105,7 @@ def test_another_build_is_made_of_other_stamps_alone() -> None:
     assert portable_executable.rebuilt(data, assembly, {"time", "commit"}) == other, "the same each time"
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_no_bytes_make_the_reader_of_assemblies_fail(data: st.DataObject) -> None:

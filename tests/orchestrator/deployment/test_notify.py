@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from harness.receiver import verify_notification
 from harness.support import Keys, small_server, trust_keys
 
 from orchestrator.deployment.notify import (
     ATTEMPTS,
     SIGNATURE_HEADER,
+    Notifier,
     cloud_event,
-    notify,
     target_of,
-    verify_notification,
 )
 from orchestrator.plan.plan import NotifyPlan, SecretSource
 from orchestrator.trust.keyring import load_signer
@@ -65,7 +65,7 @@ def keys(tmp_path: Path) -> Keys:
 
 
 async def send(keys: Keys, *plans: NotifyPlan, secrets=NOTHING, event=EVENT, seconds: float = 5.0) -> list[str]:
-    return await notify(plans, secrets, load_signer(keys.folder, "order"), event, seconds=seconds)
+    return await Notifier(plans, secrets, load_signer(keys.folder, "order"), seconds).notify(event)
 
 
 async def test_a_receiver_gets_a_cloud_event_that_it_can_verify(keys: Keys) -> None:
@@ -183,7 +183,7 @@ async def test_a_secret_url_is_told(keys: Keys, monkeypatch) -> None:
 async def test_an_event_that_cannot_be_said_is_an_error_text(keys: Keys) -> None:
     for event in ({"event": "finished"}, {**EVENT, "what": object()}, {**EVENT, "time": "noon"}):
         [error] = await send(keys, NotifyPlan(("finished",), "http://127.0.0.1:1/"), event=event)
-        assert "nobody was told of 'finished'" in error
+        assert "no receiver was told of 'finished'" in error
 
 
 def test_an_event_without_a_number_is_named_by_its_kind() -> None:

@@ -11,7 +11,7 @@ import pytest
 from harness.feed_server import Server, body, running_feed
 from harness.support import Origin, depot_with, make_nupkg, noise, trust_keys
 
-from orchestrator.deployment.packages import build_scripts_package, ensure_packages, ref_of, server_tree
+from orchestrator.deployment.packages import ServerTrees, build_scripts_package, ensure_packages, ref_of
 from orchestrator.files.script_files import ScriptPathError
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage, SecretSource
 from orchestrator.trust.secrets import SecretStore
@@ -172,7 +172,7 @@ async def test_the_package_holds_exactly_the_named_scripts(origin: Origin, proje
     digests = {path: hashlib.sha256((project / path).read_bytes()).hexdigest() for path in PATHS}
     text = "".join(f"{path}\0{digests[path]}" for path in sorted(digests))
     assert package.version == f"1.0.0-h{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    tree = await server_tree(origin.depot.store.location, package, origin.keys.pins, str(tmp_path / "trees"))
+    tree = await ServerTrees(origin.depot.store.location, origin.keys.pins, str(tmp_path / "trees")).build(package)
     found = {str(path.relative_to(tree)): path.read_bytes() for path in Path(tree).rglob("*") if path.is_file()}
     assert found == {path: (project / path).read_bytes() for path in PATHS}
     assert package.tree_bytes == sum(map(len, found.values()))
@@ -232,19 +232,19 @@ async def test_a_project_names_its_package(origin: Origin, project: Path, name: 
 async def test_the_tree_on_the_server_is_that_of_the_package(origin: Origin, tmp_path: Path) -> None:
     package = (await ensure(origin, {"web": PlannedPackage("Acme.Web", "1.0.0")}))["web"]
     trees = str(tmp_path / "trees")
-    tree = Path(await server_tree(origin.depot.store.location, package, origin.keys.pins, trees))
+    tree = Path(await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package))
     assert {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} == set(FILES)
     assert all((tree / path).read_bytes() == data for path, data in FILES.items())
     assert os.access(tree / "bin/migrate", os.X_OK)
-    assert await server_tree(origin.depot.store.location, package, origin.keys.pins, trees) == str(tree)
+    assert await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package) == str(tree)
 
 
 async def test_a_tree_that_was_edited_is_built_again(origin: Origin, tmp_path: Path) -> None:
     package = (await ensure(origin, {"web": PlannedPackage("Acme.Web", "1.0.0")}))["web"]
     trees = str(tmp_path / "trees")
-    tree = Path(await server_tree(origin.depot.store.location, package, origin.keys.pins, trees))
+    tree = Path(await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package))
     (tree / "bin/migrate").write_bytes(b"#!/bin/sh\necho HELLO\n")
-    again = Path(await server_tree(origin.depot.store.location, package, origin.keys.pins, trees))
+    again = Path(await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package))
     assert again != tree
     assert (again / "bin/migrate").read_bytes() == FILES["bin/migrate"]
 
@@ -253,5 +253,5 @@ async def test_a_tree_that_nobody_trusted_signed_is_not_built(origin: Origin, tm
     package = (await ensure(origin, {"web": PlannedPackage("Acme.Web", "1.0.0")}))["web"]
     stranger = trust_keys(tmp_path / "stranger").pins
     with pytest.raises(UntrustedError):
-        await server_tree(origin.depot.store.location, package, stranger, str(tmp_path / "trees"))
+        await ServerTrees(origin.depot.store.location, stranger, str(tmp_path / "trees")).build(package)
     assert not (tmp_path / "trees/releases").exists()

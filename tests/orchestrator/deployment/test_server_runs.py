@@ -9,32 +9,50 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from harness.support import eventually
 
-from agent.runs.runs import Outcome
+from agent.orders.operation_id import OperationId
 from agent.runs.scripts import base_environment
 from orchestrator.deployment.releases import FileChangedError
 from orchestrator.deployment.server_runs import ServerRuns
+from orchestrator.journal.events import Event, ServerRunDispatched, ServerRunEnded
+from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import FrozenFile, SecretSource, ServerRun
 from orchestrator.trust.secrets import SecretStore
-from relay.errors import RefusedError, UsageError
+from relay.errors import RefusedError
 
 DEPLOYMENT = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
-BEFORE = f"{DEPLOYMENT}/1/web1/before"
+BEFORE = OperationId.of(DEPLOYMENT, 1, "web1", "before")
 SECRET = "s3cr3t-of-the-balancer"
+
+
+class Heard(Recorder):
+    """A recorder that keeps what it hears here."""
+
+    def __init__(self, runs: Path) -> None:
+        self.deployment = DEPLOYMENT
+        self.events: list[Event] = []
+        self._runs = runs
+
+    async def record(self, *events: Event) -> None:
+        for event in events:
+            if isinstance(event, ServerRunDispatched):
+                # What is to be journaled must not have begun.
+                name = event.operation.removeprefix(f"{DEPLOYMENT}/").replace("/", "~")
+                assert not (self._runs / name / "begun").exists()
+        self.events += events
 
 
 @dataclass
 class Server:
-    """A deployment's own folder, a project with scripts, and what the hooks heard."""
+    """A deployment's own folder, a project with scripts, and what was recorded."""
 
     folder: Path
     project: Path
-    heard: list[tuple[str, str, Outcome | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         (self.project / "lb").mkdir(parents=True)
@@ -42,18 +60,19 @@ class Server:
         token.write_text(SECRET + "\n")
         token.chmod(0o600)
         self.secrets = SecretStore({"lb-token": SecretSource(file=str(token))})
+        self.heard = Heard(self.folder / "runs")
         self.runs = self.again()
 
     def again(self) -> ServerRuns:
         """As another process would have it."""
-        return ServerRuns(str(self.folder), self.secrets, {".rb": "sh"}, self._before, self._after)
+        return ServerRuns(str(self.folder), self.secrets, self.heard)
 
     def script(self, text: str, name: str = "out.sh") -> FrozenFile:
         path = self.project / "lb" / name
         path.write_text(textwrap.dedent(text))
         return FrozenFile(str(self.project), f"lb/{name}", hashlib.sha256(path.read_bytes()).hexdigest())
 
-    async def run(self, text: str, operation: str = BEFORE, extra=None, name: str = "out.sh", **more):
+    async def run(self, text: str, operation: OperationId = BEFORE, extra=None, name: str = "out.sh", **more):
         script = self.script(text, name)
         self.runs.freeze([script])
         return await self.runs.run(ServerRun("take out", script, **more), operation, extra or {})
@@ -62,16 +81,12 @@ class Server:
         return {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
 
     def kinds(self) -> list[tuple[str, str]]:
-        return [(kind, operation.removeprefix(f"{DEPLOYMENT}/")) for kind, operation, _ in self.heard]
+        events = self.heard.events
+        return [(event.kind().rpartition("_")[2], event.operation.removeprefix(f"{DEPLOYMENT}/")) for event in events]
 
-    async def _before(self, operation: str) -> None:
-        # What is to be journaled must not have begun.
-        name = operation.removeprefix(f"{DEPLOYMENT}/").replace("/", "~")
-        assert not (self.folder / "runs" / name / "begun").exists()
-        self.heard.append(("before", operation, None))
-
-    async def _after(self, operation: str, outcome: Outcome) -> None:
-        self.heard.append(("after", operation, outcome))
+    @property
+    def ended(self) -> list[ServerRunEnded]:
+        return [event for event in self.heard.events if isinstance(event, ServerRunEnded)]
 
 
 @pytest.fixture
@@ -152,7 +167,7 @@ async def test_a_secret_is_in_no_file_no_log_and_no_result(server: Server) -> No
     )
     assert result.exit_status == 3
     assert log(result).count("********") >= 4
-    assert SECRET not in repr(result) + repr(server.heard) + repr(server.runs) + repr(vars(server.runs))
+    assert SECRET not in repr(result) + repr(server.heard.events) + repr(server.runs) + repr(vars(server.runs))
     import base64
 
     forms = [SECRET.encode(), base64.b64encode(SECRET.encode()), SECRET.encode()[:20]]
@@ -179,10 +194,9 @@ async def test_a_script_finds_what_stands_beside_it(server: Server) -> None:
     assert log(result) == "hello from web1\nhelped\n"
 
 
-async def test_interpreters_are_settings(server: Server) -> None:
-    known, unknown = server.script("echo from sh\n", "x.rb"), server.script("echo\n", "x.unknown")
-    server.runs.freeze([known, unknown])
-    assert log(await server.runs.run(ServerRun("x", known), BEFORE, {})) == "from sh\n"
+async def test_a_script_that_no_interpreter_is_known_for_is_not_started(server: Server) -> None:
+    unknown = server.script("echo\n", "x.unknown")
+    server.runs.freeze([unknown])
     result = await server.runs.run(ServerRun("x", unknown), BEFORE, {})
     assert not result.ok
     assert "cannot tell how to start 'x.unknown'" in result.reason
@@ -248,42 +262,33 @@ def test_too_much_beside_a_script_is_refused_and_nothing_is_left(server: Server)
 
 async def test_a_success_is_heard_before_and_after(server: Server) -> None:
     result = await server.run("#!/bin/sh\nexit 0\n")
-    assert (result.ok, result.exit_status, result.timed_out, result.attempts, result.reason) == (True, 0, False, 1, "")
-    assert (result.state, result.operation) == ("done", f"{BEFORE}/1")
-    assert server.kinds() == [("before", "1/web1/before/1"), ("after", "1/web1/before/1")]
-    outcome = server.heard[1][2]
-    assert outcome is not None
+    assert (result.ok, result.exit_status, result.reason) == (True, 0, "")
+    assert (result.state, result.operation) == ("done", BEFORE)
+    assert server.kinds() == [("dispatched", "1/web1/before/1"), ("ended", "1/web1/before/1")]
+    [outcome, *_] = server.ended
     assert outcome.state == "done"
     assert 0 < outcome.started <= outcome.ended
 
 
 async def test_a_failure_is_tried_again_as_often_as_planned(server: Server) -> None:
     result = await server.run("#!/bin/sh\necho try $ATTEMPT\nexit 7\n", attempts=3, delay=0.01)
-    assert (result.ok, result.exit_status, result.attempts, result.state) == (False, 7, 3, "failed")
+    assert (result.ok, result.exit_status, result.operation.attempt, result.state) == (False, 7, 3, "failed")
     assert "'take out' on the server (attempt 3 of 3)" in result.reason
     assert "7" in result.reason
     assert result.log_path in result.reason
     assert log(result) == "try 3\n"
-    assert server.kinds() == [(kind, f"1/web1/before/{n}") for n in (1, 2, 3) for kind in ("before", "after")]
+    assert server.kinds() == [(kind, f"1/web1/before/{n}") for n in (1, 2, 3) for kind in ("dispatched", "ended")]
 
 
 async def test_trying_again_ends_with_the_first_success(server: Server) -> None:
     result = await server.run('#!/bin/sh\n[ "$ATTEMPT" = 2 ]\n', attempts=5, delay=0.01)
-    assert (result.ok, result.attempts, result.operation) == (True, 2, f"{BEFORE}/2")
+    assert (result.ok, result.operation) == (True, replace(BEFORE, attempt=2))
 
 
 async def test_a_later_run_of_the_same_operation_is_a_new_attempt(server: Server) -> None:
     text = "#!/bin/sh\necho $ATTEMPT\n"
     assert [log(await server.run(text)) for _ in range(3)] == ["1\n", "2\n", "3\n"]
-    assert log(await server.run(text, operation=f"{DEPLOYMENT}/1/web1/before-2")) == "1\n"
-
-
-async def test_an_action_is_named_by_a_word(server: Server) -> None:
-    result = await server.run("#!/bin/sh\n", operation=f"{DEPLOYMENT}/0/server/open vpn: part 1/2")
-    assert result.operation == f"{DEPLOYMENT}/0/server/open-vpn-part-1-2/1"
-    for operation in (DEPLOYMENT, f"{DEPLOYMENT}/1/web1", f"{DEPLOYMENT}/1/we b/before", "../../x/y"):
-        with pytest.raises(UsageError, match="is no operation"):
-            await server.run("#!/bin/sh\n", operation=operation)
+    assert log(await server.run(text, operation=OperationId.of(DEPLOYMENT, 1, "web1", "before-2"))) == "1\n"
 
 
 async def test_at_its_time_limit_a_hanging_script_is_killed_with_its_children(server: Server) -> None:
@@ -296,7 +301,7 @@ async def test_at_its_time_limit_a_hanging_script_is_killed_with_its_children(se
         """,
         timeout=1.0,
     )
-    assert (result.ok, result.timed_out, result.state, result.attempts) == (False, True, "failed", 1)
+    assert (result.ok, result.state, result.operation) == (False, "failed", BEFORE)
     assert "time limit of 1 s" in result.reason
     children = [int(line) for line in log(result).split()]
     assert len(children) >= 2
@@ -306,12 +311,11 @@ async def test_at_its_time_limit_a_hanging_script_is_killed_with_its_children(se
 async def test_commands_run_one_after_another_until_one_fails(server: Server) -> None:
     commands = (("echo", "one; echo not a shell"), ("sh", "-c", "echo two; exit 4"), ("echo", "three"))
     result = await server.runs.run(ServerRun("x", None, commands), BEFORE, {})
-    assert (result.ok, result.exit_status, result.attempts) == (False, 4, 1)
+    assert (result.ok, result.exit_status, result.operation) == (False, 4, BEFORE)
     assert "sh (command 2 of 3)" in result.reason
     assert log(result) == "one; echo not a shell\ntwo\n"
-    outcome = server.heard[1][2]
-    assert outcome is not None
-    assert outcome.output_bytes == len(log(result))
+    [outcome, *_] = server.ended
+    assert outcome.log_bytes == len(log(result))
     result = await server.runs.run(ServerRun("x", None, commands[::2]), BEFORE, {})
     assert (result.ok, log(result)) == (True, "one; echo not a shell\nthree\n")
 
@@ -319,9 +323,8 @@ async def test_commands_run_one_after_another_until_one_fails(server: Server) ->
 async def test_commands_share_one_time_limit(server: Server) -> None:
     commands = (("sleep", "0.6"), ("sleep", "600"))
     result = await server.runs.run(ServerRun("x", None, commands, timeout=1.0), BEFORE, {})
-    assert result.timed_out
-    outcome = server.heard[1][2]
-    assert outcome is not None
+    assert "time limit of" in result.reason
+    [outcome, *_] = server.ended
     assert "0." in outcome.reason, "the second had only what the first left"
 
 
@@ -339,11 +342,11 @@ async def test_a_secret_that_cannot_be_read_fails_the_run_before_it_starts(serve
     assert not Path(result.log_path).exists()
 
 
-async def test_a_hook_that_fails_keeps_the_script_from_starting(server: Server) -> None:
-    async def no(operation: str) -> None:
+async def test_a_journal_that_cannot_be_written_keeps_the_script_from_starting(server: Server) -> None:
+    async def no(*events: Event) -> None:
         raise RefusedError("the journal is full")
 
-    server.runs = ServerRuns(str(server.folder), server.secrets, {}, no, server._after)
+    server.heard.record = no
     with pytest.raises(RefusedError, match="journal is full"):
         await server.run(f"#!/bin/sh\ntouch {server.project}/ran\n")
     await asyncio.sleep(0.1)
@@ -359,17 +362,19 @@ async def test_stop_all_ends_what_runs_and_no_attempt_follows(server: Server) ->
     await eventually(started.exists)
     await server.runs.stop_all()
     result = await task
-    assert (result.ok, result.state, result.attempts, result.timed_out) == (False, "stopped", 1, False)
+    assert (result.ok, result.state, result.operation) == (False, "stopped", BEFORE)
     later = ServerRun("put in", None, (("true",),))
-    assert (await server.runs.run(later, f"{DEPLOYMENT}/1/web1/after", {})).ok, "what comes later runs"
+    assert (await server.runs.run(later, OperationId.of(DEPLOYMENT, 1, "web1", "after"), {})).ok, (
+        "what comes later runs"
+    )
 
 
 async def test_stop_all_ends_the_pause_before_another_attempt(server: Server) -> None:
     task = asyncio.create_task(server.run("#!/bin/sh\nexit 1\n", attempts=5, delay=600.0))
-    await eventually(lambda: len(server.heard) == 2)
+    await eventually(lambda: len(server.heard.events) == 2)
     await server.runs.stop_all()
     result = await task
-    assert (result.state, result.attempts) == ("failed", 1)
+    assert (result.state, result.operation) == ("failed", BEFORE)
 
 
 async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(server: Server) -> None:
@@ -384,7 +389,7 @@ async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(se
     await asyncio.sleep(0.3)
     assert out.read_text() == "began 1\n"
     go.touch()
-    assert (await again).operation == f"{BEFORE}/2"
+    assert (await again).operation == replace(BEFORE, attempt=2)
     assert out.read_text() == "began 1\nended 1\nbegan 2\nended 2\n"
 
 
@@ -396,12 +401,17 @@ async def test_after_a_kill_another_process_takes_the_run_up(server: Server) -> 
     server.runs.freeze([script])
     program = f"""
 import asyncio
+from agent.orders.operation_id import OperationId
+from orchestrator.journal.events import Event, ServerRunDispatched, ServerRunEnded
+from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import FrozenFile, ServerRun
 from orchestrator.trust.secrets import SecretStore
 from orchestrator.deployment.server_runs import ServerRuns
-async def hook(*_): pass
-runs = ServerRuns({str(server.folder)!r}, SecretStore({{}}), {{}}, hook, hook)
-asyncio.run(runs.run(ServerRun("x", {script!r}), {BEFORE!r}, {{}}))
+from orchestrator.journal.recorder import Recorder
+class Silent(Recorder):
+    async def record(self, *events): pass
+runs = ServerRuns({str(server.folder)!r}, SecretStore({{}}), Silent(None, {DEPLOYMENT!r}))
+asyncio.run(runs.run(ServerRun("x", {script!r}), OperationId.parse({str(BEFORE)!r}), {{}}))
 """
     engine = await asyncio.to_thread(subprocess.Popen, [sys.executable, "-c", program])
     try:
@@ -410,16 +420,16 @@ asyncio.run(runs.run(ServerRun("x", {script!r}), {BEFORE!r}, {{}}))
         engine.kill()
         assert engine.wait() == -signal.SIGKILL
     run = ServerRun("x", script)
-    assert await server.runs.take_up(run, f"{DEPLOYMENT}/1/web2/before", {}) is None
+    assert await server.runs.take_up(run, OperationId.of(DEPLOYMENT, 1, "web2", "before"), {}) is None
     task = asyncio.create_task(server.runs.take_up(run, BEFORE, {}))
     await asyncio.sleep(0.1)
     assert not task.done()
     go.touch()
     result = await task
     assert result is not None
-    assert (result.exit_status, result.operation, result.state) == (5, f"{BEFORE}/1", "failed")
+    assert (result.exit_status, result.operation, result.state) == (5, BEFORE, "failed")
     assert log(result) == "began\nended\n"
-    assert server.kinds() == [("after", "1/web1/before/1")]
+    assert server.kinds() == [("ended", "1/web1/before/1")]
     again = await server.again().take_up(run, BEFORE, {})
     assert again == result, "it is told again, and nothing is begun"
     assert log(result) == "began\nended\n"
@@ -436,7 +446,7 @@ async def test_an_unknown_outcome_is_repeated_only_where_that_is_allowed(
     runner = runner_of(server.folder / "runs" / "1~web1~before~1")
     os.kill(runner, signal.SIGKILL)
     result = await task
-    assert [outcome.state for _, _, outcome in server.heard if outcome] == states
+    assert [outcome.state for outcome in server.ended] == states
     assert result.ok == idempotent
     if idempotent:
         assert not lives(int(began.read_text())), "what may still run is ended before a repeat"

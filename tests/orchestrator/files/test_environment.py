@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from harness.files import parse_environment
 from harness.paths import ROOT
 
-from orchestrator.files.environment import Machine, Token, json_schema, load_environment, parse_environment
+from orchestrator.files.environment import Machine, Token, json_schema, load_environment
 from orchestrator.files.yaml_positions import PlanError
 
 DATA = ROOT / "tests/orchestrator/data"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.files import parse_process
 from harness.paths import ROOT
 
 from orchestrator.files.decode import Written
@@ -19,7 +20,6 @@ from orchestrator.files.process import (
     load_process,
     machine_scripts,
     package_of,
-    parse_process,
     rolling_of,
     server_scripts,
     undo_of,

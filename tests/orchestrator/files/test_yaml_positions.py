@@ -160,6 +160,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(st.dictionaries(words, trees, max_size=4))
 def test_what_yaml_writes_is_read_as_it_was(tree: dict[str, object]) -> None:
     # In quotes, all that is no text would carry a tag.
@@ -257,6 +258,7 @@ def test_a_script_is_hashed_once_for_one_plan(folder: Path) -> None:
     assert files.script(str(folder), "ops/run.sh") == first != OnDisk().script(str(folder), "ops/run.sh")
 
 
+@pytest.mark.processes
 def test_a_file_that_git_tracks_is_found_also_behind_a_link(folder: Path, tmp_path: Path) -> None:
     try:
         subprocess.run(["git", "init", "-q", str(folder)], check=True, capture_output=True)

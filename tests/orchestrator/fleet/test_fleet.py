@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 
 from agent.orders.envelopes import order_digest, sign_presence, sign_report, verify_order
 from agent.orders.keys import load_agent_identity, load_report_signer, make_agent_keys
+from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acknowledge, Order, Presence, Report, RunScript, Stop, Survey
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
-from orchestrator.fleet.presence import Answers, muster
+from orchestrator.fleet.presence import Answers, merge_presences
 from orchestrator.fleet.relay_mail import Mailroom, Pauses
+from orchestrator.journal.events import Dispatched, Event, Note, Reported
+from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
 from relay.errors import StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
@@ -33,6 +36,7 @@ from relay.protocol.connection import Connection
 from relay.protocol.mail_client import MailClient
 
 DEPLOYMENT = "01J9ZZZZZZZZZZZZZZZZZZZZZ0"
+OPERATION = OperationId.of("01J9ZZZZZZZZZZZZZZZZZZZZZ0", 0, "web1", "survey")
 JOURNAL = "0" * 31 + "1"
 SURVEY = Survey(())
 SCRIPT = RunScript(package="a" * 64, path="configure.sh", variables={})
@@ -47,29 +51,27 @@ DEAD = "http://127.0.0.1:9"
 
 
 @dataclass
-class Told:
-    """Hooks that remember. `journal` is every event in order."""
+class Told(Recorder):
+    """A recorder that keeps what it hears here. `events` are those of operations, in order."""
 
-    journal: list[tuple[str, ...]] = field(default_factory=list)
+    deployment: str = DEPLOYMENT
+    events: list[Event] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
-    """`before_dispatch` waits for it, where there is one."""
+    """A dispatch waits for it, where there is one."""
 
-    async def before_dispatch(self, operation: str, machine: str, order: str) -> None:
-        if self.hold is not None:
-            await self.hold.wait()
-        self.journal.append(("dispatched", operation, machine, order))
-
-    async def after_report(self, machine: str, report: Report) -> None:
+    async def record(self, *events: Event) -> None:
         await asyncio.sleep(0)
-        self.journal.append(("reported", report.operation, machine, report.state))
-
-    async def note(self, machine: str, text: str) -> None:
-        self.notes.append(f"{machine}: {text}" if machine else text)
+        for event in events:
+            if isinstance(event, Note):
+                self.notes.append(f"{event.machine}: {event.text}" if event.machine else event.text)
+            elif isinstance(event, Dispatched) and self.hold is not None:
+                await self.hold.wait()
+        self.events += [event for event in events if not isinstance(event, Note)]
 
     @property
     def kinds(self) -> list[str]:
-        return [event[0] for event in self.journal]
+        return [event.kind() for event in self.events]
 
 
 class Agent:
@@ -194,7 +196,7 @@ class Scene:
     folder: Path
 
     def path(self, operation: str) -> Path:
-        return Path(self.fleet.log_path(operation))
+        return Path(self.fleet.log_path(OperationId.parse(operation)))
 
 
 class World:
@@ -235,12 +237,11 @@ class World:
     ) -> Fleet:
         return Fleet(
             plan_of([machine or machine_of(agent, urls)], urls),
-            DEPLOYMENT,
             clients,
             signer=order_signer(agent),
             journal=JOURNAL,
             folder=str(self.folder / "deployment"),
-            hooks=self.told,
+            recorder=self.told,
             fence=7,
             limits=limits,
         )
@@ -260,7 +261,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def perform(scene: Scene, action: Any = SURVEY, **more: Any) -> Report:
-    return await scene.fleet.perform("web1", 0, "survey", 1, action, **more)
+    return await scene.fleet.perform(OPERATION, action, **more)
 
 
 # --- out and back
@@ -283,8 +284,7 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     await scene.fleet.presences()
     # A letter that had left would be at the relay by now, and that relay answers at once.
     seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
@@ -294,19 +294,19 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene.told.hold.set()
     report = await running
     digest = order_digest(scene.agent.envelopes[0])
-    assert scene.told.journal == [
-        ("dispatched", report.operation, "web1", digest),
-        ("reported", report.operation, "web1", "done"),
+    assert scene.told.events == [
+        Dispatched(report.operation, "web1", digest),
+        Reported.of("web1", report),
     ], "when perform returned, the journal had both"
 
 
 async def test_a_journal_that_cannot_be_written_keeps_the_order_here(world: World) -> None:
     scene = await world.scene()
 
-    async def full(operation: str, machine: str, order: str) -> None:
+    async def full(*events: Event) -> None:
         raise StoreError("no space left", full=True)
 
-    scene.told.before_dispatch = full  # type: ignore[method-assign]
+    scene.told.record = full  # type: ignore[method-assign]
     with pytest.raises(StoreError):
         await perform(scene)
     seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
@@ -359,7 +359,7 @@ async def test_a_relay_that_dies_with_the_order_is_made_up_for_when_it_comes_bac
         await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, urls, {"a": client})
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
         async with asyncio.timeout(10):
             while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
@@ -429,12 +429,11 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     urls = {"a": relay.url}
     fleet = Fleet(
         plan_of([machine_of(web1, urls), machine_of(web2, urls)], urls),
-        DEPLOYMENT,
         {"a": client},
         signer=order_signer(web1),
         journal=JOURNAL,
         folder=str(world.folder / "deployment"),
-        hooks=world.told,
+        recorder=world.told,
         fence=1,
         limits=QUICK,
     )
@@ -447,7 +446,7 @@ async def test_a_machine_cannot_report_for_another(world: World) -> None:
     web1.answers = meddled
     async with fleet, web1.polling(client), web2.polling(await world.client(relay.url)):
         await all_present(fleet)
-        report = await fleet.perform("web1", 0, "survey", 1, SURVEY)
+        report = await fleet.perform(OPERATION, SURVEY)
     assert (report.state, report.agent) == ("failed", "web1")
 
 
@@ -464,9 +463,9 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     urls = {"a": relay.url}
     fleet = world.fleet(agent, urls, {"a": client})
     async with fleet:
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
-        envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(f"{DEPLOYMENT}/0/web1/survey/1")
+        envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(OPERATION)
         assert envelope is not None
         order = verify_order(envelope, agent.pins.pins)
         await agent.send(client, agent.report(order, envelope))
@@ -486,7 +485,7 @@ async def test_the_same_again_after_a_crash_sends_the_same_bytes_and_gets_the_fi
 
     again = world.fleet(scene.agent, {"a": scene.relays["a"].url}, scene.relays)
     async with again:
-        report = await again.perform("web1", 0, "survey", 1, SCRIPT)
+        report = await again.perform(OPERATION, SCRIPT)
     assert report == first
     assert len(scene.agent.orders) == 1, "another order left under the same name"
     assert isinstance(scene.agent.orders[0].action, Survey)
@@ -497,12 +496,11 @@ async def test_an_order_that_was_written_down_but_never_left_leaves_now(world: W
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
     book = OrderBook(str(world.folder / "deployment" / "orders"))
-    operation = scene.fleet.operation("web1", 0, "survey", 1)
-    await eventually(lambda: book.find(operation) is not None)
+    await eventually(lambda: book.find(OPERATION) is not None)
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    kept = book.find(operation)
+    kept = book.find(OPERATION)
     scene.told.hold = None
 
     assert (await perform(scene)).state == "done"
@@ -519,7 +517,7 @@ async def test_a_machine_that_is_gone_is_lost_after_a_while(world: World) -> Non
     await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
     async with world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=0.3)) as fleet:
         with pytest.raises(LostError, match="web1 is lost"):
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert (await fleet.presences()).missing["web1"].startswith("lost: relay a has seen it last")
 
 
@@ -552,7 +550,7 @@ async def test_where_no_relay_takes_the_order_the_road_is_named(world: World) ->
     client = await world.client(DEAD)
     async with world.fleet(agent, {"a": DEAD}, {"a": client}, limits=limits_with(lost=0.3, look=30.0)) as fleet:
         with pytest.raises(UnreachableError, match="no relay has taken an order for web1") as caught:
-            await fleet.perform("web1", 0, "survey", 1, SURVEY)
+            await fleet.perform(OPERATION, SURVEY)
         assert not isinstance(caught.value, LostError)
         found = await fleet.presences()
     assert "none of its relays answers" in found.missing["web1"]
@@ -567,7 +565,7 @@ async def test_relays_that_stop_answering_are_told_apart_from_a_lost_machine(wor
         await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))
         fleet = world.fleet(agent, {"a": relay.url}, {"a": client}, limits=limits_with(lost=3.0))
         await world.stack.enter_async_context(fleet)
-        running = asyncio.create_task(fleet.perform("web1", 0, "survey", 1, SURVEY))
+        running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         async with asyncio.timeout(10):
             while not (await MailClient(client).poll("web1", messages.PollRequest(agent.presence(), None, 0.0))).orders:
                 await asyncio.sleep(0.01)
@@ -589,7 +587,7 @@ async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World)
 
 async def test_without_a_fence_nothing_leaves(world: World) -> None:
     scene = await world.scene()
-    scene.fleet.claim(0)
+    scene.fleet.fence = 0
     with pytest.raises(ValueError, match="fence"):
         await perform(scene)
     assert scene.agent.orders == []
@@ -614,7 +612,7 @@ def seen(agent: Agent, presence: bytes | None = None, *, age: float = 0.0) -> me
 
 def reason(agent: Agent, *seens: messages.AgentSeen, **changes: Any) -> str:
     machine = machine_of(agent, ["a"], **changes)
-    found = muster([machine], {"a": seens}, time.time())
+    found = merge_presences([machine], {"a": seens}, time.time())
     assert set(found.present) | set(found.missing) == {"web1"}
     return found.missing.get("web1", "")
 
@@ -654,10 +652,10 @@ def test_the_freshest_of_several_relays_counts(tmp_path: Path) -> None:
     agent = Agent(tmp_path)
     machine = machine_of(agent, ["a", "b", "c"])
     answers: Answers = {"a": [seen(agent, age=500.0)], "b": "cannot be reached", "c": [seen(agent, age=3.0)]}
-    found = muster([machine], answers, time.time())
+    found = merge_presences([machine], answers, time.time())
     assert set(found.present) == {"web1"}
     assert found.silent == {"b": "cannot be reached"}
-    gone = muster([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
+    gone = merge_presences([machine], {"a": "no", "b": "no", "c": "no"}, time.time())
     assert gone.missing["web1"] == "none of its relays answers: a: no; b: no; c: no"
 
 
@@ -770,8 +768,8 @@ async def test_results_are_acknowledged_once_their_output_is_here(world: World) 
         await scene.agent.send(relay, scene.agent.report(order, envelope, **told_of(output)))
 
     scene.agent.answers = lacking
-    first = await scene.fleet.perform("web1", 0, "survey", 1, SURVEY)
-    second = await scene.fleet.perform("web1", 0, "survey", 2, SURVEY)
+    first = await scene.fleet.perform(OPERATION, SURVEY)
+    second = await scene.fleet.perform(replace(OPERATION, attempt=2), SURVEY)
     await scene.fleet.acknowledge("web1")
     await eventually(lambda: len(scene.agent.orders) == 3)
     assert scene.agent.orders[-1].action == Acknowledge((first.operation,)), "the second's output is not here yet"
@@ -796,23 +794,13 @@ async def test_a_running_operation_can_be_stopped(world: World) -> None:
         await scene.agent.send(relay, scene.agent.report(order, envelope, "running", 1))
 
     scene.agent.answers = hangs
-    running = asyncio.create_task(scene.fleet.perform("web1", 3, "1-configure", 1, SCRIPT))
+    running = asyncio.create_task(scene.fleet.perform(OperationId.of(DEPLOYMENT, 3, "web1", "1-configure"), SCRIPT))
     await eventually(lambda: len(taken) == 1)
-    await scene.fleet.stop(taken[0][0].operation)
+    await scene.fleet.stop(OperationId.parse(taken[0][0].operation))
     await eventually(lambda: any(isinstance(order.action, Stop) for order in scene.agent.orders))
     assert scene.agent.orders[-1].action == Stop(f"{DEPLOYMENT}/3/web1/1-configure/1")
     await scene.agent.send(scene.relays["a"], scene.agent.report(*taken[0], "stopped", 2))
     assert (await running).state == "stopped"
-
-
-def test_names_of_actions_become_part_of_an_operation(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o700)
-    agent = Agent(tmp_path)
-    fleet = World(tmp_path, AsyncExitStack()).fleet(agent, {}, {})
-    assert fleet.operation("web1", 2, "3-restart the app!", 1) == f"{DEPLOYMENT}/2/web1/3-restart-the-app/1"
-    assert fleet.operation("web1", 2, "üß", 1).endswith("/action/1")
-    assert len(fleet.operation("w" * 63, 999, "x" * 500, 12)) < 200
-    assert fleet.log_path(fleet.operation("web1", 2, "switch", 1)).endswith("/logs/2~web1~switch~1.log")
 
 
 # --- the mailroom

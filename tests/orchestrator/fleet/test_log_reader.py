@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.fleet.log_reader import Line, LogReader
+from orchestrator.fleet.log_reader import LogLine, LogReader
 
 
 def test_lines_are_told_with_machine_and_action(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_lines_are_told_with_machine_and_action(tmp_path: Path) -> None:
 
 
 def test_a_repeated_attempt_is_told_apart() -> None:
-    assert Line("1~web1~before~2", "").where == "web1 before (attempt 2)"
+    assert LogLine("1~web1~before~2", "").where == "web1 before (attempt 2)"
 
 
 def test_what_was_told_is_not_told_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from agent.orders.orders import AcquireFacts, TreePulled
 from orchestrator.journal import events as ev
-from orchestrator.journal.events import Entry, LineBytes, decode
+from orchestrator.journal.events import JournalEntry, LineBytes, decode
 from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.journal.ledger_text import brief, full
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedPackage, PlannedRelay
@@ -18,8 +18,8 @@ HDIFF = EncodedBytes("hdiff", 20, 90_000, 700)
 ZSTD = EncodedBytes("zstd", 2, 3_000, 1_000)
 
 
-def entries(*events: ev.Event) -> list[Entry]:
-    return [Entry(number, ULID, 1000.0 + number, event) for number, event in enumerate(events, 1)]
+def entries(*events: ev.Event) -> list[JournalEntry]:
+    return [JournalEntry(number, ULID, 1000.0 + number, event) for number, event in enumerate(events, 1)]
 
 
 def replicated(relay: str = "fra", *lines: LineBytes, size: int = 5_000, fallbacks: int = 0) -> ev.Replicated:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.process import Talk
 
 from orchestrator.journal.journal import Journal
 from orchestrator.journal.locks import EnvironmentLockedError, Holder, hold, holder
@@ -52,28 +53,10 @@ with Journal.open(path) as journal:
 """
 
 
-def taker(journal: Journal, name: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TAKER, journal.path, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert heard(process) == ["ready"]
-    return process
-
-
-def say(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(f"{word}\n")
-    process.stdin.flush()
-
-
-def heard(process: subprocess.Popen[str]) -> list[str]:
-    assert process.stdout is not None
-    return process.stdout.readline().split()
-
-
-def end(*processes: subprocess.Popen[str]) -> None:
-    for process in processes:
-        process.communicate(timeout=30)
+def taker(journal: Journal, name: str) -> Talk:
+    talk = Talk(Path(journal.path).parent, TAKER, journal.path, name)
+    assert talk.hear() == "ready\n"
+    return talk
 
 
 def test_who_must_wait_is_told_for_whom_and_since_when(journal: Journal) -> None:
@@ -110,33 +93,31 @@ def test_an_error_inside_gives_the_lock_back(journal: Journal) -> None:
 
 
 def test_of_twenty_starts_at_once_one_wins_and_the_others_name_it(journal: Journal) -> None:
-    processes = [taker(journal, f"op{number}") for number in range(20)]
+    takers = [taker(journal, f"op{number}") for number in range(20)]
     for round in range(8):
-        for process in processes:
-            say(process, f"environment {round}")
-        told = [heard(process) for process in processes]
+        for each in takers:
+            each.say(f"environment {round}")
+        told = [each.hear().split() for each in takers]
         won = [words for words in told if words[0] == "won"]
         lost = [words for words in told if words[0] == "lost"]
         assert len(won) == 1
         assert lost == [["lost", won[0][1], "4"]] * 19
-        for process in processes:
-            say(process, "on")
-    end(*processes)
-    assert [process.returncode for process in processes] == [0] * 20
+        for each in takers:
+            each.say("on")
+    assert [each.end().code for each in takers] == [0] * 20
 
 
 def test_a_kill_of_the_holder_frees_the_environment(journal: Journal) -> None:
-    process = taker(journal, "ann")
-    say(process, "production")
-    assert heard(process) == ["won", str(process.pid)]
-    with pytest.raises(EnvironmentLockedError, match=f"pid {process.pid}"):
+    ann = taker(journal, "ann")
+    ann.say("production")
+    pid = ann.process.pid
+    assert ann.hear().split() == ["won", str(pid)]
+    with pytest.raises(EnvironmentLockedError, match=f"pid {pid}"):
         take(journal)
-    process.kill()
-    end(process)
-    assert process.returncode == -signal.SIGKILL
+    ann.process.kill()
     with journal.database.reading() as connection:
         left = connection.execute(holders.select()).all()
-    assert [row.pid for row in left] == [process.pid], "the killed process' row must still be there"
+    assert [row.pid for row in left] == [pid], "the killed process' row must still be there"
     assert holder(journal, "production") is None
     with hold(journal, "production", operator="bob", label="1", why="deploy") as mine:
         assert holder(journal, "production") == mine
@@ -145,17 +126,17 @@ def test_a_kill_of_the_holder_frees_the_environment(journal: Journal) -> None:
 
 
 def test_a_stopped_holder_still_holds(journal: Journal) -> None:
-    process = taker(journal, "ann")
-    say(process, "production")
-    assert heard(process)[0] == "won"
-    os.kill(process.pid, signal.SIGSTOP)
+    ann = taker(journal, "ann")
+    ann.say("production")
+    assert ann.hear().split()[0] == "won"
+    os.kill(ann.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(EnvironmentLockedError, match="ann"):
             take(journal)
     finally:
-        os.kill(process.pid, signal.SIGCONT)
-    say(process, "on")
-    end(process)
+        os.kill(ann.process.pid, signal.SIGCONT)
+    ann.say("on")
+    assert ann.end().code == 0
     take(journal)
 
 

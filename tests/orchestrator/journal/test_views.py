@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.orders.orders import AcquireFacts, SurveyFacts, SwitchFacts, TreeFacts, TreePulled
 from orchestrator.journal import events as ev
 from orchestrator.journal import views
-from orchestrator.journal.events import DeploymentRecord, Entry
+from orchestrator.journal.events import DeploymentRecord, JournalEntry
 from orchestrator.journal.journal import Journal
 from orchestrator.journal.ledger import ledger
 from orchestrator.plan.plan import (
@@ -43,9 +43,9 @@ def record(deployment: str = ULID, **changes: object) -> DeploymentRecord:
     return replace(made, **changes)
 
 
-def entries(*events: ev.Event, deployment: str = ULID, first: int = 1) -> list[Entry]:
+def entries(*events: ev.Event, deployment: str = ULID, first: int = 1) -> list[JournalEntry]:
     """Entry N happened at second 1000 + N."""
-    return [Entry(number, deployment, 1000.0 + number, event) for number, event in enumerate(events, first)]
+    return [JournalEntry(number, deployment, 1000.0 + number, event) for number, event in enumerate(events, first)]
 
 
 def operation(machine: str, action: str, step: int = 1, attempt: int = 1) -> str:
@@ -408,9 +408,9 @@ def test_what_is_open_is_what_was_opened_and_not_closed_since(
     story: list[tuple[str, ev.BracketOpened | ev.BracketClosed | ev.BracketAdopted]], chance: random.Random
 ) -> None:
     model: dict[tuple[str, str], float] = {}
-    told: dict[str, list[Entry]] = {ULID: [], OTHER: []}
+    told: dict[str, list[JournalEntry]] = {ULID: [], OTHER: []}
     for number, (deployment, event) in enumerate(story, 1):
-        told[deployment].append(Entry(number, deployment, 1000.0 + number, event))
+        told[deployment].append(JournalEntry(number, deployment, 1000.0 + number, event))
         place = (event.machine, event.rotation)
         if isinstance(event, ev.BracketOpened):
             model.setdefault(place, 1000.0 + number)

@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from harness.files import parse_environment, parse_process
 from harness.paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck
-from orchestrator.files.environment import load_environment, parse_environment
-from orchestrator.files.process import load_process, parse_process
+from orchestrator.files.environment import load_environment
+from orchestrator.files.process import load_process
 from orchestrator.files.scaffold import write_scaffold
 from orchestrator.files.script_files import Files, ScriptPathError, check_script_path
 from orchestrator.plan.forecast import describe, document, forecast
@@ -621,6 +622,7 @@ def test_a_secret_that_git_tracks_is_refused(path: str, expected: str) -> None:
     assert expected in told[0]
 
 
+@pytest.mark.processes
 def test_a_secret_in_a_real_repository_is_found(tmp_path: Path) -> None:
     (tmp_path / "lb").mkdir()
     for name in ("lb/out.py", "lb/in.py", "lb/state.py", "lb.token"):
@@ -773,6 +775,7 @@ def test_the_scaffold_overwrites_nothing(tmp_path: Path) -> None:
     assert write_scaffold(str(tmp_path)) == []
 
 
+@pytest.mark.processes
 def test_scripts_of_the_scaffold_fail_until_they_are_edited(tmp_path: Path) -> None:
     scripts = [path for path in write_scaffold(str(tmp_path)) if path.endswith((".py", ".sh"))]
     assert len(scripts) == 6

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from harness.files import parse_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.files.environment import EnvironmentFile, parse_environment
+from orchestrator.files.environment import EnvironmentFile
 from orchestrator.files.values import bytes_per_second
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import (

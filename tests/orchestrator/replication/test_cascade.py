@@ -22,7 +22,7 @@ from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
 from relay.server.app import start
 from relay.stores.open import open_reader
-from relay.transfer.replicate import Progress, Replicated, replicate
+from relay.transfer.replicate import Progress, ReplicationResult, replicate
 
 FILES = {f"lib/part{n}.dll": noise(n, 400_000) for n in range(6)}
 PACKAGE_BYTES = 2_400_000
@@ -98,7 +98,7 @@ class Country:
         line = f"{above.name} → {relay.name}"
         return self.sources.get(line) or f"http://127.0.0.1:{self.between[line].port}"
 
-    async def _send(self, relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+    async def _send(self, relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
         signature = await self.origin.signature(self.manifest)
         source = self.origin.depot.store.chunks
         return await replicate(self.manifest, signature, source, client, progress=progress, patience=PATIENCE)
@@ -159,6 +159,7 @@ async def test_in_a_chain_each_byte_leaves_the_origin_once(country: Country) -> 
     assert sum(one["payload_bytes"] for one in told["encodings"]) == told["payload_bytes"]
 
 
+@pytest.mark.long
 async def test_in_a_tree_each_line_carries_the_package_once(country: Country) -> None:
     upstreams = {"hub": "", "fra": "hub", "iad": "hub", "syd": "iad"}
     for name in upstreams:
@@ -252,6 +253,7 @@ async def test_a_relay_that_is_not_there_is_passed_by_before_anything_moves(coun
     await country.check_holds("iad")
 
 
+@pytest.mark.long
 async def test_a_relay_that_lies_is_left_for_the_one_above_it(country: Country) -> None:
     for name in ("fra", "iad", "syd"):
         await country.site(name)

@@ -27,8 +27,8 @@ from orchestrator.rolling.turn import (
     After,
     Before,
     Done,
+    DoneState,
     End,
-    How,
     Settle,
     Shape,
     Turn,
@@ -378,7 +378,7 @@ def test_nothing_follows_the_end() -> None:
 
 # --- whatever happens
 
-HOWS = st.sampled_from(get_args(How))
+HOWS = st.sampled_from(get_args(DoneState))
 
 
 @st.composite
@@ -396,7 +396,7 @@ def shapes(draw: st.DrawFn) -> Shape:
     )
 
 
-def run(shape: Shape, hows: list[How]) -> tuple[list[tuple[object, Done]], Turn]:
+def run(shape: Shape, hows: list[DoneState]) -> tuple[list[tuple[object, Done]], Turn]:
     """What was done and what became of it, and the turn at its end. After `hows`, all goes well."""
     turn = begin(shape)
     story: list[tuple[object, Done]] = []
@@ -411,7 +411,7 @@ def run(shape: Shape, hows: list[How]) -> tuple[list[tuple[object, Done]], Turn]
 
 
 @given(shapes(), st.lists(HOWS, max_size=12))
-def test_whatever_happens_the_turn_ends_and_the_bracket_tells_the_truth(shape: Shape, hows: list[How]) -> None:
+def test_whatever_happens_the_turn_ends_and_the_bracket_tells_the_truth(shape: Shape, hows: list[DoneState]) -> None:
     story, turn = run(shape, hows)
     assert isinstance(turn.do, End), "a turn that does not end"
     result = turn.do.result
@@ -429,7 +429,7 @@ def test_whatever_happens_the_turn_ends_and_the_bracket_tells_the_truth(shape: S
 
 
 @given(shapes(), st.lists(HOWS, max_size=12))
-def test_nothing_new_serves_that_was_not_checked(shape: Shape, hows: list[How]) -> None:
+def test_nothing_new_serves_that_was_not_checked(shape: Shape, hows: list[DoneState]) -> None:
     story, turn = run(shape, hows)
     assert isinstance(turn.do, End)
     for do, _ in story:
@@ -443,7 +443,7 @@ def test_nothing_new_serves_that_was_not_checked(shape: Shape, hows: list[How]) 
 
 
 @given(shapes(), st.lists(HOWS, max_size=12))
-def test_a_replayed_turn_stands_where_it_stood(shape: Shape, hows: list[How]) -> None:
+def test_a_replayed_turn_stands_where_it_stood(shape: Shape, hows: list[DoneState]) -> None:
     story, turn = run(shape, hows)
     for known in range(len(story) + 1):
         resumed = replay(shape, [done for _, done in story[:known]])

@@ -23,9 +23,9 @@ from orchestrator.plan.plan import SecretSource
 from orchestrator.trust.secrets import (
     SECRET_MAX,
     MachineSecret,
-    Secret,
     SecretRefusedError,
     SecretStore,
+    ServerSecret,
     read_secret,
     seal_for_machine,
     variable_of,
@@ -42,7 +42,7 @@ def secret_file(folder: Path, data: bytes = VALUE.encode(), mode: int = 0o600, n
     return str(path)
 
 
-def of_file(path: str) -> Secret:
+def of_file(path: str) -> ServerSecret:
     return read_secret("token", SecretSource(file=path))
 
 

@@ -478,6 +478,7 @@ def test_any_bytes_after_the_magic_are_refused(junk):
     assert isinstance(error, FrameError)
 
 
+@pytest.mark.long
 @given(
     st.recursive(st.none() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=40) | st.text(max_size=5), st.lists)
 )

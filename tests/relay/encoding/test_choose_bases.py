@@ -214,6 +214,7 @@ def test_equal_parts_are_taken_beyond_what_the_neighbourhood_may_cost():
     assert digests(new, run) & digests(library, range(len(library.manifest.chunks))) <= bases
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_bases_are_held_named_once_and_within_bounds(data: st.DataObject):
@@ -313,6 +314,7 @@ class _Counting(list[int]):
         return super().__getitem__(at)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not PACKAGES.is_dir(), reason="no real packages in ../shared/data/packages")
 @pytest.mark.parametrize(
     ("before", "after", "bound"),

@@ -84,6 +84,7 @@ def test_any_run_on_any_base_comes_out_however_it_was_split(encoding, base, own,
     assert len(payload) <= len(run) + (len(run) >> 8) + 1024
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("level", [1, 9, LEVEL_MAX])
 def test_a_run_of_megabytes_comes_out_at_every_level(encoding, level):
@@ -113,6 +114,7 @@ def test_a_prefix_makes_what_the_base_holds_vanish():
         assert decoded(decoder_for("zstd-prefix", size, run), payload) == run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_first_pieces_of_a_long_run_come_before_the_last_bytes_were_encoded(encoding):
     run = mixed(4, 4 << 20)

@@ -273,6 +273,7 @@ def test_another_base_gives_other_bytes_or_is_refused_and_never_more_than_the_ru
 # --- memory
 
 
+@pytest.mark.long
 def test_decoding_takes_a_few_slices_beside_the_base():
     base = mixed(9, 8 * MIB)
     new = edited(base, 10, 500)
@@ -289,6 +290,7 @@ def test_decoding_takes_a_few_slices_beside_the_base():
         tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_encoding_takes_a_few_slices_beside_what_hdiffpatch_takes():
     base = mixed(9, 8 * MIB)
     new = edited(base, 10, 500)
@@ -301,6 +303,7 @@ def test_encoding_takes_a_few_slices_beside_what_hdiffpatch_takes():
         tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_the_longest_list_of_covers_stays_within_bounds():
     """2 MiB of numbers, the most that are allowed, for a run that is long enough for them."""
     size = 16 * MIB

@@ -1,7 +1,7 @@
 """Bundles with deltas and stretches: whole ones say the same however they are split; others never more than they must.
 
 Three forms of hostility: broken on purpose, one by one; as large as they may be, in a process with 256 MiB and 10 s;
-and at random, a few seconds for each decoder (a minute in `make soak`), from a seed that is printed.
+and at random, so many rounds for each decoder (more in `make soak`), from the seed of the run.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -32,6 +30,7 @@ from harness.bundle_kit import (
     stretches,
 )
 from harness.paths import ROOT
+from harness.seed import SOAK, chance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +58,6 @@ from relay.errors import ChunkInvalid, FrameError
 from relay.support.zstd import zstd
 
 HERE = Path(__file__).parent
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
 OLD = Pack([mixed(i, 3000 + 500 * i) for i in range(4)], "Acme.Old")
 NEW = Pack([edited(chunk.data, i, 5) for i, chunk in enumerate(OLD.chunks)] + [b"end"], "Acme.New")
 COUNT = len(NEW.chunks)
@@ -475,6 +473,7 @@ def outcome(case):
     return json.loads(done.stdout)
 
 
+@pytest.mark.processes
 def test_the_childs_limits_bite():
     memory = child("limit of memory")
     assert memory.returncode == 1
@@ -482,6 +481,7 @@ def test_the_childs_limits_bite():
     assert child("limit of time", seconds=1).returncode < 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "chunks"),
     [
@@ -501,6 +501,7 @@ def test_the_largest_runs_are_taken_within_256_mib_and_10_s(case, chunks):
     assert (found["received"], found["refused"], found["error"]) == (chunks, {}, None)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "match"),
     [
@@ -525,6 +526,7 @@ def test_the_largest_lies_are_refused_within_256_mib_and_10_s_and_the_next_run_t
     assert match in refusal
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "match"), [("bases of one byte", f"more than {PLACES_MAX} bases"), ("more without end", "for a run of")]
 )
@@ -535,19 +537,15 @@ def test_the_largest_breaches_of_the_format_end_the_bundle_within_256_mib_and_10
 # --- what is hostile, at random
 
 
-FUZZ_SECONDS = 60.0 if SOAK else 3.0
-SEED = int(os.environ.get("WAYSTATION_SEED", random.SystemRandom().randrange(2**32)))
-"""Another one each time; WAYSTATION_SEED=… repeats what failed."""
+ROUNDS = 40_000 if SOAK else 600
 
 
 def fuzz(name, once):
-    """Call `once(rng)`, which says whether what it made was refused, until the time is over. Both must have happened."""
-    print(f"WAYSTATION_SEED={SEED} {name}")
-    rng, outcomes = random.Random(f"{SEED} {name}"), [0, 0]
-    end = time.monotonic() + FUZZ_SECONDS
-    while time.monotonic() < end:
+    """Call `once(rng)`, which says whether what it made was refused, again and again. Both must have happened."""
+    rng, outcomes = chance(name), [0, 0]
+    for _ in range(ROUNDS):
         outcomes[once(rng)] += 1
-    print(f"{sum(outcomes)} rounds, {outcomes[True]} refused")
+    print(f"{ROUNDS} rounds, {outcomes[True]} refused")
     assert outcomes[True]
     assert outcomes[False]
 
@@ -599,7 +597,7 @@ def test_damaged_lists_of_covers_give_no_more_than_their_run_and_nothing_but_fra
 
 
 @functools.cache
-def bundles():
+def good_bundles():
     """Good bundles, and their frames apart."""
     every = [
         [
@@ -609,12 +607,12 @@ def bundles():
         [run("hdiff", [0, 1, 2, 3], (0, 1, 2, 3), range(0, 3000, 97)), run("zstd-prefix", [4], (3,))],
         [[(Missing((NEW.span([0, 1]),), "arriving"), b"")], run("zstd", [4, 2, 3]), [(Failed("store_failed"), b"")]],
     ]
-    return [(bundle(*bundle), [pair for frame in bundle for pair in frame]) for bundle in every]
+    return [(bundle(*frames), [pair for frame in frames for pair in frame]) for frames in every]
 
 
 def test_damaged_bundles_give_verified_chunks_and_nothing_but_refusals():
     def once(rng):
-        body, parts = rng.choice(bundles())
+        body, parts = rng.choice(good_bundles())
         way = rng.randrange(4)
         if way == 0:
             body = damaged(body, rng)

@@ -147,6 +147,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.processes
 def test_a_letter_is_synced_before_its_sender_is_answered(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
@@ -588,6 +589,7 @@ _LETTERS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(_LETTERS, st.sampled_from(["restart", "fail"])), max_size=12))
 def test_whatever_happens_all_that_was_acknowledged_is_shown_once_and_in_order(history):

@@ -385,6 +385,7 @@ def test_any_bytes_from_the_wire_are_refused_or_bounded(data):
         assert len(from_wire(data, GOOD.canonical)) <= MANIFEST_MAX
 
 
+@pytest.mark.long
 def test_the_largest_manifest_still_fits():
     """100,000 parts and as many chunks as that allows: parsed, and within the bounds of the wire."""
     parts = tuple(Part(f"content/{i:06}.txt", 10, "ab" * 32) for i in range(99_000))

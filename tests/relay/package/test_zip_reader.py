@@ -160,6 +160,7 @@ def test_zip64_sizes_and_end_record_pass() -> None:
     assert contents(craft(zip64_member(), end64={}, end=sentinels))["a"] == TEXT
 
 
+@pytest.mark.long
 def test_more_parts_than_16_bits_can_count_pass() -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -217,6 +218,7 @@ def test_an_honest_name_is_unescaped_once(name: str) -> None:
     assert [entry.path for entry in walked(craft(Member(name, TEXT)))] == ["A.nuspec", GOOD_NAMES[name]]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("zip") is None, reason="Info-ZIP's zip is not installed")
 @pytest.mark.parametrize("options", [[], ["-X"], ["-0"], ["-D"], ["-fz"], ["-fd"]], ids="".join)
 def test_a_zip_by_info_zip_passes(tmp_path: Path, options: list[str]) -> None:
@@ -710,6 +712,7 @@ GOOD = good_nupkg()
 GOOD_CONTENTS = contents(GOOD)
 
 
+@pytest.mark.long
 @settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_a_damaged_package_is_the_same_or_refused(data: st.DataObject) -> None:
@@ -977,6 +980,7 @@ def test_packing_holds_only_pieces_in_memory(tmp_path: Path) -> None:
     assert peak < 4 << 20
 
 
+@pytest.mark.long
 def test_more_parts_than_16_bits_can_count_are_packed_as_zip64() -> None:
     sources = [pack_module._Source.made("A.nuspec", NUSPEC)]
     sources += [pack_module._Source.made(f"{number:x}", b"") for number in range(0xFFFF)]

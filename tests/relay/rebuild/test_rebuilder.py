@@ -44,7 +44,7 @@ from relay.package.recipe import (
     STORED_AS_IS,
     VERBATIM,
     Canonical,
-    Literally,
+    LiteralRecords,
     Opaque,
     Recipe,
     Use,
@@ -198,11 +198,11 @@ def packed(folder: Path) -> bytes:
     [
         (zipped, Canonical, "zlib"),
         (lambda: zipped(method=zipfile.ZIP_STORED), Canonical, STORED_AS_IS),
-        (lambda: zipped(force_zip64=True), Literally, "zlib"),
-        (with_descriptors, Literally, "zlib"),
+        (lambda: zipped(force_zip64=True), LiteralRecords, "zlib"),
+        (with_descriptors, LiteralRecords, "zlib"),
         (lambda: zipped(level=9), Opaque, VERBATIM),
         (lambda: zipped(level=1), Opaque, VERBATIM),
-        (lambda: zipped(method=zipfile.ZIP_STORED, force_zip64=True), Literally, STORED_AS_IS),
+        (lambda: zipped(method=zipfile.ZIP_STORED, force_zip64=True), LiteralRecords, STORED_AS_IS),
     ],
     ids=["zipfile", "stored", "zip64", "descriptors", "level 9", "level 1", "stored zip64"],
 )
@@ -221,7 +221,7 @@ async def test_a_crafted_package_comes_back_by_the_encoder_that_made_it(
 async def test_a_zip64_end_comes_back(encoders: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = take(with_a_zip64_end(monkeypatch))
     recipe = await found(taken, encoders, tmp_path)
-    assert isinstance(recipe.records, Literally)
+    assert isinstance(recipe.records, LiteralRecords)
     assert VERBATIM not in compressed(recipe, taken)
     assert await made(taken, recipe, encoders, tmp_path) == taken.nupkg
 
@@ -479,7 +479,7 @@ async def test_what_cannot_be_proved_is_opaque(
 
     monkeypatch.setattr(finding, "_gives", failing)
     assert await found(CRAFTED, encoders, tmp_path) == opaque(CRAFTED.manifest)
-    assert proved == [Canonical, Literally]
+    assert proved == [Canonical, LiteralRecords]
 
 
 @pytest.mark.parametrize("lie", ["records", "order", "encoder"])

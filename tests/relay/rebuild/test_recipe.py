@@ -26,7 +26,7 @@ from relay.package.recipe import (
     VERBATIM,
     Blob,
     Canonical,
-    Literally,
+    LiteralRecords,
     Recipe,
     RecipeError,
     Share,
@@ -56,11 +56,11 @@ TAKEN = take(canonical_zip(*PARTS))
 MANIFEST = TAKEN.manifest
 
 
-def records_of(taken: Any = TAKEN) -> list[Canonical | Literally]:
+def records_of(taken: Any = TAKEN) -> list[Canonical | LiteralRecords]:
     return list(describe(io.BytesIO(taken.nupkg), taken.entries, taken.manifest))
 
 
-def composed(records: Canonical | Literally | None = None) -> Recipe:
+def composed(records: Canonical | LiteralRecords | None = None) -> Recipe:
     recipe = compose(records or records_of()[0], TAKEN.entries, MANIFEST, WAYS, bytes(32))
     digest = hashlib.sha256(TAKEN.verbatim_bytes(recipe)).digest()
     return compose(recipe.records, TAKEN.entries, MANIFEST, WAYS, digest)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ CANONICAL, LITERAL = composed(), composed(records_of()[1])
 
 
 def test_a_canonical_zip_is_described_by_columns_and_by_its_records() -> None:
-    assert [type(records) for records in records_of()] == [Canonical, Literally]
+    assert [type(records) for records in records_of()] == [Canonical, LiteralRecords]
     assert len(encode_recipe(CANONICAL)) < 200
 
 
@@ -281,4 +281,4 @@ def test_a_zip_with_other_records_is_described_by_them_alone() -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("A.nuspec", NUSPEC)
         archive.comment = b"a comment"
-    assert [type(records) for records in records_of(take(file.getvalue()))] == [Literally]
+    assert [type(records) for records in records_of(take(file.getvalue()))] == [LiteralRecords]

@@ -9,15 +9,15 @@ import msgspec
 import pytest
 from harness.support import cut_package, encode_run, eventually, noise
 
+from relay.encoding import holdings
 from relay.encoding.bundle import BundleDecoder, BundleWriter, Received, Span, data_header, more_header
 from relay.errors import FrameError, StoreError
 from relay.package import manifest as manifests
 from relay.package.ranges import indexes
 from relay.protocol import messages
-from relay.server import packages as transferring
-from relay.server.arrivals import Room
 from relay.server.packages import Transfer
 from relay.stores.open import open_store
+from relay.support.byte_budget import ByteBudget
 
 PATIENCE = 20.0
 FILES = {f"lib/{i}.dll": noise(i, 100_000 + i) for i in range(4)}
@@ -217,51 +217,14 @@ async def test_a_medium_that_fails_under_a_base_is_told_to_the_sender(transfer, 
 
 async def test_bases_wait_for_memory_and_a_run_that_waits_too_long_is_refused(transfer, store, lease, monkeypatch):
     size = 2 * sum(OLD.manifest.chunks[i].size for i in BASES)
-    transfer.room = Room(size)
-    monkeypatch.setattr(transferring, "_ROOM_SECONDS", 0.05)
+    transfer.room = ByteBudget(size)
+    monkeypatch.setattr(holdings, "_ROOM_SECONDS", 0.05)
     async with asyncio.timeout(PATIENCE):
-        await transfer.room.take(1)
+        await transfer.room.enter(1)
         assert refused("base_missing")(await transfer.take_bundle(lease, body(bundle(delta_run("hdiff")))))
-        transfer.room.give_back(1)
+        transfer.room.leave(1)
         assert (await transfer.take_bundle(lease, body(bundle(delta_run("hdiff"))))).refused == ()
-    assert transfer.room._used == 0
-
-
-async def test_room_is_given_first_come_first_served_and_to_whoever_is_alone():
-    room = Room(100)
-    taken: list[str] = []
-
-    async def take(name, size):
-        await room.take(size)
-        taken.append(name)
-
-    async with asyncio.timeout(PATIENCE):
-        await take("a giant, alone", 1000)
-        waiting = [asyncio.create_task(take(name, size)) for name, size in (("b", 90), ("c", 5), ("d", 20))]
-        await asyncio.sleep(0.01)
-        assert taken == ["a giant, alone"]
-        room.give_back(1000)
-        await asyncio.gather(*waiting[:2])
-        await asyncio.sleep(0.01)
-        assert taken[1:] == ["b", "c"]
-        waiting[2].cancel()
-        await asyncio.wait(waiting)
-        room.give_back(95)
-        assert room._used == 0
-
-
-async def test_who_gives_up_waiting_for_room_stands_in_nobodys_way():
-    room = Room(100)
-    await room.take(60)
-    patient = asyncio.create_task(room.take(90))
-    small = asyncio.create_task(room.take(30))
-    await asyncio.sleep(0.01)
-    patient.cancel()
-    async with asyncio.timeout(PATIENCE):
-        await small
-    room.give_back(30)
-    room.give_back(60)
-    assert room._used == 0
+    assert transfer.room.used == 0
 
 
 # --- handed on as it comes
@@ -304,7 +267,9 @@ async def test_a_run_is_handed_on_before_its_end_has_come_and_byte_for_byte(tran
     assert [event.index for event in received] == list(big.indexes)
     assert sum(event.payload_bytes for event in received) <= len(payload)
     spec = transfer.payloads.find(big.manifest.chunk_ids(), (), {encoding})
-    assert b"".join([piece async for piece in transfer.payloads.pieces(spec)]) == payload
+    reader = transfer.payloads.open(spec)
+    assert b"".join([stretch async for stretch, _ in reader.stretches()]) == payload
+    reader.close()
 
 
 async def test_a_run_that_breaks_off_on_its_way_in_ends_the_readers_bundle_well_and_it_asks_again(transfer, store):

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from harness.commands import serving
+from harness.relays import RelayProcess
 from harness.support import CLIENT_LIMITS, RELAY_LIMITS, eventually, mail_client, running_relay, small_server, token
 from yarl import URL
 
@@ -640,14 +640,15 @@ async def test_a_poll_is_sent_once_and_waits_as_long_as_it_asked_for():
 # --- a relay that is killed
 
 
+@pytest.mark.processes
 async def test_mail_is_there_after_sigkill_and_the_next_start(tmp_path):
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
             posted = [client.post_orders([order(n, b"%d" % n)]) for n in range(40)]
             await asyncio.gather(*posted, client.post_reports("web1", reports(1)), client.post_logs("web1", pieces(0)))
             first = await client.poll("web1", poll())
         relay.kill()
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
             assert await client.agents() == (), "presence is in memory only"
             again = await client.poll("web1", poll())
@@ -661,6 +662,7 @@ async def test_mail_is_there_after_sigkill_and_the_next_start(tmp_path):
             assert len((await client.logs(D, wait=0)).pieces) == 1
 
 
+@pytest.mark.processes
 async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowledged(tmp_path):
     acknowledged = set()
 
@@ -670,14 +672,14 @@ async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowled
             await client.post_orders([letter])
             acknowledged.add(letter.operation)
 
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url, limits=ONE_TRY) as client:
             senders = [asyncio.create_task(post_on(client, sender)) for sender in range(8)]
             await eventually(lambda: len(acknowledged) > 300)
             relay.kill()
             ends = await asyncio.gather(*senders, return_exceptions=True)
     assert all(isinstance(end, UnreachableError) for end in ends), ends
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
             found, cursor = [], None
             while orders := (got := await client.poll("web1", poll(cursor))).orders:
@@ -688,14 +690,15 @@ async def test_killed_in_the_middle_of_posting_a_relay_has_all_that_it_acknowled
     assert len(found) <= len(acknowledged) + len(senders), "more than was ever under way"
 
 
+@pytest.mark.processes
 async def test_a_relay_whose_mail_was_emptied_tells_its_readers(tmp_path):
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
             await client.post_orders([order(1, b"one")])
             before = await client.poll("web1", poll())
         relay.stop()
     shutil.rmtree(tmp_path / "relay/state/mail")
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         async with mail_client(relay.url) as client:
             await client.post_orders([order(2, b"two")])
             after = await client.poll("web1", poll(messages.Cursor(before.epoch, before.orders[-1].number)))

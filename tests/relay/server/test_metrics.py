@@ -65,7 +65,7 @@ async def store():
 
 @pytest.fixture
 async def transfer(store):
-    made = Transfer(store, arriving_seconds=0.2)
+    made = Transfer(store, arriving_seconds=10.0)
     await made.load()
     await bring(made, OLD, [plain(OLD, [i]) for i in OLD.indexes])
     await made.publish(OLD.manifest.package, messages.PublishRequest(manifest=OLD.manifest.id))
@@ -201,6 +201,7 @@ async def test_an_encoder_that_fails_is_a_fallback_and_the_stored_form_follows(t
 # --- where they are read
 
 
+@pytest.mark.processes
 async def test_a_replication_and_its_bytes_are_told_at_both_ends(tmp_path: Path):
     """Two processes: their counters are their own."""
     files = {f"lib/{i}.dll": noise(i, 300_000) for i in range(3)}

@@ -19,7 +19,7 @@ from harness.support import Origin, Relay, depot_with, make_nupkg, noise, nuspec
 
 import relay.rebuild.nupkgs as module
 from benchmarks.lines.network import CountingProxy
-from orchestrator.replication.send import parcel, send_to, shipping_from
+from orchestrator.replication.send import package_to_send, send_to, shipping_from
 from relay.config import Peer
 from relay.errors import NotFoundError, RefusedError, UnreachableError, UntrustedError
 from relay.package import manifest as manifests
@@ -27,19 +27,19 @@ from relay.package.manifest import Manifest
 from relay.package.recipe import VERBATIM, Canonical, Opaque, Recipe, opaque, shares, to_wire
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.protocol.connection import NotExactError
-from relay.transfer.replicate import Replicated
+from relay.protocol.not_exact import NotExactError
+from relay.transfer.replicate import ReplicationResult
 
 PARTS = {"lib/net10.0/a.dll": words(1, 700_000), "lib/net10.0/b.dll": words(2, 90_000), "c.txt": words(3, 400)}
 EDITED = PARTS | {"lib/net10.0/a.dll": words(1, 600_000) + words(9, 100_000)}
 
 
-async def bring(origin: Origin, url: str, index: int = 0, *, exact: bool = False) -> Replicated:
+async def bring(origin: Origin, url: str, index: int = 0, *, exact: bool = False) -> ReplicationResult:
     """Replicate, as the command does."""
     manifest = origin.added[index].manifest
     async with RelayClient(url) as client, shipping_from(origin.depot) as plain:
         shipping = replace(plain, nupkgs=origin.depot.nupkgs) if exact else plain
-        what = await parcel(origin.depot, manifest.package)
+        what = await package_to_send(origin.depot, manifest.package)
         return await send_to(origin.depot, what, client, lambda _done, _whole: None, shipping=shipping)
 
 

@@ -340,6 +340,7 @@ async def test_two_senders_of_the_same_package_at_the_same_time_both_end_well(tr
     assert pointers[0] == pointers[1]
 
 
+@pytest.mark.long
 async def test_a_small_bundle_that_inflates_hugely_never_fills_the_memory(transfer, store, monkeypatch):
     most = 0
     taken = transferring.Transfer._take_events

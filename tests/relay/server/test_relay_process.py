@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.commands import Done, Serving, begin, finish, run, serving
+from harness.process import Done, Process, run
+from harness.relays import RelayProcess
 from harness.support import depot_with, eventually, make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
@@ -96,18 +97,18 @@ def check_refused(done: Done, code: int, *words: str) -> None:
 
 
 def test_a_relay_is_useful_without_configuration_and_prints_one_line(origin: Origin, tmp_path: Path) -> None:
-    with serving(tmp_path) as relay:
-        assert relay.said == f"relay ready at http://127.0.0.1:{relay.port}\n"
+    with RelayProcess(tmp_path) as relay:
+        assert relay.said == f"relay ready at http://127.0.0.1:{relay.port}"
         assert (tmp_path / "relay/format").exists()
         assert status(tmp_path, relay.url)["packages"] == []
         assert origin.replicate(relay.url).code == 0
         assert origin.pull(relay.url, tmp_path / "root").code == 0
         done = relay.stop()
-    assert done == Done(0, relay.said, "")
+    assert done == Done(0, f"{relay.said}\n", "")
 
 
 def test_status_says_how_a_relay_is_and_what_it_holds(origin: Origin, tmp_path: Path) -> None:
-    with serving(tmp_path, "--site", "fra") as relay:
+    with RelayProcess(tmp_path, "--site", "fra") as relay:
         assert origin.replicate(relay.url).code == 0
         shown = run(tmp_path, "relay", "status", "--relay", relay.url)
         document = status(tmp_path, relay.url)
@@ -156,11 +157,11 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
 
 
 def test_a_second_relay_on_one_store_ends_and_names_the_first(tmp_path: Path) -> None:
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         done = run(tmp_path, "relay", "serve", "--listen", "127.0.0.1:0")
         check_refused(done, 4, str(tmp_path / "relay"), f"pid {relay.pid}")
         assert status(tmp_path, relay.url)["status"] == "ok"
-    with serving(tmp_path):
+    with RelayProcess(tmp_path):
         """The lock of a relay that was killed is free."""
 
 
@@ -179,7 +180,7 @@ async def test_sigterm_lets_an_upload_and_a_download_end_and_nobody_new_in(origi
         signature = await depot.catalog.signature(coming.id)
         chunks = [await depot.store.chunks.get(id) for id in coming.chunk_ids()]
     with contextlib.ExitStack() as stack:
-        relay = stack.enter_context(serving(tmp_path))
+        relay = stack.enter_context(RelayProcess(tmp_path))
         port = relay.port
         assert origin.replicate(relay.url, "3.0.0").code == 0
         async with RelayClient(relay.url) as client:
@@ -195,8 +196,8 @@ async def test_sigterm_lets_an_upload_and_a_download_end_and_nobody_new_in(origi
         assert relay.is_alive
         assert await downloading == held.stream_size
         assert await uploading == len(set(coming.chunk_ids()) - set(held.chunk_ids()))
-        assert await asyncio.to_thread(relay.end) == Done(0, relay.said, "")
-        again = stack.enter_context(serving(tmp_path))
+        assert await asyncio.to_thread(relay.end) == Done(0, f"{relay.said}\n", "")
+        again = stack.enter_context(RelayProcess(tmp_path))
         (sent,) = origin.replicate(again.url, "3.1.0", "--json").json["relays"]
         assert sent["chunks_sent"] == 0, "what was answered is there"
     shutil.rmtree(tmp_path)
@@ -230,24 +231,24 @@ async def download(url: str, manifest: Manifest) -> int:
 def test_a_reader_that_takes_nothing_does_not_keep_a_relay_from_stopping(origin: Origin, tmp_path: Path) -> None:
     config = tmp_path / "relay.yaml"
     config.write_text("listen: 127.0.0.1:0\nlimits: {drain_seconds: 0.3}\n")
-    with serving(tmp_path, "--config", config) as relay:
+    with RelayProcess(tmp_path, "--config", config) as relay:
         assert origin.replicate(relay.url, "3.0.0").code == 0
         with ThreadedProxy("127.0.0.1", relay.port, down=Line(rate=8_000_000)) as line:
             words = ("agent", "pull", ID, "3.0.0", "--root", tmp_path / "root", "--relay", url_of(line))
-            pulling = begin(origin.home, *words)
+            pulling = Process(origin.home, *words)
             line.wait_for(2_000_000, direction="down")
             line.pause()
             assert relay.stop().code == 0
-            assert pulling.poll() is None
+            assert pulling.is_alive
             line.resume()
-            assert finish(pulling).code == 1, "its relay was gone"
+            assert pulling.result().code == 1, "its relay was gone"
     shutil.rmtree(tmp_path)
 
 
 def test_ctrl_c_stops_a_relay_as_sigterm_does(tmp_path: Path) -> None:
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         relay.process.send_signal(signal.SIGINT)
-        assert relay.end() == Done(0, relay.said, "")
+        assert relay.end() == Done(0, f"{relay.said}\n", "")
 
 
 async def test_a_killed_relay_comes_back_with_its_packages_and_its_leases(tmp_path: Path) -> None:
@@ -255,12 +256,12 @@ async def test_a_killed_relay_comes_back_with_its_packages_and_its_leases(tmp_pa
     two = make_nupkg(tmp_path, MIDDLE, version="2.0.0")
     async with depot_with(tmp_path / "origin", one, two) as origin:
         manifests = [added.manifest for added in origin.added]
-        with serving(tmp_path / "relay") as relay:
+        with RelayProcess(tmp_path / "relay") as relay:
             assert run(tmp_path / "origin", "package", "replicate", ID, "1.0.0", "--relay", relay.url).code == 0
             async with RelayClient(relay.url) as client:
                 offer = await client.offer(manifests[1], await origin.signature(manifests[1]))
             relay.kill()
-        with serving(tmp_path / "relay") as relay:
+        with RelayProcess(tmp_path / "relay") as relay:
             async with RelayClient(relay.url) as client:
                 assert [entry.manifest for entry in await client.packages()] == [manifests[0].id]
                 whole = messages.ChunkRanges(manifest=manifests[0].id, ranges=((0, len(manifests[0].chunks)),))
@@ -278,7 +279,7 @@ async def test_a_killed_relay_comes_back_with_its_packages_and_its_leases(tmp_pa
 class Guarded:
     """A relay that asks for tokens, and files that hold some."""
 
-    relay: Serving
+    relay: RelayProcess
     read: Path
     write: Path
     wrong: Path
@@ -300,7 +301,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     assert "put this into relay.yaml" in forgotten.err
     wrong = folder / "wrong.token"
     wrong.write_text(forgotten.out)
-    with serving(folder, "--config", config) as relay:
+    with RelayProcess(folder, "--config", config) as relay:
         yield Guarded(relay, *files, wrong)
 
 
@@ -354,7 +355,7 @@ def test_a_token_that_cannot_be_is_not_made(tmp_path: Path, words: list[str]) ->
 # --- a bad disk, a full disk
 
 
-def failing_fsync(relay: Serving, log: Path) -> subprocess.Popen[str]:
+def failing_fsync(relay: RelayProcess, log: Path) -> subprocess.Popen[str]:
     """From now on, each fsync of `relay` fails with EIO; until the process that this gives is ended."""
     words = ["strace", "-f", "-p", str(relay.pid), "-o", str(log), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"]
     strace = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
@@ -371,7 +372,7 @@ async def test_a_relay_whose_disk_fails_says_so_and_goes_on_serving(origin: Orig
     if shutil.which("strace") is None:
         pytest.skip("needs strace to make fsync fail: a failing disk under a whole relay is NOT tested")
     log = tmp_path / "strace.log"
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         assert origin.replicate(relay.url).code == 0
         with failing_fsync(relay, log) as strace:
             with pytest.raises(UnreachableError, match="500 store_failed"):
@@ -386,12 +387,12 @@ async def test_a_relay_whose_disk_fails_says_so_and_goes_on_serving(origin: Orig
         assert status(tmp_path, relay.url)["status"] == "read-only"
         assert origin.pull(relay.url, tmp_path / "root").code == 0
         assert relay.stop().code == 0
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         assert status(tmp_path, relay.url)["status"] == "ok"
         assert origin.replicate(relay.url, "2.0.0").code == 0
 
 
-async def send(origin: Origin, relay: Serving, version: str) -> None:
+async def send(origin: Origin, relay: RelayProcess, version: str) -> None:
     """Replicate from this process, which has less patience than the command."""
     async with open_depot(f"disk:{origin.home / 'depot'}") as depot:
         manifest = await depot.manifest(depot.catalog.get(ref(version)))
@@ -421,7 +422,7 @@ def test_a_relay_without_room_says_so_serves_on_and_takes_more_when_there_is_roo
     config = tmp_path / "relay.yaml"
     config.write_text(f"listen: 127.0.0.1:0\nstore: disk:{disk}/relay\nfree_floor: {2 << 20}\n")
     under = ("unshare", "-m", sys.executable, "-c", ON_A_SMALL_DISK, disk)
-    with serving(tmp_path, "--config", config, under=under) as relay:
+    with RelayProcess(tmp_path, "--config", config, under=under) as relay:
         assert origin.replicate(relay.url).code == 0
         inside = Path(f"/proc/{relay.pid}/root{disk}")
         assert not (disk / "relay").exists(), "the small disk is the relay's alone"

@@ -137,7 +137,11 @@ async def test_every_route_that_changes_something_asks_for_write():
         assert route.scope == (OPEN if route.path == messages.HEALTH else "read" if reads else "write")
 
 
-@pytest.mark.parametrize("bearer", [None, "nonsense", "wst_00000000_" + "A" * 43 + "_00000000", token("write")[0]])
+@pytest.mark.parametrize(
+    "bearer",
+    [None, "nonsense", "wst_00000000_" + "A" * 43 + "_00000000", token("write")[0]],
+    ids=["none", "nonsense", "unknown", "of another relay"],
+)
 async def test_without_a_valid_token_every_route_answers_401_and_nothing_changes(relay, session, tmp_path, bearer):
     requests = calls(await offer_held(relay))
     before = snapshot(tmp_path)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import trustme
-from harness.commands import Done, Serving, run, serving
+from harness.process import Done, run
+from harness.relays import RelayProcess
 from harness.support import make_nupkg, noise
 
 ID = "Acme.Web"
@@ -21,7 +22,7 @@ class Secured:
     """An origin's home and a relay that speaks TLS; where the authority behind its certificate is, and another one."""
 
     home: Path
-    relay: Serving
+    relay: RelayProcess
     ca: Path
     other_ca: Path
 
@@ -61,7 +62,7 @@ def secured(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config.write_text(
         f"listen: 127.0.0.1:0\ntls:\n  certificate: {folder / 'relay.crt'}\n  key: {folder / 'relay.key'}\n"
     )
-    with serving(folder / "relay", "--config", config) as relay:
+    with RelayProcess(folder / "relay", "--config", config) as relay:
         yield Secured(origin, relay, folder / "ca.pem", folder / "other.pem")
 
 
@@ -123,7 +124,7 @@ def test_a_certificate_of_another_name_is_told(secured: Secured) -> None:
     config.write_text(
         (secured.ca.parent / "relay.yaml").read_text().replace("listen: 127.0.0.1:0", f"listen: 127.0.0.2:{port}")
     )
-    with serving(secured.ca.parent / "second", "--config", config) as relay:
+    with RelayProcess(secured.ca.parent / "second", "--config", config) as relay:
         sent = secured.replicate("2.0.0", relay.url, "--ca-file", secured.ca)
         assert relay.stop().code == 0
     assert sent.code == 1
@@ -152,7 +153,7 @@ def test_plain_http_at_a_port_that_speaks_tls_says_what_is_wrong(secured: Secure
 
 
 def test_tls_at_a_port_that_speaks_plain_http_says_what_is_wrong(tmp_path: Path) -> None:
-    with serving(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         url = relay.url.replace("http://", "https://")
         done = run(tmp_path, "relay", "status", "--relay", url)
     assert done.code == 1

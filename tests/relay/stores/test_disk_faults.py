@@ -1,7 +1,6 @@
 """The disk store under kill -9, failing system calls and full file systems, with the real kernel.
 
-Every run proves that its fault was injected. `WAYSTATION_SOAK=1` runs all points instead of a sample;
-`WAYSTATION_SEED` repeats a sample.
+Every run proves that its fault was injected. `make soak` runs all points instead of a sample.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from harness.paths import ROOT
+from harness.process import forked
+from harness.seed import SOAK, chance
 
 from relay.package.chunk import Chunk
 from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
 from relay.stores.volume import open_disk
 
-SOAK = os.environ.get("WAYSTATION_SOAK") == "1"
-SEED = int(os.environ.get("WAYSTATION_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-RUN_LIMIT = 60
+RUN_LIMIT = 180
 """Seconds after which a run counts as hung."""
 
 # The child says what it did with writev, so that faults in write do not hit its own words. It waits before it starts,
@@ -135,38 +135,34 @@ def run_child(root, source, mode, calls, fault, log):
     """Run the child's `mode` with `fault` injected into the system `calls`."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace to inject faults into system calls")
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, root, *source, mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        try:
-            assert json.loads(child.stdout.readline())["what"] == "ready"
-            with subprocess.Popen(
-                # No --seccomp-bpf: it turns injection off without a word.
-                [
-                    "strace",
-                    "-f",
-                    "-p",
-                    str(child.pid),
-                    "-o",
-                    log,
-                    "-e",
-                    f"trace={calls}",
-                    "-e",
-                    f"inject={calls}:{fault}",
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            ) as strace:
-                first = strace.stderr.readline()
-                if "attached" not in first:
-                    pytest.skip(f"strace may not attach to a process here: {first.strip()}")
-                out, _ = child.communicate("go\n", timeout=RUN_LIMIT)
-                strace.communicate(timeout=RUN_LIMIT)
-        finally:
-            child.kill()
+    begins, begin = os.pipe()
+    with forked(Path(root).parent, CHILD, root, *source, mode, stdin=begins) as child:
+        os.close(begins)
+        child.wait_for_line('{"what": "ready"')
+        # No --seccomp-bpf: it turns injection off without a word.
+        words = [
+            "strace",
+            "-f",
+            "-p",
+            str(child.pid),
+            "-o",
+            log,
+            "-e",
+            f"trace={calls}",
+            "-e",
+            f"inject={calls}:{fault}",
+        ]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as strace:
+            first = strace.stderr.readline()
+            if "attached" not in first:
+                pytest.skip(f"strace may not attach to a process here: {first.strip()}")
+            with open(begin, "w") as line:
+                line.write("go\n")
+            done = child.result()
+            strace.communicate(timeout=RUN_LIMIT)
     with open(log) as file:
         injected = len(re.findall(r"\(INJECTED\)|\+\+\+ killed by SIGKILL", file.read()))
-    return Run(child.returncode == -signal.SIGKILL, injected, [json.loads(line) for line in out.splitlines()])
+    return Run(done.code == -signal.SIGKILL, injected, [json.loads(line) for line in done.out.splitlines()])
 
 
 def batch(number):
@@ -230,11 +226,10 @@ KILLED_CALLS = [
 def kill_points():
     """(calls, which of a thread's calls). The kernel of strace counts per thread, so small numbers reach far."""
     points = list(itertools.product(KILLED_CALLS, range(1, 41 if SOAK else 9)))
-    return points if SOAK else random.Random(SEED).sample(points, 40)
+    return points if SOAK else chance("kill points").sample(points, 40)
 
 
 async def test_a_kill_at_any_system_call_leaves_a_store_that_verifies_and_takes_it_all_again(tmp_path, source):
-    print(f"WAYSTATION_SEED={SEED}")
     killed = 0
     for calls, when in kill_points():
         root = str(tmp_path / f"{calls.strip('/^')}-{when}")
@@ -273,12 +268,11 @@ def fault_times(calls):
     if SOAK:
         return range(1, 25)
     # There is one link in all, and every thread's first calls of the others come early.
-    return (1 if calls == "/^link" else random.Random(SEED).randrange(1, 4),)
+    return (1 if calls == "/^link" else chance(calls).randrange(1, 4),)
 
 
 @pytest.mark.parametrize(("calls", "error"), FAULTS, ids=lambda value: value.strip("/^"))
 async def test_a_failing_system_call_is_told_and_nothing_half_written_is_seen(tmp_path, root, source, calls, error):
-    print(f"WAYSTATION_SEED={SEED}")
     injected = 0
     for when in fault_times(calls):
         await prepared(root)
@@ -364,7 +358,9 @@ asyncio.run(main())
 
 
 def test_out_of_descriptors_is_told_and_passes(root):
-    assert "Too many open files" in run_script([sys.executable, "-c", NO_DESCRIPTORS, root])
+    done = forked(Path(root).parent, NO_DESCRIPTORS, root).result()
+    assert done.code == 0, done.err
+    assert "Too many open files" in done.out
 
 
 # --- full file systems

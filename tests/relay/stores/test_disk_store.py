@@ -117,6 +117,7 @@ async def test_the_layout_is_what_the_design_says(volume, store, documents, tmp_
     assert stat.S_IMODE(os.stat(path_of(volume, chunk.id)).st_mode) & 0o222 == 0
 
 
+@pytest.mark.processes
 async def test_a_chunk_file_is_read_by_plain_zstd(volume, store):
     if shutil.which("zstd") is None:
         pytest.skip("needs the zstd command line tool")
@@ -467,6 +468,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.processes
 async def test_a_killed_holder_leaves_no_lock(volume):
     with subprocess.Popen([sys.executable, "-c", HOLDER, volume.root], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

@@ -360,6 +360,7 @@ def test_a_pinned_key_that_is_no_point_of_the_curve_verifies_nothing():
         verify_document(envelope, [broken], STATEMENT_PAYLOAD)
 
 
+@pytest.mark.processes
 def test_reading_the_module_loads_no_cryptography():
     probe = "import sys, relay.trust.envelopes; print(sorted(m for m in ('cryptography', 'securesystemslib') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -42,7 +42,7 @@ from relay.server.http.access import (
     iter_routes,
 )
 from relay.server.http.bodies import parse_json
-from relay.server.http.connection import Budget, Ledger, Limits, Meter, StallWatch, address_key
+from relay.server.http.connection import Ledger, Limits, Meter, StallWatch, address_key
 from relay.server.http.listen import start_guarded
 from relay.server.http.problems import PROBLEM_TYPE, TITLES, HttpRefusal, problem, problem_of, verdict_of
 from relay.server.http.tokens import TokenSet, make_token
@@ -132,6 +132,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", '"', "\\", "é", "{", "}", ":", "a:"]), json_values)), st.booleans()
 )
@@ -259,6 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+TestLedger.pytestmark = [pytest.mark.long]
 
 
 def test_a_connection_that_is_lost_while_it_polls_leaves_no_trace() -> None:
@@ -285,18 +287,6 @@ def test_a_connection_that_is_lost_while_it_polls_leaves_no_trace() -> None:
 )
 def test_what_one_peer_can_own_is_one_address(one: str, other: str, same: bool) -> None:
     assert (address_key(one) == address_key(other)) == same
-
-
-def test_the_budget_is_never_exceeded_and_always_given_back() -> None:
-    budget = Budget(100)
-    with budget.reserve(40) as take:
-        take(60)
-        with pytest.raises(UnreachableError):
-            take(1)
-        with pytest.raises(UnreachableError), budget.reserve(1):
-            pytest.fail("over the limit")
-        assert budget.used == 100
-    assert budget.used == 0
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 1000)), max_size=60))
@@ -419,6 +409,7 @@ def test_taking_away_the_last_token_does_not_open_the_relay() -> None:
     assert access.required
 
 
+@pytest.mark.processes
 def test_without_the_c_parser_the_relay_refuses_to_start() -> None:
     program = "from relay.server.http.listen import check_c_parser\ncheck_c_parser()"
     for switch, expected in (("1", 1), ("", 0)):
@@ -432,6 +423,7 @@ def test_without_the_c_parser_the_relay_refuses_to_start() -> None:
         assert ("C parser" in result.stderr) == bool(expected)
 
 
+@pytest.mark.processes
 async def test_a_small_limit_of_open_files_is_raised() -> None:
     program = (
         "import resource\n"

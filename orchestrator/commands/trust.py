@@ -1,0 +1,41 @@
+"""`waystation trust …`"""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from orchestrator.commands import options
+from orchestrator.commands.options import trust_option
+from relay.support.console import json_option, print_json
+
+
+@click.group()
+def trust() -> None:
+    """Keys: the package key signs what may be installed, the order key what may run."""
+
+
+@trust.command(epilog="Example: waystation trust init")
+@trust_option
+@json_option
+def init(trust_folder: str | None, as_json: bool) -> None:
+    """Make the package key, the order key, and trust.json, which every agent pins. Never overwrites a key."""
+    from orchestrator.trust.keyring import PINS_FILE, init_trust
+
+    folder = options.trust_folder(trust_folder)
+    pins = init_trust(folder)
+    path = os.path.join(folder, PINS_FILE)
+    if as_json:
+        print_json(
+            {
+                "format": 1,
+                "trust": path,
+                "package": [key.fingerprint for key in pins.package],
+                "order": [key.fingerprint for key in pins.order],
+            }
+        )
+        return
+    click.echo(f"package key  {pins.package[0].fingerprint}")
+    click.echo(f"order key    {pins.order[0].fingerprint}")
+    click.echo(f"give {path} to every agent: waystation agent init --trust trust.json")
