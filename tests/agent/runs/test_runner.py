@@ -178,7 +178,7 @@ async def test_a_script_runs_once_however_often_it_is_launched(folder: Path) -> 
 async def test_launched_by_several_at_the_same_time_it_runs_once(tmp_path: Path) -> None:
     """The race is real: for most folders, more than one runner was started."""
     code = (
-        "import os, sys, time\nfrom agent import runs\n"
+        "import os, sys, time\nfrom agent.runs import runs\n"
         "started = 0\nreal = runs._start\n"
         "def start(*a):\n    global started\n    started += 1\n    return real(*a)\n"
         "runs._start = start\n"
@@ -277,7 +277,7 @@ async def test_a_run_that_nobody_launched_is_an_error(folder: Path, monkeypatch:
 
 async def test_a_script_outlives_whoever_started_it_and_its_end_is_collected_by_another(folder: Path) -> None:
     code = (
-        "import sys, time\nfrom agent import runs\nfrom agent.runs.scripts import base_environment\n"
+        "import sys, time\nfrom agent.runs import runs\nfrom agent.runs.scripts import base_environment\n"
         "spec = runs.RunSpec(('sh', '-c', sys.argv[2]), '/', 60.0)\n"
         "runs.launch(sys.argv[1], spec, base_environment())\nprint('launched', flush=True)\ntime.sleep(1000)\n"
     )
@@ -344,7 +344,7 @@ async def test_a_process_hears_term_once(folder: Path) -> None:
 async def test_anybody_can_stop_a_run(folder: Path) -> None:
     launch(str(folder), spec(f"touch {folder}/ready; sleep 1000"), base_environment())
     await eventually((folder / "ready").exists)
-    code = "import sys; from agent import runs; runs.stop(sys.argv[1])"
+    code = "import sys; from agent.runs import runs; runs.stop(sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
     assert (await watch(str(folder))).state == "stopped"
 
