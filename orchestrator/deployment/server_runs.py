@@ -368,7 +368,8 @@ async def _until_ended(folder: str) -> runs.RunState:
 
 async def _stopped_within(mine: _Mine, seconds: float) -> bool:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(mine.stopping.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await mine.stopping.wait()
     return mine.stopping.is_set()
 
 

@@ -167,7 +167,9 @@ class ArrivingChunks:
         found = await self.here(id)
         if found is not None:
             return found
-        await asyncio.wait_for(flight.wait(), patience)
+        # Not `wait_for`: until Python 3.12 it loses a cancellation that comes in the moment of waking.
+        async with asyncio.timeout(patience):
+            await flight.wait()
         return await self.here(id)
 
 

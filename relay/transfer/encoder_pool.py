@@ -264,9 +264,10 @@ class Payloads:
         self._source = source
         self._kept_bytes = kept_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
-        # No more than there are threads: one that read its chunks meanwhile would take its cores from the others, and hold a
-        # run.
-        self._budget = ByteBudget(memory_bytes, turns=threads, make_way=self._make_way)
+        # One more than there are threads: it is next, and has its memory.
+        self._budget = ByteBudget(memory_bytes, turns=threads + 1, make_way=self._make_way)
+        # The next one reads nothing yet: that would take its cores from the others, and hold a run more.
+        self._threads = asyncio.Semaphore(threads)
         self._counted = 0
         """Bytes of the budget that payloads count for; the rest is the encoders'."""
         self._payloads: OrderedDict[PayloadSpec, _Payload] = OrderedDict()
@@ -413,10 +414,11 @@ class Payloads:
 
     async def _encode(self, payload: _Payload) -> None:
         loop, spec = asyncio.get_running_loop(), payload.spec
-        run, base = await self._join(spec.chunks), await self._join(spec.bases)
-        payload.waiting = None
-        # What the thread hands over is in the loop's queue before its end is.
-        seconds = await loop.run_in_executor(self._pool, _encode_into, payload, run, base, loop)
+        async with self._threads:
+            run, base = await self._join(spec.chunks), await self._join(spec.bases)
+            payload.waiting = None
+            # What the thread hands over is in the loop's queue before its end is.
+            seconds = await loop.run_in_executor(self._pool, _encode_into, payload, run, base, loop)
         if not payload.has_ended:
             self._finish(payload, seconds)
 
