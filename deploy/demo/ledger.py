@@ -154,11 +154,6 @@ class Beside:
     sent_bytes: int
     ways: tuple[Way, ...]
 
-    @property
-    def known(self) -> list[tuple[str, int]]:
-        """Those that are here."""
-        return [(way.name, way.bytes) for way in self.ways if way.bytes is not None]
-
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -287,7 +282,7 @@ def _counts_agree(deliveries: Sequence[Delivery]) -> Promise:
 
 
 def _sends_least(beside: Beside) -> Promise:
-    name, least = min(beside.known, key=lambda way: way[1])
+    least, name = min((way.bytes, way.name) for way in beside.ways if way.bytes is not None)
     return Promise(
         f"{beside.package}: a site is sent less than by each other way",
         f"{size(beside.sent_bytes)}, {name} {size(least)}",

@@ -171,12 +171,15 @@ class _Client:
             self._line.request("GET", self._path, headers={"Connection": "keep-alive" if self.keeps else "close"})
             answer = self._line.getresponse()
             answer.read()
-            if answer.status != HTTPStatus.OK:
-                raise _FailedError(f"status {answer.status}")
-            return answer.headers["X-Version"]
         except (OSError, HTTPException) as error:
             self.hang_up()
             raise _FailedError(next(kind for kind, errors in _KINDS.items() if isinstance(error, errors))) from None
+        is_good = answer.status == HTTPStatus.OK
+        if not (self.keeps and is_good):
+            self.hang_up()
+        if not is_good:
+            raise _FailedError(f"status {answer.status}")
+        return answer.headers["X-Version"]
 
     def hang_up(self) -> None:
         self._line.close()

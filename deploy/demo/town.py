@@ -52,14 +52,10 @@ def missing() -> list[str]:
     """What the demo needs and this system has not, in words."""
     wanted = {
         f"the command waystation beside {sys.executable}: run 'make demo', or deploy/setup.sh": _WAYSTATION.exists(),
-        "dnsmasq (Debian: apt-get install dnsmasq-base)": _dnsmasq(),
+        "dnsmasq (Debian: apt-get install dnsmasq-base)": program("dnsmasq"),
         "haproxy (Debian: apt-get install haproxy)": haproxy(),
     }
     return [what for what, found in wanted.items() if not found]
-
-
-def _dnsmasq() -> Path | None:
-    return program("dnsmasq")
 
 
 class Town:
@@ -105,13 +101,9 @@ class Town:
 
     # --- commands
 
-    def at_project(self, *arguments: str) -> Command:
-        """`waystation …` of the origin, to be called where the files of a release are."""
-        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", str(self.folder / _ORIGIN)),))
-
     def at_origin(self, *arguments: str) -> Command:
-        """`waystation …` where packages enter."""
-        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", _ORIGIN),))
+        """`waystation …` where packages enter and releases begin, in whatever folder."""
+        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", str(self.folder / _ORIGIN)),))
 
     def on(self, machine: Machine, *arguments: str) -> Command:
         """`waystation …` on a machine."""
@@ -150,7 +142,7 @@ class Town:
 
     async def start_dns(self) -> Command:
         """Start a name server on a port of its own. Returns the command once it answers."""
-        dnsmasq, [port] = _dnsmasq(), free_ports(1)
+        dnsmasq, [port] = program("dnsmasq"), free_ports(1)
         if dnsmasq is None:
             raise DemoError("dnsmasq is gone")
         self.resolver = f"127.0.0.1:{port}"

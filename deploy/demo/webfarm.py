@@ -89,7 +89,7 @@ async def play(town: Town, tell: Narrator) -> Rolled:
 
         tell.begin("What every machine runs now, and what the journal says")
         for arguments in (("release", "status"), ("rotation", "list")):
-            tell.say(await show(town, tell, town.at_project(*arguments), folder=town.project))
+            tell.say(await show(town, tell, town.at_origin(*arguments), folder=town.project))
     return rolled
 
 
@@ -168,7 +168,7 @@ async def take_in(version: str, town: Town, tell: Narrator) -> None:
 
 
 async def deploy(version: str, town: Town, tell: Narrator) -> None:
-    command = town.at_project("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
+    command = town.at_origin("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
     tell.command(str(command))
     await town.processes.run(command, town.project, tell.say)
 
@@ -188,7 +188,7 @@ async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rol
     await balancer.until_quiet()
     whole = balancer.log()
     log = haproxy_log.since(whole, began)
-    status = await town.json(town.at_project("release", "status", "--json"))
+    status = await town.json(town.at_origin("release", "status", "--json"))
     turns = {machine["name"]: machine["outcome"] for machine in status["machines"]}
     return Rolled(summary, log, len(whole.requests), seconds, turns)
 

@@ -218,7 +218,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 def test_a_demo_that_lacks_a_program_names_it_and_starts_nothing(module, monkeypatch, capsys):
     town, demo = module("town"), module("demo")
-    monkeypatch.setattr(town, "_dnsmasq", lambda: None)
+    monkeypatch.setattr(town, "program", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 2
     assert "dnsmasq (Debian: apt-get install dnsmasq-base)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""webshop: a small web application to deploy. It needs aiohttp, which is there where an agent is.
+"""webshop: a small web application to deploy. Python's standard library alone.
 
     /          the shop, after as much work as --work says
     /version   what stands in version.txt of its package, as it was when this process started
@@ -16,11 +16,11 @@ import fcntl
 import os
 import signal
 import sys
+from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import TextIO
-
-from aiohttp import web
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FINISH_SECONDS = 10.0
@@ -35,31 +35,69 @@ class Shop:
         self._name = name
         self._work = work
         self._stopping = False
+        self._idle: set[StreamWriter] = set()
+        self._visits: set[asyncio.Task[None]] = set()
 
     async def serve(self, host: str, port: int, stop: asyncio.Event) -> None:
-        app = web.Application()
-        app.add_routes([web.get("/{page:|version|health}", self._answer)])
-        runner = web.AppRunner(app, shutdown_timeout=FINISH_SECONDS, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, host, port, backlog=512).start()
+        server = await asyncio.start_server(self._begin, host, port, backlog=512)
         print(f"webshop {self.version} at {host}:{port}", flush=True)
         await stop.wait()
         self._stopping = True
-        await runner.cleanup()
+        server.close()
+        for writer in self._idle:
+            writer.close()
+        if self._visits:
+            await asyncio.wait(self._visits, timeout=FINISH_SECONDS)
         print(f"webshop {self.version} has ended", flush=True)
 
-    async def _answer(self, request: web.Request) -> web.Response:
-        page = request.match_info["page"]
-        if not page:
+    def _begin(self, reader: StreamReader, writer: StreamWriter) -> None:
+        visit = asyncio.get_running_loop().create_task(self._visit(reader, writer))
+        self._visits.add(visit)
+        visit.add_done_callback(self._visits.discard)
+
+    async def _visit(self, reader: StreamReader, writer: StreamWriter) -> None:
+        try:
+            while not self._stopping:
+                self._idle.add(writer)
+                head = await reader.readuntil(b"\r\n\r\n")
+                self._idle.discard(writer)
+                status, body = await self._answer(head)
+                stays = (
+                    not self._stopping and status != HTTPStatus.BAD_REQUEST and b"connection: close" not in head.lower()
+                )
+                writer.write(self._encoded(status, body, stays=stays))
+                await writer.drain()
+                if not stays:
+                    return
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+            return  # The visitor has gone, or talks nonsense.
+        finally:
+            self._idle.discard(writer)
+            writer.close()
+
+    async def _answer(self, head: bytes) -> tuple[HTTPStatus, str]:
+        method, _, rest = head.decode("latin-1").partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        if method != "GET":
+            return HTTPStatus.BAD_REQUEST, "only GET is spoken here\n"
+        if path not in {"/", "/version", "/health"}:
+            return HTTPStatus.NOT_FOUND, "there is no such page\n"
+        if path == "/":
             await asyncio.sleep(self._work)
-        pages = {"": f"The shop, version {self.version}, on {self._name}\n", "health": "ok\n"}
-        status, text = 200, pages.get(page, f"{self.version}\n")
         if self.broken:
-            status, text = 500, f"version {self.version} is broken\n"
-        response = web.Response(status=status, text=text, headers={"X-Version": self.version})
-        if self._stopping:
-            response.force_close()
-        return response
+            return HTTPStatus.INTERNAL_SERVER_ERROR, f"version {self.version} is broken\n"
+        pages = {"/": f"The shop, version {self.version}, on {self._name}\n", "/health": "ok\n"}
+        return HTTPStatus.OK, pages.get(path, f"{self.version}\n")
+
+    def _encoded(self, status: HTTPStatus, body: str, *, stays: bool) -> bytes:
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+            "Content-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Length: {len(body.encode())}\r\n"
+            f"X-Version: {self.version}\r\n"
+            f"Connection: {'keep-alive' if stays else 'close'}\r\n\r\n"
+        )
+        return (head + body).encode()
 
 
 def only_one(path: Path) -> TextIO | None:
