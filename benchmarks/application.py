@@ -11,7 +11,6 @@ The exit status is 1 where it took more than 1 % of its nupkg.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,17 +24,17 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.pairs import THIN, Ours, Packed, Way, find, hold, origin, send_counted
-from benchmarks.support.programs import relay, waystation
+from benchmarks.pairs import THIN, Ours, Packed, Way, find, hold, send_counted, told_ours
+from benchmarks.support.programs import add, pack, ref, relay
+from benchmarks.support.report import Check, add_json, parser, show
 from benchmarks.support.workload import SHARED
-from relay.package.identity import NuGetVersion, PackageId, PackageRef
-from relay.support.console import print_json, run
+from relay.support.console import run
 
 SHARE_MAX = 0.01
 """Of the application's nupkg."""
 OWN_BYTES = 16 << 10
 """Of the application's own assembly, which does not compress here: as one of 40 KiB would."""
-APPLICATION = PackageRef(PackageId.parse("Shop.Orders"), NuGetVersion.parse("1.0.0"))
+APPLICATION = ref("Shop.Orders", "1.0.0")
 FRAMEWORKS = (
     *(f"net{number}.0" for number in (10, 9, 8, 7, 6)),
     *("netcoreapp3.1", "netstandard2.1", "netstandard2.0"),
@@ -60,8 +59,8 @@ class Result(msgspec.Struct, frozen=True):
     ours: Ours
 
     @property
-    def held(self) -> bool:
-        return self.ours.total <= SHARE_MAX * self.nupkg
+    def check(self) -> Check:
+        return Check(f"at most {100 * SHARE_MAX:.0f} %", self.ours.total, int(SHARE_MAX * self.nupkg))
 
 
 def assemblies(names: Iterable[str]) -> list[str]:
@@ -105,8 +104,8 @@ def _write_own(folder: str, used: Sequence[Packed]) -> None:
             for library in used
         }
     }
-    for end, content in (("appsettings", settings), ("runtimeconfig", runtime), ("deps", depends)):
-        file = f"{end}.json" if end == "appsettings" else f"{name}.{end}.json"
+    files = {"appsettings.json": settings, f"{name}.runtimeconfig.json": runtime, f"{name}.deps.json": depends}
+    for file, content in files.items():
         Path(folder, file).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -124,9 +123,8 @@ def measure(folders: Sequence[str]) -> Result:
         if not used:
             raise ValueError(f"no package with an assembly lies in {' or '.join(folders)}")
         nupkg = os.path.join(home, "application.nupkg")
-        words = ("--id", str(APPLICATION.id), "--version", str(APPLICATION.version), "--output", nupkg)
-        waystation("package", "pack", files, *words, home=home)
-        origin(home, [*(library.path for library in used), nupkg])
+        pack(files, str(APPLICATION.id), str(APPLICATION.version), nupkg)
+        add(home, *(library.path for library in used), nupkg)
         with relay(os.path.join(home, "relay")) as served:
             run(hold(home, [library.ref for library in used], served.url))
             ours = run(send_counted(home, APPLICATION, served.url, way=Way(THIN)))
@@ -135,37 +133,27 @@ def measure(folders: Sequence[str]) -> Result:
 
 def told(result: Result) -> str:
     """For people."""
-    ours = result.ours
-    by = ", ".join(f"{one.encoding} {one.payload_bytes:,}" for one in ours.encodings)
     return (
         f"{APPLICATION}: nupkg {result.nupkg:,} bytes, {result.assemblies} assemblies of {result.packages} packages that "
         f"the relay holds, and {OWN_BYTES:,} bytes of its own\n"
-        f"over the line: {ours.total:,} bytes, {100 * ours.total / result.nupkg:.3f} % of the nupkg: "
-        f"content {ours.content:,} ({by}), manifest and headers {ours.overhead:,}\n"
-        f"{'held  ' if result.held else 'BROKEN'}  at most {100 * SHARE_MAX:.0f} %: {int(SHARE_MAX * result.nupkg):,} bytes"
+        f"over the line: {told_ours(result.ours, result.nupkg)}\n{result.check}"
     )
 
 
 def main() -> int:
     """Measure, print, and judge: the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.application",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = parser("application", __doc__)
     shared = [os.path.join(SHARED, name) for name in ("packages", "graph")]
-    parser.add_argument("--packages", action="append", metavar="DIR", help="where nupkgs lie; may be repeated")
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    options = parser.parse_args()
+    command.add_argument("--packages", action="append", metavar="DIR", help="where nupkgs lie; may be repeated")
+    add_json(command)
+    options = command.parse_args()
     try:
         result = measure(options.packages or shared)
     except ValueError as error:
-        parser.error(str(error))
-    if options.as_json:
-        print_json({"format": 1, "held": result.held} | msgspec.to_builtins(result))
-    else:
-        print(told(result))
-    return 0 if result.held else 1
+        command.error(str(error))
+    document = {"format": 1, "held": result.check.held} | msgspec.to_builtins(result)
+    show(told(result), document, as_json=options.as_json)
+    return 0 if result.check.held else 1
 
 
 if __name__ == "__main__":

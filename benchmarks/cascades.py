@@ -3,8 +3,9 @@
 Run: python -m benchmarks.cascades [--rate MBIT] [--round-trip MS] [--repeat N] [--only SHAPE]… [--json]
 
 Sites hang on each other by lines of their own in the network laboratory: one site alone, a chain of four, and a tree of
-eight (one root below the origin, two sites below each). Each has a relay process that may fetch from those above it (`peers:`). `package replicate --environment` sends the AspNetCore runtime 10.0.13 to all of them, who hold nothing, then
-10.0.14. No line was ever used before the first send; by the second, everybody remembers theirs, as in real use.
+eight (one root below the origin, two sites below each). Each has a relay process that may fetch from those above it (`peers:`). `package replicate
+--environment` sends the AspNetCore runtime 10.0.13 to all of them, which hold nothing, then 10.0.14. No line was ever used
+before the first send; by the second, every sender remembers its lines, as in real use.
 
 What leaves the origin is counted on its line, in bytes of IP packets, with all that it says to sites further away. What is
 promised: it is at most 1.05 times that for one site; and for the first send, the last site has it within 1.3 times the
@@ -17,26 +18,29 @@ The exit status is 1 where a promise did not hold.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import shutil
 import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 import yaml
 
 from benchmarks.lines.laboratory import Laboratory, Link, chain
 from benchmarks.lines.network import Line
-from benchmarks.support.programs import WAYSTATION, run
+from benchmarks.support.programs import add, make_tokens, relay, waystation
+from benchmarks.support.report import Check, add_json, documents, parser, show, tell
 from benchmarks.support.workload import real_package
-from benchmarks.transfer import Shape, Tell, add, copy, run_json, serving
+from benchmarks.transfer import PORT, Shape, copy
 from relay.package.identity import PackageRef
-from relay.support.console import print_json, table
+from relay.support.console import table
 
 FILES = (
     "microsoft.aspnetcore.app.runtime.linux-x64.10.0.13.nupkg",
@@ -48,7 +52,6 @@ HOP_SHARE = 1.3
 """The last site may have a first send after so many times the time of one hop."""
 KILLED_AT = 0.25
 """Share of the package that has left the origin when a relay is killed."""
-_PORT = 7400
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -79,18 +82,6 @@ class Course(msgspec.Struct, frozen=True):
     shape: str
     first: Send
     next: Send
-
-
-class Check(msgspec.Struct, frozen=True):
-    """One promise: what was seen, and the most that it may be."""
-
-    what: str
-    seen: float
-    most: float
-
-    @property
-    def held(self) -> bool:
-        return self.seen <= self.most
 
 
 # --- shapes
@@ -139,67 +130,58 @@ def judge(courses: Sequence[Course]) -> list[Check]:
 
 
 class Country:
-    """Relay processes at all places but the origin, and the origin's home."""
+    """Relays in their places, and an environment that names them, each with those above it to fetch from."""
 
     def __init__(self, lab: Laboratory, folder: str, origin: str) -> None:
-        """Work in `folder`, which is empty, with the keys and packages of the home `origin`."""
+        """Work in `folder`, which is empty, with a copy of the home `origin`."""
+        self.pids: dict[str, int] = {}
         self._lab = lab
         self._folder = folder
-        self._home = os.path.join(folder, "home")
         self._above = above(lab.links)
-        self.pids: dict[str, int] = {}
+        self._home = os.path.join(folder, "home")
         copy(origin, self._home)
-        shutil.rmtree(os.path.join(self._home, "depot", "state"), ignore_errors=True)
-        self._environment = os.path.join(folder, "country.yaml")
-        relays = {site: self._configure(site) for site in self._above}
-        with open(self._environment, "w", encoding="utf-8") as file:
-            yaml.safe_dump({"environment": "country", "relays": relays}, file)
+        self._environment = os.path.join(folder, "environment.yaml")
+        relays = {site: self._furnish(site) for site in self._above}
+        Path(self._environment).write_text(
+            yaml.safe_dump({"environment": "cascade", "relays": relays}), encoding="ascii"
+        )
 
-    def _url(self, site: str) -> str:
-        return f"http://{self._lab.address(site)}:{_PORT}"
+    def _config(self, site: str) -> str:
+        return os.path.join(self._folder, f"{site}.yaml")
 
-    def _token(self, site: str) -> str:
-        return os.path.join(self._folder, f"{site}.token")
+    def _listen(self, site: str) -> str:
+        return f"{self._lab.address(site)}:{PORT}"
 
-    def _configure(self, site: str) -> dict[str, object]:
-        """Write what the relay there needs; what the environment says of it."""
-        config = os.path.join(self._folder, f"{site}.yaml")
-        made = run([WAYSTATION, "relay", "token", "write", "--config", config], home=self._home).output
-        with open(os.open(self._token(site), os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
-            file.write(made)
-        entry: dict[str, object] = {"url": self._url(site), "token": {"file": self._token(site)}, "generic": True}
-        if ways := upstreams(self._above, site):
-            peers = [{"url": self._url(one), "token": {"file": self._token(one)}} for one in ways]
-            with open(config, "a", encoding="utf-8") as file:
-                yaml.safe_dump({"peers": peers}, file)
-            entry["from"] = ways[0]
-        return entry
+    def _entry(self, site: str) -> dict[str, object]:
+        return {"url": f"http://{self._listen(site)}", "token": {"file": f"{self._config(site)}.all.token"}}
 
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    def _furnish(self, site: str) -> dict[str, object]:
+        """Its relay's configuration; what the environment says of it."""
+        ways = upstreams(self._above, site)
+        peers = {"peers": [self._entry(one) for one in ways]} if ways else {}
+        make_tokens(self._config(site), {"all": ("write",)}, **peers)
+        return self._entry(site) | {"generic": True} | ({"from": ways[0]} if ways else {})
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
         """All relays, as long as the context lasts."""
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for site in self._above:
-                store, config = (os.path.join(self._folder, f"{site}.{kind}") for kind in ("store", "yaml"))
-                listen = f"{self._lab.address(site)}:{_PORT}"
-                words = self._lab.inside(site)
-                self.pids[site] = await stack.enter_async_context(serving(words, listen, store, config))
+                store, config = os.path.join(self._folder, f"{site}.store"), self._config(site)
+                serving = relay(store, "--config", config, before=self._lab.inside(site), listen=self._listen(site))
+                self.pids[site] = stack.enter_context(serving).pid
             yield
 
-    async def egress(self) -> int:
-        return (await self._lab.passed("origin", "site1")).bytes
+    def egress(self) -> int:
+        return self._lab.passed("origin", "site1")
 
-    async def send(self, package: PackageRef) -> Send:
+    def send(self, package: PackageRef) -> Send:
         """To all of them, by the real command."""
-        before = await self.egress()
+        before = self.egress()
         words = ("package", "replicate", str(package.id), str(package.version), "--environment", self._environment)
-        told = await run_json(
-            [*self._lab.inside("origin"), WAYSTATION, *words, "--json"],
-            os.environ | {"WAYSTATION_HOME": self._home},
-            codes=(0, 1),
-        )
+        _, told = waystation(*words, home=self._home, before=self._lab.inside("origin"), codes=(0, 1))
         return Send(
-            egress=await self.egress() - before,
+            egress=self.egress() - before,
             seconds={one["name"]: one["seconds"] for one in told["relays"]},
             sources={one["name"]: one["source"] for one in told["relays"]},
             failed={one.get("name") or one["relay"]: one["error"] for one in told["failed"]},
@@ -207,120 +189,106 @@ class Country:
         )
 
 
-async def travel(
-    shape: str, links: Sequence[Link], folder: str, origin: str, packages: Sequence[PackageRef], tell: Tell
-) -> Course:
-    """One run over one shape, with fresh relays that hold nothing."""
-    async with Laboratory(links) as lab:
-        country = await asyncio.to_thread(Country, lab, folder, origin)
-        async with country.open():
-            sends = []
-            for package in packages:
-                send = await country.send(package)
-                if send.failed:
-                    raise RuntimeError(f"{shape}: {send.failed}")
-                sends.append(send)
-                tell(f"{shape}, {package}: {send.egress:,} bytes left the origin, last site after {send.last:.2f} s")
+@contextmanager
+def country(links: Sequence[Link], folder: str, origin: str) -> Iterator[Country]:
+    """Fresh relays that hold nothing, and run."""
+    os.mkdir(folder)
+    with Laboratory(links) as lab:
+        made = Country(lab, folder, origin)
+        with made.open():
+            yield made
+    shutil.rmtree(folder)
+
+
+def travel(shape: str, links: Sequence[Link], folder: str, origin: str, packages: Sequence[PackageRef]) -> Course:
+    """One run over one shape."""
+    sends = []
+    with country(links, folder, origin) as made:
+        for package in packages:
+            send = made.send(package)
+            if send.failed:
+                raise RuntimeError(f"{shape}: {send.failed}")
+            sends.append(send)
+            tell(f"{shape}, {package}: {send.egress:,} bytes left the origin, last site after {send.last:.2f} s")
     return Course(shape, *sends)
 
 
-async def lose_one(links: Sequence[Link], folder: str, origin: str, package: PackageRef, size: int, tell: Tell) -> Send:
+def lose_one(links: Sequence[Link], folder: str, origin: str, package: PackageRef, size: int) -> Send:
     """A chain of four whose second relay is killed on the way."""
-    async with Laboratory(links) as lab:
-        country = await asyncio.to_thread(Country, lab, folder, origin)
-        async with country.open():
-            sending = asyncio.create_task(country.send(package))
-            while await country.egress() < KILLED_AT * size and not sending.done():
-                await asyncio.sleep(0.1)
-            if sending.done():
-                raise RuntimeError("the package was there before a relay could be killed")
-            os.kill(country.pids["site2"], signal.SIGKILL)
-            tell(f"site2 was killed after {await country.egress():,} bytes")
-            return await sending
+    with country(links, folder, origin) as made, ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(made.send, package)
+        while made.egress() < KILLED_AT * size and not sending.done():
+            time.sleep(0.1)
+        if sending.done():
+            raise RuntimeError("the package was there before a relay could be killed")
+        os.kill(made.pids["site2"], signal.SIGKILL)
+        tell(f"site2 was killed after {made.egress():,} bytes")
+        return sending.result()
 
 
-def text_of(courses: Sequence[Course], checks: Sequence[Check]) -> str:
-    """Everything but the killed relay, for people."""
+def text_of(courses: Sequence[Course], checks: Sequence[Check], loss: Send | None) -> str:
+    """Everything for people."""
     rows = [
         [one.shape, name, f"{send.egress:,}", f"{min(send.seconds.values()):.2f}", f"{send.last:.2f}"]
         for one in courses
         for name, send in (("first", one.first), ("next", one.next))
     ]
     shown = table(["shape", "send", "left the origin", "first site", "last site"], rows, right=frozenset({2, 3, 4}))
-    lines = [f"{'held  ' if one.held else 'BROKEN'}  {one.what}: {one.seen:.3f} of {one.most}" for one in checks]
-    return "\n".join([shown, "", *lines])
+    return "\n".join([shown, "", *map(str, checks), *(_text_of_loss(loss) if loss else [])])
 
 
-def text_of_loss(send: Send) -> str:
+def _text_of_loss(send: Send) -> list[str]:
     """What became of the others."""
-    lines = ["chain of 4, site2 killed on the way:"]
-    lines += [
-        f"  {site}: from {send.sources[site] or 'the origin'}, {send.seconds[site]:.2f} s" for site in send.seconds
+    return [
+        "chain of 4, site2 killed on the way:",
+        *(f"  {site}: from {send.sources[site] or 'the origin'}, {send.seconds[site]:.2f} s" for site in send.seconds),
+        *(f"  {site} failed: {why}" for site, why in send.failed.items()),
+        *(f"  {one}" for one in send.replans),
+        f"  {send.egress:,} bytes left the origin",
     ]
-    lines += [f"  {site} failed: {why}" for site, why in send.failed.items()]
-    lines += [f"  {one}" for one in send.replans]
-    return "\n".join([*lines, f"  {send.egress:,} bytes left the origin"])
 
 
-async def measure(options: argparse.Namespace, folder: str, tell: Tell) -> bool:
+def measure(options: argparse.Namespace, folder: str) -> bool:
     """All of it, printed; whether every promise held."""
     paths = [path for name in FILES if (path := real_package(name))]
     if len(paths) != len(FILES):
         sys.exit("the packages of the shared data do not lie beside the project")
     home = os.path.join(folder, "origin")
-    added = await asyncio.to_thread(add, home, *paths)
+    added = add(home, *paths)
     packages = [package for package, _ in added]
     line = Shape(options.rate * 1e6 / 8, options.round_trip / 1000).line
-    wanted = {name: links for name, links in shapes(line).items() if not options.only or name in options.only}
-    courses = []
-    for number in range(options.repeat):
-        for name, links in wanted.items():
-            work = _made(folder, f"{name}-{number}".replace(" ", "-"))
-            courses.append(await travel(name, links, work, home, packages, tell))
-            shutil.rmtree(work)
-    checks = judge(courses)
-    loss = None
+    courses = [
+        travel(name, links, os.path.join(folder, "course"), home, packages)
+        for _ in range(options.repeat)
+        for name, links in shapes(line).items()
+        if not options.only or name in options.only
+    ]
+    checks, loss = judge(courses), None
     if not options.only or "loss" in options.only:
-        loss = await lose_one(chain(4, line), _made(folder, "loss"), home, packages[0], added[0][1], tell)
-        # The killed one is told as failed, and nobody else.
+        loss = lose_one(chain(4, line), os.path.join(folder, "loss"), home, packages[0], added[0][1])
+        # The killed one is named as failed, and no other.
         survived = set(loss.seconds) == {"site1", "site3", "site4"} and len(loss.failed) == 1
         checks.append(Check("chain of 4, one killed: relays lost beside it", 0.0 if survived else 1.0, 0.0))
-    if options.as_json:
-        told = [msgspec.to_builtins(one) | {"held": one.held} for one in checks]
-        print_json(
-            {"format": 1, "courses": msgspec.to_builtins(courses), "loss": msgspec.to_builtins(loss), "checks": told}
-        )
-    else:
-        print(text_of(courses, checks))
-        if loss is not None:
-            print(text_of_loss(loss))
+    document = {"format": 1, "courses": courses, "loss": loss, "checks": documents(checks)}
+    show(text_of(courses, checks, loss), document, as_json=options.as_json)
     return all(one.held for one in checks)
-
-
-def _made(*path: str) -> str:
-    folder = os.path.join(*path)
-    os.mkdir(folder)
-    return folder
 
 
 def main() -> int:
     """Measure, print, and judge: the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cascades", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rate", type=float, default=10.0, metavar="MBIT")
-    parser.add_argument("--round-trip", type=float, default=50.0, metavar="MS")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N")
-    parser.add_argument(
+    command = parser("cascades", __doc__)
+    command.add_argument("--rate", type=float, default=10.0, metavar="MBIT")
+    command.add_argument("--round-trip", type=float, default=50.0, metavar="MS")
+    command.add_argument("--repeat", type=int, default=3, metavar="N")
+    command.add_argument(
         "--only", action="append", default=[], metavar="SHAPE", help="one site, chain of 4, tree of 8, loss"
     )
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    options = parser.parse_args()
+    add_json(command)
+    options = command.parse_args()
     if reason := Laboratory.why_not():
         sys.exit(reason)
     with tempfile.TemporaryDirectory(prefix="waystation-cascades-") as folder:
-        tell: Tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731 - as short as can be
-        return 0 if asyncio.run(measure(options, folder, tell)) else 1
+        return 0 if measure(options, folder) else 1
 
 
 if __name__ == "__main__":

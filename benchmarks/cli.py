@@ -110,7 +110,7 @@ def transfer(
     the same rate and latency. With --relay the line to that relay is measured first, as 'bench line' does, and built
     alike; the relay is sent nothing but that, and no package. Its token needs the scope `write`.
     """
-    from benchmarks.transfer import Wanted, bench_transfer, document, how, parse_encodings, parse_shape, text_of
+    from benchmarks.transfer import Wanted, bench_transfer, document_of, how, parse_encodings, parse_shape, text_of
 
     if (shape is None) == (url is None):
         raise UsageError("give a line by --line MBIT,MS, or a relay to measure it by --relay URL")
@@ -121,7 +121,7 @@ def transfer(
     except RuntimeError as error:
         raise WaystationError(str(error)) from error
     if as_json:
-        print_json({"format": 1, "made_of": how()} | document(case))
+        print_json({"format": 1, "made_of": how()} | document_of(case))
     else:
         click.echo(f"{text_of(case)}\n{repeat} transfers each, median; the line: {how()}")
 

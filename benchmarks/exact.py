@@ -11,23 +11,20 @@ The exit status is 1 where a rebuilt nupkg differs.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
-import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
 
+from benchmarks.support.report import add_json, parser, show
 from benchmarks.support.workload import SHARED
 from orchestrator.depot.depot import Depot, open_depot
 from orchestrator.trust.keyring import init_trust, load_signer
@@ -70,8 +67,7 @@ async def measure(paths: Sequence[Path]) -> list[Rebuilt]:
         init_trust(os.path.join(folder, "trust"))
         signer = load_signer(os.path.join(folder, "trust"), "package")
         for number, path in enumerate(paths):
-            async with AsyncExitStack() as stack:
-                depot = await stack.enter_async_context(open_depot(f"disk:{folder}/depot-{number}"))
+            async with open_depot(f"disk:{folder}/depot-{number}") as depot:
                 added = await depot.add(str(path), signer, Provenance("added", path.name))
                 recipe = await depot.recipe(added.manifest) or opaque(added.manifest)
                 results.append(await _rebuild(depot, added.manifest, recipe, Path(folder) / "again.nupkg"))
@@ -112,10 +108,7 @@ def _sha512(path: Path) -> str:
 
 def _cpu() -> float:
     """Seconds of processors that this process and those it has ended took."""
-    return sum(
-        usage.ru_utime + usage.ru_stime
-        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    )
+    return sum(os.times()[:4])
 
 
 def text_of(results: Sequence[Rebuilt]) -> str:
@@ -149,11 +142,11 @@ def text_of(results: Sequence[Rebuilt]) -> str:
 
 def main() -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", action="append", type=Path, metavar="DIR", help="where nupkgs lie")
-    parser.add_argument("--engines", type=Path, metavar="DIR", help="deflate engines, beside those that are installed")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    command = parser("exact", __doc__)
+    command.add_argument("--packages", action="append", type=Path, metavar="DIR", help="where nupkgs lie")
+    command.add_argument("--engines", type=Path, metavar="DIR", help="deflate engines, beside those that are installed")
+    add_json(command)
+    options = command.parse_args()
     shared = Path(SHARED)
     engines = options.engines or shared / "engines"
     if engines.is_dir():
@@ -161,13 +154,9 @@ def main() -> int:
     folders = options.packages or [shared / "packages", shared / "graph"]
     paths = sorted((path for folder in folders for path in folder.glob("*.nupkg")), key=lambda path: path.name.lower())
     if not paths:
-        print(f"no nupkg in {', '.join(map(str, folders))}", file=sys.stderr)
-        return 2
+        command.error(f"no nupkg in {', '.join(map(str, folders))}")
     results = run(measure(paths))
-    if options.json:
-        print(json.dumps([msgspec.to_builtins(one) for one in results], indent=2))
-    else:
-        print(text_of(results))
+    show(text_of(results), results, as_json=options.as_json)
     return 0 if all(one.is_identical for one in results) else 1
 
 

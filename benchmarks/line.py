@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +22,7 @@ from relay.protocol.client import RelayClient
 from relay.support.console import size as bytes_of
 from relay.support.console import table
 from relay.support.together import together
+from relay.transfer.cpu_rates import measure_rates
 
 Direction = Literal["up", "down"]
 """`up` is to the relay."""
@@ -111,8 +112,6 @@ async def measure_line(
         UnreachableError: the road, or a relay that stops in the middle.
         RefusedError: the token is none that may read and write.
     """
-    from relay.transfer.cpu_rates import measure_rates
-
     began = time.perf_counter()
     own = await asyncio.to_thread(measure_rates)
     health = await client.health()
@@ -144,11 +143,8 @@ async def _goodput(client: RelayClient, direction: Direction, connections: int, 
     return Spread.of(found)
 
 
-async def _at_once(transfer: Callable[[int], Awaitable[float]], size: int, times: int) -> None:
-    async def one() -> None:
-        await transfer(size)
-
-    await together(one() for _ in range(times))
+async def _at_once(transfer: Callable[[int], Coroutine[Any, Any, float]], size: int, times: int) -> None:
+    await together([transfer(size) for _ in range(times)])
 
 
 async def _seconds(work: Awaitable[object]) -> float:

@@ -21,31 +21,33 @@ The exit status is 1 where the planner was beyond that.
 from __future__ import annotations
 
 import argparse
-import asyncio
+import itertools
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
+from benchmarks.support.programs import add
+from benchmarks.support.report import add_folder, add_json, numbers, parser, show, tell
 from benchmarks.support.workload import real_package
 from benchmarks.transfer import (
     ENCODINGS,
     Case,
     Lane,
     Shape,
-    Tell,
-    add,
-    document,
+    at_once,
+    document_of,
     how,
     measure,
+    parse_encodings,
     places,
     text_of,
 )
 from relay.package.identity import PackageRef
-from relay.support.console import print_json, table
+from relay.support.console import table
 
 PAIRS = (
     ("Shop.Web.1.0.1.nupkg", "Shop.Web.1.1.0.nupkg"),
@@ -74,49 +76,35 @@ class Tree(msgspec.Struct, frozen=True):
     seconds: float
 
 
-async def cases(
-    origin: str,
-    folder: str,
-    pair: Pair,
-    shape: Shape,
-    *,
-    encodings: Sequence[str],
-    repeat: int,
-    is_known: bool,
-    tell: Tell,
-) -> AsyncIterator[Case | Tree]:
+def cases(origin: str, folder: str, pair: Pair, shape: Shape, options: argparse.Namespace) -> tuple[list[Case], Tree]:
     """One package over one line: first, then with its predecessor held; at last its tree."""
     # More than one line is only used where it is so thin that its repeats leave the processors idle.
-    lines = repeat if shape.rate <= _THIN else 1
-    async with places(shape, lines) as ends:
+    lines = options.repeat if shape.rate <= _THIN else 1
+    os.mkdir(folder)
+    with places(shape, lines) as ends:
         lanes = [
-            await asyncio.to_thread(Lane, _made(folder, f"lane{number}"), end, origin, is_known=is_known)
+            Lane(os.path.join(folder, f"lane{number}"), end, origin, is_known=not options.unknown)
             for number, end in enumerate(ends)
         ]
-        sent = await asyncio.gather(*(lane.warm(pair.old) for lane in lanes))
+        sent = at_once(lanes, lambda lane: lane.warm(pair.old))
         tell(f"{pair.old} sent first: {', '.join(f'{one.seconds:.2f} s' for one in sent)}")
+        found = []
         for base in (None, pair.old):
             tell(f"{pair.new}, {f'{base.version} held' if base else 'nothing held'}, {shape}")
-            yield await measure(
-                lanes,
-                pair.new,
-                shape,
+            case = measure(
+                *(lanes, pair.new, shape),
                 base=base,
-                encodings=encodings,
-                repeat=repeat,
+                encodings=options.encodings,
+                repeat=options.repeat,
                 nupkg_bytes=pair.nupkg_bytes,
                 tell=tell,
             )
-        yield Tree(str(pair.new), statistics.median(await lanes[0].tree_seconds(pair.new, repeat)))
+            found.append(case)
+            print(f"{text_of(case)}\n", file=sys.stderr if options.as_json else sys.stdout, flush=True)
+        return found, Tree(str(pair.new), statistics.median(lanes[0].tree_seconds(pair.new, options.repeat)))
 
 
 _THIN = 250_000.0
-
-
-def _made(*path: str) -> str:
-    folder = os.path.join(*path)
-    os.mkdir(folder)
-    return folder
 
 
 def summary(found: Sequence[Case], trees: Sequence[Tree]) -> str:
@@ -146,45 +134,35 @@ def _short(id: str) -> str:
     return id if len(id) <= 30 else f"…{id[-29:]}"
 
 
-async def run(options: argparse.Namespace, home: str, folder: str, pairs: Sequence[Pair], tell: Tell) -> list[Case]:
+def run(options: argparse.Namespace, home: str, folder: str, pairs: Sequence[Pair]) -> list[Case]:
+    """Every package over every line, printed."""
     found: list[Case] = []
     trees: dict[str, Tree] = {}
-    for pair in pairs:
-        for rate in options.rates:
-            shape = Shape(rate * 1e6 / 8, options.round_trip / 1000)
-            work = _made(folder, f"{pair.new.id}-{rate}")
-            async for one in cases(
-                home,
-                work,
-                pair,
-                shape,
-                encodings=options.encodings,
-                repeat=options.repeat,
-                is_known=not options.unknown,
-                tell=tell,
-            ):
-                if isinstance(one, Tree):
-                    trees[one.package] = one
-                    continue
-                found.append(one)
-                print(f"{text_of(one)}\n", file=sys.stderr if options.as_json else sys.stdout, flush=True)
-    if options.as_json:
-        print_json(
-            {
-                "format": 1,
-                "line": how(),
-                "cases": [document(one) for one in found],
-                "trees": msgspec.to_builtins(list(trees.values())),
-            }
-        )
-    else:
-        print(summary(found, list(trees.values())))
+    for pair, rate in itertools.product(pairs, options.rates):
+        shape = Shape(rate * 1e6 / 8, options.round_trip / 1000)
+        both, tree = cases(home, os.path.join(folder, f"{pair.new.id}-{rate}"), pair, shape, options)
+        found += both
+        trees[tree.package] = tree
+    told = list(trees.values())
+    document = {"format": 1, "line": how(), "cases": [document_of(one) for one in found], "trees": told}
+    show(summary(found, told), document, as_json=options.as_json)
     return found
 
 
 def main() -> int:
     """Measure, print, and judge: the exit status."""
-    options = _options()
+    command = parser("matrix", __doc__)
+    command.add_argument("--rates", type=numbers, default=RATES, metavar="MBIT,…")
+    command.add_argument("--round-trip", type=float, default=50.0, metavar="MS")
+    command.add_argument("--repeat", type=int, default=5, metavar="N")
+    command.add_argument("--unknown", action="store_true", help="the sender remembers nothing of the lines")
+    command.add_argument("--encodings", type=parse_encodings, default=ENCODINGS, metavar="NAME,…")
+    command.add_argument(
+        "--only", action="append", default=[], metavar="ID", help="packages whose file has this in its name"
+    )
+    add_folder(command)
+    add_json(command)
+    options = command.parse_args()
     wanted = [
         pair for pair in PAIRS if not options.only or any(word.lower() in pair[1].lower() for word in options.only)
     ]
@@ -193,32 +171,11 @@ def main() -> int:
         sys.exit("the packages of the shared data do not lie beside the project")
     print(f"{os.cpu_count()} cores; {how()}; {options.repeat} runs", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="waystation-matrix-", dir=options.folder) as folder:
-        home = _made(folder, "origin")
+        home = os.path.join(folder, "origin")
         added = add(home, *(path for pair in files for path in pair))
         pairs = [Pair(old, new, size) for (old, _), (new, size) in zip(added[::2], added[1::2], strict=True)]
-        found = asyncio.run(run(options, home, folder, pairs, lambda text: print(text, file=sys.stderr, flush=True)))
+        found = run(options, home, folder, pairs)
     return 1 if any(case.verdict == "BEYOND" for case in found) else 0
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rates", type=_numbers, default=RATES, metavar="MBIT,…")
-    parser.add_argument("--round-trip", type=float, default=50.0, metavar="MS")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N")
-    parser.add_argument("--unknown", action="store_true", help="the sender remembers nothing of the lines")
-    parser.add_argument("--encodings", type=lambda text: tuple(text.split(",")), default=ENCODINGS, metavar="NAME,…")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="ID", help="packages whose file has this in its name"
-    )
-    parser.add_argument("--folder", default=None, help="where to work [default: the system's temporary folder]")
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    return parser.parse_args()
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The exit status is 1 where a promise did not hold, or a peer that it is judged b
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import sys
@@ -28,10 +27,11 @@ from itertools import groupby, pairwise
 import msgspec
 
 from benchmarks.lines import network
-from benchmarks.peers import BOUND, PEERS, Comparison, compare, text_of
-from benchmarks.support.programs import relay, waystation
+from benchmarks.peers import PEERS, Comparison, compare, text_of
+from benchmarks.support.programs import add, relay
+from benchmarks.support.report import Check, add_json, documents, parser, show
 from benchmarks.support.workload import SHARED
-from orchestrator.depot.depot import Depot, open_depot
+from orchestrator.depot.depot import open_depot
 from orchestrator.replication.send import package_to_send, send_to, shipping_from
 from relay.encoding.codecs import Coding
 from relay.encoding.planner import Line
@@ -40,10 +40,9 @@ from relay.package.manifest import Manifest
 from relay.package.zip_reader import read_nuspec, walk
 from relay.protocol.client import RelayClient
 from relay.protocol.messages import EncodedBytes
-from relay.support.console import print_json, run, table
+from relay.support.console import run, table
 from relay.support.rate_limit import Pacer
 from relay.transfer.link_history import Lines, Meter
-from relay.transfer.replicate import ReplicationResult
 
 THIN = 125_000.0
 """Bytes per second: 1 Mbit/s."""
@@ -97,19 +96,6 @@ class Ours(msgspec.Struct, frozen=True):
         return self.content + self.overhead
 
 
-class Check(msgspec.Struct, frozen=True):
-    """One promise: what was seen, the most that it may be, and where that comes from; `most` None: nobody could say."""
-
-    promise: str
-    seen: int
-    most: int | None
-    why: str
-
-    @property
-    def held(self) -> bool:
-        return self.most is not None and self.seen <= self.most
-
-
 class Report(msgspec.Struct, frozen=True):
     """One pair, or one first send (`old` of the comparison is empty)."""
 
@@ -129,7 +115,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def judge_next(ours: Ours, peers: Comparison) -> tuple[Check, ...]:
     """A new version on a thin line."""
-    bound = _bytes(peers, BOUND.name)
+    bound = peers.bound
     best = peers.best
     changed = ours.chunks + ours.parts
     return (
@@ -151,7 +137,7 @@ def judge_next(ours: Ours, peers: Comparison) -> tuple[Check, ...]:
 
 def judge_first(thin: Ours, fast: Ours, peers: Comparison) -> tuple[Check, ...]:
     """A first send, on a thin line and at 100 Mbit/s."""
-    bound = _bytes(peers, BOUND.name)
+    bound = peers.bound
     return (
         Check(
             "in all, thin line",
@@ -164,10 +150,6 @@ def judge_first(thin: Ours, fast: Ours, peers: Comparison) -> tuple[Check, ...]:
     )
 
 
-def _bytes(peers: Comparison, name: str) -> int | None:
-    return next((row.bytes for row in peers.rows if row.peer == name), None)
-
-
 def changed(manifest: Manifest, old: Manifest | None) -> tuple[int, int]:
     """How many chunks and how many parts of `manifest` are not in `old` under the same name."""
     chunks = set(manifest.chunk_ids()) - set(old.chunk_ids() if old else ())
@@ -175,10 +157,8 @@ def changed(manifest: Manifest, old: Manifest | None) -> tuple[int, int]:
 
 
 def _named(manifest: Manifest) -> set[tuple[str, str]]:
-    empty = ""
-    return {
-        (part.path, manifest.part_sha256(index) if part.size else empty) for index, part in enumerate(manifest.parts)
-    }
+    parts = enumerate(manifest.parts)
+    return {(part.path, manifest.part_sha256(index) if part.size else "") for index, part in parts}
 
 
 # --- what is there
@@ -215,7 +195,7 @@ class Way(msgspec.Struct, frozen=True):
 
 
 class Planned(Pacer):
-    """A limit that is planned with, and that nobody waits for."""
+    """A limit that is planned with, and not waited for."""
 
     def take(self, size: int) -> float:
         """Nothing to wait."""
@@ -239,33 +219,26 @@ async def send_counted(
         proxy = await stack.enter_async_context(network.CountingProxy("127.0.0.1", port, up=shape, down=shape))
         through = f"http://127.0.0.1:{proxy.port}"
         if way.is_known:
-            await _remember(depot, through, Line(way.rate, 2 * LATENCY))
+            # As if this line had carried bundles before.
+            meter = Meter(Line(way.rate, 2 * LATENCY))
+            meter.samples = 1
+            await Lines(depot.store.documents).remember(through, meter)
         pacer = None if way.is_shaped else Planned(way.rate)
         what = await package_to_send(depot, package)
         shipping = await stack.enter_async_context(shipping_from(depot))
         client = await stack.enter_async_context(RelayClient(through))
         done = await send_to(depot, what, client, lambda _done, _whole: None, shipping=shipping, pacer=pacer)
         old = None if base is None else await depot.manifest(depot.catalog.get(base))
-        return _ours(done, proxy.counts.total, changed(what.manifest, old))
-
-
-def _ours(done: ReplicationResult, crossed: int, changes: tuple[int, int]) -> Ours:
-    return Ours(
-        content=done.payload_bytes,
-        overhead=crossed - done.payload_bytes,
-        told=done.wire_bytes,
-        chunks=changes[0],
-        parts=changes[1],
-        encodings=done.encodings,
-        fallbacks=done.fallbacks,
-    )
-
-
-async def _remember(depot: Depot, url: str, line: Line) -> None:
-    """As if this line had carried bundles before."""
-    meter = Meter(line)
-    meter.samples = 1
-    await Lines(depot.store.documents).remember(url, meter)
+        chunks, parts = changed(what.manifest, old)
+        return Ours(
+            content=done.payload_bytes,
+            overhead=proxy.counts.total - done.payload_bytes,
+            told=done.wire_bytes,
+            chunks=chunks,
+            parts=parts,
+            encodings=done.encodings,
+            fallbacks=done.fallbacks,
+        )
 
 
 async def hold(home: str, packages: Iterable[PackageRef], url: str) -> None:
@@ -281,24 +254,12 @@ def _depot(home: str) -> str:
     return f"disk:{os.path.join(home, 'depot')}"
 
 
-def origin(home: str, files: Sequence[str]) -> None:
-    """Keys, and a depot with these nupkgs, by our own commands."""
-    waystation("trust", "init", home=home)
-    if files:
-        waystation("package", "add", *files, home=home)
-
-
-def next_version(home: str, old: Packed, new: Packed, way: Way) -> Ours:
-    """One site that holds `old` is sent `new`."""
+def sent_to_a_site(home: str, new: Packed, way: Way, old: Packed | None = None) -> Ours:
+    """What a site is sent of `new` that holds `old`, or nothing."""
     with tempfile.TemporaryDirectory(prefix="relay-", dir=home) as store, relay(store) as served:
-        run(hold(home, [old.ref], served.url))
-        return run(send_counted(home, new.ref, served.url, way=way, base=old.ref))
-
-
-def first_send(home: str, new: Packed, way: Way) -> Ours:
-    """A site that holds nothing is sent `new`."""
-    with tempfile.TemporaryDirectory(prefix="relay-", dir=home) as store, relay(store) as served:
-        return run(send_counted(home, new.ref, served.url, way=way))
+        if old:
+            run(hold(home, [old.ref], served.url))
+        return run(send_counted(home, new.ref, served.url, way=way, base=old.ref if old else None))
 
 
 # --- the whole
@@ -309,40 +270,36 @@ def measure(folder: str, only: Sequence[str] = (), *, really: bool = False, is_k
     thin, fast = Way(THIN, really, is_known), Way(FAST, is_shaped=True, is_known=is_known)
     by_id = find(folder)
     with tempfile.TemporaryDirectory(prefix="waystation-pairs-") as home:
-        origin(home, [one.path for versions in by_id for one in versions])
+        add(home, *(one.path for versions in by_id for one in versions))
         for old, new in (pair for versions in by_id for pair in pairwise(versions)):
-            ours = next_version(home, old, new, thin)
+            ours = sent_to_a_site(home, new, thin, old)
             peers = compare(old.path, new.path, only)
             yield Report(peers, ours, judge_next(ours, peers))
         for versions in by_id:
             new = versions[-1]
-            ours, faster = first_send(home, new, thin), first_send(home, new, fast)
+            ours, faster = (sent_to_a_site(home, new, way) for way in (thin, fast))
             peers = compare(None, new.path, only)
             yield Report(peers, ours, judge_first(ours, faster, peers), faster)
 
 
 def told(report: Report) -> str:
     """One report for people: the peers' table, what we sent, and each promise."""
-    ours = report.ours
-    lines = [text_of(report.comparison), ""]
-    for name, sent in (("", ours), ("at 100 Mbit/s", report.fast)):
-        if sent is not None:
-            lines.append(_told_ours(name, sent, report.comparison.nupkg))
-    lines += [
-        f"  {'held  ' if check.held else 'BROKEN'}  {check.promise}: {check.seen:,} of "
-        f"{'-' if check.most is None else f'{check.most:,}'} ({check.why})"
-        for check in report.checks
-    ]
-    return "\n".join(lines)
+    nupkg = report.comparison.nupkg
+    lines = [text_of(report.comparison), "", f"waystation: {told_ours(report.ours, nupkg)}"]
+    if report.fast:
+        lines.append(f"waystation at 100 Mbit/s: {told_ours(report.fast, nupkg)}")
+    return "\n".join([*lines, *(f"  {check}" for check in report.checks)])
 
 
-def _told_ours(name: str, sent: Ours, nupkg: int) -> str:
+def told_ours(sent: Ours, nupkg: int) -> str:
+    """What crossed the line, for people."""
     by = ", ".join(f"{one.encoding} {one.payload_bytes:,}" for one in sent.encodings)
-    text = (
-        f"waystation{f' {name}' if name else ''}: {sent.total:,} bytes, {100 * sent.total / nupkg:.3f} % of the nupkg: "
+    return (
+        f"{sent.total:,} bytes, {100 * sent.total / nupkg:.3f} % of the nupkg: "
         f"content {sent.content:,} ({by}), manifest and headers {sent.overhead:,}"
+        + f"; {sent.fallbacks} runs again"
+        * bool(sent.fallbacks)
     )
-    return f"{text}; {sent.fallbacks} runs again" if sent.fallbacks else text
 
 
 def summary(reports: Sequence[Report]) -> str:
@@ -353,11 +310,22 @@ def summary(reports: Sequence[Report]) -> str:
     if pairs:
         headers = ["% of the nupkg", *(row.peer for row in pairs[0].comparison.rows), "waystation"]
         parts.append(table(headers, [_share_row(one) for one in pairs], right=frozenset(range(1, len(headers)))))
-        headers = ["new version, thin line", "nupkg", "best peer", "bound", "content", "most", "rest", "most", "in all"]
-        parts.append(_columns(headers, [_pair_row(one) for one in pairs]))
+        headers = [
+            "new version, thin line",
+            "nupkg",
+            "best peer",
+            "bound",
+            "content",
+            "most",
+            "rest",
+            "most",
+            "in all",
+            "",
+        ]
+        parts.append(table(headers, [_pair_row(one) for one in pairs], right=frozenset(range(1, 9))))
     if firsts:
-        headers = ["first send", "nupkg", "bound", "thin line", "most", "100 Mbit/s", "most"]
-        parts.append(_columns(headers, [_first_row(one) for one in firsts]))
+        headers = ["first send", "nupkg", "bound", "thin line", "most", "100 Mbit/s", "most", ""]
+        parts.append(table(headers, [_first_row(one) for one in firsts], right=frozenset(range(1, 7))))
     return "\n\n".join(parts)
 
 
@@ -370,7 +338,7 @@ def _share_row(report: Report) -> list[str]:
 def _pair_row(report: Report) -> list[str]:
     peers, ours = report.comparison, report.ours
     content, rest, _ = report.checks
-    bound = _bytes(peers, BOUND.name)
+    bound = peers.bound
     best = f"{peers.best.peer} {_number(peers.best.bytes)}"
     figures = [bound, ours.content, content.most, ours.overhead, rest.most, ours.total]
     return [_name(report), _number(peers.nupkg), best, *map(_number, figures), _verdict(report)]
@@ -379,13 +347,8 @@ def _pair_row(report: Report) -> list[str]:
 def _first_row(report: Report) -> list[str]:
     peers = report.comparison
     thin, fast = report.checks
-    figures = [peers.nupkg, _bytes(peers, BOUND.name), thin.seen, thin.most, fast.seen, fast.most]
+    figures = [peers.nupkg, peers.bound, thin.seen, thin.most, fast.seen, fast.most]
     return [_name(report), *map(_number, figures), _verdict(report)]
-
-
-def _columns(headers: list[str], rows: list[list[str]]) -> str:
-    headers = [*headers, ""]
-    return table(headers, rows, right=frozenset(range(1, len(headers) - 1)))
 
 
 def _name(report: Report) -> str:
@@ -393,7 +356,7 @@ def _name(report: Report) -> str:
     return name if len(name) <= 34 else f"…{name[-33:]}"
 
 
-def _number(count: int | None) -> str:
+def _number(count: float | None) -> str:
     return "-" if count is None else f"{count:,}"
 
 
@@ -407,35 +370,26 @@ def document(reports: Sequence[Report]) -> dict[str, object]:
     return {
         "format": 1,
         "held": all(one.held for one in reports),
-        "reports": [
-            msgspec.to_builtins(one)
-            | {"held": one.held, "checks": [msgspec.to_builtins(c) | {"held": c.held} for c in one.checks]}
-            for one in reports
-        ],
+        "reports": [msgspec.to_builtins(one) | {"held": one.held, "checks": documents(one.checks)} for one in reports],
     }
 
 
 def main() -> int:
     """Measure, print, and judge: the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--packages", default=os.path.join(SHARED, "packages"), metavar="DIR", help="where nupkgs lie")
-    parser.add_argument("--only", action="append", default=[], choices=[peer.name for peer in PEERS], metavar="PEER")
-    parser.add_argument("--really", action="store_true", help="let the thin line carry no more than 1 Mbit/s")
-    parser.add_argument("--unknown", action="store_true", help="the lines were never measured before")
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    options = parser.parse_args()
+    command = parser("pairs", __doc__)
+    command.add_argument("--packages", default=os.path.join(SHARED, "packages"), metavar="DIR", help="where nupkgs lie")
+    command.add_argument("--only", action="append", default=[], choices=[peer.name for peer in PEERS], metavar="PEER")
+    command.add_argument("--really", action="store_true", help="let the thin line carry no more than 1 Mbit/s")
+    command.add_argument("--unknown", action="store_true", help="the lines were never measured before")
+    add_json(command)
+    options = command.parse_args()
     reports: list[Report] = []
     for report in measure(options.packages, options.only, really=options.really, is_known=not options.unknown):
         reports.append(report)
         print(f"{told(report)}\n", file=sys.stderr if options.as_json else sys.stdout, flush=True)
     if not reports:
-        parser.error(f"no nupkg lies in {options.packages}")
-    if options.as_json:
-        print_json(document(reports))
-    else:
-        print(summary(reports))
+        command.error(f"no nupkg lies in {options.packages}")
+    show(summary(reports), document(reports), as_json=options.as_json)
     return 0 if all(one.held for one in reports) else 1
 
 

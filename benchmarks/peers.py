@@ -1,17 +1,14 @@
 """What each peer sends to bring a new version of a nupkg to a site that holds an old one: counted, by really doing it.
 
-Run: python -m benchmarks.peers [OLD] NEW [--json]   (without OLD: a first send)
-
 Peers that speak over a network do so through a proxy that counts both directions, requests and headers included;
 the others make files, whose bytes are counted: signatures and indexes, too. Each result is compared with the new nupkg
-byte by byte before its figure counts; Velopack's way knows no nupkg, so what it makes is compared file by file. The last
-row is no peer but the bound: bsdiff over the sorted inflated tree,
-packed by zstd -19; for a first send the tree itself, packed so.
+byte by byte before its figure counts; Velopack's way knows no nupkg, so what it makes is compared file by file. The last row is no peer but
+the bound: bsdiff over the sorted inflated tree, packed by zstd -19; for a first send the tree itself, packed so.
+`benchmarks.pairs` runs them, and the demo.
 """
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import hashlib
 import os
@@ -24,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -32,7 +30,7 @@ from benchmarks.lines.network import ThreadedProxy
 from benchmarks.support.programs import nginx, run
 from relay.package.chunking import stream_key
 from relay.package.zip_reader import read_part, walk
-from relay.support.console import print_json, table
+from relay.support.console import table
 from relay.support.zstd import zstd
 
 
@@ -74,6 +72,11 @@ class Comparison(msgspec.Struct, frozen=True):
     def of(self, peer: str) -> Sent:
         """The figure of one. Raises `KeyError`."""
         return {row.peer: row for row in self.rows}[peer]
+
+    @property
+    def bound(self) -> int | None:
+        """Bytes of the bound, where it is known."""
+        return next((row.bytes for row in self.rows if row.peer == BOUND.name), None)
 
     @property
     def best(self) -> Sent:
@@ -122,13 +125,9 @@ def compare(old: str | None, new: str, only: Sequence[str] = ()) -> Comparison:
     Raises:
         RuntimeError: a peer failed, or what it made is not the new nupkg.
     """
-    rows = []
-    for peer in PEERS:
-        if (old is None and not peer.first) or (only and peer.name not in only):
-            continue
-        rows.append(_row(peer, old, new))
+    peers = [peer for peer in PEERS if (old or peer.first) and (not only or peer.name in only)]
     names = ("" if old is None else os.path.basename(old), os.path.basename(new))
-    return Comparison(*names, os.path.getsize(new), len(tree_of(new)), tuple(rows))
+    return Comparison(*names, os.path.getsize(new), len(tree_of(new)), tuple(_row(peer, old, new) for peer in peers))
 
 
 def _row(peer: Peer, old: str | None, new: str) -> Sent:
@@ -153,11 +152,8 @@ def _why_not(peer: Peer) -> str:
     missing = [name for name in peer.needs if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"{' and '.join(missing)} missing"
-    if peer is BOUND:
-        try:
-            import bsdiff4  # noqa: F401
-        except ImportError:
-            return "bsdiff4 missing (from the package index)"
+    if peer is BOUND and find_spec("bsdiff4") is None:
+        return "bsdiff4 missing (from the package index)"
     return ""
 
 
@@ -265,8 +261,7 @@ def _velopack_entries(work: Work, path: str, old: bytes | None, new: bytes) -> I
 
 
 def _velopack_patch(work: Work, old: bytes, new: bytes) -> bytes:
-    best = ["--single-thread", "-19", "--zstd=targetLength=4096", "--zstd=chainLog=30"]
-    return _zstd_from(work, old, new, best)
+    return _zstd_from(work, old, new, ["--single-thread", "-19", "--zstd=targetLength=4096", "--zstd=chainLog=30"])
 
 
 def _velopack_applied(work: Work, held: Mapping[str, bytes], delta: str) -> dict[str, bytes]:
@@ -310,8 +305,8 @@ def _rsync(work: Work) -> tuple[int, str]:
 def _rsync_daemon(work: Work) -> Iterator[int]:
     """An rsync daemon for one connection, started as inetd would: the port is ours, so it is free. Its port."""
     config = work.path("rsyncd.conf")
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(f"use chroot = no\nuid = {os.geteuid()}\ngid = {os.getegid()}\n[files]\npath = {work.folder}\n")
+    text = f"use chroot = no\nuid = {os.geteuid()}\ngid = {os.getegid()}\n[files]\npath = {work.folder}\n"
+    Path(config).write_text(text, encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         words = [sys.executable, "-c", _ACCEPT_ONE, str(listener.fileno()), "rsync", "--daemon", f"--config={config}"]
         with subprocess.Popen(words, pass_fds=[listener.fileno()]) as process:
@@ -351,7 +346,7 @@ def _casync(work: Work) -> tuple[int, str]:
 def _counted_nginx(work: Work) -> Iterator[ThreadedProxy]:
     own = work.path("nginx")
     os.mkdir(own)
-    with nginx(own, work.folder) as served, ThreadedProxy("127.0.0.1", int(served.url.rpartition(":")[2])) as proxy:
+    with nginx(own, work.folder) as served, ThreadedProxy("127.0.0.1", served.port) as proxy:
         yield proxy
 
 
@@ -384,26 +379,5 @@ def text_of(found: Comparison) -> str:
             share = f"{100 * row.bytes / found.nupkg:.3f}"
             rows.append([row.peer, f"{row.bytes:,}", share, f"{row.seconds:.1f}", row.how])
     headers = ["peer", "bytes", "% of nupkg", "seconds", "how"]
-    lines = table(headers, rows, right=frozenset({1, 2, 3}))
-    return f"{head} (nupkg {found.nupkg:,} bytes, tree {found.tree:,})\n{lines}"
-
-
-def main() -> None:
-    """Compare as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("nupkgs", nargs="+", metavar="NUPKG", help="the old version and the new, or the new alone")
-    parser.add_argument("--only", action="append", default=[], choices=[peer.name for peer in PEERS])
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    options = parser.parse_args()
-    if len(options.nupkgs) > 2:
-        parser.error("one or two nupkgs")
-    old = options.nupkgs[0] if len(options.nupkgs) == 2 else None
-    found = compare(old, options.nupkgs[-1], options.only)
-    if options.as_json:
-        print_json({"format": 1} | msgspec.to_builtins(found))
-    else:
-        print(text_of(found))
-
-
-if __name__ == "__main__":
-    main()
+    shown = table(headers, rows, right=frozenset({1, 2, 3}))
+    return f"{head} (nupkg {found.nupkg:,} bytes, tree {found.tree:,})\n{shown}"

@@ -6,19 +6,35 @@ Both ways of bringing a package onto a machine end alike: every byte checked, ev
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import shlex
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.support.programs import Served, nginx, peak_memory, relay, run, until_told, waystation
+from agent.relays.sources import Sources
+from agent.trees.installed import AgentState
+from agent.trees.pull import parse_request, pull
+from benchmarks.support.programs import (
+    WAYSTATION,
+    Served,
+    make_tokens,
+    nginx,
+    pack,
+    peak_memory,
+    relay,
+    run,
+    until_told,
+    waystation,
+)
+from benchmarks.support.report import add_folder, mega, parser, spread
 from benchmarks.support.workload import installed_files, real_package
+from relay.trust.keys import parse_pins
 
 AGENTS = 50
 
@@ -36,24 +52,29 @@ class Package:
 
 def main() -> None:
     """Measure and print; docs say how to read it."""
-    options = _options()
+    command = parser("road", __doc__)
+    command.add_argument("--runs", type=int, default=5)
+    command.add_argument("--megabytes", type=int, default=300, help="size of the large package's tree")
+    add_folder(command)
+    options = command.parse_args()
     print(f"{os.cpu_count()} cores; {options.runs} runs, median (min to max); MB are 10^6 bytes")
     with tempfile.TemporaryDirectory(prefix="waystation-bench-", dir=options.folder) as folder:
         home = os.path.join(folder, "home")
         waystation("trust", "init", home=home)
-        for file in _packages(folder, home, options.megabytes):
-            measure(Package(*_described(file, home, folder)), home, folder, options.runs)
-        measure_agents(_large(folder), home, folder)
+        packages = [_described(file, home, folder) for file in _packages(folder, options.megabytes)]
+        for package in packages:
+            measure(package, home, folder, options.runs)
+        measure_agents(packages[-1], home, folder)
 
 
 def measure(package: Package, home: str, folder: str, runs: int) -> None:
     """Every figure of one package."""
     print(f"\n{package.id} {package.version}: nupkg {mega(package.size)}, tree {mega(package.content)}")
     added = [_add(package, home, folder) for _ in range(runs)]
-    tell("package add, until it is usable", [usable for usable, _ in added], package.content)
-    tell("  and its nupkg proved", [proved for _, proved in added], package.content)
+    show("package add, until it is usable", [usable for usable, _ in added], package.content)
+    show("  and its nupkg proved", [proved for _, proved in added], package.content)
     replicated = [_replicate(package, home, folder) for _ in range(runs)]
-    tell("package replicate (one relay, loopback)", replicated, package.content)
+    show("package replicate (one relay, loopback)", replicated, package.content)
     with relay(os.path.join(folder, "relay")) as served, nginx(folder, folder) as peer:
         waystation("package", "add", package.file, home=home)
         waystation("package", "replicate", package.id, package.version, "--relay", served.url, home=home)
@@ -63,26 +84,25 @@ def measure(package: Package, home: str, folder: str, runs: int) -> None:
             lambda n: _classic(package, peer, folder, n),
             runs,
         )
-    tell("agent pull to a verified, synced tree", ours, package.content)
-    tell("  of that, inside the started process", inside[1:], package.content)
-    tell("curl, sha512sum -c, unzip, sync", theirs, package.content)
+    show("agent pull to a verified, synced tree", ours, package.content)
+    show("  of that, inside the started process", inside[1:], package.content)
+    show("curl, sha512sum -c, unzip, sync", theirs, package.content)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     print(f"  curl's way takes {spread(ratios, '.2f')} times as long, pair by pair")
     shutil.rmtree(os.path.join(folder, "relay"))
 
 
-def measure_agents(file: str, home: str, folder: str) -> None:
-    """Peak memory of a relay that 50 agents pull from at once, with tokens."""
+def measure_agents(package: Package, home: str, folder: str) -> None:
+    """Peak memory of a relay that 50 agents pull from at once, each with a token of its own, as in earnest."""
     config = os.path.join(folder, "relay.yaml")
-    origin = _token("write", config, home, folder)
-    agents = [_token("agent", config, home, folder) for _ in range(AGENTS)]
-    package = Package(*_described(file, home, folder))
-    waystation("package", "add", file, home=home)
+    names = [f"agent{number}" for number in range(AGENTS)]
+    tokens = make_tokens(config, {"origin": ["write"]} | {name: ["agent"] for name in names})
+    waystation("package", "add", package.file, home=home)
     with relay(os.path.join(folder, "relay50"), "--config", config) as served:
-        words = ("--relay", served.url, "--token-file", origin)
+        words = ("--relay", served.url, "--token-file", tokens["origin"])
         waystation("package", "replicate", package.id, package.version, *words, home=home)
         before = peak_memory(served.pid)
-        seconds = asyncio.run(_pull_many(package, served, agents, home, folder))
+        seconds = asyncio.run(_pull_many(package, served, [tokens[name] for name in names], home, folder))
         peak = peak_memory(served.pid)
     print(f"\n{AGENTS} agents at once, {mega(package.content)} each: {seconds:.1f} s,", end=" ")
     print(f"{AGENTS * package.content / seconds / 1e6:.0f} MB/s in all")
@@ -101,7 +121,7 @@ def _add(package: Package, home: str, folder: str) -> tuple[float, float]:
     """Seconds until the command tells that it was added, and until it ends."""
     depot = os.path.join(folder, "depot-add")
     os.sync()
-    seconds = until_told([*_command(), "package", "add", package.file, "--depot", f"disk:{depot}"], home=home)
+    seconds = until_told([WAYSTATION, "package", "add", package.file, "--depot", f"disk:{depot}"], home=home)
     shutil.rmtree(depot)
     return seconds
 
@@ -135,8 +155,7 @@ def _classic(package: Package, peer: Served, folder: str, number: int) -> float:
     os.mkdir(target)
     name = os.path.basename(package.file)
     digest = run(["sha512sum", package.file]).output.split()[0]
-    with open(os.path.join(target, "sums"), "w", encoding="ascii") as file:
-        file.write(f"{digest}  {name}\n")
+    Path(target, "sums").write_text(f"{digest}  {name}\n", encoding="ascii")
     quoted = shlex.quote(name)
     steps = (
         f"curl -sSf -o {quoted} {peer.url}/{quoted} && sha512sum --quiet -c sums && unzip -q -d tree {quoted} && sync"
@@ -149,13 +168,6 @@ def _classic(package: Package, peer: Served, folder: str, number: int) -> float:
 
 async def _pull_many(package: Package, served: Served, tokens: Sequence[str], home: str, folder: str) -> float:
     """50 agents in one process, each with a home and a root of its own; their CPU is not the relay's."""
-    import time
-
-    from agent.relays.sources import Sources
-    from agent.trees.installed import AgentState
-    from agent.trees.pull import parse_request, pull
-    from relay.trust.keys import parse_pins
-
     pins = parse_pins(Path(home, "trust", "trust.json").read_bytes())
 
     async def one(number: int) -> None:
@@ -172,73 +184,33 @@ async def _pull_many(package: Package, served: Served, tokens: Sequence[str], ho
     return time.perf_counter() - started
 
 
-def _packages(folder: str, home: str, megabytes: int) -> list[str]:
+def _packages(folder: str, megabytes: int) -> list[str]:
     """Real ones first, then a large one of installed files; all lie in `folder`, where nginx serves them."""
     found = []
     for name in ("Shop.Web.1.0.0.nupkg", "microsoft.aspnetcore.app.runtime.linux-x64.10.0.14.nupkg"):
-        path = real_package(name)
-        if path is None:
+        if path := real_package(name):
+            found.append(shutil.copy(path, folder))
+        else:
             print(f"({name} is not beside the project: left out)")
-            continue
-        found.append(shutil.copy(path, folder))
     source = os.path.join(folder, "installed")
     installed_files(source, megabytes * 1_000_000)
-    large = _large(folder)
-    words = ["package", "pack", source, "--id", "Installed.Files", "--version", "1.0.0", "--output", large]
-    run([*_command(), *words], home=home)
+    found.append(pack(source, "Installed.Files", "1.0.0", os.path.join(folder, "Installed.Files.1.0.0.nupkg")))
     shutil.rmtree(source)
-    return [*found, large]
+    return found
 
 
-def _large(folder: str) -> str:
-    return os.path.join(folder, "Installed.Files.1.0.0.nupkg")
-
-
-def _described(file: str, home: str, folder: str) -> tuple[str, str, str, int, int]:
+def _described(file: str, home: str, folder: str) -> Package:
     depot = f"disk:{os.path.join(folder, 'described')}"
     _, document = waystation("package", "add", file, "--depot", depot, home=home)
     entry = document["packages"][0]
     _, shown = waystation("package", "show", entry["id"], entry["version"], "--depot", depot, home=home)
-    return entry["id"], entry["version"], file, entry["size"], shown["tree_bytes"]
+    return Package(entry["id"], entry["version"], file, entry["size"], shown["tree_bytes"])
 
 
-def _token(scope: str, config: str, home: str, folder: str) -> str:
-    """The path of a file with a new token: each agent has one of its own, as in earnest."""
-    descriptor, path = tempfile.mkstemp(prefix="token-", dir=folder)
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(run([*_command(), "relay", "token", scope, "--config", config], home=home).output)
-    return path
-
-
-def _command() -> list[str]:
-    from benchmarks.support.programs import WAYSTATION
-
-    return [WAYSTATION]
-
-
-def tell(what: str, seconds: Sequence[float], content: int) -> None:
+def show(what: str, seconds: Sequence[float], content: int) -> None:
     """One line: seconds, and content per second."""
     rate = content / statistics.median(seconds) / 1e6
     print(f"  {what:42} {spread(seconds, '.3f')} s   {rate:6.0f} MB/s of content")
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Median, and how far the runs lay apart."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
-
-
-def mega(count: int) -> str:
-    """Bytes as MB."""
-    return f"{count / 1e6:.1f} MB"
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.road", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=300, help="size of the large package's tree")
-    parser.add_argument("--folder", default=None, help="where to work [default: the system's temporary folder]")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast does a deployment act? From an order to a script's first act, and what a step costs beyond its scripts.
 
-Run: python -m benchmarks.rollout [--agents N] [--rounds N]
+Run: python -m benchmarks.rollout [--agents N] [--rest SECONDS]
 One relay is a process; the agents are tasks of one other process, each with a home and sockets of its own; every script
 is a process with its runner; deployments are `waystation release deploy`. Scripts print the time when they begin and
 when they end, so what is called overhead is everything else: also the start of their own interpreters.
@@ -8,23 +8,19 @@ when they end, so what is called overhead is everything else: also the start of 
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import os
 import re
 import resource
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import yaml
@@ -32,15 +28,11 @@ import yaml
 from agent import platform
 from agent.orders.operation_id import OperationId
 from benchmarks.support.agents import make_agent
-from benchmarks.support.programs import WAYSTATION, Served, relay, run, waystation
-from orchestrator.journal.events import Dispatched, Event, Note, Reported
-from orchestrator.journal.recorder import Recorder
-
-if TYPE_CHECKING:
-    from orchestrator.fleet.fleet import Fleet
-    from orchestrator.journal.events import JournalEntry
-    from orchestrator.journal.journal import Journal
-    from orchestrator.plan.plan import Plan
+from benchmarks.support.programs import WAYSTATION, Served, make_tokens, pack, relay, run, started, waystation
+from benchmarks.support.report import add_folder, mega, parser
+from orchestrator.journal import events
+from orchestrator.journal.events import JournalEntry
+from orchestrator.journal.journal import Journal
 
 ENVIRONMENT = "bench"
 SCRIPT = """\
@@ -88,6 +80,11 @@ class Farm:
     relay: Served
     agents: int
     machines: tuple[str, ...]
+    tokens: dict[str, str]
+
+    def credentials(self, agent: str) -> tuple[str, str, str]:
+        """An agent's relay, and the files of its pins and its token."""
+        return self.relay.url, os.path.join(self.home, "trust", "trust.json"), self.tokens[agent]
 
     @property
     def home(self) -> str:
@@ -97,17 +94,17 @@ class Farm:
     def project(self) -> str:
         return os.path.join(self.folder, "project")
 
-    @property
-    def trust(self) -> str:
-        return os.path.join(self.home, "trust")
-
     def logs(self, deployment: str) -> str:
         return os.path.join(self.home, "deployments", deployment, "logs")
 
 
 def main() -> None:
     """Measure and print; docs say how to read it."""
-    options = _options()
+    command = parser("rollout", __doc__)
+    command.add_argument("--agents", type=int, default=50)
+    command.add_argument("--rest", type=float, default=20.0, help="seconds that an agent is watched at rest")
+    add_folder(command)
+    options = command.parse_args()
     print(f"{os.cpu_count()} cores; {options.agents} agents in one process, one relay, loopback; milliseconds")
     with tempfile.TemporaryDirectory(prefix="waystation-bench-", dir=options.folder) as folder:
         _use_bytecode(folder)
@@ -116,7 +113,7 @@ def main() -> None:
             print(f"\nrelay's memory with {options.agents} agents that poll: {mega(resident(made.relay.pid))}")
             deployment = deploy(made)
             tell_steps(made, deployment)
-            tell_orders(made, deployment, options.rounds)
+            tell_orders(made, deployment)
             tell_status(made)
             print(f"\nrelay's memory after all this: {mega(resident(made.relay.pid))}")
             tell_one_agent(made, options.rest)
@@ -128,86 +125,49 @@ def main() -> None:
 @contextmanager
 def farm(folder: str, agents: int) -> Iterator[Farm]:
     """All of it, with agents that a relay has answered."""
-    homes = os.path.join(folder, "agents")
-    made = Farm(folder, Served("", 0), 0, tuple(f"m{number:03}" for number in range(agents)))
-    run([WAYSTATION, "trust", "init"], home=made.home)
-    tokens = make_tokens(made)
-    with relay(os.path.join(folder, "relay"), "--config", os.path.join(folder, "relay.yaml")) as served:
-        pins = os.path.join(made.trust, "trust.json")
-        keys = {
-            name: make_agent(os.path.join(homes, name), name, served.url, pins, tokens[name]) for name in made.machines
-        }
-        write_files(made, served, keys)
-        words = [sys.executable, "-m", "benchmarks.support.agents", homes]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None
-                if process.stdout.readline() != "ready\n":
-                    raise RuntimeError("the agents did not start")
-                yield Farm(folder, served, process.pid, made.machines)
-            finally:
-                process.send_signal(signal.SIGTERM)
+    homes, config = os.path.join(folder, "agents"), os.path.join(folder, "relay.yaml")
+    machines = tuple(f"m{number:03}" for number in range(agents))
+    tokens = make_tokens(config, {"origin": ("write", "order")} | dict.fromkeys((ALONE, *machines), ("agent",)))
+    with relay(os.path.join(folder, "relay"), "--config", config) as served:
+        made = Farm(folder, served, 0, machines, tokens)
+        waystation("trust", "init", home=made.home)
+        keys = {name: make_agent(os.path.join(homes, name), name, *made.credentials(name)) for name in machines}
+        write_files(made, keys)
+        with started([sys.executable, "-m", "benchmarks.support.agents", homes]) as (pid, _):
+            yield replace(made, agents=pid)
 
 
-def make_tokens(made: Farm) -> dict[str, str]:
-    """A relay.yaml with a token for the origin, one for each agent and one for `ALONE`; the tokens' files, by name."""
-    from relay.server.http.tokens import make_token
-
-    scopes = {"origin": ("write", "order")} | dict.fromkeys((ALONE, *made.machines), ("agent",))
-    files, records = {}, []
-    for name, scope in scopes.items():
-        text, record = make_token(scope, datetime.now(UTC), 1, name)
-        records.append(msgspec.to_builtins(record))
-        files[name] = os.path.join(made.folder, f"token-{name}")
-        with open(files[name], "w", encoding="ascii", opener=_private) as file:
-            file.write(text)
-    # All machines have one address here: each may open as many connections as it may from one of its own.
-    limits = {"connections_per_address": 64 * len(scopes)}
-    with open(os.path.join(made.folder, "relay.yaml"), "w", encoding="utf-8") as file:
-        yaml.safe_dump({"tokens": records, "limits": limits}, file)
-    return files
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def write_files(made: Farm, served: Served, keys: dict[str, str]) -> None:
+def write_files(made: Farm, keys: dict[str, str]) -> None:
     """The process, the environment, their scripts, and a small package."""
+    project = Path(made.project)
+    for name in ("deploy", "environments"):
+        (project / name).mkdir(parents=True)
     for path in ("deploy/quick.sh", "deploy/long.sh", "environments/quick.sh"):
-        script = os.path.join(made.project, path)
-        os.makedirs(os.path.dirname(script), exist_ok=True)
-        with open(script, "w", encoding="ascii") as file:
-            file.write(SCRIPT.format(seconds=LONG if "long" in path else 0))
+        (project / path).write_text(SCRIPT.format(seconds=LONG if "long" in path else 0), encoding="ascii")
     process = {
         "format": 1,
         "project": "bench",
         "packages": {"web": "Bench.Web"},
-        "steps": [_step(number, kind, made, served) for number, kind in enumerate(STEPS, 1)],
+        "steps": [_step(number, kind, made) for number, kind in enumerate(STEPS, 1)],
     }
     environment = {
         "environment": ENVIRONMENT,
-        "relays": {
-            "here": {"url": served.url, "site": "here", "token": {"file": os.path.join(made.folder, "token-origin")}}
-        },
+        "relays": {"here": {"url": made.relay.url, "site": "here", "token": {"file": made.tokens["origin"]}}},
         "rotation": {"web": {"before": "quick.sh", "after": "quick.sh"}},
         "machines": {
             name: {"address": "127.0.0.1", "site": "here", "roles": ["web"], "key": key} for name, key in keys.items()
         },
     }
     for name, document in (("release.yaml", process), (f"environments/{ENVIRONMENT}.yaml", environment)):
-        with open(os.path.join(made.project, name), "w", encoding="utf-8") as file:
-            yaml.safe_dump(document, file, sort_keys=False)
-    tree = os.path.join(made.folder, "tree")
-    os.mkdir(tree)
-    with open(os.path.join(tree, "version.txt"), "w", encoding="ascii") as file:
-        file.write("1.0.0\n")
-    nupkg = os.path.join(made.folder, "Bench.Web.1.0.0.nupkg")
-    run([WAYSTATION, "package", "pack", tree, "--id", "Bench.Web", "--version", "1.0.0", "--output", nupkg])
+        (project / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    tree = Path(made.folder, "tree")
+    tree.mkdir()
+    (tree / "version.txt").write_text("1.0.0\n", encoding="ascii")
+    nupkg = pack(str(tree), "Bench.Web", "1.0.0", os.path.join(made.folder, "Bench.Web.1.0.0.nupkg"))
     waystation("package", "add", nupkg, home=made.home)
 
 
-def _step(number: int, kind: StepKind, made: Farm, served: Served) -> dict[str, Any]:
+def _step(number: int, kind: StepKind, made: Farm) -> dict[str, Any]:
     script = {"script": "deploy/long.sh" if kind.long else "deploy/quick.sh"}
     step: dict[str, Any] = {"name": f"{kind.name} {number}", "roles": ["web"], "apply": [script]}
     step["strategy"] = "parallel" if kind.window is None else {"rolling": {"window": kind.window}}
@@ -216,7 +176,7 @@ def _step(number: int, kind: StepKind, made: Farm, served: Served) -> dict[str, 
     if kind.deploys:
         root = os.path.join(made.folder, "srv", "${machine.name}", str(number))
         step |= {"deploy": "web", "to": root, "apply": ["switch", script]}
-        step["verify"] = [{"tcp": served.url.removeprefix("http://")}]
+        step["verify"] = [{"tcp": made.relay.url.removeprefix("http://")}]
     return step
 
 
@@ -225,11 +185,12 @@ def _step(number: int, kind: StepKind, made: Farm, served: Served) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """A finished deployment: its ULID, the command's seconds, and the processor time that all of it took, by where."""
+    """A finished deployment: its ULID, the command's seconds, the processor time of it all by where, its journal."""
 
     ulid: str
     seconds: float
     processor: dict[str, float]
+    entries: Sequence[JournalEntry]
 
 
 def deploy(made: Farm) -> Deployed:
@@ -238,7 +199,9 @@ def deploy(made: Farm) -> Deployed:
     words = ["release", "deploy", "1.0.0", "--environment", ENVIRONMENT, "--package", "web=1.0.0", "--json"]
     timed = run([WAYSTATION, *words], home=made.home, cwd=made.project)
     used = {name: seconds - before[name] for name, seconds in _processor(made).items()}
-    return Deployed(str(msgspec.json.decode(timed.output)["summary"]["deployment"]), timed.seconds, used)
+    ulid = str(msgspec.json.decode(timed.output)["summary"]["deployment"])
+    with Journal.open(os.path.join(made.home, "journal.db")) as journal:
+        return Deployed(ulid, timed.seconds, used, journal.entries(ulid))
 
 
 def _processor(made: Farm) -> dict[str, float]:
@@ -277,18 +240,17 @@ class Measured:
 
 def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
     """Every step of a deployment, by its journal and by what its scripts printed."""
-    with _journal(made) as journal:
-        entries = journal.entries(deployment.ulid)
     logs = made.logs(deployment.ulid)
-    return [measure(kind, number, entries, lambda each: own_time(logs, each)) for number, kind in enumerate(STEPS, 1)]
+    return [
+        measure(kind, number, deployment.entries, lambda each: own_time(logs, each))
+        for number, kind in enumerate(STEPS, 1)
+    ]
 
 
 def measure(
     kind: StepKind, number: int, entries: Sequence[JournalEntry], own_time_of: Callable[[str], float]
 ) -> Measured:
     """Step `number`, by the journal's entries and the seconds that an operation's script says it took itself."""
-    from orchestrator.journal import events
-
     begun: dict[str, float] = {}
     took: dict[str, float] = {}
     turns: dict[str, float] = {}
@@ -332,19 +294,16 @@ def own_time(logs: str, operation: str) -> float:
     id = OperationId.parse(operation)
     if id.action.partition("-")[2] in _NO_SCRIPTS or id.action in _NO_SCRIPTS:
         return 0.0
-    stamps = _stamps(os.path.join(logs, f"{id.file_name}.log"))
+    stamps = _stamps(logs, operation)
     if len(stamps) != 2:
         raise RuntimeError(f"{operation} printed {len(stamps)} times, not two")
     return stamps[1] - stamps[0]
 
 
-def _stamps(log: str) -> list[float]:
+def _stamps(logs: str, operation: str) -> list[float]:
     """Seconds since 1970 that a script printed."""
-    try:
-        with open(log, encoding="ascii") as file:
-            return [int(line) / 1e9 for line in file]
-    except FileNotFoundError:
-        return []
+    log = Path(logs, f"{OperationId.parse(operation).file_name}.log")
+    return [int(line) / 1e9 for line in log.read_text(encoding="ascii").splitlines()] if log.exists() else []
 
 
 def tell_steps(made: Farm, deployment: Deployed) -> None:
@@ -378,82 +337,38 @@ class Trip:
     done: float
 
 
-class _Marks(Recorder):
-    """Marks when an order leaves. Nothing is kept in the journal."""
+def trips(entries: Sequence[JournalEntry], number: int, acted: Callable[[str], float]) -> list[Trip]:
+    """The orders of step `number`, which runs one script: each is asked for when its machine's turn begins.
 
-    def __init__(self, deployment: str) -> None:
-        self.deployment = deployment
-        self.posted: dict[str, float] = {}
-
-    async def record(self, *events: Event) -> None:
-        for event in events:
-            match event:
-                case Dispatched(operation=operation):
-                    self.posted[operation] = time.time()
-                case Reported(machine=machine, state=state, reason=reason) if state != "done":
-                    raise RuntimeError(f"{machine}: {state}: {reason}")
-                case Note(text=text, machine=machine):
-                    print(f"note: {machine}: {text}", file=sys.stderr)
-                case _:
-                    pass
-
-
-async def send_orders(made: Farm, deployment: Deployed, rounds: int) -> tuple[list[Trip], list[Trip]]:
-    """Order a script of `rounds` machines one after another, then of all at once; by a fleet of our own."""
-    from ulid import ULID
-
-    from agent.orders.orders import RunScript
-    from orchestrator.fleet.fleet import Fleet
-    from orchestrator.replication.send import open_relay
-    from orchestrator.trust.keyring import load_signer
-
-    with _journal(made) as journal:
-        plan = msgspec.json.decode(journal.plan(deployment.ulid), type=_plan_type())
-        fence, journal_id, ulid = journal.claim(plan.environment), journal.id, str(ULID())
-    folder = os.path.join(made.home, "deployments", ulid)
-    os.makedirs(folder, mode=0o700)
-    assert plan.scripts is not None
-    script = RunScript(plan.scripts.manifest, "deploy/quick.sh", {})
-    signer, marks = load_signer(made.trust, "order"), _Marks(ulid)
-
-    async def one(fleet: Fleet, machine: str, number: int) -> tuple[OperationId, float, float]:
-        asked, operation = time.time(), OperationId.of(ulid, number, machine, "quick")
-        await fleet.perform(operation, script)
-        return operation, asked, time.time()
-
-    async with open_relay(plan.relays[0]) as client:
-        clients = {plan.relays[0].name: client}
-        async with Fleet(
-            plan, clients, signer=signer, journal=journal_id, folder=folder, recorder=marks, fence=fence
-        ) as fleet:
-            await asyncio.gather(*(one(fleet, machine, 1) for machine in made.machines))
-            single = [
-                await one(fleet, made.machines[n % len(made.machines)], 2 + n // len(made.machines))
-                for n in range(rounds)
-            ]
-            whole = await asyncio.gather(*(one(fleet, machine, 900) for machine in made.machines))
-            if not await fleet.logs_arrived():
-                raise RuntimeError("output is missing")
-            await asyncio.gather(*(fleet.acknowledge(machine, ends=True) for machine in made.machines))
-            return [_trip(fleet, marks, *each) for each in single], [_trip(fleet, marks, *each) for each in whole]
+    `acted` says when an operation's script printed first, in seconds since 1970.
+    """
+    asked: dict[str, float] = {}
+    posted: dict[str, float] = {}
+    found = []
+    for entry in entries:
+        match entry.event:
+            case events.TurnStarted(machine=machine, step=step) if step == number:
+                asked[machine] = entry.at
+            case events.Dispatched(operation=operation) if OperationId.parse(operation).step == number:
+                posted[operation] = entry.at
+            case events.Reported(operation=operation, machine=machine, state="done") if operation in posted:
+                moments = (posted[operation], acted(operation), entry.at)
+                found.append(Trip(*(moment - asked[machine] for moment in moments)))
+    return found
 
 
-def _trip(fleet: Fleet, marks: _Marks, operation: OperationId, asked: float, done: float) -> Trip:
-    acted = _stamps(fleet.log_path(operation))[0]
-    return Trip(marks.posted[str(operation)] - asked, acted - asked, done - asked)
-
-
-def tell_orders(made: Farm, deployment: Deployed, rounds: int) -> None:
-    """Two lines for each way of sending."""
-    single, whole = asyncio.run(send_orders(made, deployment, rounds))
+def tell_orders(made: Farm, deployment: Deployed) -> None:
+    """Three lines for each way of sending: the steps that run one short script tell both."""
+    logs = made.logs(deployment.ulid)
     print(f"\n{'order to run a script':44}{'median':>8}{'p95':>8}{'max':>8}")
-    for name, trips in ((f"one at a time ({len(single)})", single), (f"{len(whole)} at once", whole)):
+    for number, way in ((1, "one at a time"), (3, "at once")):
+        found = trips(deployment.entries, number, lambda operation: _stamps(logs, operation)[0])
         for what, values in (
-            ("signed, kept, about to leave", [trip.posted for trip in trips]),
-            ("the script's first act", [trip.acted for trip in trips]),
-            ("its result is here", [trip.done for trip in trips]),
+            ("signed, kept, about to leave", [trip.posted for trip in found]),
+            ("the script's first act", [trip.acted for trip in found]),
+            ("its result is here", [trip.done for trip in found]),
         ):
-            print(f"{name + ': ' + what:44}{middle(values):>8}{p95(values):>8}{milli(max(values)):>8}")
+            print(f"{f'{len(found)} {way}: {what}':44}{middle(values):>8}{p95(values):>8}{milli(max(values)):>8}")
 
 
 # --- what it costs to be there
@@ -468,30 +383,19 @@ def tell_status(made: Farm) -> None:
 def tell_one_agent(made: Farm, rest: float) -> None:
     """A real `agent serve` that has nothing to do."""
     home = os.path.join(made.folder, "alone")
-    token = os.path.join(made.folder, f"token-{ALONE}")
-    make_agent(home, ALONE, made.relay.url, os.path.join(made.trust, "trust.json"), token)
-    words = [WAYSTATION, "agent", "serve", "--home", home]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(1.0)
-            before = cpu_seconds(process.pid)
-            time.sleep(rest)
-            used = cpu_seconds(process.pid) - before
-            memory = resident(process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
+    make_agent(home, ALONE, *made.credentials(ALONE))
+    with started([WAYSTATION, "agent", "serve", "--home", home]) as (pid, _):
+        time.sleep(1.0)
+        before = cpu_seconds(pid)
+        time.sleep(rest)
+        used, memory = cpu_seconds(pid) - before, resident(pid)
     print(f"one `agent serve` at rest: {mega(memory)} resident, {milli(used)} ms of CPU in {rest:.0f} s")
 
 
 def tell_machine(folder: str) -> None:
     """What this machine needs for things that no design saves: the unit of everything below."""
     sync = [_timed_sync(os.path.join(folder, "sync")) for _ in range(50)]
-    script = os.path.join(folder, "nothing.sh")
-    with open(script, "w", encoding="ascii") as file:
-        file.write(SCRIPT.format(seconds=0))
-    shell = [run(["sh", script]).seconds for _ in range(20)]
+    shell = [run(["sh", "-c", SCRIPT.format(seconds=0)]).seconds for _ in range(20)]
     python = [run([sys.executable, "-I", "-S", "-c", ""]).seconds for _ in range(20)]
     print(f"here an fsync takes {middle(sync)}, the script {middle(shell)}, to start Python {middle(python)} (medians)")
 
@@ -506,14 +410,12 @@ def _timed_sync(path: str) -> float:
 
 def resident(pid: int) -> int:
     """Bytes of memory that the process has now (Linux)."""
-    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu_seconds(pid: int) -> float:
     """Seconds of processor that the process and its children that were waited for have used so far (Linux)."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -532,40 +434,13 @@ def middle(seconds: Sequence[float]) -> str:
 
 def p95(seconds: Sequence[float]) -> str:
     """The value that 95 of 100 do not exceed, as milliseconds."""
-    ordered = sorted(seconds)
-    return milli(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))])
-
-
-def mega(count: int) -> str:
-    """Bytes as MB."""
-    return f"{count / 1e6:.1f} MB"
-
-
-def _journal(made: Farm) -> Journal:
-    from orchestrator.journal.journal import Journal
-
-    return Journal.open(os.path.join(made.home, "journal.db"))
+    return milli(sorted(seconds)[int(0.95 * len(seconds))])
 
 
 def _use_bytecode(folder: str) -> None:
     """As where it is installed: otherwise each command would compile its own sources first."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(folder, "bytecode")
-
-
-def _plan_type() -> type[Plan]:
-    from orchestrator.plan.plan import Plan
-
-    return Plan
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
-    parser.add_argument("--agents", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=50, help="orders that are sent one after another")
-    parser.add_argument("--rest", type=float, default=20.0, help="seconds that an agent is watched at rest")
-    parser.add_argument("--folder", default=None, help="where to work [default: the system's temporary folder]")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

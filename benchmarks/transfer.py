@@ -12,15 +12,15 @@ latency, which has no slow start. Encodings take turns, so that a machine whose 
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -28,10 +28,10 @@ import msgspec
 from benchmarks.line import LineReport
 from benchmarks.lines import network
 from benchmarks.lines.laboratory import Laboratory, star
-from benchmarks.support.programs import WAYSTATION, free_port, run, waystation
+from benchmarks.support.programs import WAYSTATION, Served, add, free_ports, make_tokens, relay, run, waystation
 from relay.encoding.codecs import Coding
 from relay.errors import UsageError
-from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.package.identity import PackageRef
 from relay.protocol.messages import EncodedBytes
 from relay.support.console import size as bytes_of
 from relay.support.console import table
@@ -47,7 +47,7 @@ HOPELESS = 3.0
 """What would take more than so many times the best on the line alone is not tried."""
 SIDE_BY_SIDE = 30.0
 """Seconds on the line from which on repeats run beside each other, each over a line and with relays of its own."""
-_PORT = 7400
+PORT = 7400
 _TCP = 1500 / 1448
 """Bytes of IP packets for each byte of payload."""
 
@@ -179,7 +179,7 @@ class Case(msgspec.Struct, frozen=True):
         return "BEYOND" if self.slowest > DIFFER * self.best.median else "alike"
 
 
-def document(case: Case) -> dict[str, Any]:
+def document_of(case: Case) -> dict[str, Any]:
     """One case for programs."""
     rows = [
         msgspec.to_builtins(row)
@@ -217,26 +217,24 @@ def text_of(case: Case) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a relay runs, and where its sender: words before their commands, and where the relay is found."""
+    """Where a relay runs, and where its sender: words before their commands, and where the relay listens."""
 
     near: tuple[str, ...]
     far: tuple[str, ...]
     listen: str
     url: str
     """For the sender, over the line."""
-    local_url: str
-    """For machines beside the relay."""
 
 
-@asynccontextmanager
-async def places(shape: Shape, count: int = 1) -> AsyncIterator[list[Place]]:
+@contextmanager
+def places(shape: Shape, count: int = 1) -> Iterator[list[Place]]:
     """The far ends of `count` lines of their own from this machine."""
-    async with AsyncExitStack() as stack:
+    with ExitStack() as stack:
         if Laboratory.why_not():
-            yield [await _behind_proxy(stack, shape) for _ in range(count)]
-            return
-        lab = await stack.enter_async_context(Laboratory(star(count, shape.line)))
-        yield [_in(lab, "origin", f"site{number + 1}") for number in range(count)]
+            yield [_behind_proxy(stack, shape) for _ in range(count)]
+        else:
+            lab = stack.enter_context(Laboratory(star(count, shape.line)))
+            yield [_in(lab, "origin", f"site{number + 1}") for number in range(count)]
 
 
 def how() -> str:
@@ -246,16 +244,14 @@ def how() -> str:
 
 
 def _in(lab: Laboratory, near: str, far: str) -> Place:
-    listen = f"{lab.address(far)}:{_PORT}"
-    return Place(tuple(lab.inside(near)), tuple(lab.inside(far)), listen, f"http://{listen}", f"http://{listen}")
+    listen = f"{lab.address(far)}:{PORT}"
+    return Place(tuple(lab.inside(near)), tuple(lab.inside(far)), listen, f"http://{listen}")
 
 
-async def _behind_proxy(stack: AsyncExitStack, shape: Shape) -> Place:
-    port = free_port()
-    proxy = network.CountingProxy("127.0.0.1", port, up=shape.line, down=shape.line)
-    await stack.enter_async_context(proxy)
-    listen = f"127.0.0.1:{port}"
-    return Place((), (), listen, f"http://127.0.0.1:{proxy.port}", f"http://{listen}")
+def _behind_proxy(stack: ExitStack, shape: Shape) -> Place:
+    [port] = free_ports(1)
+    proxy = stack.enter_context(network.ThreadedProxy("127.0.0.1", port, up=shape.line, down=shape.line))
+    return Place((), (), f"127.0.0.1:{port}", f"http://127.0.0.1:{proxy.port}")
 
 
 class Lane:
@@ -276,56 +272,54 @@ class Lane:
         self._config = os.path.join(folder, "relay.yaml")
         copy(origin, self._home)
         shutil.rmtree(self._state, ignore_errors=True)
-        made = run([WAYSTATION, "relay", "token", "write", "--config", self._config], home=self._home).output.strip()
-        self._environment = os.environ | {"WAYSTATION_HOME": self._home, "WAYSTATION_TOKEN": made}
+        tokens = make_tokens(self._config, {"sender": ("write",)})
+        self._token = Path(tokens["sender"]).read_text(encoding="ascii")
 
     @property
     def _state(self) -> str:
         return os.path.join(self._home, "depot", "state")
 
-    async def warm(self, package: PackageRef) -> Trial:
+    def warm(self, package: PackageRef) -> Trial:
         """Send the first package over this line: from it the sender learns, and `send` can find it held."""
         shutil.rmtree(self._store, ignore_errors=True)
-        async with self.relay():
-            trial = await self._replicate(package, PLANNED)
+        with self.relay():
+            trial = self._replicate(package, PLANNED)
         os.rename(self._store, self._held)
         copy(self._state, self._remembered)
         return trial
 
-    async def send(self, package: PackageRef, encoding: str = PLANNED, *, is_held: bool) -> Trial:
+    def send(self, package: PackageRef, encoding: str = PLANNED, *, is_held: bool) -> Trial:
         """One transfer. `is_held`: the relay holds what was sent first; else nothing."""
-        await asyncio.to_thread(self._put_back, is_held)
-        async with self.relay():
-            return await self._replicate(package, encoding)
+        self._put_back(is_held)
+        with self.relay():
+            return self._replicate(package, encoding)
 
-    async def expected(self, package: PackageRef, *, is_held: bool) -> Mapping[str, int]:
+    def expected(self, package: PackageRef, *, is_held: bool) -> Mapping[str, int]:
         """Bytes of payload by encoding, as the sender reckons (`zstd-prefix` and `hdiff` at their own levels)."""
-        await asyncio.to_thread(self._put_back, is_held)
-        async with self.relay():
-            told = await self._run(*_replicate_words(package, self.place.url), "--dry-run")
+        self._put_back(is_held)
+        with self.relay():
+            told = self._run(*_replicate_words(package, self.place.url), "--dry-run")
         return {row["encoding"]: row["payload_bytes"] for row in told["relays"][0]["explained"]["rows"]}
 
-    async def tree_seconds(self, package: PackageRef, times: int) -> list[float]:
+    def tree_seconds(self, package: PackageRef, times: int) -> list[float]:
         """How long a machine beside the relay takes from there to a verified, durable tree, after the last `send`."""
         found = []
-        async with self.relay():
+        with self.relay():
             for number in range(times):
                 home, root = (os.path.join(self._folder, f"{name}{number}") for name in ("agent", "root"))
                 pins = os.path.join(self._home, "trust", "trust.json")
-                url = self.place.local_url
-                await self._run("agent", "init", "--home", home, "--relay", url, "--trust", pins, is_far=True)
+                url = f"http://{self.place.listen}"
+                self._run("agent", "init", "--home", home, "--relay", url, "--trust", pins, is_far=True)
                 words = ("--root", root, "--home", home, "--relay", url)
-                done = await self._run("agent", "pull", *_names(package), *words, is_far=True)
+                done = self._run("agent", "pull", *_names(package), *words, is_far=True)
                 found.append(float(done["seconds"]))
                 shutil.rmtree(home)
                 shutil.rmtree(root)
         return found
 
-    @asynccontextmanager
-    async def relay(self) -> AsyncIterator[int]:
-        """Its relay, as long as the context lasts; its pid."""
-        async with serving(self.place.far, self.place.listen, self._store, self._config) as pid:
-            yield pid
+    def relay(self) -> AbstractContextManager[Served]:
+        """Its relay, as long as the context lasts."""
+        return relay(self._store, "--config", self._config, before=self.place.far, listen=self.place.listen)
 
     def _put_back(self, is_held: bool) -> None:  # noqa: FBT001 - a fact
         for path in (self._store, self._state):
@@ -339,19 +333,14 @@ class Lane:
             shutil.rmtree(os.path.join(self._state, "sent"), ignore_errors=True)
         os.sync()
 
-    async def _replicate(self, package: PackageRef, encoding: str) -> Trial:
+    def _replicate(self, package: PackageRef, encoding: str) -> Trial:
         words = () if encoding == PLANNED else ("--encoding", encoding)
-        told = await self._run(*_replicate_words(package, self.place.url), *words)
+        told = self._run(*_replicate_words(package, self.place.url), *words)
         return msgspec.convert(told["relays"][0], Trial)
 
-    async def _run(self, *words: str, is_far: bool = False) -> Any:  # noqa: ANN401 - a JSON document
+    def _run(self, *words: str, is_far: bool = False) -> Any:  # noqa: ANN401 - a JSON document
         before = self.place.far if is_far else self.place.near
-        return await run_json([*before, WAYSTATION, *words, "--json"], self._environment)
-
-
-def ref(id: str, version: str) -> PackageRef:
-    """Raises `IdentityError`."""
-    return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+        return waystation(*words, home=self._home, before=before, token=self._token)[1]
 
 
 def _names(package: PackageRef) -> tuple[str, str]:
@@ -374,40 +363,10 @@ def copy(source: str, target: str) -> None:
     shutil.copytree(source, target, copy_function=put)
 
 
-@asynccontextmanager
-async def serving(before: Sequence[str], listen: str, store: str, config: str) -> AsyncIterator[int]:
-    """A relay process that is ready, somewhere; its pid."""
-    words = ("relay", "serve", "--listen", listen, "--store", f"disk:{store}", "--config", config)
-    process = await asyncio.create_subprocess_exec(*before, WAYSTATION, *words, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        if not await process.stdout.readline():
-            raise RuntimeError("the relay did not start")
-        yield process.pid
-    finally:
-        with suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
-
-
-async def run_json(words: Sequence[str], environment: Mapping[str, str], codes: Collection[int] = (0,)) -> Any:  # noqa: ANN401 - a JSON document
-    """Run a command to its end; the document that it printed.
-
-    Raises:
-        RuntimeError: its exit status is not among `codes`, or it printed none; with what it said.
-    """
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*words, stdout=pipe, stderr=pipe, env=dict(environment))
-    try:
-        out, err = await process.communicate()
-    except BaseException:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
-    if process.returncode not in codes or not out:
-        raise RuntimeError(f"{' '.join(words)} failed ({process.returncode}): {err.decode()[-2000:]}")
-    return json.loads(out)
+def at_once(lanes: Sequence[Lane], send: Callable[[Lane], Trial]) -> list[Trial]:
+    """One transfer over each lane, beside each other."""
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        return list(pool.map(send, lanes))
 
 
 # --- one case
@@ -419,7 +378,7 @@ def hopeless(expected: int, shape: Shape, best: float | None) -> float | None:
     return at_least if best is not None and at_least > HOPELESS * best else None
 
 
-async def measure(
+def measure(
     lanes: Sequence[Lane],
     package: PackageRef,
     shape: Shape,
@@ -437,12 +396,12 @@ async def measure(
     is_held = base is not None
     # Without a base there are no differences.
     encodings = [name for name in encodings if is_held or not Coding.parse(name).needs_bases]
-    expected = await lanes[0].expected(package, is_held=is_held)
+    expected = lanes[0].expected(package, is_held=is_held)
     trials: dict[str, list[Trial]] = {name: [] for name in (PLANNED, *encodings)}
     at_least: dict[str, float] = {}
 
-    async def send(name: str, count: int) -> None:
-        found = await asyncio.gather(*(lane.send(package, name, is_held=is_held) for lane in lanes[:count]))
+    def send(name: str, count: int) -> None:
+        found = at_once(lanes[:count], lambda lane: lane.send(package, name, is_held=is_held))
         trials[name] += found
         tell(f"{name}: {', '.join(f'{one.seconds:.2f} s' for one in found)}")
 
@@ -454,10 +413,10 @@ async def measure(
             tell(f"{name}: not tried, {long:.0f} s on the line alone")
             continue
         slow = expected.get(_full(name), min(expected.values())) / shape.rate > SIDE_BY_SIDE
-        await send(name, min(len(lanes), repeat) if slow else 1)
+        send(name, min(len(lanes), repeat) if slow else 1)
     while more := [name for name, of in trials.items() if of and len(of) < repeat]:
         for name in more:
-            await send(name, 1)
+            send(name, 1)
     rows = tuple(Tried(name, tuple(of), at_least.get(name)) for name, of in trials.items())
     return Case(str(package.id), str(package.version), str(base.version) if base else "", nupkg_bytes, shape, rows)
 
@@ -502,59 +461,34 @@ def bench_transfer(wanted: Wanted, shape: Shape, tell: Tell = lambda _: None) ->
         if base is not None and (base.id != package.id or base == package):
             raise UsageError(f"{base} is no other version of {package.id}")
         os.mkdir(work)
-        return asyncio.run(_compare(wanted, shape, home, work, package, base, size, tell))
+        with places(shape) as [place]:
+            lane = Lane(work, place, home)
+            first = lane.warm(base or package)
+            tell(f"{base or package}, sent first: {first.seconds:.2f} s")
+            return measure(
+                *([lane], package, shape),
+                base=base,
+                encodings=wanted.encodings,
+                repeat=wanted.repeat,
+                nupkg_bytes=size,
+                tell=tell,
+            )
 
 
 def _files(wanted: Wanted, folder: str) -> list[str]:
     """The nupkgs, the base first; those of the depot are fetched from there."""
+    base = [wanted.base] if wanted.base else []
     match wanted.names:
         case (file,):
-            names = [*([wanted.base] if wanted.base else []), file]
+            names = [*base, file]
             if missing := [name for name in names if not os.path.isfile(name)]:
                 raise UsageError(f"{missing[0]!r} is no file")
             return [os.path.abspath(name) for name in names]
         case (id, version):
             depot = ("--depot", wanted.depot) if wanted.depot else ()
-            versions = [*([wanted.base] if wanted.base else []), version]
+            versions = [*base, version]
             targets = [os.path.join(folder, f"{number}.nupkg") for number in range(len(versions))]
             for each, target in zip(versions, targets, strict=True):
                 run([WAYSTATION, "package", "fetch", id, each, "--output", target, *depot])
             return targets
     raise UsageError("name one FILE, or ID VERSION of the depot")
-
-
-async def _compare(
-    wanted: Wanted,
-    shape: Shape,
-    origin: str,
-    folder: str,
-    package: PackageRef,
-    base: PackageRef | None,
-    nupkg_bytes: int,
-    tell: Tell,
-) -> Case:
-    async with places(shape) as [place]:
-        lane = await asyncio.to_thread(Lane, folder, place, origin)
-        first = await lane.warm(base or package)
-        tell(f"{base or package}, sent first: {first.seconds:.2f} s")
-        return await measure(
-            [lane],
-            package,
-            shape,
-            base=base,
-            encodings=wanted.encodings,
-            repeat=wanted.repeat,
-            nupkg_bytes=nupkg_bytes,
-            tell=tell,
-        )
-
-
-def add(home: str, *files: str) -> list[tuple[PackageRef, int]]:
-    """Keys, and a depot with these nupkgs, by our own commands; what each is, and its bytes.
-
-    Raises:
-        RuntimeError: a file is no package.
-    """
-    waystation("trust", "init", home=home)
-    _, told = waystation("package", "add", *files, home=home)
-    return [(ref(one["id"], one["version"]), int(one["size"])) for one in told["packages"]]

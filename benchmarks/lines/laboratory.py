@@ -11,7 +11,6 @@ Where no namespaces can be had, `benchmarks.lines.network.CountingProxy` shapes 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import itertools
@@ -23,13 +22,11 @@ import signal
 import struct
 import subprocess
 import sys
-from asyncio.subprocess import Process
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from benchmarks.lines.network import Line
 
@@ -40,7 +37,6 @@ _MTU = 1500
 _BURST_SECONDS = 0.002
 _QUEUE_SECONDS = 0.05
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-_STOP_SECONDS = 5.0
 _serials = itertools.count(1)
 
 # include/uapi/linux/if_tun.h
@@ -62,39 +58,17 @@ class Link:
         far: the other.
         line: its rate in bytes of IP packets a second, and its latency in seconds, each way. Its window is not used:
             here TCP has its own.
-        back: from far to near, where that differs.
     """
 
     near: str
     far: str
     line: Line
-    back: Line | None = None
-
-    def way_from(self, place: str) -> Line:
-        """What leaves `place` through it meets this."""
-        return self.line if place == self.near else self.back or self.line
 
     def other(self, place: str) -> str:
         return self.far if place == self.near else self.near
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """What has left one place through one line: bytes of IP packets with all headers, packets as the line carries them
-    (of at most 1,500 bytes), and packets that the queue before the line had no room for.
-    """
-
-    bytes: int
-    packets: int
-    dropped: int
-
-
 # --- shapes
-
-
-def pair(line: Line) -> tuple[Link, ...]:
-    """`origin` and `site1`."""
-    return chain(1, line)
 
 
 def star(sites: int, line: Line) -> tuple[Link, ...]:
@@ -111,14 +85,6 @@ def tree(sites: int, line: Line, fan_out: int = 2) -> tuple[Link, ...]:
     """`origin` to `fan_out` sites, each of them to as many more, filled row by row."""
     names = ["origin", *(f"site{n}" for n in range(1, sites + 1))]
     return tuple(Link(names[(n - 1) // fan_out], names[n], line) for n in range(1, sites + 1))
-
-
-def hub(sites: int, line: Line) -> tuple[Link, ...]:
-    """`origin` and sites, each with one access line to `core`: everything that a place sends shares it. Between any two
-    places there are the rate and the latency of `line`.
-    """
-    access = Line(line.rate, line.latency / 2)
-    return tuple(Link("core", name, access) for name in ("origin", *(f"site{n}" for n in range(1, sites + 1))))
 
 
 def next_hops(links: Sequence[Link]) -> Mapping[str, Mapping[str, int]]:
@@ -170,13 +136,12 @@ class Laboratory:
     """
 
     def __init__(self, links: Line | Sequence[Link]) -> None:
-        """Plan it: one `Line` stands for `pair(line)`. Raises `ValueError`: the links are no tree."""
-        self.links = pair(links) if isinstance(links, Line) else tuple(links)
+        """Plan it: one `Line` stands for `chain(1, line)`. Raises `ValueError`: the links are no tree."""
+        self.links = chain(1, links) if isinstance(links, Line) else tuple(links)
         self._hops = next_hops(self.links)
         self.places = tuple(self._hops)
         self._label = f"{_PREFIX}-{os.getpid()}-{next(_serials)}"
-        self._stack = AsyncExitStack()
-        self._started: list[Process] = []
+        self._stack = contextlib.ExitStack()
 
     @staticmethod
     def why_not() -> str:
@@ -188,20 +153,18 @@ class Laboratory:
         if os.geteuid() != 0:
             return "only root may make network namespaces"
         trial = f"{_PREFIX}-{os.getpid()}-0-trial"
-        tried = _try("ip", "netns", "add", trial)
-        if tried:
-            return f"no network namespaces here: {tried}"
         try:
-            if tried := _try("tc", "-n", trial, "qdisc", "add", "dev", "lo", "root", *tbf_words(1e6).split()):
-                return f"no token buckets (tbf) here: {tried}"
-            os.close(_open_tun()[0])
-        except OSError as error:
-            return f"no TUN devices here: {error}"
-        finally:
-            _try("ip", "netns", "del", trial)
+            _command("ip", "netns", "add", trial)
+            try:
+                _command("tc", "-n", trial, "qdisc", "add", "dev", "lo", "root", *tbf_words(1e6).split())
+                os.close(_open_tun()[0])
+            finally:
+                _command("ip", "netns", "del", trial)
+        except (LaboratoryError, OSError) as error:
+            return f"this system lacks namespaces, token buckets (tbf) or TUN devices: {error}"
         return ""
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         """Build it; what dead processes left behind is removed first.
 
         Raises:
@@ -209,29 +172,26 @@ class Laboratory:
         """
         if reason := self.why_not():
             raise LaboratoryError(reason)
-        async with AsyncExitStack() as stack:
-            await remove_leftovers()
+        with contextlib.ExitStack() as stack:
+            remove_leftovers()
             for place in self.places:
-                await _ip(f"netns add {self.namespace(place)}")
-                stack.push_async_callback(_remove, self.namespace(place))
-            await self._lay_lines(stack)
+                _command("ip", "netns", "add", self.namespace(place))
+                stack.callback(_remove, self.namespace(place))
+            self._lay_lines(stack)
             for place in self.places:
-                await self._furnish(place)
-            stack.push_async_callback(self._end_programs)
+                self._furnish(place)
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def namespace(self, place: str) -> str:
         """Its name, for `ip -n` and `tc -n`."""
         return f"{self._label}-{place}"
 
     def address(self, place: str) -> str:
-        """Its IPv4 address, which every place reaches, and nobody outside."""
+        """Its IPv4 address, which every place reaches, and no program outside."""
         index = self.places.index(place) + 1
         return f"10.99.{index >> 8}.{index & 255}"
 
@@ -239,35 +199,16 @@ class Laboratory:
         """What stands before the words of a command to run it there."""
         return [_program("ip"), "netns", "exec", self.namespace(place)]
 
-    async def start(self, place: str, words: Sequence[str], **options: Any) -> Process:  # noqa: ANN401 - asyncio's own
-        """Start a program there; `options` are those of `asyncio.create_subprocess_exec`."""
-        process = await asyncio.create_subprocess_exec(*self.inside(place), *words, **options)
-        self._started.append(process)
-        return process
-
-    async def run(self, place: str, words: Sequence[str], **options: Any) -> str:  # noqa: ANN401 - asyncio's own
-        """Run a program there to its end; what it printed.
-
-        Raises:
-            LaboratoryError: it failed; with what it said.
-        """
-        pipe = asyncio.subprocess.PIPE
-        process = await self.start(place, words, stdout=pipe, stderr=pipe, **options)
-        out, err = await process.communicate()
-        if process.returncode:
-            raise LaboratoryError(f"{' '.join(words)} failed ({process.returncode}): {err.decode()[-2000:]}")
-        return out.decode()
-
-    async def passed(self, place: str, to: str) -> Passed:
-        """What has left `place` by the line that leads to `to`, since the start."""
+    def passed(self, place: str, to: str) -> int:
+        """Bytes of IP packets, with all headers, that have left `place` by the line that leads to `to`."""
         device = _device(self._hops[place][to])
-        text = await _command("tc", "-n", self.namespace(place), "-s", "-j", "qdisc", "show", "dev", device)
+        text = _command("tc", "-n", self.namespace(place), "-s", "-j", "qdisc", "show", "dev", device)
         (found,) = [one for one in json.loads(text) if one.get("root")]
-        return Passed(found["bytes"], found["packets"], found["drops"])
+        return int(found["bytes"])
 
     # --- building it
 
-    async def _lay_lines(self, stack: AsyncExitStack) -> None:
+    def _lay_lines(self, stack: contextlib.ExitStack) -> None:
         """Make both ends of every line, move them into their places, and start what carries packets between them."""
         ways: list[str] = []
         with contextlib.ExitStack() as ours:  # The forwarder has its own copies of the descriptors.
@@ -277,38 +218,27 @@ class Laboratory:
                 for place in (link.near, link.far):
                     ends[place], name = _open_tun()
                     ours.callback(os.close, ends[place])
-                    await _ip(f"link set dev {name} name {_device(number)} netns {self.namespace(place)}")
-                ways += [
-                    f"{link.way_from(place).latency}:{end}:{ends[link.other(place)]}" for place, end in ends.items()
-                ]
+                    _command("ip", *f"link set dev {name} name {_device(number)} netns {self.namespace(place)}".split())
+                ways += [f"{link.line.latency}:{end}:{ends[link.other(place)]}" for place, end in ends.items()]
                 descriptors += ends.values()
             words = [sys.executable, "-m", "benchmarks.lines.forwarder", *ways]
-            process = await asyncio.create_subprocess_exec(
-                *words, stdin=asyncio.subprocess.PIPE, pass_fds=descriptors, cwd=_ROOT
-            )
-        stack.push_async_callback(_end_forwarder, process)
+            process = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=descriptors, cwd=_ROOT)
+        # It ends with its standard input.
+        stack.callback(process.communicate)
 
-    async def _furnish(self, place: str) -> None:
+    def _furnish(self, place: str) -> None:
         """Its address, its routes, and the rates of what leaves it."""
         name, own, hops = self.namespace(place), self.address(place), self._hops[place]
-        await _command(*self.inside(place), _program("sysctl"), "-eqw", *_SYSCTLS)
+        _command(*self.inside(place), _program("sysctl"), "-eqw", *_SYSCTLS)
         devices = sorted({_device(number) for number in hops.values()})
         words = ["link set lo up", f"addr add {own}/32 dev lo"]
         words += [f"link set {device} up mtu {_MTU} txqueuelen 10000" for device in devices]
         words += [f"route add {self.address(to)}/32 dev {_device(hops[to])} src {own}" for to in hops]
-        await _command("ip", "-n", name, "-batch", "-", text="\n".join(words))
+        _command("ip", "-n", name, "-batch", "-", text="\n".join(words))
         for number in sorted(set(hops.values())):
-            rate = self.links[number].way_from(place).rate
+            rate = self.links[number].line.rate
             qdisc = "pfifo limit 10000" if rate is None else tbf_words(rate)
-            await _command("tc", "-n", name, *f"qdisc add dev {_device(number)} root {qdisc}".split())
-
-    async def _end_programs(self) -> None:
-        living = [process for process in self._started if process.returncode is None]
-        for process in living:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-        if living:
-            await asyncio.wait([asyncio.ensure_future(process.wait()) for process in living], timeout=_STOP_SECONDS)
+            _command("tc", "-n", name, *f"qdisc add dev {_device(number)} root {qdisc}".split())
 
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -342,12 +272,6 @@ def _open_tun() -> tuple[int, str]:
     return tun, made[:16].rstrip(b"\0").decode()
 
 
-async def _end_forwarder(process: Process) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    await process.wait()
-
-
 # --- leaving nothing behind
 
 
@@ -357,26 +281,26 @@ def leftovers(namespaces: Iterable[str], lives: Iterable[int]) -> list[str]:
     return [name for name in namespaces if (made := _OURS.fullmatch(name)) and int(made[1]) not in living]
 
 
-async def remove_leftovers() -> None:
+def remove_leftovers() -> None:
     """Remove the laboratories of processes that died, and end what runs in them."""
     # `ip netns list` prints an id behind a name.
-    names = [line.split()[0] for line in (await _ip("netns list")).splitlines() if line.strip()]
+    names = [line.split()[0] for line in _command("ip", "netns", "list").splitlines() if line.strip()]
     lives = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     for name in leftovers(names, lives):
-        await _remove(name)
+        _remove(name)
 
 
-async def _remove(namespace: str) -> None:
+def _remove(namespace: str) -> None:
     """A namespace lives on without its name while a program runs in it: those are killed first."""
     for _ in range(100):
-        pids = (await _ip(f"netns pids {namespace}")).split()
+        pids = _command("ip", "netns", "pids", namespace).split()
         if not pids:
             break
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-        await asyncio.sleep(0.02)
-    await _ip(f"netns del {namespace}")
+        time.sleep(0.02)
+    _command("ip", "netns", "del", namespace)
 
 
 # --- commands
@@ -386,21 +310,9 @@ def _program(name: str) -> str:
     return shutil.which(name, path=_PATH) or name
 
 
-async def _ip(words: str) -> str:
-    return await _command("ip", *words.split())
-
-
-async def _command(name: str, *words: str, text: str = "") -> str:
+def _command(name: str, *words: str, text: str = "") -> str:
     """Run a command that makes the laboratory. Raises `LaboratoryError`: it failed; with what it said."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(_program(name), *words, stdin=pipe, stdout=pipe, stderr=pipe)
-    out, err = await process.communicate(text.encode())
-    if process.returncode:
-        raise LaboratoryError(f"{name} {' '.join(words)} failed: {err.decode().strip()}")
-    return out.decode()
-
-
-def _try(name: str, *words: str) -> str:
-    """Run a command; what it said when it failed, empty if it did not."""
-    done = subprocess.run([_program(name), *words], capture_output=True, text=True, check=False)
-    return done.stderr.strip() or f"{name} failed" if done.returncode else ""
+    done = subprocess.run([_program(name), *words], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaboratoryError(f"{name} {' '.join(words)} failed: {done.stderr.strip()}")
+    return done.stdout

@@ -15,10 +15,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar
+
+from relay.support.rate_limit import Pacer
 
 PIECE = 64 << 10
 """Bytes that are read and passed on at once, at most; also the size asked for each kernel buffer."""
@@ -28,6 +28,8 @@ Direction = Literal["up", "down"]
 
 _T = TypeVar("_T")
 
+BURST_SECONDS = 0.02
+"""Seconds of unused line that may be made up for later, so that a late timer costs no throughput."""
 _SMALLEST_PIECE = 1 << 10
 _PIECES_A_SECOND = 50  # A shaped line is cut finely, so that several connections share it fairly.
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time to linger: close() sends RST.
@@ -60,26 +62,6 @@ class Line:
         return max(_SMALLEST_PIECE, min(PIECE, int(self.rate / _PIECES_A_SECOND)))
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """A token bucket in the form of virtual scheduling (GCRA, ITU-T I.371): it keeps when the line will be free.
-
-    Attributes:
-        rate: bytes a second.
-        slack: seconds of unused line that may be made up for later, so that a late timer costs no throughput.
-        free_at: when the last byte taken so far has left, on the caller's clock.
-    """
-
-    rate: float
-    slack: float = 0.02
-    free_at: float = float("-inf")
-
-    def take(self, now: float, size: int) -> tuple[Bucket, float]:
-        """The bucket after `size` bytes were handed over at `now`, and the seconds until the last of them has left."""
-        free_at = max(self.free_at, now - self.slack) + size / self.rate
-        return replace(self, free_at=free_at), max(0.0, free_at - now)
-
-
 @dataclass(slots=True)
 class Counts:
     """Bytes of payload as received from each sender."""
@@ -92,41 +74,11 @@ class Counts:
         return self.up + self.down
 
     def add(self, direction: Direction, size: int) -> None:
-        if direction == "up":
-            self.up += size
-        else:
-            self.down += size
+        setattr(self, direction, getattr(self, direction) + size)
 
     def of(self, direction: Direction | None) -> int:
         """One direction, or both together."""
-        return self.total if direction is None else self.up if direction == "up" else self.down
-
-
-@dataclass(slots=True, eq=False)
-class Connection:
-    """One connection through the proxy, also after it has ended.
-
-    Attributes:
-        counts: its bytes.
-        ended: empty while it lives, then `closed` (by both sides), `reset` (by one of them, or nobody was behind the
-            proxy) or `cut` (by us).
-    """
-
-    counts: Counts = field(default_factory=Counts)
-    ended: Literal["", "closed", "reset", "cut"] = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Trigger:
-    """Something to do once `total` bytes have been received."""
-
-    total: int
-    direction: Direction | None
-    reached: asyncio.Future[None]
-    cuts: bool = False
-
-    def missing(self, counts: Counts) -> int:
-        return self.total - counts.of(self.direction)
+        return {"up": self.up, "down": self.down}.get(direction or "", self.total)
 
 
 class CountingProxy:
@@ -136,23 +88,21 @@ class CountingProxy:
 
     Attributes:
         counts: bytes of all connections since the start.
-        connections: every connection that was accepted, oldest first.
+        connections: how many were accepted since the start.
     """
 
     def __init__(self, host: str, port: int, *, up: Line | None = None, down: Line | None = None) -> None:
         self._target = (host, port)
         self._lines: dict[Direction, Line] = {"up": up or Line(), "down": down or Line()}
-        self._buckets: dict[Direction, Bucket | None] = {way: _bucket(line) for way, line in self._lines.items()}
+        self._pacers = {way: _pacer(line) for way, line in self._lines.items()}
         self.counts = Counts()
-        self.connections: list[Connection] = []
-        self._triggers: list[_Trigger] = []
-        self._cutting: _Trigger | None = None
-        self._cutter: asyncio.Task[None] | None = None
+        self.connections = 0
+        self._waiters: dict[asyncio.Future[None], tuple[int, Direction | None]] = {}
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._placeholder: socket.socket | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._carriers: set[asyncio.Task[None]] = set()
+        self._carriers: set[asyncio.Task[bool]] = set()
 
     async def __aenter__(self) -> Self:
         # It keeps the port while the proxy is cut: bound but not listening, it makes the kernel refuse.
@@ -160,14 +110,10 @@ class CountingProxy:
         self.restore()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.cut()
-        if self._cutter is not None:
-            await self._cutter
-        for trigger in self._triggers:
-            trigger.reached.cancel()
+        for reached in self._waiters:
+            reached.cancel()
         if self._placeholder is not None:
             self._placeholder.close()
             self._placeholder = None
@@ -187,7 +133,7 @@ class CountingProxy:
         for way, line in changed.items():
             if line is not None:
                 self._lines[way] = line
-                self._buckets[way] = _bucket(line)
+                self._pacers[way] = _pacer(line)
 
     def pause(self) -> None:
         """Pass nothing on until `resume`. Connections stay open; new ones are accepted and wait."""
@@ -199,7 +145,7 @@ class CountingProxy:
 
     async def cut(self) -> None:
         """Reset all connections and refuse new ones until `restore`. What was on its way is lost."""
-        ended = set(self._carriers)
+        ended: set[asyncio.Task[Any]] = set(self._carriers)
         if self._listener is not None:
             ended.add(self._listener)
             self._listener = None
@@ -210,7 +156,6 @@ class CountingProxy:
 
     def restore(self) -> None:
         """Accept connections again, on the same port."""
-        self._cutting = self._cutter = None
         if self._listener is None:
             listening = _bound_socket(self.port)
             listening.listen(1024)
@@ -218,27 +163,19 @@ class CountingProxy:
 
     async def wait_for(self, total: int, *, direction: Direction | None = None) -> None:
         """Return once `total` bytes were received since the start, in `direction` or in both together."""
-        await self._arm(total, direction, cuts=False)
-
-    def cut_at(self, total: int, *, direction: Direction | None = None) -> asyncio.Future[None]:
-        """Arm a cut at an exact byte, counted as `wait_for` does; the future is done when it has happened.
-
-        What was received before is passed on where one connection carries it all; of several, the others may lose
-        what they had on its way. No byte after it is counted or passed on.
-        """
-        return self._arm(total, direction, cuts=True)
+        reached = asyncio.get_running_loop().create_future()
+        self._waiters[reached] = (total, direction)
+        self._tell_waiters()
+        await reached
 
     # --- inside
 
-    def _arm(self, total: int, direction: Direction | None, *, cuts: bool) -> asyncio.Future[None]:
-        trigger = _Trigger(total, direction, asyncio.get_running_loop().create_future(), cuts)
-        if trigger.missing(self.counts) > 0:
-            self._triggers.append(trigger)
-        elif cuts:
-            raise ValueError(f"{self.counts.of(direction)} bytes have passed already, too late to cut at {total}")
-        else:
-            trigger.reached.set_result(None)
-        return trigger.reached
+    def _tell_waiters(self) -> None:
+        for reached, (total, direction) in list(self._waiters.items()):
+            if self.counts.of(direction) >= total:
+                del self._waiters[reached]
+                if not reached.done():
+                    reached.set_result(None)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -253,34 +190,35 @@ class CountingProxy:
                 self._begin(client, _small_socket())
 
     def _begin(self, client: socket.socket, server: socket.socket) -> None:
-        connection = Connection()
-        self.connections.append(connection)
-        task = asyncio.get_running_loop().create_task(self._carry(client, server, connection))
+        self.connections += 1
+        task = asyncio.get_running_loop().create_task(self._carry(client, server))
         self._carriers.add(task)
 
-        def end(task: asyncio.Task[None]) -> None:
+        def end(task: asyncio.Task[bool]) -> None:
             # Here and not in the task, as one that is cancelled before its first step runs no line of its own.
             self._carriers.discard(task)
-            connection.ended = connection.ended or "cut"
+            is_closed = not task.cancelled() and task.result()
             for each in (client, server):
-                if connection.ended != "closed":
+                if not is_closed:
                     each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 each.close()
 
         task.add_done_callback(end)
 
-    async def _carry(self, client: socket.socket, server: socket.socket, connection: Connection) -> None:
+    async def _carry(self, client: socket.socket, server: socket.socket) -> bool:
+        """Whether both sides closed it; else one of them reset it, or no server is behind the proxy."""
         try:
             await asyncio.sleep(self._lines["up"].latency + self._lines["down"].latency)
             await asyncio.get_running_loop().sock_connect(server, self._target)
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump("up", client, server, connection))
-                pumps.create_task(self._pump("down", server, client, connection))
-            connection.ended = "closed"
+                pumps.create_task(self._pump("up", client, server))
+                pumps.create_task(self._pump("down", server, client))
+            is_closed = True
         except* OSError:
-            connection.ended = "reset"
+            is_closed = False
+        return is_closed
 
-    async def _pump(self, way: Direction, source: socket.socket, sink: socket.socket, connection: Connection) -> None:
+    async def _pump(self, way: Direction, source: socket.socket, sink: socket.socket) -> None:
         """One direction of one connection, until the source ends it.
 
         `room` bounds what was received and not yet passed on: one piece, or the window where there is latency.
@@ -294,15 +232,13 @@ class CountingProxy:
             while True:
                 await room.acquire()
                 await self._flowing.wait()
-                received = await loop.sock_recv(source, self._lines[way].piece)
-                if self._cutting is not None:
-                    await asyncio.Event().wait()  # For the end of this task: what comes now is lost.
-                piece = self._count(way, received, connection)
-                await asyncio.sleep(self._queueing(way, len(piece)))
+                piece = await loop.sock_recv(source, self._lines[way].piece)
+                self.counts.add(way, len(piece))
+                self._tell_waiters()
+                pacer = self._pacers[way]
+                await asyncio.sleep(pacer.take(len(piece)) if pacer else 0.0)
                 underway.put_nowait((loop.time() + self._lines[way].latency, piece))
-                if self._cutting is not None and self._cutter is None:
-                    await self._cut_behind(underway, self._cutting)
-                if not received:
+                if not piece:
                     return
 
     async def _deliver(
@@ -317,48 +253,14 @@ class CountingProxy:
                 sink.shutdown(socket.SHUT_WR)
                 return
             await loop.sock_sendall(sink, piece)
-            underway.task_done()
             room.release()
-
-    def _count(self, way: Direction, received: bytes, connection: Connection) -> bytes:
-        """Count what was received, up to the byte where the line is to be cut: the rest is lost."""
-        concerned = [trigger for trigger in self._triggers if trigger.direction in {None, way}]
-        most = min([trigger.missing(self.counts) for trigger in concerned if trigger.cuts], default=len(received))
-        piece = received[:most]
-        for counts in (self.counts, connection.counts):
-            counts.add(way, len(piece))
-        for trigger in concerned:
-            if trigger.missing(self.counts) > 0:
-                continue
-            self._triggers.remove(trigger)
-            if trigger.cuts:
-                self._cutting = trigger
-            elif not trigger.reached.done():
-                trigger.reached.set_result(None)
-        return piece
-
-    async def _cut_behind(self, underway: asyncio.Queue[tuple[float, bytes]], trigger: _Trigger) -> None:
-        """Cut once `underway` has been delivered, or cannot be."""
-        try:
-            await underway.join()
-        finally:
-            self._cutter = asyncio.get_running_loop().create_task(self._finish_cut(trigger))
-
-    async def _finish_cut(self, trigger: _Trigger) -> None:
-        await self.cut()
-        if not trigger.reached.done():
-            trigger.reached.set_result(None)
-
-    def _queueing(self, way: Direction, size: int) -> float:
-        bucket = self._buckets[way]
-        if bucket is None:
-            return 0.0
-        self._buckets[way], seconds = bucket.take(asyncio.get_running_loop().time(), size)
-        return seconds
 
 
 class ThreadedProxy:
-    """A `CountingProxy` on a thread and loop of its own, for callers that drive processes and block."""
+    """A `CountingProxy` on a thread and loop of its own, for callers that drive processes and block.
+
+    Its methods are those of the proxy, and return when what they do has happened.
+    """
 
     def __init__(self, host: str, port: int, *, up: Line | None = None, down: Line | None = None) -> None:
         self._arguments = (host, port, up, down)
@@ -373,9 +275,7 @@ class ThreadedProxy:
         self._call(self._proxy.__aenter__())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._call(self._proxy.__aexit__(None, None, None))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -392,46 +292,30 @@ class ThreadedProxy:
         return replace(self._proxy.counts)
 
     @property
-    def connections(self) -> list[Connection]:
-        """Every connection that was accepted, oldest first. Their counts go on moving."""
-        return list(self._proxy.connections)
+    def connections(self) -> int:
+        """How many were accepted since the start."""
+        return self._proxy.connections
 
     def shape(self, *, up: Line | None = None, down: Line | None = None) -> None:
-        """See `CountingProxy.shape`."""
         self._run(lambda: self._proxy.shape(up=up, down=down))
 
     def pause(self) -> None:
-        """See `CountingProxy.pause`."""
         self._run(self._proxy.pause)
 
     def resume(self) -> None:
-        """See `CountingProxy.resume`."""
         self._run(self._proxy.resume)
 
     def cut(self) -> None:
-        """See `CountingProxy.cut`."""
         self._call(self._proxy.cut())
 
     def restore(self) -> None:
-        """See `CountingProxy.restore`."""
         self._run(self._proxy.restore)
 
     def wait_for(self, total: int, *, direction: Direction | None = None, timeout: float = 60.0) -> None:
-        """See `CountingProxy.wait_for`.
-
-        Raises:
-            TimeoutError: not so many bytes within `timeout` seconds.
+        """Raises:
+        TimeoutError: not so many bytes within `timeout` seconds.
         """
         self._call(asyncio.wait_for(self._proxy.wait_for(total, direction=direction), timeout))
-
-    def cut_at(self, total: int, *, direction: Direction | None = None) -> Future[None]:
-        """See `CountingProxy.cut_at`; armed on return."""
-        happened = self._run(lambda: self._proxy.cut_at(total, direction=direction))
-
-        async def wait() -> None:
-            await happened
-
-        return asyncio.run_coroutine_threadsafe(wait(), self._loop)
 
     def _run(self, call: Callable[[], _T]) -> _T:
         """Call a plain function in the loop's thread."""
@@ -445,8 +329,8 @@ class ThreadedProxy:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-def _bucket(line: Line) -> Bucket | None:
-    return None if line.rate is None else Bucket(line.rate)
+def _pacer(line: Line) -> Pacer | None:
+    return None if line.rate is None else Pacer(line.rate, burst=BURST_SECONDS)
 
 
 def _small_socket() -> socket.socket:

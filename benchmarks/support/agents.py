@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import yaml
 
@@ -23,10 +25,9 @@ THREADS = 4
 def make_agent(home: str, name: str, relay: str, trust: str, token: str) -> str:
     """What `agent init` makes; the fingerprint."""
     identity = make_agent_keys(home)
-    with open(os.path.join(home, "agent.yaml"), "w", encoding="utf-8") as file:
-        yaml.safe_dump({"name": name, "site": "here", "relays": [relay], "token_file": token}, file)
-    with open(trust, "rb") as read, open(os.path.join(home, "trust.json"), "wb") as written:
-        written.write(read.read())
+    settings = {"name": name, "site": "here", "relays": [relay], "token_file": token}
+    Path(home, "agent.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    shutil.copyfile(trust, os.path.join(home, "trust.json"))
     return identity.fingerprint
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from unittest.mock import patch
 
-from benchmarks.support.workload import SHARED
+from benchmarks.support.workload import real_package
 from relay.encoding.bundle import plan_runs
 from relay.encoding.codecs import PLAIN, encode
 from relay.package import chunking
 from relay.package.chunk import Chunk
 from relay.package.zip_reader import read_part, walk
+from relay.support.console import table
 
 RUNS = (1 << 20, 4 << 20, 8 << 20, 16 << 20, 64 << 20)
 """Run lengths compared, bytes of tree stream."""
@@ -41,26 +41,29 @@ PAIRS = (
 def main() -> None:
     """Print one table for run lengths, one for gatherings."""
     pairs = [tuple(sys.argv[1:3])] if len(sys.argv) == 3 else _shared_pairs()
-    print(f"first send, zstd level 3, per cent of the nupkg\n{'':46}{'chunks':>8}", end="")
-    print("".join(f"{f'{run >> 20} MiB':>8}" for run in RUNS))
-    for _, new in pairs:
-        chunks = cut(new)
-        sizes = [_encoded(chunks, [[i] for i in range(len(chunks))])]
-        sizes += [_encoded(chunks, plan_runs([(i, c.size) for i, c in enumerate(chunks)], run)) for run in RUNS]
-        _tell(new, sizes)
-    print(
-        f"\nnext version, whole chunks that the old one lacks, each zstd level 3, per cent of the nupkg\n{'':46}",
-        end="",
-    )
-    print("".join(f"{f'{low >> 10}-{high >> 10}K':>11}" for low, high in GATHERS))
-    for old, new in pairs:
-        sizes = []
-        for low, high in GATHERS:
-            with gathering(low, high):
-                held = {chunk.id for chunk in cut(old)}
-                lacking = [chunk for chunk in cut(new) if chunk.id not in held]
-                sizes.append(_encoded(lacking, [[i] for i in range(len(lacking))]))
-        _tell(new, sizes, width=11)
+    print("first send, zstd level 3, per cent of the nupkg")
+    headers = ["", "chunks", *(f"{run >> 20} MiB" for run in RUNS)]
+    _print(headers, [_row(new, _of_runs(cut(new))) for _, new in pairs])
+    print("\nnext version, whole chunks that the old one lacks, each zstd level 3, per cent of the nupkg")
+    headers = ["", *(f"{low >> 10}-{high >> 10}K" for low, high in GATHERS)]
+    _print(headers, [_row(new, [_lacking(old, new, *bounds) for bounds in GATHERS]) for old, new in pairs])
+
+
+def _of_runs(chunks: list[Chunk]) -> list[int]:
+    """What the chunks take one by one, and in runs of each length."""
+    sized = [(index, chunk.size) for index, chunk in enumerate(chunks)]
+    return [
+        _encoded(chunks, [[index] for index, _ in sized]),
+        *(_encoded(chunks, plan_runs(sized, run)) for run in RUNS),
+    ]
+
+
+def _lacking(old: str, new: str, low: int, high: int) -> int:
+    """What the chunks of `new` take that `old` has not, both cut with these bounds."""
+    with patch.multiple(chunking, GATHER_MIN=low, GATHER_MAX=high):
+        held = {chunk.id for chunk in cut(old)}
+        lacking = [chunk for chunk in cut(new) if chunk.id not in held]
+    return _encoded(lacking, [[index] for index in range(len(lacking))])
 
 
 def cut(path: str) -> list[Chunk]:
@@ -69,17 +72,6 @@ def cut(path: str) -> list[Chunk]:
         entries = sorted(walk(file), key=lambda entry: chunking.stream_key(entry.path))
         found = chunking.cut(entries, lambda e: e.path, lambda e: e.size, lambda e: read_part(file, e))
         return [chunk for chunk in found if isinstance(chunk, Chunk)]
-
-
-@contextmanager
-def gathering(low: int, high: int) -> Iterator[None]:
-    """Cut with other bounds for small parts than the format's."""
-    kept = chunking.GATHER_MIN, chunking.GATHER_MAX
-    chunking.GATHER_MIN, chunking.GATHER_MAX = low, high
-    try:
-        yield
-    finally:
-        chunking.GATHER_MIN, chunking.GATHER_MAX = kept
 
 
 def _encoded(chunks: list[Chunk], runs: list[list[int]]) -> int:
@@ -91,16 +83,18 @@ def _encoded(chunks: list[Chunk], runs: list[list[int]]) -> int:
     return total
 
 
-def _tell(path: str, sizes: list[int], width: int = 8) -> None:
-    whole = os.path.getsize(path)
+def _row(path: str, sizes: list[int]) -> list[str]:
     name = os.path.basename(path).removesuffix(".nupkg")[-44:]
-    print(f"{name:46}" + "".join(f"{100 * size / whole:>{width}.1f}" for size in sizes))
+    return [name, *(f"{100 * size / os.path.getsize(path):.1f}" for size in sizes)]
+
+
+def _print(headers: list[str], rows: list[list[str]]) -> None:
+    print(table(headers, rows, right=frozenset(range(1, len(headers)))))
 
 
 def _shared_pairs() -> list[tuple[str, str]]:
-    folder = os.path.join(SHARED, "packages")
-    pairs = [(os.path.join(folder, old), os.path.join(folder, new)) for old, new in PAIRS]
-    found = [pair for pair in pairs if all(map(os.path.exists, pair))]
+    pairs = ((real_package(old), real_package(new)) for old, new in PAIRS)
+    found = [(old, new) for old, new in pairs if old and new]
     if not found:
         sys.exit("no packages lie beside the project: name two nupkgs")
     return found

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import shlex
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+import msgspec
+import yaml
+
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
+from relay.server.http.tokens import make_token
 
 WAYSTATION = os.path.join(os.path.dirname(sys.executable), "waystation")
 
@@ -24,6 +35,10 @@ class Served:
     url: str
     pid: int
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
@@ -33,24 +48,34 @@ class Timed:
     output: str
 
 
-def run(words: Sequence[str], *, home: str | None = None, cwd: str | None = None) -> Timed:
+def run(
+    words: Sequence[str],
+    *,
+    home: str | None = None,
+    token: str | None = None,
+    cwd: str | None = None,
+    codes: Collection[int] = (0,),
+) -> Timed:
     """Run a command to its end.
 
     Raises:
-        RuntimeError: it failed; with what it printed.
+        RuntimeError: its exit status is not among `codes`; with what it printed.
     """
-    environment = dict(os.environ, **({"WAYSTATION_HOME": home} if home else {}))
+    ours = {"WAYSTATION_HOME": home, "WAYSTATION_TOKEN": token}
+    environment = os.environ | {name: value for name, value in ours.items() if value}
     started = time.perf_counter()
     done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
-    if done.returncode:
+    if done.returncode not in codes:
         raise RuntimeError(f"{' '.join(words)} failed ({done.returncode}): {done.stderr[-2000:]}")
     return Timed(seconds, done.stdout)
 
 
-def waystation(*words: str, home: str) -> tuple[float, Any]:
-    """Run our own command with `--json`; its seconds and its document."""
-    timed = run([WAYSTATION, *words, "--json"], home=home)
+def waystation(
+    *words: str, home: str, before: Sequence[str] = (), token: str | None = None, codes: Collection[int] = (0,)
+) -> tuple[float, Any]:
+    """Run our own command with `--json`, behind the words `before`; its seconds and its document."""
+    timed = run([*before, WAYSTATION, *words, "--json"], home=home, token=token, codes=codes)
     return timed.seconds, json.loads(timed.output)
 
 
@@ -71,54 +96,99 @@ def until_told(words: Sequence[str], *, home: str) -> tuple[float, float]:
     return told, time.perf_counter() - started
 
 
+def pack(folder: str, id: str, version: str, nupkg: str) -> str:
+    """Pack the files of a folder by our own command; the path of the nupkg."""
+    run([WAYSTATION, "package", "pack", folder, "--id", id, "--version", version, "--output", nupkg])
+    return nupkg
+
+
+def add(home: str, *files: str) -> list[tuple[PackageRef, int]]:
+    """Keys, and a depot with these nupkgs, by our own commands; what each is, and its bytes.
+
+    Raises:
+        RuntimeError: a file is no package.
+    """
+    waystation("trust", "init", home=home)
+    told = waystation("package", "add", *files, home=home)[1]["packages"] if files else ()
+    return [(ref(one["id"], one["version"]), int(one["size"])) for one in told]
+
+
+def ref(id: str, version: str) -> PackageRef:
+    """Raises `IdentityError`."""
+    return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
+
+
+def make_tokens(config: str, scopes: Mapping[str, Iterable[str]], **more: object) -> dict[str, str]:
+    """A relay's configuration with a token for each name; the tokens' files, by name. `more`: its other settings."""
+    files, records = {}, []
+    for name, scope in scopes.items():
+        text, record = make_token(tuple(scope), datetime.now(UTC), 1, name)
+        records.append(msgspec.to_builtins(record))
+        files[name] = f"{config}.{name}.token"
+        with open(files[name], "w", encoding="ascii", opener=_private) as file:
+            file.write(text)
+    # All clients have one address here: each may open as many connections as it may from one of its own.
+    limits = {"connections_per_address": 64 * len(scopes)}
+    Path(config).write_text(yaml.safe_dump({"tokens": records, "limits": limits} | more), encoding="utf-8")
+    return files
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 @contextmanager
-def relay(store: str, *options: str) -> Iterator[Served]:
-    """`waystation relay serve` on a free port of loopback."""
-    words = [WAYSTATION, "relay", "serve", "--listen", "127.0.0.1:0", "--store", f"disk:{store}", *options]
+def started(words: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """A program that has printed a line, as long as the context lasts: its pid, and the line."""
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError("the relay did not start")
-            yield Served(line.split()[-1], process.pid)
+                raise RuntimeError(f"{' '.join(words)} did not start")
+            yield process.pid, line
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
+
+
+@contextmanager
+def relay(store: str, *options: str, before: Sequence[str] = (), listen: str = "127.0.0.1:0") -> Iterator[Served]:
+    """`waystation relay serve`, by default on a free port of loopback."""
+    words = [*before, WAYSTATION, "relay", "serve", "--listen", listen, "--store", f"disk:{store}", *options]
+    with started(words) as (pid, line):
+        yield Served(line.split()[-1], pid)
 
 
 @contextmanager
 def nginx(folder: str, files: str) -> Iterator[Served]:
-    """An nginx that serves `files`, its configuration and logs in `folder`."""
+    """An nginx that serves `files`, its configuration in `folder`."""
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise RuntimeError("nginx is missing: install the package nginx-light")
-    port = free_port()
+    [port] = free_ports(1)
     config = os.path.join(folder, "nginx.conf")
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(_NGINX.format(folder=folder, files=files, port=port, user=_user_line()))
-    words = [program, "-c", config, "-p", folder, "-e", os.path.join(folder, "error.log"), "-g", "daemon off;"]
-    with subprocess.Popen(words) as process:
-        try:
-            _wait_for_port(port)
-            yield Served(f"http://127.0.0.1:{port}", process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
+    # Started by root, nginx would read the files as a user who may not.
+    user = "user root;" if os.geteuid() == 0 else ""
+    Path(config).write_text(_NGINX.format(folder=folder, files=files, port=port, user=user), encoding="utf-8")
+    words = [program, "-c", config, "-p", folder, "-e", "stderr", "-g", "daemon off;"]
+    # Its first notice comes when it listens.
+    with started(["sh", "-c", f"exec {shlex.join(words)} 2>&1"]) as (pid, _):
+        yield Served(f"http://127.0.0.1:{port}", pid)
 
 
 def peak_memory(pid: int) -> int:
     """Bytes of the most resident memory that the process had so far (Linux)."""
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not tell a process's peak memory")
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="ascii"))
+    if found is None:
+        raise RuntimeError("this system does not tell a process's peak memory")
+    return int(found[1]) * 1024
 
 
 _NGINX = """\
 {user}
 worker_processes 1;
 pid {folder}/nginx.pid;
-error_log {folder}/error.log;
+error_log stderr notice;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
@@ -131,26 +201,19 @@ http {{
 """
 
 
-def _user_line() -> str:
-    """Started by root, nginx would read the files as nobody, who may not."""
-    return "user root;" if os.geteuid() == 0 else ""
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1, free for TCP and UDP, that stay free while their owner is away.
 
-
-def free_port() -> int:
-    """A port of loopback that nobody uses now."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _wait_for_port(port: int) -> None:
-    import socket
-
-    for _ in range(100):
-        with socket.socket() as attempt:
-            if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise RuntimeError(f"nothing listens on port {port}")
+    They lie below those that the kernel hands to outgoing connections (32768 and up, ip(7)).
+    """
+    ports: list[int] = []
+    with ExitStack() as held:
+        while len(ports) < count:
+            port = random.randrange(20_000, 32_000)
+            tcp = held.enter_context(socket.socket(type=socket.SOCK_STREAM))
+            udp = held.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+            with suppress(OSError):
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+                ports.append(port)
+    return ports

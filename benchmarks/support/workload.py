@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SHARED = str(Path(__file__).resolve().parents[3] / "shared" / "data")
-"""Real packages, where somebody put them beside the project."""
+"""Real packages, where they lie beside the project."""
 
 
 def real_package(name: str) -> str | None:
@@ -18,10 +18,13 @@ def real_package(name: str) -> str | None:
     return path if os.path.exists(path) else None
 
 
-def installed_files(folder: str, limit: int) -> int:
-    """Copy installed files of this system (libraries, then Python's own) into `folder`, about `limit` bytes. Returns bytes."""
+def installed_files(folder: str, limit: int, *roots: str) -> int:
+    """Copy installed files of this system into `folder`, about `limit` bytes. Returns bytes.
+
+    They are those below `roots`: by default libraries, then Python's own files.
+    """
     copied = 0
-    for index, path in enumerate(_candidates()):
+    for index, path in enumerate(_candidates(roots or _ROOTS)):
         if copied >= limit:
             break
         target = os.path.join(folder, f"{index % 16:02}", os.path.basename(path))
@@ -33,12 +36,14 @@ def installed_files(folder: str, limit: int) -> int:
     return copied
 
 
-def _candidates() -> Iterator[str]:
-    roots = [
-        f"/usr/lib/{os.uname().machine}-linux-gnu",
-        sysconfig.get_paths()["stdlib"],
-        sysconfig.get_paths()["purelib"],
-    ]
+_ROOTS = (
+    f"/usr/lib/{os.uname().machine}-linux-gnu",
+    sysconfig.get_paths()["stdlib"],
+    sysconfig.get_paths()["purelib"],
+)
+
+
+def _candidates(roots: Iterable[str]) -> Iterator[str]:
     for root in roots:
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(name for name in folders if name != "__pycache__")

@@ -1,7 +1,7 @@
 """A real HAProxy that hides nothing: it tries each request once, at one server, and writes down what came of it.
 
-Its statistics page is what the rotation scripts of deploy/examples/haproxy use: only who has the token may take a
-server out. Its runtime API is for the owner of the process alone, who looks in there as an independent witness.
+Its statistics page is what the rotation scripts of deploy/examples/haproxy use: a token is needed to take a
+server out. Its runtime API is for the owner of the process alone: there an independent witness looks in.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ import asyncio
 import csv
 import os
 import secrets
-import shutil
+import signal
 import socket
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import haproxy_log
-from programs import DemoError
+from programs import DemoError, end, program, until
 
 BACKEND = "web"
 _START_SECONDS = 10.0
-_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,7 @@ class Checking:
 
 def haproxy() -> Path | None:
     """The program; None where it is not installed."""
-    found = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
-    return Path(found) if found else None
+    return program("haproxy")
 
 
 class Balancer:
@@ -65,7 +62,7 @@ class Balancer:
 
     @property
     def url(self) -> str:
-        """Where the application is, for everybody."""
+        """Where visitors find the application."""
         return f"http://127.0.0.1:{self._ports[0]}"
 
     @property
@@ -79,8 +76,8 @@ class Balancer:
         return self._folder / "haproxy.sock"
 
     async def __aenter__(self) -> Self:
-        program = haproxy()
-        if program is None:
+        found = haproxy()
+        if found is None:
             raise DemoError("haproxy is not installed (Debian: apt-get install haproxy)")
         self._folder.mkdir(parents=True, exist_ok=True)
         self.token_file.touch(mode=0o600)
@@ -89,20 +86,18 @@ class Balancer:
         listening = [socket.create_server(("127.0.0.1", 0)) for _ in self._ports]
         try:
             self._ports = (listening[0].getsockname()[1], listening[1].getsockname()[1])
-            await self._start(program, [each.fileno() for each in listening])
+            await self._start(found, [each.fileno() for each in listening])
         finally:
             for each in listening:
                 each.close()
         try:
-            await self._until_it_answers()
+            await until(self._answers, _START_SECONDS, "HAProxy does not answer")
         except BaseException:
             await self._stop()
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stop()
 
     # --- what it says
@@ -125,28 +120,22 @@ class Balancer:
         """What it says of each server at this moment: `UP`, `DOWN`, `DRAIN`, …"""
         return {row["svname"]: row["status"] for row in await self._rows(f"{BACKEND} 4 -1")}
 
-    async def until_up(self, servers: Iterable[str] | None = None, seconds: float = 20.0) -> None:
-        """Return once it says `UP` of these servers, by default of all. Raises `DemoError`."""
-        wanted = set(self.servers if servers is None else servers)
-        statuses: dict[str, str] = {}
-        try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    statuses = await self.statuses()
-                    if all(statuses.get(name) == "UP" for name in wanted):
-                        return
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise DemoError(f"after {seconds:g} s HAProxy says {statuses}") from None
+    async def until_up(self, seconds: float = 20.0) -> None:
+        """Return once it says `UP` of all servers. Raises `DemoError`."""
+
+        async def all_are_up() -> bool:
+            statuses = await self.statuses()
+            return all(statuses.get(name) == "UP" for name in self.servers)
+
+        await until(all_are_up, seconds, "HAProxy does not say UP of all servers")
 
     async def until_quiet(self, seconds: float = 5.0) -> None:
         """Return once every visitor has gone: a request's line is written after its answer. Raises `DemoError`."""
-        try:
-            async with asyncio.timeout(seconds):
-                while any(int(row["scur"]) for row in await self._rows("shop 1 -1")):
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            raise DemoError(f"there are still visitors after {seconds:g} s") from None
+
+        async def all_have_gone() -> bool:
+            return not any(int(row["scur"]) for row in await self._rows("shop 1 -1"))
+
+        await until(all_have_gone, seconds, "there are still visitors")
 
     def log(self) -> haproxy_log.Log:
         """All that it has written so far. Raises `haproxy_log.LogError`."""
@@ -159,12 +148,12 @@ class Balancer:
 
     # --- the process
 
-    async def _start(self, program: Path, descriptors: list[int]) -> None:
+    async def _start(self, haproxy: Path, descriptors: list[int]) -> None:
         settings = self._folder / "haproxy.cfg"
         settings.write_text(self._configuration(*descriptors))
         with self.log_file.open("ab") as log, (self._folder / "haproxy.err").open("ab") as errors:
             self._process = await asyncio.create_subprocess_exec(
-                program,
+                haproxy,
                 "-db",  # In the foreground.
                 "-f",
                 settings.name,
@@ -177,30 +166,18 @@ class Balancer:
                 start_new_session=True,
             )
 
-    async def _until_it_answers(self) -> None:
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                while True:
-                    if self._process is None or self._process.returncode is not None:
-                        told = (self._folder / "haproxy.err").read_text(errors="replace")[-2000:]
-                        raise DemoError(f"HAProxy ended at its start:\n{told}")
-                    with suppress(OSError):
-                        if await self.ask("show info"):
-                            return
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            raise DemoError(f"HAProxy does not answer after {_START_SECONDS:g} s") from None
+    async def _answers(self) -> bool:
+        if self._process is None or self._process.returncode is not None:
+            told = (self._folder / "haproxy.err").read_text(errors="replace")[-2000:]
+            raise DemoError(f"HAProxy ended at its start:\n{told}")
+        with suppress(OSError):
+            return bool(await self.ask("show info"))
+        return False
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is None or process.returncode is not None:
-            return
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        if process is not None:
+            await end(process, signal.SIGTERM)
 
     def _configuration(self, shop: int, operators: int) -> str:
         check = f"inter {self._checking.interval}ms rise {self._checking.rise} fall {self._checking.fall}"

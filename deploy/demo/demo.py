@@ -26,11 +26,12 @@ import webfarm
 from ledger import Added, Beside, Delivery, Kill, Ledger, Pull, Sent, Way
 from narration import Narrator, names
 from packages import Nupkg
-from programs import DemoError, in_thread, together
-from town import DOMAIN, SITES, Machine, Town, missing
+from programs import DemoError, in_thread, until
+from town import DOMAIN, SITES, Machine, Town, missing, show
 
 from benchmarks.lines.network import CountingProxy, Line
 from relay.support.console import size
+from relay.support.together import together
 
 SHELF = Path(__file__).parents[3] / "shared" / "data" / "packages"
 """Where real packages lie beside a checkout, if they do."""
@@ -69,7 +70,7 @@ async def play_road(town: Town, shelf: Path, tell: Narrator) -> Ledger:
     await open_relays(town, tell)
 
     tell.begin("The origin makes its keys and takes a package in")
-    await make_keys(town, tell)
+    tell.say(await show(town, tell, town.at_origin("trust", "init")))
     web, next_web = await choose("web", town, shelf, tell)
     added = await take_in(web, town, tell)
 
@@ -93,7 +94,7 @@ async def play_road(town: Town, shelf: Path, tell: Narrator) -> Ledger:
     book.deliveries.append(await deliver_and_kill(runtime, added, sent, town, tell))
 
     tell.begin(f"Relay {KILLED} comes back, and so do its machines")
-    await bring_back(KILLED, town, tell)
+    await open_relay(KILLED, town, tell)
     added = await take_in(next_runtime, town, tell)
     sent = await replicate(next_runtime, town, tell)
     book.deliveries.append(await deliver(next_runtime, added, sent, town, tell, returned=KILLED))
@@ -118,24 +119,16 @@ async def open_relays(town: Town, tell: Narrator) -> None:
         token = town.folder / "tokens" / scopes[0]
         token.touch(mode=0o600)
         token.write_text(await town.processes.run(command))
-    for relay in SITES:
-        tell.command(f"{town.serve(relay)} &")
-    await together([town.start_relay(relay) for relay in SITES])
+    await together([open_relay(relay, town, tell) for relay in SITES])
     tell.command(str(await town.start_dns()))
     tell.say("\n".join(line for line in town.zone().splitlines() if line.startswith("srv-host")))
     tell.say("Each port there is a line that counts; those between sites carry 100 Mbit/s.")
 
 
-async def bring_back(relay: str, town: Town, tell: Narrator) -> None:
+async def open_relay(relay: str, town: Town, tell: Narrator) -> None:
     tell.command(f"{town.serve(relay)} &")
     await town.start_relay(relay)
     town.plug_in(relay)
-
-
-async def make_keys(town: Town, tell: Narrator) -> None:
-    command = town.at_origin("trust", "init")
-    tell.command(str(command))
-    tell.say(await town.processes.run(command))
 
 
 async def set_up_machines(town: Town, tell: Narrator) -> None:
@@ -156,17 +149,9 @@ async def choose(name: str, town: Town, shelf: Path, tell: Narrator) -> tuple[Nu
         return found
     tell.say("There is no real package at hand; files of this Python make one.")
     made = await in_thread(packages.gather, name, town.folder)
-    commands = [
-        town.at_origin(
-            *("package", "pack", str(nupkg.folder), "--id", nupkg.id, "--version", nupkg.version),
-            *("--output", nupkg.path.name),
-        )
-        for nupkg in made
-    ]
-    for command in commands:
-        tell.command(str(command))
-    for output in await together([town.processes.run(command) for command in commands]):
-        tell.say(output)
+    for nupkg in made:
+        words = ("package", "pack", str(nupkg.folder), "--id", nupkg.id, "--version", nupkg.version)
+        tell.say(await show(town, tell, town.at_origin(*words, "--output", nupkg.path.name)))
     return made
 
 
@@ -251,14 +236,14 @@ async def disturb(wanted: int, machines: int, town: Town, tell: Narrator) -> flo
 
 async def start_level(line: CountingProxy, machines: int) -> None:
     """Hold the line until every machine has called, so that none is done before another begins."""
-    before = len(line.connections)
+    before = line.connections
+
+    async def all_called() -> bool:
+        return line.connections >= before + machines
+
     line.pause()
     try:
-        async with asyncio.timeout(CALL_SECONDS):
-            while len(line.connections) < before + machines:
-                await asyncio.sleep(0.01)
-    except TimeoutError as error:
-        raise DemoError("a machine did not call its relay") from error
+        await until(all_called, CALL_SECONDS, "a machine did not call its relay")
     finally:
         line.resume()
 
@@ -296,10 +281,8 @@ def carried(before: dict[tuple[str, str], int], town: Town) -> tuple[dict[str, i
 async def verify(town: Town, tell: Narrator) -> None:
     """By the product's own command, which ends with 1 where a byte differs."""
     commands = [town.on(machine, "agent", "verify") for machine in town.machines]
-    tell.command(str(commands[0]), others(town.machines))
-    outputs = await together([town.processes.run(command) for command in commands])
-    tell.say(outputs[0])
-    tell.say(f"Exit code 0 on all {len(outputs)}.")
+    tell.say(await show(town, tell, *commands, also=others(town.machines)))
+    tell.say(f"Exit code 0 on all {len(commands)}.")
 
 
 async def compare(nupkgs: Sequence[Nupkg], book: Ledger, town: Town, tell: Narrator) -> None:
@@ -346,20 +329,9 @@ def told(pulls: Sequence[Pull]) -> str:
 def close_the_books(book: Ledger, tell: Narrator) -> bool:
     """Print the ledger and the promises; whether all of them held."""
     tell.begin("The ledger")
-    for table in (
-        books.by_package(book),
-        books.by_relay(book),
-        books.by_machine(book),
-        books.by_encoding(book),
-        books.beside(book),
-    ):
-        tell.say(table)
-        tell.say("\n")
-    judged = books.promises(book)
-    width = max(len(promise.text) for promise in judged)
-    for promise in judged:
-        tell.say(f"{tell.mark(held=promise.held)}  {promise.text:{width}}  {promise.seen}")
-    held = all(promise.held for promise in judged)
+    for table in (books.by_package, books.by_relay, books.by_machine, books.by_encoding, books.beside):
+        tell.say(f"{table(book)}\n\n")
+    held = tell.judge(books.promises(book))
     saved = 100 * (1 - book.wan_bytes / book.each_bytes)
     tell.verdict(
         held=held,
@@ -379,43 +351,36 @@ def confess(error: BaseException, town: Town, tell: Narrator) -> None:
         tell.say("\n".join([f"The last lines of relay {relay}:", *(f"  {line}" for line in lines or ["none"])]))
 
 
-class Stop:
-    """SIGINT, SIGTERM or SIGHUP end the story, once; what is then tidied up cannot be hurried."""
-
-    def __init__(self) -> None:
-        self.number: signal.Signals | None = None
-        self._story: asyncio.Task[Played] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
-
-    def ends(self, story: asyncio.Task[Played]) -> None:
-        self._story = story
-        if self.number is not None:
-            story.cancel()
-
-    def _stop(self, number: signal.Signals) -> None:
-        if self.number is None and not (self._story and self._story.done()):
-            self.number = number
-            if self._story is not None:
-                self._story.cancel()
-
-
 async def perform(shelf: Path, report: Path | None, tell: Narrator) -> int:
-    """Play it in a folder of its own, and leave nothing behind, however it ends. Returns the exit code."""
-    stop = Stop()
+    """Play it in a folder of its own, and leave nothing behind, however it ends. Returns the exit code.
+
+    SIGINT, SIGTERM or SIGHUP end the story, once; what is then tidied up cannot be hurried.
+    """
+    stopped: list[signal.Signals] = []
+    story: asyncio.Task[Played] | None = None
+
+    def stop(number: signal.Signals) -> None:
+        if not stopped and not (story and story.done()):
+            stopped.append(number)
+            if story:
+                story.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     with tempfile.TemporaryDirectory(prefix="waystation-demo-") as name:
         folder = Path(name).resolve()
         tell.folder = str(folder)
         async with Town(folder) as town:
             story = asyncio.create_task(play(town, shelf, tell))
-            stop.ends(story)
+            if stopped:
+                story.cancel()
             await asyncio.wait({story})
             error = None if story.cancelled() else story.exception()
             if error is not None:
                 confess(error, town, tell)
-    if stop.number is not None:
+    if stopped:
         tell.say(f"\nStopped in {tell.step}. What ran is ended, and the folder is gone.")
-        return 128 + stop.number
+        return 128 + stopped[0]
     if error is not None:
         return 1
     played = story.result()

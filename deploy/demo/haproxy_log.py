@@ -12,7 +12,6 @@ number of requests with what the clients counted.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -56,7 +55,7 @@ class Request:
         at: when it had come in whole.
         ended: when the last byte of the answer had left.
         server: `<NOSRV>` where HAProxy found none.
-        status: what the client got; -1 where nothing.
+        status: what the client got; -1 where it got nothing.
         termination: HAProxy's four letters; `----` is an ordinary end.
     """
 
@@ -66,10 +65,6 @@ class Request:
     status: int
     termination: str
     line: str
-
-    @property
-    def failed(self) -> bool:
-        return self.status < 0 or self.status >= 500 or not self.termination.startswith("--")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +119,7 @@ def _change(at: datetime, server: str, what: str) -> Change:
             told_up = words["up"] == "UP" if "up" in words else up
             told_admin = _ADMIN[words["admin"]] if "admin" in words else admin
             return Change(at, server, told_admin, told_up, what)
-    raise LogError(f"HAProxy says of server {server}: {what!r}, and nobody knows whether that takes it out")
+    raise LogError(f"HAProxy says of server {server}: {what!r}, which may take it out or not")
 
 
 def _request(ended: datetime, told: re.Match[str], text: str) -> Request:
@@ -197,18 +192,3 @@ def most_out_at_once(log: Log) -> int:
 def fewest_in_service(log: Log) -> int:
     """The fewest servers that were in rotation at one moment."""
     return len(log.start) - most_out_at_once(log)
-
-
-def were_out(log: Log) -> frozenset[str]:
-    """Every server that was out of rotation at some moment."""
-    return frozenset[str]().union(*(moment.out for moment in rotation(log)))
-
-
-def by_server_and_status(log: Log) -> Counter[tuple[str, int]]:
-    """How many requests each server answered with each status."""
-    return Counter((request.server, request.status) for request in log.requests)
-
-
-def failed_requests(log: Log) -> tuple[Request, ...]:
-    """Requests that did not get a whole answer of the application's own: 5xx, or cut."""
-    return tuple(request for request in log.requests if request.failed)

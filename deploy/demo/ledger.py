@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from relay.support.console import size, table
 
@@ -44,14 +45,6 @@ class Encoded:
     tree_bytes: int
     payload_bytes: int
 
-    def __add__(self, other: Encoded) -> Encoded:
-        return Encoded(
-            self.encoding,
-            self.chunks + other.chunks,
-            self.tree_bytes + other.tree_bytes,
-            self.payload_bytes + other.payload_bytes,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -85,8 +78,7 @@ class Pull:
     encodings: tuple[Encoded, ...] = ()
 
     def from_relay(self, relay: str) -> int:
-        taken = self.relays.get(relay)
-        return taken.tree_bytes if taken else 0
+        return self.relays.get(relay, Taken(0, 0, 0)).tree_bytes
 
     @property
     def from_elsewhere(self) -> int:
@@ -162,11 +154,6 @@ class Beside:
     sent_bytes: int
     ways: tuple[Way, ...]
 
-    @property
-    def known(self) -> list[tuple[str, int]]:
-        """Those that are here."""
-        return [(way.name, way.bytes) for way in self.ways if way.bytes is not None]
-
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -201,9 +188,6 @@ class Ledger:
     @property
     def machines(self) -> list[str]:
         return list(dict.fromkeys(pull.machine for delivery in self.deliveries for pull in delivery.pulls))
-
-    def pulls_of(self, machine: str) -> list[Pull]:
-        return [pull for delivery in self.deliveries for pull in delivery.pulls if pull.machine == machine]
 
 
 # --- promises
@@ -298,7 +282,7 @@ def _counts_agree(deliveries: Sequence[Delivery]) -> Promise:
 
 
 def _sends_least(beside: Beside) -> Promise:
-    name, least = min(beside.known, key=lambda way: way[1])
+    least, name = min((way.bytes, way.name) for way in beside.ways if way.bytes is not None)
     return Promise(
         f"{beside.package}: a site is sent less than by each other way",
         f"{size(beside.sent_bytes)}, {name} {size(least)}",
@@ -311,80 +295,61 @@ def _sends_least(beside: Beside) -> Promise:
 
 def by_package(ledger: Ledger) -> str:
     """What crossed the WAN for each version, and what sending it to each machine would have cost."""
-    headers = [
-        "over the WAN",
-        "nupkg",
-        *(f"to {relay}" for relay in ledger.relays),
-        "site to site",
-        "in all",
-        "nupkgs instead",
-    ]
-    rows = [
-        [
-            delivery.added.package,
-            size(delivery.added.nupkg_bytes),
-            *(size(sum(s.counted for s in delivery.sent if s.relay == relay)) for relay in ledger.relays),
-            size(sum(delivery.across.values())),
-            size(delivery.wan_bytes),
-            size(delivery.each_bytes),
+    sites = [f"to {relay}" for relay in ledger.relays]
+    headers = ["over the WAN", "nupkg", *sites, "site to site", "in all", "nupkgs instead"]
+    rows = {
+        one.added.package: [
+            one.added.nupkg_bytes,
+            *(sum(sent.counted for sent in one.sent if sent.relay == relay) for relay in ledger.relays),
+            sum(one.across.values()),
+            one.wan_bytes,
+            one.each_bytes,
         ]
-        for delivery in ledger.deliveries
-    ]
-    totals = [
-        sum(delivery.added.nupkg_bytes for delivery in ledger.deliveries),
-        *(sum(_sent_to(ledger, relay)) for relay in ledger.relays),
-        sum(sum(delivery.across.values()) for delivery in ledger.deliveries),
-        ledger.wan_bytes,
-        ledger.each_bytes,
-    ]
-    return _columns(headers, rows, ["all"] + [size(total) for total in totals])
+        for one in ledger.deliveries
+    }
+    return _summed(headers, rows)
 
 
 def by_relay(ledger: Ledger) -> str:
     """What each relay took and gave."""
     headers = ["relay", "from the origin", "own ledger", "to its own site", "to the other site", "given per byte taken"]
-    rows, totals = [], [0, 0, 0, 0]
+    rows = {}
     for relay in ledger.relays:
-        sent = [s for delivery in ledger.deliveries for s in delivery.sent if s.relay == relay]
-        figures = [
-            sum(s.counted for s in sent),
-            sum(s.told for s in sent),
-            sum(delivery.local.get(relay, 0) for delivery in ledger.deliveries),
-            sum(delivery.across.get(relay, 0) for delivery in ledger.deliveries),
+        sent = [each for one in ledger.deliveries for each in one.sent if each.relay == relay]
+        rows[relay] = [
+            sum(each.counted for each in sent),
+            sum(each.told for each in sent),
+            sum(one.local.get(relay, 0) for one in ledger.deliveries),
+            sum(one.across.get(relay, 0) for one in ledger.deliveries),
         ]
-        rows.append([relay, *map(size, figures), _ratio(figures)])
-        totals = [a + b for a, b in zip(totals, figures, strict=True)]
-    return _columns(headers, rows, ["all", *map(size, totals), _ratio(totals)])
+    return _summed(headers, rows, lambda taken, _, local, across: f"{(local + across) / max(taken, 1):.1f}")
 
 
 def by_machine(ledger: Ledger) -> str:
     """Where the bytes of each machine's trees came from, and which of them had to cross the WAN."""
     headers = ["machine", "trees", "own disk", *(f"relay {relay}" for relay in ledger.relays), "of that over the WAN"]
-    rows, totals = [], [0] * (len(headers) - 1)
+    rows = {}
     for machine in ledger.machines:
-        pulls = ledger.pulls_of(machine)
-        figures = [
+        pulls = [pull for one in ledger.deliveries for pull in one.pulls if pull.machine == machine]
+        rows[machine] = [
             sum(pull.tree_bytes for pull in pulls),
             sum(pull.disk_bytes for pull in pulls),
             *(sum(pull.from_relay(relay) for pull in pulls) for relay in ledger.relays),
             sum(pull.from_elsewhere for pull in pulls),
         ]
-        rows.append([machine, *map(size, figures)])
-        totals = [a + b for a, b in zip(totals, figures, strict=True)]
-    return _columns(headers, rows, ["all", *map(size, totals)])
+    return _summed(headers, rows)
 
 
 def by_encoding(ledger: Ledger) -> str:
     """How content was encoded, by line: from the origin to each relay, and from relays to machines."""
     headers = ["content", "encoding", *(f"to {relay}" for relay in ledger.relays), "to the machines"]
     rows = []
-    for delivery in ledger.deliveries:
-        lines = [_by_name(sent.encodings for sent in delivery.sent if sent.relay == relay) for relay in ledger.relays]
-        lines.append(_by_name(pull.encodings for pull in delivery.pulls))
-        label = delivery.added.package
-        for name in dict.fromkeys(name for line in lines for name in line):
-            rows.append([label, name, *(size(line[name].payload_bytes) if name in line else "-" for line in lines)])
-            label = ""
+    for one in ledger.deliveries:
+        lines = [_payloads(sent for sent in one.sent if sent.relay == relay) for relay in ledger.relays]
+        lines.append(_payloads(one.pulls))
+        for number, name in enumerate(dict.fromkeys(name for line in lines for name in line)):
+            label = "" if number else one.added.package
+            rows.append([label, name, *(size(line[name]) if name in line else "-" for line in lines)])
     return _ruled(table(headers, rows, right=frozenset(range(2, len(headers)))))
 
 
@@ -393,36 +358,30 @@ def beside(ledger: Ledger) -> str:
     headers = ["to a site that has the version before", "sent by", "bytes", "of the nupkg"]
     rows = []
     for each in ledger.beside:
-        label = each.package
-        for name, count in [("waystation", each.sent_bytes), *((way.name, way.bytes) for way in each.ways)]:
-            if count is None:
-                rows.append([label, name, "not installed here", ""])
-            else:
-                rows.append([label, name, f"{count:,}", f"{100 * count / each.nupkg_bytes:.2f} %"])
-            label = ""
+        for number, way in enumerate([Way("waystation", each.sent_bytes), *each.ways]):
+            told = ["not installed here", ""]
+            if way.bytes is not None:
+                told = [f"{way.bytes:,}", f"{100 * way.bytes / each.nupkg_bytes:.2f} %"]
+            rows.append(["" if number else each.package, way.name, *told])
     return _ruled(table(headers, rows, right=frozenset({2, 3})))
 
 
-def _by_name(several: Iterable[Sequence[Encoded]]) -> dict[str, Encoded]:
-    """Summed up."""
-    found: dict[str, Encoded] = {}
-    for one in (one for encodings in several for one in encodings):
-        found[one.encoding] = found[one.encoding] + one if one.encoding in found else one
+def _payloads(several: Iterable[Sent | Pull]) -> Counter[str]:
+    """Bytes of payload by encoding, summed up."""
+    found: Counter[str] = Counter()
+    for encoded in (encoded for one in several for encoded in one.encodings):
+        found[encoded.encoding] += encoded.payload_bytes
     return found
 
 
-def _sent_to(ledger: Ledger, relay: str) -> Iterable[int]:
-    return (sent.counted for delivery in ledger.deliveries for sent in delivery.sent if sent.relay == relay)
-
-
-def _ratio(figures: Sequence[int]) -> str:
-    taken, _, local, across = figures
-    return f"{(local + across) / max(taken, 1):.1f}"
-
-
-def _columns(headers: list[str], rows: list[list[str]], total: list[str]) -> str:
-    """Aligned, with a rule under the head and above the total."""
-    *lines, last = _ruled(table(headers, [*rows, total], right=frozenset(range(1, len(headers))))).splitlines()
+def _summed(headers: list[str], rows: Mapping[str, Sequence[int]], ratio: Callable[..., str] | None = None) -> str:
+    """Sizes with their totals, a rule under the head and above the total; `ratio` is a last column made of a row."""
+    totals = [sum(column) for column in zip(*rows.values(), strict=True)]
+    cells = [
+        [name, *map(size, figures), *([ratio(*figures)] if ratio else [])]
+        for name, figures in [*rows.items(), ("all", totals)]
+    ]
+    *lines, last = _ruled(table(headers, cells, right=frozenset(range(1, len(headers))))).splitlines()
     return "\n".join([*lines, lines[1], last])
 
 
@@ -434,8 +393,6 @@ def _ruled(text: str) -> str:
 
 def report(ledger: Ledger, judged: Sequence[Promise], seconds: float) -> dict[str, object]:
     """The same as one JSON document."""
-    from dataclasses import asdict
-
     return {
         "format": 1,
         "held": all(promise.held for promise in judged),

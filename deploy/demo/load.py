@@ -1,7 +1,7 @@
 """People at the shop: clients that ask at a fixed rate, half of them over one connection, half over a new one each time.
 
-Every request is tried once. HTTP is spoken by hand, as libraries (aiohttp among them) quietly repeat a GET whose
-kept connection broke, and that is one of the failures to be seen. The rate is kept whatever the answers take: a slow
+Every request is tried once. It is http.client that speaks HTTP: other libraries (aiohttp among them) quietly repeat a GET
+whose kept connection broke, and that is one of the failures to be seen. The rate is kept whatever the answers take: a slow
 answer is not followed by fewer requests (https://www.scylladb.com/2021/04/22/on-coordinated-omission/).
 """
 
@@ -9,121 +9,138 @@ from __future__ import annotations
 
 import asyncio
 import time
-from asyncio import StreamReader, StreamWriter
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, IncompleteRead, RemoteDisconnected
 from typing import Self
-from urllib.parse import urlsplit
+
+from yarl import URL
 
 CLIENTS = 24
 RATE = 120.0
 """Requests a second of all clients together."""
 
-_HEAD_MAX = 16 << 10
+_KINDS: dict[str, type[BaseException] | tuple[type[BaseException], ...]] = {
+    "timeout": TimeoutError,
+    "refused": ConnectionRefusedError,
+    "cut": (RemoteDisconnected, IncompleteRead),
+    "reset": OSError,
+    "garbled": HTTPException,
+}
+"""The first that fits says what a failure is called."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """A request without a whole answer of status 200. `second` counts from the start."""
+class Visit:
+    """A request and what came of it.
+
+    Attributes:
+        second: when it began, counted from the start.
+        version: what answered it with status 200, or empty.
+        failure: else what went wrong: `refused`, `reset`, `cut`, `timeout`, `garbled`, or `status 503` and the like.
+        kept: its client keeps its connection.
+    """
 
     second: float
-    kind: str
-    """`refused`, `reset`, `cut`, `timeout`, `garbled`, or `status 503` and the like."""
+    version: str
+    failure: str
     kept: bool
-    """The client keeps its connection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Second:
-    """What happened within one second, by when requests began."""
-
-    requests: int
-    failed: int
-    versions: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the clients saw.
+    """What the clients saw."""
 
-    Attributes:
-        kept, single: requests over connections that are kept, and over one of their own.
-        kinds: failures by kind.
-        versions: answers of status 200 by the version that gave them.
-        seconds: the same second by second.
-        slowest: the longest time that one answer took, in seconds.
-    """
+    visits: tuple[Visit, ...]
 
-    requests: int
-    kept: int
-    single: int
-    failures: tuple[Failure, ...]
-    versions: dict[str, int]
-    seconds: tuple[Second, ...]
-    slowest: float
+    @property
+    def requests(self) -> int:
+        return len(self.visits)
+
+    @property
+    def kept(self) -> int:
+        """Requests over connections that are kept."""
+        return sum(visit.kept for visit in self.visits)
 
     @property
     def failed(self) -> int:
-        return len(self.failures)
+        return self.kinds.total()
 
     @property
-    def kinds(self) -> dict[str, int]:
-        return dict(Counter(failure.kind for failure in self.failures))
+    def kinds(self) -> Counter[str]:
+        """Failures by kind."""
+        return Counter(visit.failure for visit in self.visits if visit.failure)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Answers of status 200 by the version that gave them."""
+        return dict(Counter(visit.version for visit in self.visits if not visit.failure))
+
+    @property
+    def seconds(self) -> list[Summary]:
+        """The same second by second, by when requests began."""
+        last = int(max((visit.second for visit in self.visits), default=-1))
+        return [
+            Summary(tuple(visit for visit in self.visits if int(visit.second) == second)) for second in range(last + 1)
+        ]
 
 
 class Load:
     """Clients that ask for `url` from the beginning of `async with` to its end, when each finishes what it has begun."""
 
     def __init__(self, url: str, *, clients: int = CLIENTS, rate: float = RATE, timeout: float = 10.0) -> None:
-        self._target = _Target.of(url)
+        self._url = URL(url)
         self._clients = clients
         self._pause = clients / rate
         self._timeout = timeout
-        self._book = _Book()
+        self._start = 0.0
+        self._visits: list[Visit] = []
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._threads = ThreadPoolExecutor(clients)
 
     async def __aenter__(self) -> Self:
-        self._book.start = time.monotonic()
+        self._start = time.monotonic()
         for number in range(self._clients):
-            client = _Client(self._target, self._timeout, keeps=number % 2 == 0)
-            begin = self._book.start + number * self._pause / self._clients
+            client = _Client(self._url, self._timeout, keeps=number % 2 == 0)
+            begin = self._start + number * self._pause / self._clients
             self._tasks.append(asyncio.create_task(self._visit(client, begin)))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stop.set()
         try:
             await asyncio.gather(*self._tasks)
         finally:
             for task in self._tasks:
                 task.cancel()
+            self._threads.shutdown(wait=False)
 
     def summary(self) -> Summary:
         """So far, or of all once it has ended."""
-        return self._book.summary()
+        return Summary(tuple(self._visits))
 
     async def until(self, requests: int) -> None:
         """Return once so many requests have ended."""
-        while self._book.count < requests:
+        while len(self._visits) < requests:
             for task in self._tasks:
                 if task.done():
                     task.result()  # None ends before the load does, but by an error.
             await asyncio.sleep(0.02)
 
     async def _visit(self, client: _Client, at: float) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while not await self._stopped_before(at):
                 begun = time.monotonic()
                 try:
-                    version, failure = await client.ask(), ""
+                    version, failure = await loop.run_in_executor(self._threads, client.ask), ""
                 except _FailedError as error:
                     version, failure = "", error.kind
-                self._book.enter(begun, time.monotonic(), version, failure, kept=client.keeps)
+                self._visits.append(Visit(begun - self._start, version, failure, client.keeps))
                 at += self._pause
         finally:
             client.hang_up()
@@ -140,109 +157,29 @@ class _FailedError(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    host: str
-    port: int
-    path: str
-
-    @classmethod
-    def of(cls, url: str) -> _Target:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"{url!r}: expected http://HOST:PORT/PATH")
-        return cls(parts.hostname, parts.port or 80, parts.path or "/")
-
-
-@dataclass(slots=True)
 class _Client:
     """One visitor; it holds its connection between two requests, or not."""
 
-    target: _Target
-    timeout: float
-    keeps: bool
-    line: tuple[StreamReader, StreamWriter] | None = None
+    def __init__(self, url: URL, timeout: float, *, keeps: bool) -> None:
+        self.keeps = keeps
+        self._path = url.path
+        self._line = HTTPConnection(url.host or "", url.port, timeout=timeout)
 
-    async def ask(self) -> str:
-        """The version that answered. Raises `_FailedError`."""
+    def ask(self) -> str:
+        """The version that answered. Blocking. Raises `_FailedError`."""
         try:
-            async with asyncio.timeout(self.timeout):
-                version, stays = await self._exchange()
-        except BaseException as error:
+            self._line.request("GET", self._path, headers={"Connection": "keep-alive" if self.keeps else "close"})
+            answer = self._line.getresponse()
+            answer.read()
+        except (OSError, HTTPException) as error:
             self.hang_up()
-            match error:
-                case TimeoutError():
-                    raise _FailedError("timeout") from None
-                case ConnectionRefusedError():
-                    raise _FailedError("refused") from None
-                case asyncio.IncompleteReadError():
-                    raise _FailedError("cut") from None
-                case OSError():
-                    raise _FailedError("reset") from None
-                case ValueError() | LookupError() | asyncio.LimitOverrunError():
-                    raise _FailedError("garbled") from None
-            raise
-        if not (self.keeps and stays):
+            raise _FailedError(next(kind for kind, errors in _KINDS.items() if isinstance(error, errors))) from None
+        is_good = answer.status == HTTPStatus.OK
+        if not (self.keeps and is_good):
             self.hang_up()
-        return version
-
-    async def _exchange(self) -> tuple[str, bool]:
-        if self.line is None:
-            self.line = await asyncio.open_connection(self.target.host, self.target.port, limit=_HEAD_MAX)
-        reader, writer = self.line
-        connection = "keep-alive" if self.keeps else "close"
-        writer.write(
-            f"GET {self.target.path} HTTP/1.1\r\nHost: {self.target.host}\r\nConnection: {connection}\r\n\r\n".encode()
-        )
-        await writer.drain()
-        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        if (status := int(first.split(" ")[1])) != 200:
-            raise _FailedError(f"status {status}")
-        await reader.readexactly(int(headers["content-length"]))
-        return headers["x-version"], headers.get("connection", "").lower() != "close"
+        if not is_good:
+            raise _FailedError(f"status {answer.status}")
+        return answer.headers["X-Version"]
 
     def hang_up(self) -> None:
-        if self.line is not None:
-            self.line[1].close()
-            self.line = None
-
-
-@dataclass(slots=True)
-class _Book:
-    start: float = 0.0
-    count: int = 0
-    kept: int = 0
-    slowest: float = 0.0
-    failures: list[Failure] = field(default_factory=list)
-    per_second: dict[int, tuple[int, Counter[str]]] = field(default_factory=dict)
-
-    def enter(self, begun: float, ended: float, version: str, failure: str, *, kept: bool) -> None:
-        self.count += 1
-        self.kept += kept
-        self.slowest = max(self.slowest, ended - begun)
-        second = int(begun - self.start)
-        requests, versions = self.per_second.setdefault(second, (0, Counter()))
-        self.per_second[second] = (requests + 1, versions)
-        if failure:
-            self.failures.append(Failure(begun - self.start, failure, kept))
-        else:
-            versions[version] += 1
-
-    def summary(self) -> Summary:
-        failed = Counter(int(failure.second) for failure in self.failures)
-        whole: Counter[str] = Counter()
-        seconds = []
-        for second in range(max(self.per_second, default=-1) + 1):
-            requests, versions = self.per_second.get(second, (0, Counter()))
-            whole.update(versions)
-            seconds.append(Second(requests, failed[second], dict(versions)))
-        return Summary(
-            self.count,
-            self.kept,
-            self.count - self.kept,
-            tuple(self.failures),
-            dict(whole),
-            tuple(seconds),
-            self.slowest,
-        )
+        self._line.close()

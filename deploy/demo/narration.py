@@ -1,4 +1,4 @@
-"""What the demo says: numbered steps, the commands it really ran, what came of them. Colours only where somebody looks."""
+"""What the demo says: numbered steps, the commands it really ran, what came of them. Colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
+
+from ledger import Promise
 
 _DIM, _BOLD, _RED, _GREEN = "2", "1", "31", "32"
 
@@ -48,9 +50,13 @@ class Narrator:
         """Since the start."""
         return time.monotonic() - self._started
 
-    def mark(self, *, held: bool) -> str:
-        """The word in front of a promise."""
-        return self._paint(_GREEN, "held  ") if held else self._paint(_RED, "BROKEN")
+    def judge(self, promises: Sequence[Promise]) -> bool:
+        """Each promise with what was seen; whether all of them held."""
+        width = max(len(promise.text) for promise in promises)
+        for promise in promises:
+            word = self._paint(_GREEN, "held  ") if promise.held else self._paint(_RED, "BROKEN")
+            self.say(f"{word}  {promise.text:{width}}  {promise.seen}")
+        return all(promise.held for promise in promises)
 
     def _paint(self, code: str, text: str) -> str:
         plain = bool(os.environ.get("NO_COLOR")) or not self.out.isatty()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
-import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 from benchmarks.peers import compare
+from benchmarks.support.workload import installed_files
 from relay.package.chunking import is_container
 
 OTHER_WAYS = {"rdiff": "rdiff, as Octodiff", "rsync": "rsync", "nupkg": "the whole file"}
 """Peers that every new version is sent by, too, and what the demo calls them."""
 PACKED_BYTES = 32 << 20
-"""Of files in a package that the demo packs itself, at most."""
+"""Of files in a package that the demo packs itself, about."""
 
 _REAL = {
     "web": ("Shop.Web", "1.0.0", "1.0.1"),
@@ -27,9 +26,7 @@ _REAL = {
 }
 _PACKED = {"web": ("Demo.Web", "1.0.0", "1.0.1"), "runtime": ("Demo.Runtime", "1.0.0", "1.0.1")}
 _CHANGE = {"web": "one file was edited", "runtime": "its maker built all of it anew"}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(?<!\.)", re.ASCII)
 _LABEL_MAX = 20
-_LEFT_OUT = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +62,10 @@ def find(name: str, shelf: Path) -> tuple[Nupkg, Nupkg] | None:
 def gather(name: str, folder: Path) -> tuple[Nupkg, Nupkg]:
     """Two folders to pack below `folder`: files of this Python, and the same with one of them changed. Blocking."""
     id, *versions = _PACKED[name]
-    source = Path(sysconfig.get_path("stdlib") if name == "web" else sysconfig.get_path("purelib"))
     folders = [folder / f"{id}-{version}" for version in versions]
-    _copy(source, folders[0])
-    changed = _copy(source, folders[1])
+    installed_files(str(folders[0]), PACKED_BYTES, sysconfig.get_path("stdlib" if name == "web" else "purelib"))
+    shutil.copytree(folders[0], folders[1])
+    changed = max(folders[1].rglob("*.py"), key=lambda path: path.stat().st_size)
     with changed.open("ab") as file:
         file.write(b"# The next version.\n")
     first, second = (
@@ -111,33 +108,5 @@ def differences(tree: Path, wanted: Mapping[str, bytes]) -> list[str]:
 
 
 def _on_shelf(shelf: Path, name: str) -> Path:
-    """The file in any case: feeds lower the names, people do not."""
+    """The file in any case of letters: feeds lower the names, people do not."""
     return next((path for path in shelf.glob("*.nupkg") if path.name.lower() == name.lower()), shelf / name)
-
-
-def _copy(source: Path, target: Path) -> Path:
-    """Copy plain files in order of their names, up to `PACKED_BYTES`; returns the copy of the largest module."""
-    room, largest, size_of_largest = PACKED_BYTES, target, -1
-    for path in _plain_files(source):
-        size = path.stat().st_size
-        if size > room:
-            continue
-        room -= size
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        if path.suffix == ".py" and size > size_of_largest:
-            largest, size_of_largest = copy, size
-    if size_of_largest < 0:
-        raise FileNotFoundError(f"no Python module in {source}, the library of {sys.executable}")
-    return largest
-
-
-def _plain_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if not _PLAIN_NAME.fullmatch(path.name) or path.is_symlink() or path.name in _LEFT_OUT:
-            continue
-        if path.is_dir():
-            yield from _plain_files(path)
-        elif path.is_file():
-            yield path

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import shlex
+import shutil
 import signal
-import socket
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryFile
+from typing import TypeVar
 
 T = TypeVar("T")
 
 _STOP_SECONDS = 5.0
+
+
+def program(name: str) -> Path | None:
+    """Where a program is; None where it is not installed."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin:/sbin")
+    return Path(found) if found else None
 
 
 class DemoError(Exception):
@@ -52,57 +57,62 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._services: dict[str, Process] = {}
+        self._begun: dict[str, int] = {}
+        """Where the log of a service begins that was started last."""
 
-    async def run(self, command: Command, folder: Path | None = None) -> str:
-        """Run to the end, in the demo's folder or another. Returns standard output; raises `DemoError` for an exit code
-        not 0.
+    async def run(self, command: Command, folder: Path | None = None, say: Callable[[str], None] | None = None) -> str:
+        """Run to the end, in the demo's folder or another. Returns standard output.
+
+        `say` gets each line as it comes, those of standard error, too. Raises `DemoError` for an exit code not 0.
         """
-        process = await self._spawn(command, stdout=PIPE, stderr=PIPE, folder=folder)
-        try:
-            output, errors = await process.communicate()
-        finally:
-            await _end(process, signal.SIGKILL)
+        lines = []
+        with TemporaryFile() as errors:
+            stderr = STDOUT if say else errors.fileno()
+            process = await self._spawn(command, stdout=PIPE, stderr=stderr, folder=folder)
+            try:
+                assert process.stdout is not None  # noqa: S101 - it is a pipe
+                async for line in process.stdout:
+                    lines.append(line.decode())
+                    if say:
+                        say(lines[-1])
+                await process.wait()
+            finally:
+                await end(process, signal.SIGKILL)
+            errors.seek(0)
+            told = errors.read().decode(errors="replace").strip() or "".join(lines).strip()
         if process.returncode:
-            told = (errors.decode(errors="replace").strip() or output.decode(errors="replace").strip())[-2000:]
-            raise DemoError(f"exit code {process.returncode}: {command}\n{told}")
-        return output.decode()
-
-    async def follow(self, command: Command, say: Callable[[str], None], folder: Path) -> None:
-        """Run to the end in `folder`, and say each line as it comes. Raises `DemoError` for an exit code not 0."""
-        process = await self._spawn(command, stdout=PIPE, stderr=STDOUT, folder=folder)
-        last: deque[str] = deque(maxlen=20)
-        try:
-            assert process.stdout is not None  # noqa: S101 - it is a pipe
-            async for line in process.stdout:
-                last.append(line.decode(errors="replace").rstrip())
-                say(last[-1])
-            await process.wait()
-        finally:
-            await _end(process, signal.SIGKILL)
-        if process.returncode:
-            raise DemoError("\n".join([f"exit code {process.returncode}: {command}", *last]))
+            raise DemoError(f"exit code {process.returncode}: {command}\n{told[-2000:]}")
+        return "".join(lines)
 
     async def start(self, name: str, command: Command) -> None:
         """Start a service under `name`; what it prints goes to the end of its log."""
         with self.log(name).open("ab") as log:
+            self._begun[name] = log.tell()
             self._services[name] = await self._spawn(command, stdout=log.fileno(), stderr=STDOUT)
 
     def log(self, name: str) -> Path:
         """The file that takes what the service prints."""
         return self.folder / "logs" / f"{name}.log"
 
-    def is_running(self, name: str) -> bool:
-        return self._services[name].returncode is None
+    async def until_said(self, name: str, what: bytes, seconds: float = 20.0) -> None:
+        """Return once the service has printed it. Raises `DemoError`."""
+
+        async def said() -> bool:
+            if self._services[name].returncode is not None:
+                raise DemoError(f"{name} ended at its start")
+            return what in self.log(name).read_bytes()[self._begun[name] :]
+
+        await until(said, seconds, f"{name} is not ready")
 
     async def kill(self, name: str) -> int:
         """SIGKILL: nothing of it is left on return. Returns its process id."""
         process = self._services.pop(name)
-        await _end(process, signal.SIGKILL)
+        await end(process, signal.SIGKILL)
         return process.pid
 
     async def close(self) -> None:
         """End every service."""
-        await asyncio.gather(*(_end(process, signal.SIGTERM) for process in self._services.values()))
+        await asyncio.gather(*(end(process, signal.SIGTERM) for process in self._services.values()))
         self._services.clear()
 
     async def _spawn(self, command: Command, *, stdout: int, stderr: int, folder: Path | None = None) -> Process:
@@ -115,6 +125,7 @@ class Processes:
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            limit=1 << 24,
         )
 
 
@@ -123,11 +134,11 @@ async def end_what_is_left(folder: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for _ in range(int(_STOP_SECONDS / 0.05)):
             left = _naming(folder)
-            if not left:
-                return
             for id in left:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(id, number)
+            if not left:
+                return
             await asyncio.sleep(0.05)
 
 
@@ -140,7 +151,8 @@ def _naming(folder: Path) -> list[int]:
     return found
 
 
-async def _end(process: Process, number: signal.Signals) -> None:
+async def end(process: Process, number: signal.Signals) -> None:
+    """End a process by a signal, and by SIGKILL where that does not help."""
     if process.returncode is not None:
         return
     with suppress(ProcessLookupError):
@@ -152,43 +164,21 @@ async def _end(process: Process, number: signal.Signals) -> None:
         await process.wait()
 
 
-async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All at once; the first that fails ends the others, and its error is raised as it is."""
+async def until(is_so: Callable[[], Awaitable[bool]], seconds: float, otherwise: str) -> None:
+    """Return once it is so. Raises `DemoError` after `seconds`, with what is `otherwise`."""
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from None
-    return [task.result() for task in tasks]
+        async with asyncio.timeout(seconds):
+            while not await is_so():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise DemoError(f"{otherwise} after {seconds:g} s") from None
 
 
 async def in_thread(call: Callable[..., T], *arguments: object) -> T:
-    """Run in a thread, and let it come to its end even when nobody waits for it any more: it writes in the folder."""
+    """Run in a thread, and let it come to its end even when its caller is cancelled: it writes in the folder."""
     work = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         await asyncio.wait({work})
         raise
-
-
-def _first(error: BaseException) -> BaseException:
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1, free for TCP and UDP, that stay free while their owner is away.
-
-    They lie below those that the kernel hands to outgoing connections (32768 and up, ip(7)).
-    """
-    ports: list[int] = []
-    with ExitStack() as held:
-        while len(ports) < count:
-            port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
-            tcp = held.enter_context(socket.socket(type=socket.SOCK_STREAM))
-            udp = held.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-            with suppress(OSError):
-                tcp.bind(("127.0.0.1", port))
-                udp.bind(("127.0.0.1", port))
-                ports.append(port)
-    return ports

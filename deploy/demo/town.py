@@ -6,9 +6,7 @@ of the WAN, as its SRV records say; so what the proxies count is what each line 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,10 +15,13 @@ from typing import Any, Self
 
 from balancer import haproxy
 from ledger import Encoded, Pull, Sent, Taken
+from narration import Narrator
 from packages import Nupkg
-from programs import Command, DemoError, Processes, end_what_is_left, free_ports, together
+from programs import Command, DemoError, Processes, end_what_is_left, program
 
 from benchmarks.lines.network import CountingProxy, Line
+from benchmarks.support.programs import free_ports
+from relay.support.together import together
 
 DOMAIN = "demo.test"
 SITES = ("fra", "iad")
@@ -29,7 +30,6 @@ WAN = Line(rate=12.5e6)
 """100 Mbit/s in each direction of each line between sites."""
 
 _ORIGIN = "origin"
-_READY_SECONDS = 20.0
 _WAYSTATION = Path(sys.executable).parent / "waystation"
 
 
@@ -50,19 +50,12 @@ class Machine:
 
 def missing() -> list[str]:
     """What the demo needs and this system has not, in words."""
-    wanted = []
-    if not _WAYSTATION.exists():
-        wanted.append(f"the command waystation beside {sys.executable}: run 'make demo', or deploy/setup.sh")
-    if _dnsmasq() is None:
-        wanted.append("dnsmasq (Debian: apt-get install dnsmasq-base)")
-    if haproxy() is None:
-        wanted.append("haproxy (Debian: apt-get install haproxy)")
-    return wanted
-
-
-def _dnsmasq() -> Path | None:
-    found = shutil.which("dnsmasq") or shutil.which("dnsmasq", path="/usr/sbin:/usr/local/sbin:/sbin")
-    return Path(found) if found else None
+    wanted = {
+        f"the command waystation beside {sys.executable}: run 'make demo', or deploy/setup.sh": _WAYSTATION.exists(),
+        "dnsmasq (Debian: apt-get install dnsmasq-base)": program("dnsmasq"),
+        "haproxy (Debian: apt-get install haproxy)": haproxy(),
+    }
+    return [what for what, found in wanted.items() if not found]
 
 
 class Town:
@@ -97,7 +90,7 @@ class Town:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Who still calls is ended before the lines are.
+        # Clients are ended before their lines are.
         await self.processes.close()
         await self._stack.aclose()
 
@@ -108,13 +101,9 @@ class Town:
 
     # --- commands
 
-    def at_project(self, *arguments: str) -> Command:
-        """`waystation …` of the origin, to be called where the files of a release are."""
-        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", str(self.folder / _ORIGIN)),))
-
     def at_origin(self, *arguments: str) -> Command:
-        """`waystation …` where packages enter."""
-        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", _ORIGIN),))
+        """`waystation …` where packages enter and releases begin, in whatever folder."""
+        return Command(_WAYSTATION, arguments, (("WAYSTATION_HOME", str(self.folder / _ORIGIN)),))
 
     def on(self, machine: Machine, *arguments: str) -> Command:
         """`waystation …` on a machine."""
@@ -153,15 +142,15 @@ class Town:
 
     async def start_dns(self) -> Command:
         """Start a name server on a port of its own. Returns the command once it answers."""
-        program, [port] = _dnsmasq(), free_ports(1)
-        if program is None:
+        dnsmasq, [port] = program("dnsmasq"), free_ports(1)
+        if dnsmasq is None:
             raise DemoError("dnsmasq is gone")
         self.resolver = f"127.0.0.1:{port}"
         (self.folder / "dnsmasq.conf").write_text(self.zone())
         # In front it stays without root, and in the foreground it can be ended by us.
-        command = Command(program, ("--no-daemon", "--conf-file=dnsmasq.conf", f"--port={port}", "--pid-file="))
+        command = Command(dnsmasq, ("--no-daemon", "--conf-file=dnsmasq.conf", f"--port={port}", "--pid-file="))
         await self.processes.start("dns", command)
-        await self._until("dns", lambda: _answers(port))
+        await self.processes.until_said("dns", b": started, ")
         return command
 
     def zone(self) -> str:
@@ -180,34 +169,10 @@ class Town:
         ]
         return "\n".join([*own, *hosts, *sites, *generic, ""])
 
-    async def start_relay(self, relay: str) -> Command:
-        """Start it on its port, over its store. Returns the command once it is ready."""
-        command, name = self.serve(relay), f"relay-{relay}"
-        log = self.processes.log(name)
-        before = log.stat().st_size if log.exists() else 0
-        await self.processes.start(name, command)
-        await self._until(name, lambda: asyncio.to_thread(lambda: b"relay ready at" in log.read_bytes()[before:]))
-        return command
-
-    async def until_said(self, name: str, what: bytes, seconds: float) -> None:
-        """Return once the service has printed it. Raises `DemoError`."""
-        log = self.processes.log(name)
-        await self._until(name, lambda: asyncio.to_thread(lambda: what in log.read_bytes()), seconds)
-
-    async def _until(
-        self,
-        name: str,
-        is_ready: Any,  # noqa: ANN401 - a function that gives an awaitable
-        seconds: float = _READY_SECONDS,
-    ) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                while not await is_ready():
-                    if not self.processes.is_running(name):
-                        raise DemoError(f"{name} ended at its start")
-                    await asyncio.sleep(0.02)
-        except TimeoutError as error:
-            raise DemoError(f"{name} is not ready after {seconds:.0f} s") from error
+    async def start_relay(self, relay: str) -> None:
+        """Start it on its port, over its store. Returns once it is ready."""
+        await self.processes.start(f"relay-{relay}", self.serve(relay))
+        await self.processes.until_said(f"relay-{relay}", b"relay ready at")
 
     async def pull_plug(self, relay: str) -> None:
         """Reset every connection to the relay and refuse new ones, until `plug_in`."""
@@ -231,8 +196,7 @@ class Town:
 
     async def json(self, command: Command) -> dict[str, Any]:
         """Run a command that prints one JSON document."""
-        document: dict[str, Any] = json.loads(await self.processes.run(command))
-        return document
+        return dict(json.loads(await self.processes.run(command)))
 
     async def send(self, package: Nupkg) -> tuple[Sent, ...]:
         """Replicate to every relay at once, by the lines from the origin."""
@@ -278,13 +242,7 @@ def _encodings(document: dict[str, Any]) -> tuple[Encoded, ...]:
     )
 
 
-async def _answers(port: int) -> bool:
-    import dns.asyncquery
-    import dns.exception
-    import dns.message
-
-    question = dns.message.make_query(f"_waystation._tcp.{DOMAIN}", "SRV")
-    try:
-        return bool((await dns.asyncquery.udp(question, "127.0.0.1", port=port, timeout=0.2)).answer)
-    except (dns.exception.DNSException, OSError):
-        return False
+async def show(town: Town, tell: Narrator, *commands: Command, also: str = "", folder: Path | None = None) -> str:
+    """Run commands at once, of which the first is told, `also` is a remark on the others; the output of the first."""
+    tell.command(str(commands[0]), also)
+    return (await together([town.processes.run(command, folder) for command in commands]))[0]

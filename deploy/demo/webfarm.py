@@ -1,7 +1,7 @@
 """The second half: a web farm behind a real HAProxy gets two releases, the second one under load, machine by machine.
 
 Nothing here is a stand-in: agents wait for signed orders at the relays, the rotation scripts are those of
-deploy/examples/haproxy as users would take them, and who judges is HAProxy's own log and the visitors.
+deploy/examples/haproxy as users would take them, and HAProxy's own log and the visitors judge.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from typing import Any
 import haproxy_log
 import yaml
 from balancer import Balancer
+from ledger import Promise
 from load import Load, Summary
 from narration import Narrator, names
-from programs import Command, free_ports, in_thread, together
-from town import Machine, Town
+from programs import Command, in_thread
+from town import Machine, Town, show
+
+from benchmarks.support.programs import free_ports
 
 sys.path.insert(0, str(Path(__file__).parent / "webapp"))
 import folder as webapp  # type: ignore[import-not-found]
@@ -61,13 +64,6 @@ class Rolled:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Promise:
-    text: str
-    held: bool
-    seen: str
-
-
 async def play(town: Town, tell: Narrator) -> Rolled:
     """The story, one step after another."""
     ports = dict(zip([machine.name for machine in town.machines], free_ports(len(town.machines)), strict=True))
@@ -92,7 +88,8 @@ async def play(town: Town, tell: Narrator) -> Rolled:
         rolled = await roll_under_load(balancer, town, tell)
 
         tell.begin("What every machine runs now, and what the journal says")
-        await show_status(town, tell)
+        for arguments in (("release", "status"), ("rotation", "list")):
+            tell.say(await show(town, tell, town.at_origin(*arguments), folder=town.project))
     return rolled
 
 
@@ -100,12 +97,12 @@ async def play(town: Town, tell: Narrator) -> Rolled:
 
 
 async def start_agents(town: Town, tell: Narrator) -> None:
-    commands = {machine.name: serve(machine, town) for machine in town.machines}
-    first = town.machines[0].name
-    tell.command(f"{commands[first]} &", f"the same on {names([m.name for m in town.machines[1:]])}")
-    for name, command in commands.items():
-        await town.processes.start(f"agent-{name}", command)
-    await together([town.until_said(f"agent-{name}", b" ready at ", READY_SECONDS) for name in commands])
+    first, *others = (machine.name for machine in town.machines)
+    tell.command(f"{serve(town.machines[0], town)} &", f"the same on {names(others)}")
+    for machine in town.machines:
+        await town.processes.start(f"agent-{machine.name}", serve(machine, town))
+    for name in (first, *others):
+        await town.processes.until_said(f"agent-{name}", b" ready at ", READY_SECONDS)
     tell.say(town.processes.log(f"agent-{first}").read_text().splitlines()[0])
 
 
@@ -166,17 +163,14 @@ def write_process(town: Town, strategy: dict[str, Any], tell: Narrator) -> None:
 
 async def take_in(version: str, town: Town, tell: Narrator) -> None:
     folder = await in_thread(webapp.make, town.folder / f"webshop-{version}", version)
-    pack = town.at_origin("package", "pack", folder.name, "--id", webapp.ID, "--version", version)
-    add = town.at_origin("package", "add", f"{webapp.ID}.{version}.nupkg")
-    for command in (pack, add):
-        tell.command(str(command))
-        await town.processes.run(command)
+    await show(town, tell, town.at_origin("package", "pack", folder.name, "--id", webapp.ID, "--version", version))
+    await show(town, tell, town.at_origin("package", "add", f"{webapp.ID}.{version}.nupkg"))
 
 
 async def deploy(version: str, town: Town, tell: Narrator) -> None:
-    command = town.at_project("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
+    command = town.at_origin("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
     tell.command(str(command))
-    await town.processes.follow(command, tell.say, town.project)
+    await town.processes.run(command, town.project, tell.say)
 
 
 async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rolled:
@@ -194,16 +188,9 @@ async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rol
     await balancer.until_quiet()
     whole = balancer.log()
     log = haproxy_log.since(whole, began)
-    status = await town.json(town.at_project("release", "status", "--json"))
+    status = await town.json(town.at_origin("release", "status", "--json"))
     turns = {machine["name"]: machine["outcome"] for machine in status["machines"]}
     return Rolled(summary, log, len(whole.requests), seconds, turns)
-
-
-async def show_status(town: Town, tell: Narrator) -> None:
-    for arguments in (("release", "status"), ("rotation", "list")):
-        command = town.at_project(*arguments)
-        tell.command(str(command))
-        tell.say(await town.processes.run(command, town.project))
 
 
 # --- the end
@@ -214,46 +201,30 @@ def promises(rolled: Rolled, machines: Sequence[Machine]) -> list[Promise]:
     most, fewest = haproxy_log.most_out_at_once(log), haproxy_log.fewest_in_service(log)
     out = {change.server for change in log.changes if change.admin in {"drain", "maint"}}
     kinds = ", ".join(f"{count} {kind}" for kind, count in load.kinds.items())
-    return [
-        Promise(
-            "no request failed", load.failed == 0, f"{load.failed} of {load.requests}" + (f": {kinds}" * bool(kinds))
-        ),
-        Promise(
-            "HAProxy counted as many as the visitors", rolled.logged == load.requests, f"{rolled.logged} in its log"
-        ),
-        Promise(
-            "half of them over kept connections", load.kept > 0 < load.single, f"{load.kept} kept, {load.single} not"
-        ),
-        Promise(
-            "both versions were seen on the way",
-            set(load.versions) == {FIRST, SECOND},
-            ", ".join(f"{version}: {count}" for version, count in sorted(load.versions.items())),
-        ),
-        Promise(
-            "first one machine alone",
-            rolled.out_with_the_second == 1,
-            f"{rolled.out_with_the_second} out with the second",
-        ),
-        Promise(f"never more than {WINDOW} machines out, by HAProxy's log", most <= WINDOW, f"at most {most}"),
-        Promise(
-            f"never fewer than {IN_SERVICE} in service, by HAProxy's log", fewest >= IN_SERVICE, f"at least {fewest}"
-        ),
-        Promise(
+    versions = ", ".join(f"{version}: {count}" for version, count in sorted(load.versions.items()))
+    names = {machine.name for machine in machines}
+    alone, single = rolled.out_with_the_second, load.requests - load.kept
+    judged = [
+        ("no request failed", f"{load.failed} of {load.requests}{kinds and f': {kinds}'}", load.failed == 0),
+        ("HAProxy counted as many as the visitors", f"{rolled.logged} in its log", rolled.logged == load.requests),
+        ("half of them over kept connections", f"{load.kept} kept, {single} not", load.kept > 0 < single),
+        ("both versions were seen on the way", versions, set(load.versions) == {FIRST, SECOND}),
+        ("first one machine alone", f"{alone} out with the second", alone == 1),
+        (f"never more than {WINDOW} machines out, by HAProxy's log", f"at most {most}", most <= WINDOW),
+        (f"never fewer than {IN_SERVICE} in service, by HAProxy's log", f"at least {fewest}", fewest >= IN_SERVICE),
+        (
             "every machine left its rotation, and is deployed",
-            out == {machine.name for machine in machines} and set(rolled.turns.values()) == {"deployed"},
             f"{len(out)} of {len(machines)}",
+            out == names and set(rolled.turns.values()) == {"deployed"},
         ),
     ]
+    return [Promise(*each) for each in judged]
 
 
 def close(rolled: Rolled, machines: Sequence[Machine], tell: Narrator) -> bool:
     """Print the promises; whether all of them held."""
     tell.begin("The release, judged by the visitors and by HAProxy")
-    judged = promises(rolled, machines)
-    width = max(len(promise.text) for promise in judged)
-    for promise in judged:
-        tell.say(f"{tell.mark(held=promise.held)}  {promise.text:{width}}  {promise.seen}")
-    held = all(promise.held for promise in judged)
+    held = tell.judge(promises(rolled, machines))
     load = rolled.load
     tell.verdict(
         held=held,
@@ -271,5 +242,5 @@ def report(rolled: Rolled, judged: Sequence[Promise]) -> dict[str, Any]:
         "failed": rolled.load.failed,
         "versions": rolled.load.versions,
         "seconds": rolled.seconds,
-        "promises": [{"text": promise.text, "held": promise.held, "seen": promise.seen} for promise in judged],
+        "promises": [asdict(promise) for promise in judged],
     }

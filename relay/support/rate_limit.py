@@ -19,18 +19,20 @@ class Pacer:
     Times are given out in the order of asking, and what was not used within the burst is lost.
     """
 
-    def __init__(self, rate: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`rate` above 0."""
+    def __init__(
+        self, rate: float, *, clock: Callable[[], float] = time.monotonic, burst: float = BURST_SECONDS
+    ) -> None:
+        """`rate` above 0; `burst` in seconds of it."""
         if not rate > 0:
             raise ValueError(f"a rate of {rate} bytes per second lets nothing through")
         self.rate = rate
-        self._clock = clock
+        self._clock, self._burst = clock, burst
         self._free_at = clock()
 
     def take(self, size: int) -> float:
         """Book `size` bytes; the seconds to wait before they may go."""
         now = self._clock()
-        self._free_at = max(self._free_at, now - BURST_SECONDS) + size / self.rate
+        self._free_at = max(self._free_at, now - self._burst) + size / self.rate
         return max(0.0, self._free_at - now)
 
     async def wait(self, size: int) -> float:

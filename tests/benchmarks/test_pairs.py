@@ -13,8 +13,10 @@ import pytest
 from harness.support import cut_package, make_nupkg, noise
 
 from benchmarks import application, pairs
-from benchmarks.pairs import THIN, Check, Ours, Packed, Report, Way, changed, find, judge_first, judge_next
+from benchmarks.pairs import THIN, Ours, Packed, Report, Way, changed, find, judge_first, judge_next
 from benchmarks.peers import BOUND, Comparison, Sent
+from benchmarks.support.programs import add
+from benchmarks.support.report import Check
 
 LIBRARY = noise("lib", 200_000)
 EDITED = LIBRARY[:100_000] + b"changed" + LIBRARY[100_000:]
@@ -85,7 +87,7 @@ def test_each_byte_above_a_bound_breaks_the_promise_that_it_belongs_to(sent: Our
     assert [check.promise for check in judge_next(sent, peers()) if not check.held] == [broken]
 
 
-def test_what_nobody_could_measure_is_not_held() -> None:
+def test_what_could_not_be_measured_is_not_held() -> None:
     (content, *others) = judge_next(ours(1, 1), peers(bound=None, rdiff=None))
     assert not content.held
     assert all(check.held for check in others)
@@ -105,13 +107,13 @@ def test_a_first_send_is_judged_on_a_thin_line_and_on_a_fast_one() -> None:
 @pytest.fixture
 def home(folder: str, tmp_path: Path) -> str:
     made = str(tmp_path / "home")
-    pairs.origin(made, sorted(str(path) for path in Path(folder).iterdir()))
+    add(made, *sorted(str(path) for path in Path(folder).iterdir()))
     return made
 
 
 def test_a_new_version_is_counted_at_a_relay_that_holds_the_one_before(folder: str, home: str) -> None:
     _, (old, new) = find(folder)
-    sent = pairs.next_version(home, old, new, Way(THIN))
+    sent = pairs.sent_to_a_site(home, new, Way(THIN), old)
     assert 7 < sent.content < 2000, "the library is there but for seven bytes"
     assert sum(one.payload_bytes for one in sent.encodings) == sent.content
     assert 200 < sent.overhead < 10_000
@@ -121,10 +123,10 @@ def test_a_new_version_is_counted_at_a_relay_that_holds_the_one_before(folder: s
 def test_a_first_send_carries_everything_whatever_the_line(folder: str, home: str) -> None:
     (alone,), _ = find(folder)
     for way in (Way(THIN), Way(THIN, is_known=False), Way(2_000_000.0, is_shaped=True)):
-        assert 90_000 <= pairs.first_send(home, alone, way).content < 92_000
+        assert 90_000 <= pairs.sent_to_a_site(home, alone, way).content < 92_000
 
 
-def test_a_planned_limit_holds_nobody_back() -> None:
+def test_a_planned_limit_holds_no_sender_back() -> None:
     assert pairs.Planned(THIN).take(1 << 30) == 0.0
 
 
@@ -196,7 +198,7 @@ def test_an_application_crosses_without_the_libraries_that_the_relay_holds(tmp_p
     assert (result.assemblies, result.packages) == (3, 3)
     assert result.nupkg > 6_000_000
     assert application.OWN_BYTES < result.ours.total < application.OWN_BYTES + 20_000
-    assert result.held
+    assert result.check.held
     assert "held    at most 1 %" in application.told(result)
 
 

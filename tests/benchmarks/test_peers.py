@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -169,14 +166,7 @@ def test_the_best_peer_is_not_the_bound() -> None:
     assert found.best.peer == "zstd"
 
 
-def test_the_command_prints_a_table_or_one_document(pair: tuple[str, str]) -> None:
-    words = [sys.executable, "-m", "benchmarks.peers", *pair, "--only", "nupkg"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "Acme.Web.1.0.0.nupkg to Acme.Web.1.0.1.nupkg" in done.stdout
-    assert f"{os.path.getsize(pair[1]):,}" in done.stdout
-    done = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True)
-    document = json.loads(done.stdout)
-    assert document["rows"] == [
-        {"peer": "nupkg", "how": "the whole file", "bytes": os.path.getsize(pair[1]), "why_not": ""}
-        | {"seconds": document["rows"][0]["seconds"]}
-    ]
+def test_people_get_a_table(pair: tuple[str, str]) -> None:
+    told = text_of(compare(*pair, only=["nupkg"]))
+    assert "Acme.Web.1.0.0.nupkg to Acme.Web.1.0.1.nupkg" in told
+    assert f"{os.path.getsize(pair[1]):,}" in told

@@ -88,6 +88,13 @@ def test_a_script_that_did_not_say_both_times_is_an_error_and_not_overhead(tmp_p
         rollout.own_time(str(tmp_path), "D/3/a/before/1")
 
 
+def test_an_order_is_asked_for_when_its_turn_begins_and_other_steps_do_not_count() -> None:
+    mixed = [*two_turns(2, gap=5.0), *two_turns(3, gap=1.5)]
+    first, second = rollout.trips(mixed, 3, lambda operation: 10.9 if "/a/" in operation else 12.4)
+    assert (first.posted, first.acted, first.done) == pytest.approx((0.6, 0.9, 1.4))
+    assert (second.posted, second.acted, second.done) == pytest.approx((0.6, 0.9, 1.4))
+
+
 def test_median_and_percentile_are_of_the_values_given() -> None:
     values = [number / 1000 for number in range(100, 0, -1)]
     assert (rollout.middle(values), rollout.p95(values)) == ("50.5", "96.0")
@@ -117,10 +124,8 @@ def test_every_step_runs_on_every_machine_and_every_script_says_its_time(deploye
 
 
 def test_a_step_with_window_one_has_one_machine_at_a_time(deployed: tuple[Farm, Deployed]) -> None:
-    farm, deployment = deployed
     narrow = [number for number, kind in enumerate(STEPS, 1) if kind.window == 1]
-    with rollout._journal(farm) as journal:
-        events = [entry.event for entry in journal.entries(deployment.ulid)]
+    events = [entry.event for entry in deployed[1].entries]
     for number in narrow:
         told = [type(e) for e in events if isinstance(e, TurnStarted | TurnEnded) and e.step == number]
         assert told == [TurnStarted, TurnEnded] * 2
@@ -133,7 +138,7 @@ def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(depl
         from relay.protocol.connection import Connection
         from relay.protocol.mail_client import MailClient
 
-        token = (Path(farm.folder) / "token-origin").read_text().strip()
+        token = Path(farm.tokens["origin"]).read_text().strip()
         async with Connection(farm.relay.url, token=token) as connection:
             return {agent.name for agent in await MailClient(connection).agents()}
 
@@ -143,13 +148,10 @@ def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(depl
 
 
 def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Deployed]) -> None:
-    single, together = asyncio.run(rollout.send_orders(*deployed, rounds=3))
-    assert (len(single), len(together)) == (3, 2)
-    for trip in (*single, *together):
-        assert 0 < trip.posted < trip.acted < trip.done
-
-
-def test_an_order_that_is_not_done_ends_the_benchmark() -> None:
-    reported = Reported("D/1/a/quick/1", "a", "failed", "it ended with exit status 1")
-    with pytest.raises(RuntimeError, match="exit status 1"):
-        asyncio.run(rollout._Marks("D").record(reported))
+    farm, deployment = deployed
+    logs = farm.logs(deployment.ulid)
+    for number in (1, 3):
+        found = rollout.trips(deployment.entries, number, lambda operation: rollout._stamps(logs, operation)[0])
+        assert len(found) == len(farm.machines)
+        for trip in found:
+            assert 0 < trip.posted < trip.acted < trip.done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -250,12 +249,15 @@ def test_the_large_package_s_next_version_has_other_parts_changed_parts_and_equa
     assert sum((tmp_path / "old" / name).stat().st_size for name in names) == 75_000_000
 
 
-def test_a_process_s_peak_is_seen() -> None:
+def test_a_process_s_peak_is_seen(tmp_path: Path) -> None:
     size = random.Random(0).randrange(60, 80) * 1_000_000
-    program = f"import time; x = bytearray({size}); x[::4096] = bytes(len(x[::4096])); del x; time.sleep(0.3)"
-    with subprocess.Popen([sys.executable, "-c", program]) as process:
-        watch = memory.Watch(process.pid)
-        process.wait()
-        peak = watch.end()
+    program = f"print('said'); x = bytearray({size}); x[::4096] = bytes(len(x[::4096]))"
+    said, peak = memory.with_peak(sys.executable, "-c", program, home=str(tmp_path))
+    assert said == "said"
     assert size < peak < size + 60_000_000
     assert peak_memory(os.getpid()) > 0
+
+
+def test_a_process_that_fails_is_an_error_and_no_peak(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no luck"):
+        memory.with_peak(sys.executable, "-c", "import sys; sys.exit('no luck')", home=str(tmp_path))

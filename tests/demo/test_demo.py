@@ -219,7 +219,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 def test_a_demo_that_lacks_a_program_names_it_and_starts_nothing(module, monkeypatch, capsys):
     town, demo = module("town"), module("demo")
-    monkeypatch.setattr(town, "_dnsmasq", lambda: None)
+    monkeypatch.setattr(town, "program", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 2
     assert "dnsmasq (Debian: apt-get install dnsmasq-base)" in capsys.readouterr().err
@@ -380,7 +380,9 @@ def good_roll(module):
             told(10 * n + second, name, admin)
     told(40, names[5], "drain")
     told(41, names[5], "ready")
-    summary = load.Summary(100, 50, 50, (), {farm.FIRST: 60, farm.SECOND: 40}, (), 0.1)
+    summary = load.Summary(
+        tuple(load.Visit(n / 50, farm.FIRST if n < 60 else farm.SECOND, "", n % 2 == 0) for n in range(100))
+    )
     standing = {name: log.Standing() for name in names}
     return farm.Rolled(summary, log.Log(standing, tuple(changes), ()), 100, 9.0, dict.fromkeys(names, "deployed"))
 
@@ -394,33 +396,37 @@ def test_a_good_roll_keeps_every_promise(module):
     assert [p.text for p in module("webfarm").promises(rolled, machines_of(rolled)) if not p.held] == []
 
 
-def one_failed(rolled, module):
-    failure = module("load").Failure(1.0, "reset", True)
-    return replace(rolled, load=replace(rolled.load, failures=(failure,)))
+def with_visits(rolled, change):
+    return replace(rolled, load=replace(rolled.load, visits=tuple(map(change, rolled.load.visits))))
 
 
-def one_was_cut_silently(rolled, module):
+def one_failed(rolled):
+    last = rolled.load.visits[-1]
+    return with_visits(rolled, lambda visit: replace(visit, failure="reset") if visit is last else visit)
+
+
+def one_was_cut_silently(rolled):
     return replace(rolled, logged=99)
 
 
-def only_the_new_one_was_seen(rolled, module):
-    return replace(rolled, load=replace(rolled.load, versions={"2.0.0": 100}))
+def only_the_new_one_was_seen(rolled):
+    return with_visits(rolled, lambda visit: replace(visit, version="2.0.0"))
 
 
-def nobody_kept_a_connection(rolled, module):
-    return replace(rolled, load=replace(rolled.load, kept=0, single=100))
+def no_client_kept_a_connection(rolled):
+    return with_visits(rolled, lambda visit: replace(visit, kept=False))
 
 
-def one_never_left(rolled, module):
+def one_never_left(rolled):
     changes = tuple(change for change in rolled.log.changes if change.server != "web5")
     return replace(rolled, log=replace(rolled.log, changes=changes))
 
 
-def one_was_kept_old(rolled, module):
+def one_was_kept_old(rolled):
     return replace(rolled, turns=rolled.turns | {"web3": "kept_old"})
 
 
-def two_began(rolled, module):
+def two_began(rolled):
     """The second machine leaves while the first is still out."""
     first, second, *others = rolled.log.changes
     early = replace(others[0], at=first.at)
@@ -433,14 +439,14 @@ def two_began(rolled, module):
         (one_failed, "no request failed"),
         (one_was_cut_silently, "HAProxy counted as many"),
         (only_the_new_one_was_seen, "both versions were seen"),
-        (nobody_kept_a_connection, "half of them over kept connections"),
+        (no_client_kept_a_connection, "half of them over kept connections"),
         (one_never_left, "every machine left its rotation"),
         (one_was_kept_old, "every machine left its rotation"),
         (two_began, "first one machine alone"),
     ],
 )
 def test_each_fault_of_a_roll_breaks_its_promise(module, harm, broken):
-    rolled = harm(good_roll(module), module)
+    rolled = harm(good_roll(module))
     assert [broken in p.text for p in module("webfarm").promises(rolled, machines_of(rolled)) if not p.held] == [True]
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from harness.haproxy_reader import by_server_and_status, failed_requests, were_out
 
 sys.path.append(str(Path(__file__).parents[2] / "deploy" / "demo"))
 
@@ -16,14 +17,11 @@ from haproxy_log import (
     Log,
     LogError,
     Moment,
-    by_server_and_status,
-    failed_requests,
     fewest_in_service,
     most_out_at_once,
     parse,
     rotation,
     since,
-    were_out,
 )
 
 LINES = Path(__file__).with_name("haproxy-2.6.log").read_text().splitlines()
@@ -81,10 +79,10 @@ def test_every_moment_of_rotation_is_the_one_that_haproxy_told(log: Log):
 
 def test_the_most_that_were_out_and_the_fewest_in_service_are_of_the_worst_moment(log: Log):
     assert (most_out_at_once(log), fewest_in_service(log)) == (4, 0)
-    assert were_out(log) == set(SERVERS)
+    assert were_out(rotation(log)) == set(SERVERS)
     calm = parse([line for line in LINES if "05:11:3" in line and "05:11:36" not in line and "05:11:37" not in line])
     assert (most_out_at_once(calm), fewest_in_service(calm)) == (2, 0)
-    assert were_out(calm) == {"web1", "web3"}
+    assert were_out(rotation(calm)) == {"web1", "web3"}
 
 
 def test_requests_are_counted_by_server_and_status(log: Log):

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 from harness.farm import Farm
+from harness.haproxy_reader import were_out
 from harness.process import Done
+
+from benchmarks.support.programs import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "deploy" / "demo"), str(REPOSITORY / "deploy" / "demo" / "webapp")]
@@ -25,7 +28,7 @@ import folder as webapp  # noqa: E402
 import haproxy_log  # noqa: E402
 from balancer import Balancer, haproxy  # noqa: E402
 from load import Load, Summary  # noqa: E402
-from programs import end_what_is_left, free_ports  # noqa: E402
+from programs import end_what_is_left  # noqa: E402
 
 MACHINES = ("web1", "web2", "web3", "web4", "web5")
 BOOT_SECONDS = {"web1": 0.9, "web2": 0.1, "web3": 0.1, "web4": 0.5, "web5": 0.0}
@@ -130,7 +133,7 @@ async def test_a_rolling_release_keeps_its_window_and_its_minimum_and_fails_no_r
         assert set(seen.versions) == {"1.0.0", "2.0.0"}
         assert haproxy_log.most_out_at_once(log) == 2, "40 % of five are two, and both places were used"
         assert haproxy_log.fewest_in_service(log) >= 3
-        assert haproxy_log.were_out(log) == set(MACHINES)
+        assert were_out(haproxy_log.rotation(log)) == set(MACHINES)
 
 
 async def test_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ async def test_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(
 
         assert done.code == 1
         assert (seen.failed, set(seen.versions)) == (0, {"1.0.0"})
-        assert haproxy_log.were_out(log) == {"web1"}, "the first machine fails, so no other is touched"
+        assert were_out(haproxy_log.rotation(log)) == {"web1"}, "the first machine fails, so no other is touched"
         out = shop.farm.do("rotation", "list", "--json").json["open"]
         assert [(bracket["machine"], bracket["label"]) for bracket in out] == [("web1", "2.0.0")]
 
@@ -157,6 +160,6 @@ async def test_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(
         done, seen, log = await shop.deploy_under_load("3.0.0", "--adopt")
         assert done.code == 0, done.out + done.err
         assert (seen.failed, set(seen.versions)) == (0, {"1.0.0", "3.0.0"})
-        assert haproxy_log.were_out(log) >= set(MACHINES) - {"web1"}
+        assert were_out(haproxy_log.rotation(log)) >= set(MACHINES) - {"web1"}
         assert set((await shop.balancer.statuses()).values()) == {"UP"}
         assert shop.farm.do("rotation", "list").out == "no machine is out\n"

@@ -7,10 +7,8 @@ import socket
 import threading
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from benchmarks.lines.network import PIECE, Bucket, CountingProxy, Line, ThreadedProxy
+from benchmarks.lines.network import BURST_SECONDS, PIECE, CountingProxy, Line, ThreadedProxy
 
 PAYLOAD = os.urandom(1 << 20)
 
@@ -57,12 +55,6 @@ async def send_and_read_all(port, payload):
     return answer
 
 
-async def ended(connection):
-    while not connection.ended:
-        await asyncio.sleep(0.001)
-    return connection.ended
-
-
 # --- what passes is what is counted
 
 
@@ -70,7 +62,6 @@ async def test_bytes_pass_unchanged_and_are_counted_exactly():
     async with proxied() as (proxy, _):
         assert await send_and_read_all(proxy.port, PAYLOAD) == PAYLOAD
         assert (proxy.counts.up, proxy.counts.down) == (len(PAYLOAD), len(PAYLOAD))
-        assert await ended(proxy.connections[0]) == "closed"
 
 
 async def test_each_connection_is_counted_and_the_sum_is_the_proxys():
@@ -78,7 +69,7 @@ async def test_each_connection_is_counted_and_the_sum_is_the_proxys():
         sizes = [1, 1000, 300_000]
         answers = await asyncio.gather(*(send_and_read_all(proxy.port, PAYLOAD[:size]) for size in sizes))
         assert [len(answer) for answer in answers] == sizes
-        assert sorted(connection.counts.up for connection in proxy.connections) == sizes
+        assert proxy.connections == len(sizes)
         assert proxy.counts.total == 2 * sum(sizes)
 
 
@@ -144,7 +135,6 @@ async def test_a_cut_resets_what_is_open_and_refuses_what_is_new():
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"hello"
         await proxy.cut()
-        assert proxy.connections[0].ended == "cut"
         with pytest.raises(ConnectionResetError):
             await reader.read()
         with pytest.raises(ConnectionRefusedError):
@@ -161,29 +151,6 @@ async def test_a_restored_line_is_the_same_address_and_carries_again():
         proxy.restore()
         assert proxy.port == port
         assert await send_and_read_all(port, b"again") == b"again"
-
-
-@pytest.mark.parametrize("line", [Line(), Line(rate=50e6, latency=0.003)])
-@pytest.mark.parametrize("total", [1, PIECE, 123_457])
-async def test_a_cut_at_a_byte_passes_exactly_the_bytes_before_it(line, total):
-    async with proxied(up=line) as (proxy, seen):
-        happened = proxy.cut_at(total, direction="up")
-        with pytest.raises(ConnectionError):
-            await send_and_read_all(proxy.port, PAYLOAD)
-        await happened
-        assert proxy.counts.up == total
-        # The reset may overtake what the server's kernel holds, so only what was never sent is certain.
-        assert PAYLOAD.startswith(bytes(seen))
-        assert len(seen) <= total
-        proxy.restore()
-        assert await send_and_read_all(proxy.port, b"again") == b"again"
-
-
-async def test_a_cut_at_a_byte_that_has_passed_already_is_a_mistake():
-    async with proxied() as (proxy, _):
-        await send_and_read_all(proxy.port, b"12345")
-        with pytest.raises(ValueError, match="too late"):
-            proxy.cut_at(5)
 
 
 async def test_a_paused_line_holds_everything_and_loses_nothing():
@@ -210,75 +177,44 @@ async def test_a_pause_holds_what_an_open_connection_sends():
         writer.close()
 
 
-async def test_a_line_to_nobody_is_reset():
+async def test_a_line_without_a_server_is_reset():
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     async with CountingProxy("127.0.0.1", port) as proxy:
         with pytest.raises(ConnectionError):
             await send_and_read_all(proxy.port, b"hello")
-        assert proxy.connections[0].ended == "reset"
 
 
 async def test_a_reset_by_one_side_reaches_the_other():
-    async with proxied() as (proxy, _):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    was_reset = asyncio.get_running_loop().create_future()
+
+    async def serve(reader, writer):
+        with contextlib.closing(writer):
+            try:
+                await reader.read()
+                was_reset.set_result(False)
+            except ConnectionResetError:
+                was_reset.set_result(True)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, CountingProxy("127.0.0.1", server.sockets[0].getsockname()[1]) as proxy:
+        _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         writer.write(b"x")
-        await reader.readexactly(1)
-        raw = writer.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await proxy.wait_for(1)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         writer.transport.abort()
-        assert await ended(proxy.connections[0]) == "reset"
+        assert await asyncio.wait_for(was_reset, 30)
 
 
 async def test_the_end_of_the_proxy_leaves_no_waiter_behind():
     async with proxied() as (proxy, _):
         waiting = asyncio.ensure_future(proxy.wait_for(1))
-        armed = proxy.cut_at(1)
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert armed.cancelled()
 
 
 # --- rates, by arithmetic
-
-
-@given(st.lists(st.integers(1, PIECE), min_size=1, max_size=200), st.floats(1e3, 1e9))
-def test_a_busy_bucket_passes_its_rate_and_not_more(sizes, rate):
-    bucket, now = Bucket(rate, slack=0.02, free_at=0.0), 0.0
-    for size in sizes:
-        bucket, seconds = bucket.take(now, size)
-        now += seconds
-    assert now == pytest.approx(sum(sizes) / rate)
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(1, PIECE)), min_size=1, max_size=100),
-    st.floats(1e3, 1e9),
-    st.floats(0, 0.1),
-)
-def test_in_no_span_passes_more_than_rate_and_slack(arrivals, rate, slack):
-    bucket, now, sent, start = Bucket(rate, slack), 0.0, 0, None
-    for pause, size in arrivals:
-        now += pause
-        start = now if start is None else start
-        bucket, seconds = bucket.take(now, size)
-        sent += size
-        assert sent <= rate * (now + seconds - start + slack) * (1 + 1e-9) + 1
-
-
-def test_a_late_timer_costs_no_throughput_within_the_slack():
-    bucket, now = Bucket(1000.0, slack=0.02, free_at=0.0), 0.0
-    for _ in range(100):
-        bucket, seconds = bucket.take(now, 100)
-        now += seconds + 0.01
-    assert bucket.free_at == pytest.approx(10.0)
-
-
-def test_connections_share_one_bucket():
-    first, _ = Bucket(1000.0, free_at=0.0).take(0.0, 500)
-    _, seconds = first.take(0.0, 500)
-    assert seconds == pytest.approx(1.0)
 
 
 def test_a_slow_line_is_cut_into_fine_pieces():
@@ -295,7 +231,7 @@ async def test_no_line_is_faster_than_its_rate(rate):
         start = loop.time()
         await send_and_read_all(proxy.port, PAYLOAD)
         # A lower bound by arithmetic, and no upper one: the machine may be slow.
-        assert loop.time() - start >= len(PAYLOAD) / rate - Bucket(rate).slack
+        assert loop.time() - start >= len(PAYLOAD) / rate - BURST_SECONDS
 
 
 async def test_a_line_can_be_shaped_while_it_carries():
@@ -366,9 +302,7 @@ def test_a_threaded_proxy_serves_a_caller_that_blocks(blocking_echo):
         proxy.shape(up=Line(rate=1e6))
         proxy.pause()
         proxy.resume()
-        happened = proxy.cut_at(13, direction="up")
         with socket.create_connection(("127.0.0.1", proxy.port)) as client:
             client.sendall(b"0123456789")
-            happened.result(timeout=30)
-        assert proxy.counts.up == 13
-        assert [connection.ended for connection in proxy.connections] == ["cut", "cut"]
+            proxy.wait_for(15, direction="up")
+        assert proxy.connections == 2

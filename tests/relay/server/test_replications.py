@@ -208,7 +208,8 @@ async def test_a_limit_holds_for_all_that_is_fetched_from_one_place(tmp_path: Pa
 async def test_a_cut_line_costs_what_was_in_flight(held: Held, source: Relay, relay: Relay) -> None:
     async with CountingProxy("127.0.0.1", source.port, down=Line(rate=6_000_000)) as line, relay.client() as client:
         following = asyncio.create_task(follow(client, held.request(f"http://127.0.0.1:{line.port}")))
-        await line.cut_at(PACKAGE_BYTES // 2, direction="down")
+        await line.wait_for(PACKAGE_BYTES // 2, direction="down")
+        await line.cut()
         assert not following.done()
         line.restore()
         assert (await following)[-1].state == "done"
@@ -220,7 +221,8 @@ async def test_a_source_that_stays_away_fails_it_and_what_came_is_kept(held: Hel
     async with relay.client() as client:
         async with CountingProxy("127.0.0.1", source.port, down=Line(rate=6_000_000)) as line:
             following = asyncio.create_task(follow(client, held.request(f"http://127.0.0.1:{line.port}")))
-            await line.cut_at(PACKAGE_BYTES // 2, direction="down")
+            await line.wait_for(PACKAGE_BYTES // 2, direction="down")
+            await line.cut()
             failed = (await following)[-1]
         assert (failed.state, failed.code) == ("failed", "busy")
         assert failed.bytes > PACKAGE_BYTES // 4
