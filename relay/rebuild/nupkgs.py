@@ -16,7 +16,7 @@ import tempfile
 from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import aiofiles
 import msgspec
@@ -40,6 +40,7 @@ from relay.rebuild.recipe_store import Recipes
 from relay.rebuild.zip_layout import verbatim_bytes
 from relay.stores.open import Store, parse_location
 from relay.stores.volume import translate
+from relay.support.together import Flights
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
@@ -64,15 +65,12 @@ class Nupkgs:
         self._parent = parent
         self._folder = _work_folder(store.location)
         self._checked: set[tuple[str, str]] = set()
-        self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._flights: Flights[tuple[str, str], None] = Flights()
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def close(self) -> None:
         """Stop what is being made. Twice is once."""
-        flights = tuple(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        await self._flights.close()
 
     async def ensure(self, manifest: Manifest) -> None:
         """Have the nupkg among the blobs, its SHA-512 checked. However many ask, it is made once.
@@ -82,14 +80,8 @@ class Nupkgs:
             UnreachableError: the parent, or our own medium, cannot serve now.
         """
         key = (manifest.nupkg.sha256, manifest.nupkg.sha512)
-        if key in self._checked and await self._store.blobs.has(key[0]):
-            return
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = asyncio.create_task(self._bring(manifest))
-            flight.add_done_callback(lambda done: self._land(key, done))
-        # Shielded: one reader that goes away must not take it from the others.
-        await asyncio.shield(flight)
+        if key not in self._checked or not await self._store.blobs.has(key[0]):
+            await self._flights.join(key, lambda: self._bring(manifest))
 
     async def read(self, manifest: Manifest) -> AsyncGenerator[bytes, None]:
         """The nupkg in pieces, the last one held back until all are known to be right. Raises as `ensure`, and
@@ -100,7 +92,7 @@ class Nupkgs:
             await self.ensure(manifest)
             begun = False
             try:
-                async with _closing(self._store.blobs.read(manifest.nupkg.sha256)) as pieces:
+                async with aclosing(self._store.blobs.read(manifest.nupkg.sha256)) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -153,7 +145,7 @@ class Nupkgs:
             pieces = self._store.blobs.read(sha256)
         else:
             pieces = self._cut_out(sha256, manifest)
-        async with _closing(pieces) as all_pieces:
+        async with aclosing(pieces) as all_pieces:
             async for piece in all_pieces:
                 yield piece
 
@@ -189,12 +181,6 @@ class Nupkgs:
         if len(self._checked) > _CHECKED_MAX:
             self._checked.clear()
         self._checked.add(key)
-
-    def _land(self, key: tuple[str, str], flight: asyncio.Task[None]) -> None:
-        self._flights.pop(key, None)
-        if not flight.cancelled():
-            # Every reader may be gone: the error was for them, and asyncio should not complain of it.
-            flight.exception()
 
     async def _is_right(self, manifest: Manifest) -> bool:
         """Whether the nupkg is here, and is what the manifest says."""
@@ -322,11 +308,6 @@ class Nupkgs:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def _closing(pieces: AsyncIterator[bytes]) -> aclosing[AsyncGenerator[bytes, None]]:
-    """What reads a blob is a generator, whatever the contract calls it."""
-    return aclosing(cast("AsyncGenerator[bytes, None]", pieces))
 
 
 def _not_exact(manifest: Manifest, lacks: ExactLacks) -> NotExactError:

@@ -26,6 +26,7 @@ from relay.errors import StoreError
 from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE, ChunkReader
 from relay.support.byte_budget import ByteBudget
+from relay.support.together import together
 
 KEPT_BYTES = 64 << 20
 """Bytes of finished payloads that are kept for the next reader."""
@@ -423,13 +424,7 @@ class Payloads:
             for at, id in left:
                 found[at] = (await self._source.get(id)).data
 
-        readers = [asyncio.create_task(read()) for _ in range(min(_READS, len(ids)))]
-        try:
-            await asyncio.gather(*readers)
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+        await together(read() for _ in range(min(_READS, len(ids))))
         return b"".join(found)
 
     def _finish(self, payload: _Payload, seconds: float) -> None:

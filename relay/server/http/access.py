@@ -138,6 +138,18 @@ def add(
     app[_ROUTES][app.router.add_route(method, path, handler)] = scope
 
 
+Routes = tuple[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]], Scope | str], ...]
+"""Method, path, handler and scope of each, as `add` takes them."""
+
+
+class Routed(Protocol):
+    """Handlers of one subject."""
+
+    def routes(self) -> Routes:
+        """Every route with the scope that it asks for."""
+        ...
+
+
 @dataclass(frozen=True)
 class RouteInfo:
     method: str
