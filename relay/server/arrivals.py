@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Self
 
 from relay.encoding.bundle import Places, Sink, Tap
@@ -170,39 +169,6 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
             size_of(run, known),
             size_of(bases, known),
         )
-        return _Adoption(payloads, spec, loop)
+        return Growing(payloads, spec, loop, metrics.PAYLOADS.labels("adopted").inc)
 
     return tap
-
-
-class _Adoption:
-    """Hands what a decoder tells in its thread to the loop, in order."""
-
-    def __init__(self, payloads: Payloads, spec: PayloadSpec, loop: asyncio.AbstractEventLoop) -> None:
-        self._payloads = payloads
-        self._spec = spec
-        self._loop = loop
-        self._growing: Growing | None = None
-        self._in_loop(self._begin)
-
-    def add(self, piece: bytes) -> None:
-        self._tell(lambda growing: growing.add(piece))
-
-    def finish(self) -> None:
-        self._tell(lambda growing: growing.finish())
-
-    def fail(self) -> None:
-        self._tell(lambda growing: growing.fail())
-
-    def _begin(self) -> None:
-        self._growing = self._payloads.adopt(self._spec)
-        if self._growing is not None:
-            metrics.PAYLOADS.labels("adopted").inc()
-
-    def _tell(self, what: Callable[[Growing], None]) -> None:
-        self._in_loop(lambda: None if self._growing is None else what(self._growing))
-
-    def _in_loop(self, what: Callable[[], None]) -> None:
-        # A loop that is closed has no readers any more.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(what)

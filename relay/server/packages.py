@@ -132,7 +132,7 @@ class Transfer:
         if recipe is not None:
             await self._recipes.take(manifest, recipe)
         unread = bool(document.recipe) and recipe is None
-        return messages.OfferAnswer(lease.id, messages.LEASE_SECONDS, await self._missing(manifest), unread)
+        return messages.OfferAnswer(lease, messages.LEASE_SECONDS, await self._missing(manifest), unread)
 
     async def missing(self, request: messages.MissingRequest) -> messages.MissingAnswer:
         """Which of the ranges are not here, and which manifests; with a lease, the others now stay.
@@ -168,7 +168,7 @@ class Transfer:
             StoreError: the medium failed.
         """
         lease = await self.leases.use(lease_id)
-        known = await self.catalog.manifests_of(lease.manifests)
+        known = await self.catalog.manifests_of(map(ManifestId, lease.manifests))
         incoming = metrics.Incoming(known, adopting(self.payloads, known))
         decoder = BundleDecoder(known.get, tap=incoming)
         outcome = _Outcome(incoming)
