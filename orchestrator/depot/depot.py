@@ -178,9 +178,8 @@ class Depot:
                 recipe = await find_recipe(path, manifest, Encoders(1), progress)
                 tried: tuple[str, ...] = ("zlib",)
             else:
-                async with self._engines.use() as encoders:
-                    recipe = await find_recipe(path, manifest, encoders, progress)
-                    tried = encoders.names()
+                encoders = await self._engines.open()
+                recipe, tried = await find_recipe(path, manifest, encoders, progress), encoders.names()
         except OSError as error:
             raise translate(error, f"read the nupkg of {manifest.package}") from error
         await self.recipes.keep(manifest, recipe, tried)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal, Protocol
@@ -28,7 +28,7 @@ from relay.errors import ChunkInvalid, FrameError
 from relay.package import ranges as rg
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, ManifestId
-from relay.package.manifest import Manifest
+from relay.package.manifest import ChunkEntry, Manifest
 
 MAGIC = b"WAYBNDL1"
 HEADER_MAX = 1 << 20
@@ -273,18 +273,10 @@ Tap = Callable[[Places, Places, Encoding], Sink | None]
 """Asked with (run, bases, encoding) when a run begins: who wants its payload as it came?"""
 
 
-def _no_sink(run: Places, bases: Places, encoding: Encoding) -> Sink | None:  # noqa: ARG001 - nobody wants it
-    return None
-
-
 def _encoding(name: str) -> Encoding:
     if name not in ENCODINGS:
         raise FrameError(f"encoding {name[:20]!r}: expected one of {', '.join(ENCODINGS)}")
     return name
-
-
-def _anything(manifest: ManifestId, index: int) -> bool:  # noqa: ARG001 - a receiver that takes every chunk it can name
-    return True
 
 
 class BundleDecoder:
@@ -294,17 +286,14 @@ class BundleDecoder:
     whoever sends it.
     """
 
-    def __init__(self, resolve: Resolve, wanted: Wanted = _anything, tap: Tap = _no_sink) -> None:
+    def __init__(self, resolve: Resolve, wanted: Wanted = lambda *_: True, tap: Tap = lambda *_: None) -> None:
         self._resolve = resolve
         self._wanted = wanted
         self._tap = tap
-        self._buffer = bytearray()
-        self._need = len(MAGIC)
-        self._step: Callable[[bytes], Iterable[Event]] = self._on_magic
+        self._unread = memoryview(b"")
+        """Of what was fed last."""
+        self._events = self._read()
         self._run: _RunDecoder | None = None
-        self._payload_left = 0
-        self._more = False
-        """Whether the payload of the run goes on in the next frame."""
         self._frames = 0
         self._headers = hashlib.sha256()
         self._named: set[tuple[ManifestId, int]] = set()
@@ -318,10 +307,13 @@ class BundleDecoder:
         Raises:
             FrameError: they break the format, for good. What was found before comes before it.
         """
+        self._unread = memoryview(data)
         batch: list[Event] = []
         size = 0
         try:
-            for event in self._decode(memoryview(data)):
+            for event in self._events:
+                if event is None:
+                    break
                 batch.append(event)
                 size += event.chunk.size if isinstance(event, Received) else 0
                 if size >= BATCH_BYTES or isinstance(event, NeedsBases):
@@ -334,34 +326,6 @@ class BundleDecoder:
             yield batch
         if self._broken is not None:
             raise self._broken
-
-    def _decode(self, view: memoryview) -> Iterator[Event]:
-        if self._broken is not None:
-            raise self._broken
-        while view:
-            if self.ended:
-                raise FrameError("bytes after the end of the bundle")
-            if self._run is not None and self._payload_left:
-                taken = min(len(view), self._payload_left)
-                self._payload_left -= taken
-                yield from self._run.feed(view[:taken])
-                view = view[taken:]
-                if not self._payload_left:
-                    yield from self._end_stretch(self._run)
-                continue
-            taken = min(len(view), self._need - len(self._buffer))
-            self._buffer += view[:taken]
-            view = view[taken:]
-            if len(self._buffer) == self._need:
-                complete = bytes(self._buffer)
-                self._buffer.clear()
-                yield from self._step(complete)
-
-    def _end_stretch(self, run: _RunDecoder) -> Iterator[Event]:
-        run.end_stretch()
-        if not self._more:
-            yield from run.finish()
-            self._run = None
 
     def finish(self) -> None:
         """The body is over.
@@ -379,66 +343,59 @@ class BundleDecoder:
             self._run.abandon(FrameError("the bundle was cut off in a run"))
             self._run = None
 
-    def _on_magic(self, data: bytes) -> Iterable[Event]:
-        if data != MAGIC:
-            raise FrameError(f"not a bundle: it starts with {data!r}")
-        self._expect(_LENGTH.size, self._on_length)
-        return ()
+    # --- the format, top down: what is read yields None where it has to wait for more bytes
 
-    def _on_length(self, data: bytes) -> Iterable[Event]:
-        (length,) = _LENGTH.unpack(data)
-        if not 0 < length <= HEADER_MAX:
-            raise FrameError(f"frame header of {length} bytes: expected 1 to {HEADER_MAX}")
-        self._expect(length, self._on_header)
-        return ()
+    def _read(self) -> Iterator[Event | None]:
+        magic = yield from self._take(len(MAGIC))
+        if magic != MAGIC:
+            raise FrameError(f"not a bundle: it starts with {magic!r}")
+        while not self.ended:
+            match (yield from self._read_header()):
+                case Data() as header:
+                    yield from self._read_run(header)
+                case More():
+                    raise FrameError("the middle of a payload without its beginning")
+                case Missing() as header:
+                    yield self._not_sent(header)
+                case Failed() as header:
+                    yield Aborted(header.code[:100])
+                case End() as header:
+                    yield self._end(header)
+        while not self._unread:
+            yield None
+        raise FrameError("bytes after the end of the bundle")
 
-    def _on_header(self, packed: bytes) -> Iterable[Event]:
-        try:
-            header = _header_decoder.decode(packed)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise FrameError(f"unreadable frame header: {error}") from error
-        self._expect(_LENGTH.size, self._on_length)
-        if self._run is not None and not isinstance(header, More | Failed):
-            raise FrameError("another frame in the middle of a payload")
-        if isinstance(header, End):
-            return self._on_end(header)
-        self._frames += 1
-        self._headers.update(packed)
-        if isinstance(header, Data):
-            return self._on_data(header)
-        if isinstance(header, More):
-            self._on_more(header)
-            return ()
-        if isinstance(header, Missing):
-            return self._on_missing(header)
-        return self._on_failed(header)
-
-    def _on_failed(self, header: Failed) -> Iterator[Event]:
-        if self._run is not None:
-            yield from self._run.abandon(CutShortError("its sender could not go on"))
-            self._run = None
-            self._more = False
-        yield Aborted(header.code[:100])
-
-    def _on_missing(self, header: Missing) -> Iterable[Event]:
-        run = tuple(self._walk(header.run))
-        if not run:
-            raise FrameError("a missing frame with an empty run")
-        return (NotSent(run, header.reason),)
-
-    def _on_data(self, header: Data) -> Iterator[Event]:
+    def _read_run(self, header: Data) -> Iterator[Event | None]:
         encoding = _encoding(header.encoding)
         targets, size = [], 0
         for manifest, index in self._walk(header.run):
             entry = self._manifest(manifest).chunks[index]
-            targets.append(_Target(manifest, index, ChunkId(entry.id), entry.size))
+            targets.append((manifest, index, entry))
             size += entry.size
             if size > RUN_MAX:
                 raise FrameError(f"a run of more than {RUN_MAX} bytes")
         if not targets:
             raise FrameError("a data frame with an empty run")
         self._run = run = _RunDecoder(targets, size)
-        self._begin_stretch(run, header)
+        run.begin_stretch(header)
+        yield from self._begin_run(run, header, encoding, size)
+        yield from self._read_payload(run, header.length)
+        more = header.more
+        while more:
+            following = yield from self._read_header()
+            if isinstance(following, Failed):
+                yield from run.abandon(CutShortError("its sender could not go on"))
+                yield Aborted(following.code[:100])
+                break
+            if not isinstance(following, More):
+                raise FrameError("another frame in the middle of a payload")
+            run.begin_stretch(following)
+            yield from self._read_payload(run, following.length)
+            more = following.more
+        yield from run.finish()
+        self._run = None
+
+    def _begin_run(self, run: _RunDecoder, header: Data, encoding: Encoding, size: int) -> Iterator[Event]:
         bases, base_size = self._bases(header, size)
         base: bytes | bytearray = b""
         if bases:
@@ -455,16 +412,53 @@ class BundleDecoder:
             base = answer
         run.begin(decoder_for(encoding, size, base), self._tap(run.places, bases, encoding))
 
-    def _on_more(self, header: More) -> None:
-        if self._run is None:
-            raise FrameError("the middle of a payload without its beginning")
-        self._begin_stretch(self._run, header)
+    def _read_payload(self, run: _RunDecoder, left: int) -> Iterator[Event | None]:
+        while left:
+            if not self._unread:
+                yield None
+            piece, self._unread = self._unread[:left], self._unread[left:]
+            left -= len(piece)
+            yield from run.feed(piece)
+        run.end_stretch()
 
-    def _begin_stretch(self, run: _RunDecoder, header: Data | More) -> None:
-        if not 0 < header.length <= PAYLOAD_MAX:
-            raise FrameError(f"payload of {header.length} bytes: expected 1 to {PAYLOAD_MAX}")
-        run.begin_stretch(header)
-        self._payload_left, self._more = header.length, header.more
+    def _read_header(self) -> Generator[None, None, Header]:
+        (length,) = _LENGTH.unpack((yield from self._take(_LENGTH.size)))
+        if not 0 < length <= HEADER_MAX:
+            raise FrameError(f"frame header of {length} bytes: expected 1 to {HEADER_MAX}")
+        packed = yield from self._take(length)
+        try:
+            header = _header_decoder.decode(packed)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise FrameError(f"unreadable frame header: {error}") from error
+        if not isinstance(header, End):
+            self._frames += 1
+            self._headers.update(packed)
+        return header
+
+    def _take(self, size: int) -> Generator[None, None, bytes]:
+        """Just so many bytes."""
+        taken = bytearray()
+        while len(taken) < size:
+            if not self._unread:
+                yield None
+            left = size - len(taken)
+            taken += self._unread[:left]
+            self._unread = self._unread[left:]
+        return bytes(taken)
+
+    # --- what headers say
+
+    def _not_sent(self, header: Missing) -> NotSent:
+        run = tuple(self._walk(header.run))
+        if not run:
+            raise FrameError("a missing frame with an empty run")
+        return NotSent(run, header.reason)
+
+    def _end(self, header: End) -> Whole:
+        if header.frames != self._frames or header.sha256 != self._headers.digest():
+            raise FrameError("the end frame does not match the frames before it")
+        self.ended = True
+        return Whole(self._frames)
 
     def _bases(self, header: Data, size: int) -> tuple[Places, int]:
         """The bases of a run of `size` bytes, and their bytes."""
@@ -486,12 +480,6 @@ class BundleDecoder:
         if not bases:
             raise FrameError(f"encoding {header.encoding} without bases")
         return tuple(bases), base_size
-
-    def _on_end(self, header: End) -> Iterable[Event]:
-        if header.frames != self._frames or header.sha256 != self._headers.digest():
-            raise FrameError("the end frame does not match the frames before it")
-        self.ended = True
-        return (Whole(self._frames),)
 
     def _walk(self, run: tuple[Span, ...]) -> Iterator[tuple[ManifestId, int]]:
         for span in run:
@@ -520,22 +508,11 @@ class BundleDecoder:
             raise FrameError(f"a frame speaks of manifest {id[:16]}…, which is not known here")
         return manifest
 
-    def _expect(self, need: int, step: Callable[[bytes], Iterable[Event]]) -> None:
-        self._need, self._step = need, step
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    manifest: ManifestId
-    index: int
-    id: ChunkId
-    size: int
-
 
 class _RunDecoder:
     """Decodes one payload as it comes. Each chunk is handed out, verified, with its last byte."""
 
-    def __init__(self, targets: list[_Target], size: int) -> None:
+    def __init__(self, targets: Iterable[tuple[ManifestId, int, ChunkEntry]], size: int) -> None:
         self._decoder: Decoder | None = None
         self._sink: Sink | None = None
         self._targets = deque(targets)
@@ -553,13 +530,15 @@ class _RunDecoder:
     @property
     def places(self) -> Places:
         """The chunks that are still to come."""
-        return tuple((target.manifest, target.index) for target in self._targets)
+        return tuple((manifest, index) for manifest, index, _ in self._targets)
 
     def begin(self, decoder: Decoder, sink: Sink | None) -> None:
         self._decoder, self._sink = decoder, sink
 
     def begin_stretch(self, header: Data | More) -> None:
-        """Raises `FrameError`: the payload is longer than its run can need."""
+        """Raises `FrameError`: the payload is empty, or longer than its run can need."""
+        if not 0 < header.length <= PAYLOAD_MAX:
+            raise FrameError(f"payload of {header.length} bytes: expected 1 to {PAYLOAD_MAX}")
         self._announced += header.length
         if self._announced > self._payload_max:
             raise FrameError(f"payload of {self._announced} bytes for a run of {self._size}")
@@ -610,17 +589,17 @@ class _RunDecoder:
     def _take(self, data: memoryview) -> Iterator[Event]:
         """Raises `ChunkInvalid`: a chunk has other bytes than its name says."""
         while data:
-            target = self._targets[0]
-            taken = min(len(data), target.size - self._pending.tell())
+            manifest, index, entry = self._targets[0]
+            taken = min(len(data), entry.size - self._pending.tell())
             self._pending.write(data[:taken])
             data = data[taken:]
-            if self._pending.tell() < target.size:
+            if self._pending.tell() < entry.size:
                 return
             # Its buffer becomes the chunk, without a copy.
             pending, self._pending = self._pending, BytesIO()
-            chunk = Chunk(target.id, pending.getvalue())
+            chunk = Chunk(ChunkId(entry.id), pending.getvalue())
             self._targets.popleft()
-            yield Received(target.manifest, target.index, chunk, self._fed - self._told)
+            yield Received(manifest, index, chunk, self._fed - self._told)
             self._told = self._fed
 
 

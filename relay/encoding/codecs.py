@@ -116,7 +116,7 @@ def _compress(run: bytes, base: bytes, level: int) -> Iterator[bytes]:
             zstd.CompressionParameter.enable_long_distance_matching: 1,
             zstd.CompressionParameter.window_log: window_log(len(run) + len(base)),
         },
-        zstd_dict=prefix.as_prefix if prefix else None,
+        zstd_dict=prefix,
     )
     if level <= AT_ONCE and prefix is None:
         yield compressor.compress(run, zstd.ZstdCompressor.FLUSH_FRAME)

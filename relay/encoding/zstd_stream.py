@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from relay.errors import FrameError
-from relay.support.zstd import zstd
+from relay.support.zstd import prefix, zstd
 
 WINDOW_LOG_MIN: Final = 17
 """The least zstd window that every receiver grants, as a power of two."""
@@ -22,9 +22,9 @@ def window_log(size: int) -> int:
     return max(WINDOW_LOG_MIN, min(WINDOW_LOG_MAX, max(size - 1, 1).bit_length()))
 
 
-def prefix_of(base: bytes | bytearray) -> zstd.ZstdDict | None:
-    """What makes zstd refer to `base` as if it stood before the content; None where that is too short to be of use."""
-    return zstd.ZstdDict(base, is_raw=True) if len(base) >= _PREFIX_MIN else None
+def prefix_of(base: bytes | bytearray) -> Any:  # noqa: ANN401 - the library's type for it is private
+    """As `prefix`; None where `base` is too short to be of use."""
+    return prefix(base) if len(base) >= _PREFIX_MIN else None
 
 
 class Inflater:
@@ -39,9 +39,8 @@ class Inflater:
             base: what the frame takes as its prefix.
             what: names the frame in errors.
         """
-        prefix = prefix_of(base)
         self._zstd = zstd.ZstdDecompressor(
-            zstd_dict=prefix.as_prefix if prefix else None,
+            zstd_dict=prefix_of(base),
             options={zstd.DecompressionParameter.window_log_max: window},
         )
         self._left = size

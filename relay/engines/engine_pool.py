@@ -1,12 +1,10 @@
-"""The encoders of a relay or depot: opened when they are needed first, closed when nobody needed them for a while."""
+"""The encoders of a relay or depot: opened when they are needed first, and anew where an engine came meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Final
 
 from relay.engines.encoders import ENGINE_MAX, ORDER, Encoders, EnginePin, engine_part, find_engines
@@ -16,18 +14,10 @@ from relay.package.part_reader import parts_of_chunks
 from relay.stores.catalog import Catalog
 from relay.stores.contract import ChunkReader
 
-IDLE_SECONDS: Final = 60.0
-"""Encoders are closed when nobody used them for so long. Also the age from which on they are opened anew for an encoder
-that they lack: its engine may have been installed, or replicated, meanwhile.
+LOOK_AGAIN_SECONDS: Final = 60.0
+"""Age from which on encoders are opened anew for one that they lack: its engine may have been installed, or replicated,
+meanwhile.
 """
-
-
-@dataclass(slots=True)
-class _Opened:
-    encoders: Encoders
-    since: float
-    users: int = 0
-    expiry: asyncio.TimerHandle | None = None
 
 
 class Engines:
@@ -53,23 +43,23 @@ class Engines:
         self._pins = tuple(pins)
         self._catalog = catalog
         self._chunks = chunks
-        self._opened: _Opened | None = None
+        self._encoders: Encoders | None = None
+        self._since = 0.0
         self._opening = asyncio.Lock()
-        self._closing: set[asyncio.Task[None]] = set()
 
-    @asynccontextmanager
-    async def use(self, needed: Iterable[str] = ()) -> AsyncIterator[Encoders]:
+    async def open(self, needed: Iterable[str] = ()) -> Encoders:
         """The encoders that are here; whether all that are `needed` are among them is the caller's to see."""
-        opened = await self._open(frozenset(needed))
-        opened.users += 1
-        if opened.expiry is not None:
-            opened.expiry.cancel()
-        try:
-            yield opened.encoders
-        finally:
-            opened.users -= 1
-            if not opened.users:
-                self._rest(opened)
+        async with self._opening:
+            before = self._encoders
+            is_old = time.monotonic() - self._since > LOOK_AGAIN_SECONDS
+            if before is not None and not (is_old and set(needed).difference(before.names())):
+                return before
+            encoders = self._encoders = await Encoders.open(await self._libraries(), pins=self._pins)
+            self._since = time.monotonic()
+            if before is not None:
+                # Work that is under way goes on: its processes end when they are idle.
+                await before.close()
+            return encoders
 
     async def installed(self) -> frozenset[str]:
         """The encoders that should be here; none of them has proved itself yet."""
@@ -78,40 +68,8 @@ class Engines:
 
     async def close(self) -> None:
         """End all processes. Twice is once."""
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            if opened.expiry is not None:
-                opened.expiry.cancel()
-            await opened.encoders.close()
-        while self._closing:
-            await asyncio.wait(self._closing)
-
-    async def _open(self, needed: frozenset[str]) -> _Opened:
-        async with self._opening:
-            opened = self._opened
-            lacks = opened is not None and bool(needed - set(opened.encoders.names()))
-            if opened is not None and not (lacks and time.monotonic() - opened.since > IDLE_SECONDS):
-                return opened
-            fresh = await Encoders.open(await self._libraries(), pins=self._pins)
-            self._opened = _Opened(fresh, time.monotonic())
-            if opened is not None and not opened.users:
-                self._rest(opened)
-            return self._opened
-
-    def _rest(self, opened: _Opened) -> None:
-        if opened is self._opened:
-            opened.expiry = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire, opened)
-            return
-        if opened.expiry is not None:
-            opened.expiry.cancel()
-        task = asyncio.get_running_loop().create_task(opened.encoders.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
-    def _expire(self, opened: _Opened) -> None:
-        if opened is self._opened and not opened.users:
-            self._opened = None
-            self._rest(opened)
+        if self._encoders is not None:
+            await self._encoders.close()
 
     async def _libraries(self) -> list[str | bytes]:
         return [*self._sources, *[library async for library in self._in_packages()]]

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
-from weakref import WeakValueDictionary
 
 from relay.errors import StoreError
 from relay.mail.letter_database import DamagedError, LetterDatabase, put_aside
 from relay.mail.letters import Box, Letter, MailLimits, Numbered
 from relay.protocol import messages
+from relay.support.together import News
 
 KEPT_SECONDS = 24 * 3600.0
 """How long a letter is kept after it came; at least, because old letters are looked for now and then."""
@@ -73,8 +73,8 @@ class Mail:
         # In memory there is one connection, and so one thread. Else those who read wait for no commit.
         self._writing = ThreadPoolExecutor(1, "mail-write")
         self._reading = ThreadPoolExecutor(1, "mail-read") if folder else self._writing
-        # Weak: an event that has no waiter is forgotten by itself.
-        self._news: WeakValueDictionary[Box, asyncio.Event] = WeakValueDictionary()
+        self.news: News[Box] = News()
+        """Tells of boxes with something new in them."""
 
     @property
     def epoch(self) -> str:
@@ -160,19 +160,9 @@ class Mail:
                 continue
             if not waiting.answer.done():
                 waiting.answer.set_result(messages.TakenAnswer(len(fresh), len(waiting.letters) - len(fresh)))
-            for box in {(letter.kind, letter.box) for letter in fresh}:
-                event = self._news.pop(box, None)
-                if event is not None:
-                    event.set()
+            self.news.tell({(letter.kind, letter.box) for letter in fresh})
 
     # --- reading
-
-    def news(self, box: Box) -> asyncio.Event:
-        """Set as soon as something new is in `box`. Take it first, then read, then wait."""
-        event = self._news.get(box)
-        if event is None:
-            event = self._news[box] = asyncio.Event()
-        return event
 
     async def read(self, box: Box, after: messages.Cursor | None) -> list[Numbered]:
         """Letters of `box` after the cursor, oldest first: as many as fit into one answer.

@@ -164,15 +164,6 @@ class NuGetVersion:
         """`normalized` with its metadata."""
         return f"{self.normalized}+{self.metadata}" if self.metadata else self.normalized
 
-    @property
-    def is_prerelease(self) -> bool:
-        return bool(self.labels)
-
-    @property
-    def is_semver2(self) -> bool:
-        """Whether clients that know only SemVer 1 must not see it: several labels, or metadata."""
-        return len(self.labels) > 1 or bool(self.metadata)
-
     def __eq__(self, other: object) -> bool:
         return self._key == other._key if isinstance(other, NuGetVersion) else NotImplemented
 

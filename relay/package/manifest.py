@@ -26,7 +26,7 @@ from relay.package.identity import (
 )
 from relay.package.zip_reader import Entry, check_paths
 from relay.support.json_bounds import JsonTooDeepError, check_depth
-from relay.support.zstd import zstd
+from relay.support.zstd import FrameFault, inflate, prefix, zstd
 
 MANIFEST_MAX = 16 << 20
 """Bytes of canonical JSON."""
@@ -35,6 +35,8 @@ DEPTH_MAX = 16
 PARTS_MAX = 100_000
 PACKAGE_MAX = 4 << 30
 """Bytes of the tree stream, and of the nupkg."""
+
+_WINDOW_LOG_MAX = 25
 
 _Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _Size = Annotated[int, Meta(ge=0, le=PACKAGE_MAX)]
@@ -96,21 +98,10 @@ class Manifest:
 
     def __init__(self, body: ManifestBody, canonical: bytes) -> None:
         self.body = body
+        self.chunks, self.parts, self.nupkg = body.chunks, body.parts, body.nupkg
         self.canonical = canonical
         self.id: ManifestId = manifest_id(canonical)
         self.package = PackageRef(PackageId.parse(body.package.id), NuGetVersion.parse(body.package.version))
-
-    @property
-    def chunks(self) -> tuple[ChunkEntry, ...]:
-        return self.body.chunks
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.body.parts
-
-    @property
-    def nupkg(self) -> NupkgDigests:
-        return self.body.nupkg
 
     def chunk_id(self, index: int) -> ChunkId:
         return ChunkId(self.body.chunks[index].id)
@@ -234,37 +225,32 @@ def parse(canonical: bytes) -> Manifest:
     return manifest
 
 
+def _demand(is_so: bool, fault: str) -> None:  # noqa: FBT001 - it reads as a sentence
+    if not is_so:
+        raise ManifestError(fault)
+
+
 def _check(manifest: Manifest) -> None:
-    body = manifest.body
-    if str(manifest.package.version.normalized) != body.package.version:
-        raise ManifestError(f"version {body.package.version!r} is not normalised")
-    if len(body.parts) > PARTS_MAX:
-        raise ManifestError(f"{len(body.parts)} parts: expected at most {PARTS_MAX}")
-    if manifest.stream_size > PACKAGE_MAX:
-        raise ManifestError(f"{manifest.stream_size} bytes of parts: expected at most {PACKAGE_MAX}")
-    if sum(entry.size for entry in body.chunks) != manifest.stream_size:
-        raise ManifestError("chunks and parts do not cover the same stream")
+    body, size = manifest.body, manifest.stream_size
+    _demand(
+        manifest.package.version.normalized == body.package.version,
+        f"version {body.package.version!r} is not normalised",
+    )
+    _demand(len(body.parts) <= PARTS_MAX, f"{len(body.parts)} parts: expected at most {PARTS_MAX}")
+    _demand(size <= PACKAGE_MAX, f"{size} bytes of parts: expected at most {PACKAGE_MAX}")
+    _demand(sum(entry.size for entry in body.chunks) == size, "chunks and parts do not cover the same stream")
     keys = [chunking.stream_key(part.path) for part in body.parts]
-    if any(before >= after for before, after in pairwise(keys)):
-        raise ManifestError("parts are not in stream order, or one is named twice")
+    is_ordered = all(before < after for before, after in pairwise(keys))
+    _demand(is_ordered, "parts are not in stream order, or one is named twice")
     check_paths([part.path for part in body.parts])
-    if manifest.tree_size != manifest.stream_size and manifest.tree_size not in manifest.chunk_at:
-        raise ManifestError("a chunk holds both files of the tree and parts of the container")
-    sizes: dict[str, int] = {}
-    for entry in body.chunks:
-        if sizes.setdefault(entry.id, entry.size) != entry.size:
-            raise ManifestError("one chunk has two sizes")
-    _check_part_digests(manifest)
-
-
-def _check_part_digests(manifest: Manifest) -> None:
+    is_parted = manifest.tree_size == size or manifest.tree_size in manifest.chunk_at
+    _demand(is_parted, "a chunk holds both files of the tree and parts of the container")
+    _demand(len(set(body.chunks)) == len({entry.id for entry in body.chunks}), "one chunk has two sizes")
     for start, part in zip(manifest.part_starts, manifest.parts, strict=True):
         index = manifest.chunk_at.get(start)
         is_one_chunk = part.size > 0 and index is not None and manifest.chunks[index].size == part.size
-        if is_one_chunk and part.sha256 is not None:
-            raise ManifestError("a part that is one chunk repeats its digest")
-        if not is_one_chunk and part.sha256 is None:
-            raise ManifestError("a part that is not one chunk has no digest")
+        _demand(not is_one_chunk or part.sha256 is None, "a part that is one chunk repeats its digest")
+        _demand(is_one_chunk or part.sha256 is not None, "a part that is not one chunk has no digest")
 
 
 class ManifestBuilder:
@@ -322,12 +308,12 @@ def parse_named(canonical: bytes, expected: str) -> Manifest:
 
 def to_wire(canonical: bytes, base: bytes | None = None) -> bytes:
     """The manifest as one zstd frame; with `base` (another manifest's canonical bytes) as prefix, what both say vanishes."""
-    level = 19 if len(canonical) <= _SMALL else 9
+    size = len(canonical) + len(base or b"")
     options: dict[int, int] = {
-        zstd.CompressionParameter.compression_level: level,
-        zstd.CompressionParameter.window_log: _window_log(len(canonical) + len(base or b"")),
+        zstd.CompressionParameter.compression_level: 19 if len(canonical) <= 1 << 20 else 9,
+        zstd.CompressionParameter.window_log: max(17, min(_WINDOW_LOG_MAX, max(size - 1, 1).bit_length())),
     }
-    return zstd.compress(canonical, options=options, zstd_dict=_prefix(base))
+    return zstd.compress(canonical, options=options, zstd_dict=prefix(base))
 
 
 def from_wire(data: bytes, base: bytes | None = None) -> bytes:
@@ -336,28 +322,7 @@ def from_wire(data: bytes, base: bytes | None = None) -> bytes:
     Raises:
         ManifestError: not one whole zstd frame within the bounds, or another base than it was made with.
     """
-    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
-    decoder = zstd.ZstdDecompressor(zstd_dict=_prefix(base), options=options)
     try:
-        canonical = decoder.decompress(data, max_length=MANIFEST_MAX + 1)
-        while not decoder.eof and not decoder.needs_input and len(canonical) <= MANIFEST_MAX:
-            canonical += decoder.decompress(b"", max_length=MANIFEST_MAX + 1 - len(canonical))
-    except (zstd.ZstdError, MemoryError) as error:
-        raise ManifestError(f"a manifest that does not decompress: {error}") from error
-    if len(canonical) > MANIFEST_MAX:
-        raise ManifestError(f"a manifest of more than {MANIFEST_MAX} bytes")
-    if not decoder.eof or decoder.unused_data:
-        raise ManifestError("a manifest that is cut off, or followed by other bytes")
-    return canonical
-
-
-_SMALL = 1 << 20
-_WINDOW_LOG_MAX = 25
-
-
-def _window_log(size: int) -> int:
-    return max(17, min(_WINDOW_LOG_MAX, max(size - 1, 1).bit_length()))
-
-
-def _prefix(base: bytes | None) -> Any:  # noqa: ANN401 - the library's type for it is private
-    return None if not base else zstd.ZstdDict(base, is_raw=True).as_prefix
+        return inflate(data, MANIFEST_MAX, window_log=_WINDOW_LOG_MAX, base=base)
+    except FrameFault as fault:
+        raise ManifestError(f"a manifest {fault}") from fault

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain, repeat
-from typing import Annotated, Final, Literal, NamedTuple, NoReturn
+from typing import Annotated, Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -217,16 +217,13 @@ def parse_recipe(data: bytes, manifest: Manifest) -> Recipe:
     Raises:
         RecipeError: it is not.
     """
-    if len(data) > RECIPE_MAX:
-        _refuse(f"{len(data)} bytes, more than {RECIPE_MAX}")
+    _demand(len(data) <= RECIPE_MAX, f"{len(data)} bytes, more than {RECIPE_MAX}")
     try:
         recipe = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"not a recipe: {error}") from error
-    if recipe.format != FORMAT:
-        _refuse(f"format {recipe.format}, this version understands format {FORMAT}")
-    if encode_recipe(recipe) != data:
-        _refuse("not in canonical form")
+    _demand(recipe.format == FORMAT, f"format {recipe.format}, this version understands format {FORMAT}")
+    _demand(encode_recipe(recipe) == data, "not in canonical form")
     _check(recipe, manifest)
     return recipe
 
@@ -248,14 +245,14 @@ def from_wire(data: bytes, base: bytes | None = None) -> bytes:
         raise RecipeError(f"a recipe that does not decompress: {error}") from error
 
 
-def _refuse(fault: str) -> NoReturn:
-    raise RecipeError(f"refused recipe: {fault}")
+def _demand(is_so: bool, fault: str) -> None:  # noqa: FBT001 - it reads as a sentence
+    if not is_so:
+        raise RecipeError(f"refused recipe: {fault}")
 
 
 def _check(recipe: Recipe, manifest: Manifest) -> None:
     if isinstance(recipe.records, Opaque):
-        if recipe != opaque(manifest):
-            _refuse("an opaque one that does not name just the nupkg")
+        _demand(recipe == opaque(manifest), "an opaque one that does not name just the nupkg")
         return
     _check_order(recipe, len(manifest.parts))
     _check_uses(recipe, manifest)
@@ -264,11 +261,11 @@ def _check(recipe: Recipe, manifest: Manifest) -> None:
     else:
         lengths = recipe.records.lengths
         spare = len(recipe.records.records)
-        if len(lengths) != len(manifest.parts) + 1 or sum(lengths) != spare:
-            _refuse("the records' lengths do not cover them")
+        _demand(
+            len(lengths) == len(manifest.parts) + 1 and sum(lengths) == spare, "the records' lengths do not cover them"
+        )
     total = spare + sum(use.compressed for use in recipe.uses)
-    if total != manifest.nupkg.size:
-        _refuse(f"it makes {total} bytes, the nupkg has {manifest.nupkg.size}")
+    _demand(total == manifest.nupkg.size, f"it makes {total} bytes, the nupkg has {manifest.nupkg.size}")
 
 
 def _covers(runs: Iterable[tuple[int, int]], count: int) -> bool:
@@ -276,49 +273,55 @@ def _covers(runs: Iterable[tuple[int, int]], count: int) -> bool:
 
 
 def _check_order(recipe: Recipe, count: int) -> None:
-    if not _covers(recipe.order, count) or not _covers(recipe.used, count):
-        _refuse(f"columns that do not have {count} values")
-    if sorted(accumulate(values(recipe.order))) != list(range(1, count + 1)):
-        _refuse("an order that does not name each part once")
+    _demand(_covers(recipe.order, count) and _covers(recipe.used, count), f"columns that do not have {count} values")
+    _demand(
+        sorted(accumulate(values(recipe.order))) == list(range(1, count + 1)),
+        "an order that does not name each part once",
+    )
 
 
 def _check_uses(recipe: Recipe, manifest: Manifest) -> None:
     for use in recipe.uses:
-        if (use.feeding == "") != (use.encoder in {STORED_AS_IS, VERBATIM}):
-            _refuse(f"{use.encoder!r} with the feeding {use.feeding!r}")
+        _demand(
+            (use.feeding == "") == (use.encoder in {STORED_AS_IS, VERBATIM}),
+            f"{use.encoder!r} with the feeding {use.feeding!r}",
+        )
     ways = [(use.encoder, use.feeding) for use in recipe.uses]
-    if len(set(ways)) != len(ways) or {used for used, _ in recipe.used} != set(range(len(ways))):
-        _refuse("ways that are named twice, not used, or not there")
+    _demand(
+        len(set(ways)) == len(ways) and {used for used, _ in recipe.used} == set(range(len(ways))),
+        "ways that are named twice, not used, or not there",
+    )
     totals = {use.encoder: use.compressed for use in recipe.uses}
     verbatim = sum(count for used, count in recipe.used if recipe.uses[used].encoder == VERBATIM)
     blob = recipe.verbatim or Blob(bytes(32), ())
-    if (recipe.verbatim is None) != (VERBATIM not in totals) or len(blob.sizes) != verbatim:
-        _refuse("the blob does not hold the verbatim parts")
-    if blob.size != totals.get(VERBATIM, 0):
-        _refuse("the blob has another size than the verbatim parts")
+    _demand(
+        (recipe.verbatim is None) == (VERBATIM not in totals) and len(blob.sizes) == verbatim,
+        "the blob does not hold the verbatim parts",
+    )
+    _demand(blob.size == totals.get(VERBATIM, 0), "the blob has another size than the verbatim parts")
     held = sum(manifest.parts[step.part].size for step in steps(recipe, manifest) if step.encoder == STORED_AS_IS)
-    if held != totals.get(STORED_AS_IS, 0):
-        _refuse("stored parts with another size than the manifest's")
+    _demand(held == totals.get(STORED_AS_IS, 0), "stored parts with another size than the manifest's")
 
 
 def _check_canonical(records: Canonical, recipe: Recipe, manifest: Manifest) -> int:
     """How many bytes the records have."""
     count = len(manifest.parts)
-    if not all(_covers(runs, count) for runs in (records.times, records.made_by, records.attributes)):
-        _refuse(f"records that do not have {count} values")
-    if not fits_canonical(manifest):
-        _refuse("more than records without zip64 can say")
-    if not all(0 <= time <= MAX32 for time in accumulate(value for value, _ in records.times)):
-        _refuse("a time that is none")
+    _demand(
+        all(_covers(runs, count) for runs in (records.times, records.made_by, records.attributes)),
+        f"records that do not have {count} values",
+    )
+    _demand(fits_canonical(manifest), "more than records without zip64 can say")
+    _demand(all(0 <= time <= MAX32 for time in accumulate(value for value, _ in records.times)), "a time that is none")
     places = [place for place, _ in records.names]
-    if places != sorted(set(places)) or (places and places[-1] >= count):
-        _refuse("names that are not one for each of some parts, in order")
+    _demand(
+        places == sorted(set(places)) and (not places or places[-1] < count),
+        "names that are not one for each of some parts, in order",
+    )
     size, names = END.size, dict(records.names)
     for place, part in enumerate(_parts_in_order(recipe, manifest)):
         path = manifest.parts[part].path
         name = names.get(place)
-        if name is not None and not _is_other_name(name, path):
-            _refuse(f"a name that is not that of {path[:100]!r}")
+        _demand(name is None or _is_other_name(name, path), f"a name that is not that of {path[:100]!r}")
         size += LOCAL.size + CENTRAL.size + 2 * len(name or canonical_name(path))
     return size
 

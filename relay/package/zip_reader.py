@@ -110,11 +110,15 @@ def _refuse(rule: str, detail: str, member: str = "") -> NoReturn:
     raise ArchiveError(rule, detail, member=member)
 
 
+def _demand(is_so: bool, rule: str, detail: str, member: str = "") -> None:  # noqa: FBT001 - it reads as a sentence
+    if not is_so:
+        _refuse(rule, detail, member)
+
+
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     data = file.read(size)
-    if len(data) != size:
-        _refuse("truncated", f"the file ends inside a record at byte {offset}")
+    _demand(len(data) == size, "truncated", f"the file ends inside a record at byte {offset}")
     return data
 
 
@@ -139,8 +143,7 @@ def walk(file: BinaryIO, limits: WalkLimits = DEFAULT_LIMITS) -> tuple[Entry, ..
             descriptor, encryption, flags, method, ratio, name, link, folder, duplicate, collision, nuspec.
     """
     file_size = file.seek(0, os.SEEK_END)
-    if file_size > limits.package:
-        _refuse("size", f"the file has {file_size} bytes, more than {limits.package}")
+    _demand(file_size <= limits.package, "size", f"the file has {file_size} bytes, more than {limits.package}")
     directory = _find_directory(file, file_size)
     members = _read_directory(file, directory, limits)
     _check_sizes(members, limits)
@@ -163,8 +166,7 @@ def root_nuspec(entries: Iterable[Entry]) -> Entry:
         ArchiveError: rule nuspec, there is none or more than one.
     """
     found = [entry for entry in entries if is_root_nuspec(entry.path)]
-    if len(found) != 1:
-        _refuse("nuspec", f"expected one .nuspec at the root, found {len(found)}")
+    _demand(len(found) == 1, "nuspec", f"expected one .nuspec at the root, found {len(found)}")
     return found[0]
 
 
@@ -194,21 +196,20 @@ def _find_directory(file: BinaryIO, file_size: int) -> Directory:
     tail_size = min(file_size, END.size + MAX16)
     tail = _read(file, file_size - tail_size, tail_size)
     at = tail.rfind(END_MARK)
-    if at < 0 or len(tail) - at < END.size:
-        _refuse("end", "not a zip file: no end record")
+    _demand(0 <= at <= len(tail) - END.size, "end", "not a zip file: no end record")
     _, disk, directory_disk, here, count, size, offset, comment = END.unpack_from(tail, at)
-    if at + END.size + comment != len(tail):
-        _refuse("end", "bytes after the end record, or a comment that holds another one")
+    _demand(
+        at + END.size + comment == len(tail), "end", "bytes after the end record, or a comment that holds another one"
+    )
     end = file_size - tail_size + at
     directory = Directory(offset, size, count)
     if end >= LOCATOR.size:
         locator = LOCATOR.unpack(_read(file, end - LOCATOR.size, LOCATOR.size))
         if locator[0] == LOCATOR_MARK:
             directory, end = _find_directory64(file, locator, directory, end - LOCATOR.size)
-    if disk or directory_disk or (here != count):
-        _refuse("disks", "an archive of several disks")
-    if directory.offset + directory.size != end:
-        _refuse("gap", "the central directory does not end where the end record begins")
+    _demand(not disk and not directory_disk and here == count, "disks", "an archive of several disks")
+    ends_there = directory.offset + directory.size == end
+    _demand(ends_there, "gap", "the central directory does not end where the end record begins")
     return directory
 
 
@@ -217,60 +218,53 @@ def _find_directory64(
 ) -> tuple[Directory, int]:
     """The zip64 end record, which must lie right before its locator and say the same where the short one says it."""
     _, locator_disk, at, disks = locator
-    if locator_disk or disks > 1:
-        _refuse("disks", "an archive of several disks")
-    if at + END64.size != end:
-        _refuse("zip64", "the zip64 end record is not where its locator says")
+    _demand(not locator_disk and disks <= 1, "disks", "an archive of several disks")
+    _demand(at + END64.size == end, "zip64", "the zip64 end record is not where its locator says")
     mark, length, _, _, disk, directory_disk, here, count, size, offset = END64.unpack(_read(file, at, END64.size))
-    if mark != END64_MARK or length != END64.size - 12:
-        _refuse("zip64", "the zip64 end record is damaged")
-    if disk or directory_disk or here != count:
-        _refuse("disks", "an archive of several disks")
+    _demand((mark, length) == (END64_MARK, END64.size - 12), "zip64", "the zip64 end record is damaged")
+    _demand(not disk and not directory_disk and here == count, "disks", "an archive of several disks")
     said = zip(short, (offset, size, count), (MAX32, MAX32, MAX16), strict=True)
-    if any(value not in {real, sentinel} for value, real, sentinel in said):
-        _refuse("zip64", "the two end records disagree")
+    _demand(all(value in {real, sentinel} for value, real, sentinel in said), "zip64", "the two end records disagree")
     return Directory(offset, size, count), at
 
 
 def _read_directory(file: BinaryIO, directory: Directory, limits: WalkLimits) -> list[_Central]:
     """All central records, sorted by where their local records lie."""
-    if directory.entries > limits.parts:
-        _refuse("count", f"{directory.entries} entries, more than {limits.parts}")
-    if directory.size > limits.directory:
-        _refuse("size", f"a central directory of {directory.size} bytes, more than {limits.directory}")
+    _demand(directory.entries <= limits.parts, "count", f"{directory.entries} entries, more than {limits.parts}")
+    _demand(
+        directory.size <= limits.directory,
+        "size",
+        f"a central directory of {directory.size} bytes, more than {limits.directory}",
+    )
     data = _read(file, directory.offset, directory.size)
     members: list[_Central] = []
     at = 0
     while at < len(data):
-        if len(members) == directory.entries:
-            _refuse("count", "the central directory has more than the end record says")
+        _demand(len(members) < directory.entries, "count", "the central directory has more than the end record says")
         member, at = _read_central(data, at)
         members.append(member)
-    if len(members) != directory.entries:
-        _refuse("count", f"the end record says {directory.entries} entries, the central directory has {len(members)}")
+    told = f"the end record says {directory.entries} entries, the central directory has {len(members)}"
+    _demand(len(members) == directory.entries, "count", told)
     return sorted(members, key=lambda member: member.offset)
 
 
 def _read_central(data: bytes, at: int) -> tuple[_Central, int]:
     """The record at `at` and where the next one starts."""
-    if len(data) - at < CENTRAL.size:
-        _refuse("directory", "the central directory ends inside a record")
+    _demand(len(data) - at >= CENTRAL.size, "directory", "the central directory ends inside a record")
     fields = CENTRAL.unpack_from(data, at)
     mark, made_by, _, flags, method, _, _, crc, compressed, size, name_size, extra_size, comment_size = fields[:13]
     disk, _, attributes, offset = fields[13:]
     name_end = at + CENTRAL.size + name_size
     extra_end = name_end + extra_size
     end = extra_end + comment_size
-    if mark != CENTRAL_MARK or end > len(data):
-        _refuse("directory", "a damaged record in the central directory")
+    _demand(mark == CENTRAL_MARK and end <= len(data), "directory", "a damaged record in the central directory")
     raw_name = data[at + CENTRAL.size : name_end]
     name = _decode_name(raw_name)
     extra = _read_extra(data[name_end:extra_end], raw_name, name)
     size, compressed, offset, disk = _widen(
         extra, ((size, MAX32), (compressed, MAX32), (offset, MAX32), (disk, MAX16)), name
     )
-    if disk:
-        _refuse("disks", "an archive of several disks", name)
+    _demand(not disk, "disks", "an archive of several disks", name)
     _check_form(flags, method, size, compressed, name)
     return _Central(raw_name, name, made_by, flags, method, crc, compressed, size, attributes, offset), end
 
@@ -285,8 +279,7 @@ def _decode_name(raw: bytes) -> str:
 
 def _read_extra(extra: bytes, raw_name: bytes, name: str) -> bytes:
     """The zip64 field's bytes, or none. Other fields are passed over, unless one gives the entry another name."""
-    if len(extra) > EXTRA_MAX:
-        _refuse("directory", f"extra fields of more than {EXTRA_MAX} bytes", name)
+    _demand(len(extra) <= EXTRA_MAX, "directory", f"extra fields of more than {EXTRA_MAX} bytes", name)
     found: dict[int, bytes] = {}
     at = 0
     while len(extra) - at >= 4:
@@ -297,10 +290,9 @@ def _read_extra(extra: bytes, raw_name: bytes, name: str) -> bytes:
             _refuse("directory", "a damaged extra field, or one that stands twice", name)
         found[kind] = field
     # Some writers pad with fewer than four zero bytes.
-    if any(extra[at:]):
-        _refuse("directory", "a damaged extra field", name)
-    if found.get(UNICODE_PATH_EXTRA, bytes(5) + raw_name)[5:] != raw_name:
-        _refuse("name", "an extra field gives another name", name)
+    _demand(not any(extra[at:]), "directory", "a damaged extra field", name)
+    other_name = found.get(UNICODE_PATH_EXTRA, bytes(5) + raw_name)[5:]
+    _demand(other_name == raw_name, "name", "an extra field gives another name", name)
     return found.get(ZIP64_EXTRA, b"")
 
 
@@ -329,26 +321,21 @@ def _widen(zip64: bytes, fields: tuple[tuple[int, int], ...], name: str) -> list
 
 
 def _check_form(flags: int, method: int, size: int, compressed: int, name: str) -> None:
-    if flags & ENCRYPTED_FLAGS:
-        _refuse("encryption", "an encrypted entry", name)
-    if flags & ~KNOWN_FLAGS:
-        _refuse("flags", f"unknown flags {flags:#06x}", name)
-    if method not in {STORED, DEFLATED}:
-        _refuse("method", f"compression method {method} is neither stored nor deflate", name)
-    if method == STORED and size != compressed:
-        _refuse("disagree", "a stored entry with two sizes", name)
+    _demand(not flags & ENCRYPTED_FLAGS, "encryption", "an encrypted entry", name)
+    _demand(not flags & ~KNOWN_FLAGS, "flags", f"unknown flags {flags:#06x}", name)
+    _demand(method in {STORED, DEFLATED}, "method", f"compression method {method} is neither stored nor deflate", name)
+    _demand(method == DEFLATED or size == compressed, "disagree", "a stored entry with two sizes", name)
 
 
 def _check_sizes(members: list[_Central], limits: WalkLimits) -> None:
     """The sizes are only said here, but `read_part` holds every part to them."""
     total = sum(member.size for member in members)
-    if total > limits.package:
-        _refuse("size", f"inflates to {total} bytes, more than {limits.package}")
+    _demand(total <= limits.package, "size", f"inflates to {total} bytes, more than {limits.package}")
     for member in members:
         if _is_bomb(member.size, member.compressed_size, limits.ratio_part, limits):
             _refuse("ratio", f"inflates to more than {limits.ratio_part} times its bytes", member.name)
-    if _is_bomb(total, sum(member.compressed_size for member in members), limits.ratio_total, limits):
-        _refuse("ratio", f"all parts inflate to more than {limits.ratio_total} times their bytes")
+    is_bomb = _is_bomb(total, sum(member.compressed_size for member in members), limits.ratio_total, limits)
+    _demand(not is_bomb, "ratio", f"all parts inflate to more than {limits.ratio_total} times their bytes")
 
 
 def _is_bomb(size: int, compressed: int, ratio: int, limits: WalkLimits) -> bool:
@@ -358,8 +345,7 @@ def _is_bomb(size: int, compressed: int, ratio: int, limits: WalkLimits) -> bool
 def _data_offsets(file: BinaryIO, members: list[_Central], directory_offset: int) -> list[int]:
     """Where each member's bytes start, after checking that local records follow one another from 0 without a gap."""
     starts = [member.offset for member in members] + [directory_offset]
-    if starts[0]:
-        _refuse("gap", "bytes before the first record")
+    _demand(starts[0] == 0, "gap", "bytes before the first record")
     if starts != sorted(starts):
         _refuse("overlap", "an entry behind the central directory", members[-1].name)
     return [_check_local(file, member, end) for member, end in zip(members, starts[1:], strict=True)]
@@ -367,19 +353,20 @@ def _data_offsets(file: BinaryIO, members: list[_Central], directory_offset: int
 
 def _check_local(file: BinaryIO, member: _Central, end: int) -> int:
     """Compare the local record with the central one, and its span with `end`; answer where the data starts."""
-    if member.offset + LOCAL.size > end:
-        _refuse("overlap", "two entries share bytes", member.name)
+    _demand(member.offset + LOCAL.size <= end, "overlap", "two entries share bytes", member.name)
     fields = LOCAL.unpack(_read(file, member.offset, LOCAL.size))
     mark, _, flags, method, _, _, crc, compressed, size, name_size, extra_size = fields
-    if mark != LOCAL_MARK:
-        _refuse("disagree", "no local record where the central directory says", member.name)
+    _demand(mark == LOCAL_MARK, "disagree", "no local record where the central directory says", member.name)
     data_offset: int = member.offset + LOCAL.size + name_size + extra_size
     data_end = data_offset + member.compressed_size
-    if data_end > end:
-        _refuse("overlap", "two entries share bytes", member.name)
+    _demand(data_end <= end, "overlap", "two entries share bytes", member.name)
     rest = _read(file, member.offset + LOCAL.size, name_size + extra_size)
-    if (rest[:name_size], flags, method) != (member.raw_name, member.flags, member.method):
-        _refuse("disagree", "the local record has another name, method or flags", member.name)
+    _demand(
+        (rest[:name_size], flags, method) == (member.raw_name, member.flags, member.method),
+        "disagree",
+        "the local record has another name, method or flags",
+        member.name,
+    )
     zip64 = _read_extra(rest[name_size:], member.raw_name, member.name)
     streamed = bool(flags & DESCRIPTOR_FLAG)
     if streamed and zip64[:16] == bytes(16) and {size, compressed} <= {0, MAX32}:
@@ -401,8 +388,8 @@ def _check_descriptor(found: bytes, expected: tuple[int, int, int], name: str) -
     """Sizes of 32 or 64 bits, with the signature or without: the four forms differ in length."""
     short = struct.pack("<3L", *expected) if max(expected) <= MAX32 else b""
     long = struct.pack("<L2Q", *expected)
-    if found not in {form for plain in (short, long) if plain for form in (plain, DESCRIPTOR_MARK + plain)}:
-        _refuse("descriptor", "what follows the data is not its descriptor", name)
+    forms = {form for plain in (short, long) if plain for form in (plain, DESCRIPTOR_MARK + plain)}
+    _demand(found in forms, "descriptor", "what follows the data is not its descriptor", name)
 
 
 def _entry(member: _Central, path: str, data_offset: int) -> Entry:
@@ -478,13 +465,12 @@ def _component_fault(component: str, limits: WalkLimits) -> str:
 def _check_kind(member: _Central, *, folder: bool) -> None:
     """Files and empty folder entries only. The Unix type is looked at whoever wrote it: some readers trust it so."""
     kind = stat.S_IFMT(member.attributes >> 16)
-    if kind not in {0, stat.S_IFREG, stat.S_IFDIR} or member.attributes & REPARSE_POINT:
-        _refuse("link", "a link, a device or another special file", member.name)
+    is_plain = kind in {0, stat.S_IFREG, stat.S_IFDIR} and not member.attributes & REPARSE_POINT
+    _demand(is_plain, "link", "a link, a device or another special file", member.name)
     marked = kind == stat.S_IFDIR or bool(member.attributes & DOS_FOLDER)
     if folder and (member.size or member.compressed_size or kind == stat.S_IFREG):
         _refuse("folder", "a folder that carries data or is marked as a file", member.name)
-    if marked and not folder:
-        _refuse("folder", "a file that is marked as a folder", member.name)
+    _demand(folder or not marked, "folder", "a file that is marked as a folder", member.name)
 
 
 def check_collisions(paths: list[str]) -> None:
@@ -527,14 +513,11 @@ def read_part(file: BinaryIO, entry: Entry, piece: int = 256 << 10) -> Iterator[
     size = crc = 0
     for data in inflated:
         size += len(data)
-        if size > entry.size:
-            _refuse("size", f"holds more than the {entry.size} bytes it says", entry.path)
+        _demand(size <= entry.size, "size", f"holds more than the {entry.size} bytes it says", entry.path)
         crc = zlib.crc32(data, crc)
         yield data
-    if size != entry.size:
-        _refuse("size", f"holds {size} bytes and says {entry.size}", entry.path)
-    if crc != entry.crc32:
-        _refuse("crc", "the bytes do not have the checksum they say", entry.path)
+    _demand(size == entry.size, "size", f"holds {size} bytes and says {entry.size}", entry.path)
+    _demand(crc == entry.crc32, "crc", "the bytes do not have the checksum they say", entry.path)
 
 
 def _raw(file: BinaryIO, entry: Entry, piece: int) -> Iterator[bytes]:
@@ -548,8 +531,7 @@ def _raw(file: BinaryIO, entry: Entry, piece: int) -> Iterator[bytes]:
 def _inflate(file: BinaryIO, entry: Entry, piece: int) -> Iterator[bytes]:
     engine = zlib.decompressobj(-zlib.MAX_WBITS)
     for data in _raw(file, entry, piece):
-        if engine.eof:
-            _refuse("trailing", "bytes after the end of the deflate data", entry.path)
+        _demand(not engine.eof, "trailing", "bytes after the end of the deflate data", entry.path)
         waiting, output = data, b"more"
         # A full piece of output may leave more inside of zlib, also when it has taken all of its input.
         while not engine.eof and (waiting or len(output) == piece):
@@ -560,7 +542,5 @@ def _inflate(file: BinaryIO, entry: Entry, piece: int) -> Iterator[bytes]:
             waiting = engine.unconsumed_tail
             if output:
                 yield output
-        if engine.unused_data:
-            _refuse("trailing", "bytes after the end of the deflate data", entry.path)
-    if not engine.eof:
-        _refuse("inflate", "the deflate data has no end", entry.path)
+        _demand(not engine.unused_data, "trailing", "bytes after the end of the deflate data", entry.path)
+    _demand(engine.eof, "inflate", "the deflate data has no end", entry.path)

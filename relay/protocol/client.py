@@ -24,7 +24,7 @@ from relay.package.recipe import Recipe, encode_recipe, from_wire, parse_recipe,
 from relay.protocol import messages
 from relay.protocol.connection import Connection, MissingChunksError, Request
 from relay.protocol.packed_envelope import pack_envelope
-from relay.support.incompressible import noise
+from relay.support.incompressible import noise_pieces
 from relay.support.persistence import Persistence
 
 _UNTIL_READY = Persistence(first_pause=0.2, longest_pause=2.0, spread=0.5)
@@ -71,14 +71,9 @@ class RelayClient(Connection):
 
     async def measure_up(self, size: int) -> float:
         """Send `size` bytes that do not compress; the seconds until the relay said that it has them. Not retried."""
-
-        async def body() -> AsyncIterator[bytes]:
-            for piece in noise(size):
-                yield piece
-
         began = time.perf_counter()
         request = Request("PUT", messages.LINE, content_type="application/octet-stream")
-        answer = await self.upload(request, body(), messages.LineAnswer)
+        answer = await self.upload(request, noise_pieces(size), messages.LineAnswer)
         if answer.bytes != size:
             raise UntrustedError(f"{self.url} says that {answer.bytes} bytes came where {size} were sent")
         return time.perf_counter() - began

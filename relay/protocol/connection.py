@@ -83,7 +83,7 @@ class TokenRefusedError(RefusedError):
 
 
 class MissingChunksError(ConflictError):
-    """A publish came too early: these ranges are not at the relay yet."""
+    """A publish came too early: these ranges are not at the relay yet. Told by a relay, and so by its client."""
 
     def __init__(self, missing: Ranges) -> None:
         super().__init__("the relay still lacks chunks of this package")

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from relay.encoding.bundle import Span
 from relay.package.identity import ManifestId
 from relay.package.ranges import Ranges
 from relay.trust.envelopes import ENVELOPE_MAX
@@ -113,9 +112,6 @@ class ChunkRanges(Body, frozen=True):
 
     manifest: _Hex
     ranges: _Pairs
-
-    def span(self) -> Span:
-        return Span(bytes.fromhex(self.manifest), self.ranges)
 
 
 class Document(Body, frozen=True):

@@ -9,13 +9,13 @@ very envelope that was put in, and is verified as such by those who have a key.
 from __future__ import annotations
 
 import base64
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from relay.errors import SignatureError
 from relay.package.manifest import Manifest
-from relay.support.zstd import zstd
+from relay.support.zstd import FrameFault, inflate, prefix, zstd
 from relay.trust.envelopes import ENVELOPE_MAX, STATEMENT_PAYLOAD, PackageStatement, package_payload
 
 _WINDOW_LOG: Final = 18
@@ -29,7 +29,7 @@ def pack_envelope(envelope: bytes, manifest: Manifest) -> bytes:
         zstd.CompressionParameter.window_log: _WINDOW_LOG,
         zstd.CompressionParameter.content_size_flag: 0,
     }
-    return zstd.compress(envelope, options=options, zstd_dict=_expected(manifest))
+    return zstd.compress(envelope, options=options, zstd_dict=prefix(_expected(manifest)))
 
 
 def unpack_envelope(packed: bytes, manifest: Manifest) -> bytes:
@@ -38,20 +38,13 @@ def unpack_envelope(packed: bytes, manifest: Manifest) -> bytes:
     Raises:
         SignatureError: not one whole zstd frame within the bounds.
     """
-    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
-    decoder = zstd.ZstdDecompressor(zstd_dict=_expected(manifest), options=options)
     try:
-        envelope = decoder.decompress(packed, max_length=ENVELOPE_MAX + 1)
-    except (zstd.ZstdError, MemoryError) as error:
-        raise SignatureError(f"an envelope that does not decompress: {error}") from error
-    if len(envelope) > ENVELOPE_MAX:
-        raise SignatureError(f"an envelope of more than {ENVELOPE_MAX} bytes")
-    if not decoder.eof or decoder.unused_data:
-        raise SignatureError("an envelope that is cut off, or followed by other bytes")
-    return envelope
+        return inflate(packed, ENVELOPE_MAX, window_log=_WINDOW_LOG, base=_expected(manifest))
+    except FrameFault as fault:
+        raise SignatureError(f"an envelope {fault}") from fault
 
 
-def _expected(manifest: Manifest) -> Any:  # noqa: ANN401 - the library's type for it is private
+def _expected(manifest: Manifest) -> bytes:
     """The envelope that this manifest would have, but for key and signature."""
     statement = PackageStatement(
         id=str(manifest.package.id),
@@ -64,4 +57,4 @@ def _expected(manifest: Manifest) -> Any:  # noqa: ANN401 - the library's type f
         "payloadType": STATEMENT_PAYLOAD,
         "signatures": [{"keyid": "", "sig": ""}],
     }
-    return zstd.ZstdDict(msgspec.json.encode(body), is_raw=True).as_prefix
+    return msgspec.json.encode(body)

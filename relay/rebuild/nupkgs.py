@@ -14,9 +14,9 @@ import os
 import secrets
 import tempfile
 from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Final
 
 import aiofiles
 import msgspec
@@ -39,7 +39,8 @@ from relay.rebuild.rebuilder import RebuildError, rebuild
 from relay.rebuild.recipe_store import Recipes
 from relay.rebuild.zip_layout import verbatim_bytes
 from relay.stores.open import Store, parse_location
-from relay.stores.volume import translate
+from relay.stores.volume import translated
+from relay.support.together import Flights
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
@@ -64,15 +65,12 @@ class Nupkgs:
         self._parent = parent
         self._folder = _work_folder(store.location)
         self._checked: set[tuple[str, str]] = set()
-        self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._flights: Flights[tuple[str, str], None] = Flights()
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def close(self) -> None:
         """Stop what is being made. Twice is once."""
-        flights = tuple(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        await self._flights.close()
 
     async def ensure(self, manifest: Manifest) -> None:
         """Have the nupkg among the blobs, its SHA-512 checked. However many ask, it is made once.
@@ -82,14 +80,8 @@ class Nupkgs:
             UnreachableError: the parent, or our own medium, cannot serve now.
         """
         key = (manifest.nupkg.sha256, manifest.nupkg.sha512)
-        if key in self._checked and await self._store.blobs.has(key[0]):
-            return
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = asyncio.create_task(self._bring(manifest))
-            flight.add_done_callback(lambda done: self._land(key, done))
-        # Shielded: one reader that goes away must not take it from the others.
-        await asyncio.shield(flight)
+        if key not in self._checked or not await self._store.blobs.has(key[0]):
+            await self._flights.join(key, lambda: self._bring(manifest))
 
     async def read(self, manifest: Manifest) -> AsyncGenerator[bytes, None]:
         """The nupkg in pieces, the last one held back until all are known to be right. Raises as `ensure`, and
@@ -100,7 +92,7 @@ class Nupkgs:
             await self.ensure(manifest)
             begun = False
             try:
-                async with _closing(self._store.blobs.read(manifest.nupkg.sha256)) as pieces:
+                async with aclosing(self._store.blobs.read(manifest.nupkg.sha256)) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -117,10 +109,8 @@ class Nupkgs:
         """Bytes of a blob that belongs to this package: its nupkg, or what its recipe names; None for any other."""
         if sha256 == manifest.nupkg.sha256:
             return manifest.nupkg.size
-        recipe = await self.recipes.find(manifest)
-        if recipe is None or recipe.verbatim is None or recipe.verbatim.id != sha256:
-            return None
-        return recipe.verbatim.size
+        blob = await self._verbatim(manifest)
+        return blob.size if blob is not None and blob.id == sha256 else None
 
     async def take_blob(self, sha256: str, size: int, pieces: AsyncIterator[bytes]) -> None:
         """Keep a blob of `size` bytes. Raises `UntrustedError`, `ChunkInvalid`, `StoreError`, and what `pieces` raises."""
@@ -129,18 +119,21 @@ class Nupkgs:
 
     async def lacks_blob(self, manifest: Manifest) -> bool:
         """Whether the kept recipe names verbatim bytes that are not here, not even in the nupkg."""
+        blob = await self._verbatim(manifest)
+        names = [] if blob is None else [manifest.nupkg.sha256, blob.id]
+        return bool(names) and not any([await self._store.blobs.has(name) for name in names])
+
+    async def _verbatim(self, manifest: Manifest) -> Blob | None:
         recipe = await self.recipes.find(manifest)
-        if recipe is None or recipe.verbatim is None or await self._store.blobs.has(manifest.nupkg.sha256):
-            return False
-        return not await self._store.blobs.has(recipe.verbatim.id)
+        return None if recipe is None else recipe.verbatim
 
     async def lacking_encoders(self, manifest: Manifest) -> tuple[str, ...]:
         """The encoders that the kept recipe names and this side has not; none where the nupkg is here."""
         recipe = await self.recipes.find(manifest)
         if recipe is None or not recipe.encoders or await self._store.blobs.has(manifest.nupkg.sha256):
             return ()
-        async with self._engines.use(recipe.encoders) as encoders:
-            return tuple(sorted(recipe.encoders - set(encoders.names())))
+        encoders = await self._engines.open(recipe.encoders)
+        return tuple(sorted(recipe.encoders - set(encoders.names())))
 
     async def blob(self, sha256: str, manifest: Manifest | None = None) -> AsyncGenerator[bytes, None]:
         """A blob in pieces: as it is kept, or cut out of the nupkg of `manifest`, whose recipe names it.
@@ -153,7 +146,7 @@ class Nupkgs:
             pieces = self._store.blobs.read(sha256)
         else:
             pieces = self._cut_out(sha256, manifest)
-        async with _closing(pieces) as all_pieces:
+        async with aclosing(pieces) as all_pieces:
             async for piece in all_pieces:
                 yield piece
 
@@ -182,19 +175,11 @@ class Nupkgs:
         key = (manifest.nupkg.sha256, manifest.nupkg.sha512)
         async with self._turns:
             if not await self._is_right(manifest):
-                try:
+                with translated(f"make a nupkg in {self._folder}"):
                     await self._make(manifest)
-                except OSError as error:
-                    raise translate(error, f"make a nupkg in {self._folder}") from error
         if len(self._checked) > _CHECKED_MAX:
             self._checked.clear()
         self._checked.add(key)
-
-    def _land(self, key: tuple[str, str], flight: asyncio.Task[None]) -> None:
-        self._flights.pop(key, None)
-        if not flight.cancelled():
-            # Every reader may be gone: the error was for them, and asyncio should not complain of it.
-            flight.exception()
 
     async def _is_right(self, manifest: Manifest) -> bool:
         """Whether the nupkg is here, and is what the manifest says."""
@@ -208,7 +193,7 @@ class Nupkgs:
 
     async def _make(self, manifest: Manifest) -> None:
         recipe = await self.recipes.find(manifest)
-        async with self._opened_parent() as parent:
+        async with nullcontext() if self._parent is None else self._parent() as parent:
             if recipe is None and parent is not None:
                 recipe = await _recipe_of(parent, manifest)
                 if recipe is not None:
@@ -228,50 +213,33 @@ class Nupkgs:
             return ExactLacks(recipe=True)
         if isinstance(recipe.records, Opaque):
             return ExactLacks(verbatim_bytes=manifest.nupkg.size)
-        async with self._engines.use(recipe.encoders) as encoders:
-            lacks = ExactLacks(encoders=tuple(sorted(recipe.encoders - set(encoders.names()))))
-            blob = recipe.verbatim
-            # Without an encoder the bytes are no use: the parent is asked for the whole file, not for them first.
-            if blob is not None and not await self._has_verbatim(manifest, blob, None if lacks.encoders else parent):
-                lacks = msgspec.structs.replace(lacks, verbatim_bytes=blob.size)
-            if lacks != ExactLacks():
-                return lacks
-            verbatim = None if recipe.verbatim is None else self._store.blobs.read(recipe.verbatim.id)
-            output = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
-            read = parts_of_chunks(manifest, lambda index: self._store.chunks.get(manifest.chunk_id(index)))
-            try:
+        encoders, blob = await self._engines.open(recipe.encoders), recipe.verbatim
+        lacks = ExactLacks(encoders=tuple(sorted(recipe.encoders - set(encoders.names()))))
+        # Without an encoder the bytes are no use: the parent is asked for the whole file, not for them first.
+        if blob is not None and not await self._has_verbatim(manifest, blob, None if lacks.encoders else parent):
+            lacks = msgspec.structs.replace(lacks, verbatim_bytes=blob.size)
+        if lacks != ExactLacks():
+            return lacks
+        verbatim = None if blob is None else self._store.blobs.read(blob.id)
+        read = parts_of_chunks(manifest, lambda index: self._store.chunks.get(manifest.chunk_id(index)))
+        try:
+            with self._new_path() as output:
                 await rebuild(manifest, recipe, read, verbatim, encoders, output)
                 await self._store.blobs.put_file(manifest.nupkg.sha256, output)
-            except RebuildError as error:
-                log.warning("the recipe of %s lies, it is forgotten: %s", manifest.package, error)
-                await self.recipes.forget(manifest.nupkg.sha256)
-                return ExactLacks(recipe=True)
-            except (ChunkInvalid, ChunkMissing) as error:
-                return await self._damaged(manifest, recipe, error)
-            except EncoderDiedError as error:
-                log.warning("no nupkg of %s: %s", manifest.package, error)
+        except RebuildError as error:
+            log.warning("the recipe of %s lies, it is forgotten: %s", manifest.package, error)
+            await self.recipes.forget(manifest.nupkg.sha256)
+            return ExactLacks(recipe=True)
+        except (ChunkInvalid, ChunkMissing, EncoderDiedError) as error:
+            log.warning("no nupkg of %s: %s", manifest.package, error)
+            if isinstance(error, EncoderDiedError):
                 return ExactLacks(encoders=tuple(sorted(recipe.encoders)))
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(output)
+            is_verbatim = blob is not None and error.id == blob.id
+            return ExactLacks(verbatim_bytes=blob.size) if blob and is_verbatim else ExactLacks(chunks=True)
         self.rebuilt += 1
         return None
 
-    async def _damaged(self, manifest: Manifest, recipe: Recipe, error: ChunkInvalid | ChunkMissing) -> ExactLacks:
-        log.warning("no nupkg of %s: %s", manifest.package, error)
-        if recipe.verbatim is not None and error.id == recipe.verbatim.id:
-            return ExactLacks(verbatim_bytes=recipe.verbatim.size)
-        return ExactLacks(chunks=True)
-
     # --- the parent
-
-    @asynccontextmanager
-    async def _opened_parent(self) -> AsyncIterator[RelayClient | None]:
-        if self._parent is None:
-            yield None
-            return
-        async with self._parent() as client:
-            yield client
 
     async def _has_verbatim(self, manifest: Manifest, blob: Blob, parent: RelayClient | None) -> bool:
         """Whether the blob is here, in the end."""
@@ -304,29 +272,28 @@ class Nupkgs:
     @asynccontextmanager
     async def _spooled(self, pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[str]:
         """`pieces`, which must be `size` bytes, as a file that is gone afterwards."""
-        path = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
-        try:
-            try:
-                left = size
+        left = size
+        with self._new_path() as path:
+            with translated(f"write to {self._folder}"):
                 async with aiofiles.open(path, "xb") as file:
                     async for piece in pieces:
                         left -= len(piece)
                         if left < 0:
                             break
                         await file.write(piece)
-            except OSError as error:
-                raise translate(error, f"write to {self._folder}") from error
             if left:
                 raise UntrustedError(f"{size} bytes were told, {'more' if left < 0 else 'fewer'} came")
+            yield path
+
+    @contextmanager
+    def _new_path(self) -> Iterator[str]:
+        """A name for a file that is gone afterwards."""
+        path = os.path.join(self._folder, f".rebuild-{secrets.token_hex(8)}")
+        try:
             yield path
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def _closing(pieces: AsyncIterator[bytes]) -> aclosing[AsyncGenerator[bytes, None]]:
-    """What reads a blob is a generator, whatever the contract calls it."""
-    return aclosing(cast("AsyncGenerator[bytes, None]", pieces))
 
 
 def _not_exact(manifest: Manifest, lacks: ExactLacks) -> NotExactError:

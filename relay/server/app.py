@@ -8,24 +8,37 @@ import signal
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from dataclasses import fields, replace
-from typing import TypeVar
+from itertools import chain
 
 import msgspec
 from aiohttp import web
 
 from relay.config import RelayConfig, split_listen
-from relay.errors import IdentityError, UntrustedError, UsageError
+from relay.errors import UntrustedError, UsageError
 from relay.mail.import_documents import import_documents
 from relay.mail.mailbox import Mail
-from relay.package.identity import ChunkId, ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.package.identity import ChunkId, ManifestId, PackageId, parse_digest
 from relay.package.ranges import count
 from relay.protocol import messages
+from relay.protocol.connection import MissingChunksError
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
-from relay.server.http.access import DRAINING, OPEN, Access, add, guarded_app
-from relay.server.http.bodies import body_pieces, budget_of, json_answer, read_body, read_json, write_guarded
+from relay.server.http.access import DRAINING, OPEN, Access, Routed, Routes, add, guarded_app
+from relay.server.http.bodies import (
+    IMMUTABLE,
+    body_pieces,
+    budget_of,
+    check_media_type,
+    digest_of,
+    json_answer,
+    or_404,
+    package_of,
+    read_body,
+    read_json,
+    stream,
+)
 from relay.server.http.connection import Limits
 from relay.server.http.listen import Running, raise_open_files, start_guarded
 from relay.server.http.problems import HttpRefusal, problem
@@ -33,7 +46,7 @@ from relay.server.http.tokens import parse_tokens
 from relay.server.line_routes import LineRoutes
 from relay.server.mail_routes import MailRoutes, mail_limits_of
 from relay.server.nupkg_routes import RebuildRoutes, engines_of, parent_of
-from relay.server.packages import ChunksMissingError, Transfer
+from relay.server.packages import Transfer
 from relay.server.peers import Peers
 from relay.server.replications import Replications
 from relay.stores.catalog import Pointer
@@ -41,9 +54,6 @@ from relay.stores.open import Store, open_store
 from relay.support.malloc import tame_malloc
 from relay.transfer.cpu_rates import measure_rates
 
-T = TypeVar("T")
-
-_IMMUTABLE = "public, max-age=31536000, immutable"
 _BUNDLE_MEMORY = 24 << 20
 """Bytes that one incoming bundle may hold: a zstd window, verified chunks that wait to be written, a batch under way."""
 _LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -62,10 +72,14 @@ class RelayApp:
         replications: Replications | None = None,
         nupkgs: Nupkgs | None = None,
     ) -> None:
+        parts: list[Routed | None] = [
+            LineRoutes(limits),
+            None if mail is None else MailRoutes(mail, limits),
+            replications,
+            None if nupkgs is None else RebuildRoutes(transfer, nupkgs, limits),
+        ]
+        self._parts = [part for part in parts if part is not None]
         self._transfer = transfer
-        self._mail = None if mail is None else MailRoutes(mail, limits)
-        self._replications = replications
-        self._rebuilds = None if nupkgs is None else RebuildRoutes(transfer, nupkgs, limits)
         self._config = config
         self._limits = limits
         self._rates = rates
@@ -73,26 +87,26 @@ class RelayApp:
     def build(self) -> web.Application:
         """The application, every route with the scope that it asks for."""
         app = guarded_app(Access(parse_tokens(self._config.tokens)))
-        add(app, "GET", messages.HEALTH, self.health, OPEN)
-        add(app, "GET", messages.METRICS, metrics.answer, "read")
-        add(app, "PUT", messages.MANIFEST, self.offer, "write")
-        add(app, "GET", messages.MANIFEST, self.manifest, "read")
-        add(app, "POST", messages.MISSING, self.missing, "write")
-        add(app, "PUT", messages.BUNDLE_IN, self.take_bundle, "write")
-        add(app, "POST", messages.BUNDLE_OUT, self.give_bundle, "read")
-        add(app, "GET", messages.PACKAGES, self.packages, "read")
-        add(app, "GET", messages.PACKAGE_ID, self.packages, "read")
-        add(app, "GET", messages.PACKAGE, self.package, "read")
-        add(app, "PUT", messages.PACKAGE, self.publish, "write")
-        add(app, "GET", messages.CHUNK, self.chunk, "read")
-        LineRoutes(self._limits).add_to(app)
-        if self._mail is not None:
-            self._mail.add_to(app)
-        if self._replications is not None:
-            self._replications.add_to(app)
-        if self._rebuilds is not None:
-            self._rebuilds.add_to(app)
+        for route in chain.from_iterable(part.routes() for part in (self, *self._parts)):
+            add(app, *route)
         return app
+
+    def routes(self) -> Routes:
+        """As `Routed`."""
+        return (
+            ("GET", messages.HEALTH, self.health, OPEN),
+            ("GET", messages.METRICS, metrics.answer, "read"),
+            ("PUT", messages.MANIFEST, self.offer, "write"),
+            ("GET", messages.MANIFEST, self.manifest, "read"),
+            ("POST", messages.MISSING, self.missing, "write"),
+            ("PUT", messages.BUNDLE_IN, self.take_bundle, "write"),
+            ("POST", messages.BUNDLE_OUT, self.give_bundle, "read"),
+            ("GET", messages.PACKAGES, self.packages, "read"),
+            ("GET", messages.PACKAGE_ID, self.packages, "read"),
+            ("GET", messages.PACKAGE, self.package, "read"),
+            ("PUT", messages.PACKAGE, self.publish, "write"),
+            ("GET", messages.CHUNK, self.chunk, "read"),
+        )
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         draining = request.app[DRAINING].is_set()
@@ -110,8 +124,7 @@ class RelayApp:
     # --- taking
 
     async def offer(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != messages.DOCUMENT_TYPE:
-            raise HttpRefusal(415, "media_type")
+        check_media_type(request, messages.DOCUMENT_TYPE)
         body = await read_body(request, self._limits, messages.DOCUMENT_MAX)
         try:
             document = msgspec.msgpack.decode(body, type=messages.Document)
@@ -119,7 +132,7 @@ class RelayApp:
             raise UntrustedError(f"not a manifest document: {error}") from error
         if len(document.signature) > messages.SIGNATURE_MAX:
             raise HttpRefusal(413, "too_large")
-        return json_answer(await self._transfer.offer(_manifest_id(request), document, _base(request)))
+        return json_answer(await self._transfer.offer(ManifestId(digest_of(request)), document, _base(request)))
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
         return json_answer(
@@ -127,8 +140,7 @@ class RelayApp:
         )
 
     async def take_bundle(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != messages.BUNDLE_TYPE:
-            raise HttpRefusal(415, "media_type")
+        check_media_type(request, messages.BUNDLE_TYPE)
         lease = request.query.get("lease", "")
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
@@ -144,8 +156,8 @@ class RelayApp:
     async def publish(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request, self._limits, messages.PublishRequest)
         try:
-            pointer = await self._transfer.publish(_package_ref(request), body)
-        except ChunksMissingError as error:
+            pointer = await self._transfer.publish(package_of(request), body)
+        except MissingChunksError as error:
             return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
         if request.headers.get("Prefer") == messages.PREFER_MINIMAL:
             # Who publishes brought all that the answer would say, perhaps over a thin line.
@@ -157,16 +169,16 @@ class RelayApp:
     async def packages(self, request: web.Request) -> web.StreamResponse:
         """From the store, not from the cache: another process may have added to it (`package add` into a depot)."""
         text = request.match_info.get("id")
-        id = None if text is None else _or_404(PackageId.parse, text)
+        id = None if text is None else or_404(PackageId.parse, text)
         found = await self._transfer.catalog.look_up_all(id)
         return json_answer(messages.PackagesAnswer(tuple([await self._package_answer(pointer) for pointer in found])))
 
     async def package(self, request: web.Request) -> web.StreamResponse:
-        return json_answer(await self._package_answer(await self._transfer.catalog.look_up(_package_ref(request))))
+        return json_answer(await self._package_answer(await self._transfer.catalog.look_up(package_of(request))))
 
     async def manifest(self, request: web.Request) -> web.StreamResponse:
-        document, used_base = await self._transfer.document(_manifest_id(request), _base(request))
-        headers = {"Cache-Control": _IMMUTABLE} | ({"Waystation-Base": "1"} if used_base else {})
+        document, used_base = await self._transfer.document(ManifestId(digest_of(request)), _base(request))
+        headers = {"Cache-Control": IMMUTABLE} | ({"Waystation-Base": "1"} if used_base else {})
         return web.Response(body=msgspec.msgpack.encode(document), content_type=messages.DOCUMENT_TYPE, headers=headers)
 
     async def give_bundle(self, request: web.Request) -> web.StreamResponse:
@@ -174,25 +186,15 @@ class RelayApp:
         if "zstd" not in body.encodings:
             raise HttpRefusal(400, "bad_fields")
         wanted, reader = await self._transfer.wanted(body), await self._transfer.reader(body)
-        response = web.StreamResponse(headers={"Content-Type": messages.BUNDLE_TYPE})
-        await response.prepare(request)
-        async with aclosing(self._transfer.give(wanted, reader)) as pieces:
-            async for piece in metrics.counted(pieces, metrics.SENT):
-                await write_guarded(response, piece, self._limits)
-        await response.write_eof()
-        return response
+        pieces = metrics.counted(self._transfer.give(wanted, reader), metrics.SENT)
+        return await stream(request, pieces, self._limits, {"Content-Type": messages.BUNDLE_TYPE})
 
     async def chunk(self, request: web.Request) -> web.StreamResponse:
-        stored = await self._transfer.chunk(ChunkId(_or_404(parse_digest, request.match_info["hex"])))
-        response = web.StreamResponse(
-            headers={"Content-Type": messages.CHUNK_TYPE, "Cache-Control": _IMMUTABLE, "ETag": f'"{stored.id}"'}
-        )
-        response.content_length = stored.length
-        await response.prepare(request)
-        async for piece in metrics.counted(stored.pieces(), metrics.SENT):
-            await write_guarded(response, piece, self._limits)
+        stored = await self._transfer.chunk(ChunkId(digest_of(request)))
+        headers = {"Content-Type": messages.CHUNK_TYPE, "Cache-Control": IMMUTABLE, "ETag": f'"{stored.id}"'}
+        pieces = metrics.counted(stored.pieces(), metrics.SENT)
+        response = await stream(request, pieces, self._limits, headers, stored.length)
         metrics.sent("stored", stored.length, stored.size)
-        await response.write_eof()
         return response
 
     async def _package_answer(self, pointer: Pointer) -> messages.PackageAnswer:
@@ -207,29 +209,9 @@ class RelayApp:
         )
 
 
-# --- from a request to values
-
-
-def _or_404(parse: Callable[[str], T], text: str) -> T:
-    """A path that names nothing possible names nothing that is here."""
-    try:
-        return parse(text)
-    except IdentityError as error:
-        raise HttpRefusal(404, "not_found") from error
-
-
-def _manifest_id(request: web.Request) -> ManifestId:
-    return ManifestId(_or_404(parse_digest, request.match_info["hex"]))
-
-
 def _base(request: web.Request) -> ManifestId | None:
     text = request.query.get("base")
     return None if text is None else ManifestId(parse_digest(text))
-
-
-def _package_ref(request: web.Request) -> PackageRef:
-    id = _or_404(PackageId.parse, request.match_info["id"])
-    return PackageRef(id, _or_404(NuGetVersion.parse, request.match_info["version"]))
 
 
 # --- serving

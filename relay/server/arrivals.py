@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Self
-from weakref import WeakValueDictionary
 
 from relay.encoding.bundle import Places, Sink, Tap
 from relay.encoding.codecs import Coding, Encoding
@@ -18,6 +16,7 @@ from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
 from relay.server import metrics
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
+from relay.support.together import News
 from relay.transfer.encoder_pool import Growing, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
@@ -28,26 +27,8 @@ QUEUE_BYTES = 4 << 20
 """Verified chunks of one sender that wait to be written; more make the sender wait."""
 
 
-class Arrivals:
-    """The flights of chunks that are waited for."""
-
-    def __init__(self) -> None:
-        # Weak: a flight without a waiter is forgotten by itself.
-        self._waiting: WeakValueDictionary[ChunkId, asyncio.Event] = WeakValueDictionary()
-
-    def landed(self, ids: Sequence[ChunkId]) -> None:
-        """These chunks are durable now."""
-        for id in ids:
-            event = self._waiting.pop(id, None)
-            if event is not None:
-                event.set()
-
-    def flight(self, id: ChunkId) -> asyncio.Event:
-        """Set as soon as `id` has landed. Take it first, then look into the store, then wait."""
-        event = self._waiting.get(id)
-        if event is None:
-            event = self._waiting[id] = asyncio.Event()
-        return event
+Arrivals = News[ChunkId]
+"""Tells of chunks that are durable now."""
 
 
 class Landing:
@@ -114,7 +95,7 @@ class Landing:
                     self._changed.notify_all()
                 return
             self.stored += len(batch)
-            self._arrivals.landed([chunk.id for chunk in batch])
+            self._arrivals.tell(chunk.id for chunk in batch)
             async with self._changed:
                 self._bytes -= sum(chunk.size for chunk in batch)
                 self._changed.notify_all()
@@ -136,7 +117,7 @@ class ArrivingChunks:
     def __init__(self, store: ChunkReader, arrivals: Arrivals, is_arriving: Callable[[Manifest], bool]) -> None:
         """`is_arriving`: whether somebody brings what is missing of a manifest."""
         self.is_arriving = is_arriving
-        self.flight = arrivals.flight
+        self.flight = arrivals.of
         self.has_many = store.has_many
         self._store = store
 
@@ -190,39 +171,6 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
             size_of(run, known),
             size_of(bases, known),
         )
-        return _Adoption(payloads, spec, loop)
+        return Growing(payloads, spec, loop, metrics.PAYLOADS.labels("adopted").inc)
 
     return tap
-
-
-class _Adoption:
-    """Hands what a decoder tells in its thread to the loop, in order."""
-
-    def __init__(self, payloads: Payloads, spec: PayloadSpec, loop: asyncio.AbstractEventLoop) -> None:
-        self._payloads = payloads
-        self._spec = spec
-        self._loop = loop
-        self._growing: Growing | None = None
-        self._in_loop(self._begin)
-
-    def add(self, piece: bytes) -> None:
-        self._tell(lambda growing: growing.add(piece))
-
-    def finish(self) -> None:
-        self._tell(lambda growing: growing.finish())
-
-    def fail(self) -> None:
-        self._tell(lambda growing: growing.fail())
-
-    def _begin(self) -> None:
-        self._growing = self._payloads.adopt(self._spec)
-        if self._growing is not None:
-            metrics.PAYLOADS.labels("adopted").inc()
-
-    def _tell(self, what: Callable[[Growing], None]) -> None:
-        self._in_loop(lambda: None if self._growing is None else what(self._growing))
-
-    def _in_loop(self, what: Callable[[], None]) -> None:
-        # A loop that is closed has no readers any more.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(what)

@@ -30,6 +30,7 @@ from relay.protocol.messages import CpuRates
 from relay.server import metrics
 from relay.server.arrivals import ArrivingChunks
 from relay.stores.contract import StoredChunk
+from relay.support.together import any_of
 from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
@@ -330,15 +331,7 @@ class _Giving:
             return
         if self._wait_until is None:
             self._wait_until = clock() + self._ground.patience
-        waiting = [asyncio.ensure_future(flight.wait()), asyncio.ensure_future(self._ground.payloads.changed())]
-        try:
-            done, _ = await asyncio.wait(
-                waiting, timeout=self._wait_until - clock(), return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            for each in waiting:
-                each.cancel()
-        if not done:
+        if not await any_of(self._wait_until - clock(), flight.wait(), self._ground.payloads.changed()):
             raise _NotYetError
 
     async def _open(self, index: int) -> StoredChunk | None:

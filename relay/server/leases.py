@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 
 import msgspec
+from msgspec import structs
 
 from relay.errors import UnknownLeaseError
 from relay.package.identity import ManifestId
@@ -22,22 +22,13 @@ _FOLDER = "state/leases"
 _WRITE_EVERY = LEASE_SECONDS / 6
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Who holds what, until when (seconds since 1970)."""
+class Lease(msgspec.Struct, frozen=True):
+    """Who holds what, until when (seconds since 1970). Its id names the document."""
 
-    id: str
     kind: str
-    manifests: frozenset[ManifestId]
-    offered: frozenset[ManifestId]
+    manifests: frozenset[str]
+    offered: frozenset[str]
     """Those whose missing chunks this lease's holder is bringing."""
-    expires: float
-
-
-class _Record(msgspec.Struct, frozen=True):
-    kind: str
-    manifests: list[str]
-    offered: list[str]
     expires: float
 
 
@@ -55,28 +46,19 @@ class Leases:
         for name in await self._documents.list(_FOLDER):
             raw = await self._documents.read(name)
             try:
-                record = msgspec.json.decode(raw or b"", type=_Record)
+                self._living[name.rpartition("/")[2]] = msgspec.json.decode(raw or b"", type=Lease)
             except (msgspec.DecodeError, UnicodeDecodeError):
                 await self._documents.remove(name)
-                continue
-            lease = Lease(
-                id=name.rpartition("/")[2],
-                kind=record.kind,
-                manifests=frozenset(map(ManifestId, record.manifests)),
-                offered=frozenset(map(ManifestId, record.offered)),
-                expires=record.expires,
-            )
-            self._living[lease.id] = lease
         await self._drop_expired()
 
-    async def open(self, kind: str, offered: Iterable[ManifestId], also: Iterable[ManifestId] = ()) -> Lease:
-        """A new lease that holds all of `offered`, and says that what is missing of it is on its way; it holds `also` too."""
+    async def open(self, kind: str, offered: Iterable[ManifestId], also: Iterable[ManifestId] = ()) -> str:
+        """The id of a new lease that holds all of `offered`, and says that what is missing of it is on its way; it holds
+        `also` too.
+        """
         await self._drop_expired()
-        named = frozenset(offered)
-        manifests = named | frozenset(also)
-        lease = Lease(secrets.token_hex(16), kind, manifests, named, self._clock() + LEASE_SECONDS)
-        await self._write(lease)
-        return lease
+        id, named = secrets.token_hex(16), frozenset(offered)
+        await self._write(id, Lease(kind, named | frozenset(also), named, self._clock() + LEASE_SECONDS))
+        return id
 
     async def use(self, id: str, also: Iterable[ManifestId] = ()) -> Lease:
         """Renew a lease, and let it hold `also`.
@@ -90,29 +72,27 @@ class Leases:
             raise UnknownLeaseError
         named = lease.manifests | frozenset(also)
         grew = named != lease.manifests
-        lease = replace(lease, manifests=named, expires=now + LEASE_SECONDS)
-        self._living[id] = lease
+        lease = self._living[id] = structs.replace(lease, manifests=named, expires=now + LEASE_SECONDS)
         if grew or now - self._written.get(id, 0.0) > _WRITE_EVERY:
-            await self._write(lease)
+            await self._write(id, lease)
         return lease
 
     def offered(self) -> set[ManifestId]:
         """Manifests whose missing chunks somebody is bringing."""
         now = self._clock()
-        return {id for lease in self._living.values() if lease.expires > now for id in lease.offered}
+        return {ManifestId(id) for lease in self._living.values() if lease.expires > now for id in lease.offered}
 
     def __len__(self) -> int:
         return len(self._living)
 
-    async def _write(self, lease: Lease) -> None:
-        record = _Record(lease.kind, sorted(lease.manifests), sorted(lease.offered), lease.expires)
-        await self._documents.write(f"{_FOLDER}/{lease.id}", msgspec.json.encode(record))
-        self._living[lease.id] = lease
-        self._written[lease.id] = self._clock()
+    async def _write(self, id: str, lease: Lease) -> None:
+        await self._documents.write(f"{_FOLDER}/{id}", msgspec.json.encode(lease, order="deterministic"))
+        self._living[id] = lease
+        self._written[id] = self._clock()
 
     async def _drop_expired(self) -> None:
         now = self._clock()
-        for lease in [lease for lease in self._living.values() if lease.expires <= now]:
-            del self._living[lease.id]
-            self._written.pop(lease.id, None)
-            await self._documents.remove(f"{_FOLDER}/{lease.id}")
+        for id in [id for id, lease in self._living.items() if lease.expires <= now]:
+            del self._living[id]
+            self._written.pop(id, None)
+            await self._documents.remove(f"{_FOLDER}/{id}")

@@ -8,11 +8,11 @@ import time
 from aiohttp import web
 
 from relay.protocol import messages
-from relay.server.http.access import add
-from relay.server.http.bodies import body_pieces, json_answer, write_guarded
+from relay.server.http.access import Routes
+from relay.server.http.bodies import body_pieces, json_answer, stream
 from relay.server.http.connection import Limits
 from relay.server.http.problems import HttpRefusal
-from relay.support.incompressible import noise
+from relay.support.incompressible import noise_pieces
 
 _BYTES = re.compile(r"[0-9]{1,9}", re.ASCII)
 
@@ -23,10 +23,9 @@ class LineRoutes:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
 
-    def add_to(self, app: web.Application) -> None:
-        """Register every route with its scope."""
-        add(app, "PUT", messages.LINE, self.take, "write")
-        add(app, "GET", messages.LINE, self.give, "read")
+    def routes(self) -> Routes:
+        """As `Routed`."""
+        return (("PUT", messages.LINE, self.take, "write"), ("GET", messages.LINE, self.give, "read"))
 
     async def take(self, request: web.Request) -> web.StreamResponse:
         """Count a body of any media type. Raises as `body_pieces`."""
@@ -38,15 +37,8 @@ class LineRoutes:
     async def give(self, request: web.Request) -> web.StreamResponse:
         """Send as many bytes as were asked for."""
         size = _size(request)
-        response = web.StreamResponse(
-            headers={"Content-Type": "application/octet-stream", "Cache-Control": "no-store, no-transform"}
-        )
-        response.content_length = size
-        await response.prepare(request)
-        for piece in noise(size):
-            await write_guarded(response, piece, self._limits)
-        await response.write_eof()
-        return response
+        headers = {"Content-Type": "application/octet-stream", "Cache-Control": "no-store, no-transform"}
+        return await stream(request, noise_pieces(size), self._limits, headers, size)
 
 
 def _size(request: web.Request) -> int:

@@ -16,11 +16,12 @@ from relay.mail.mailbox import Mail
 from relay.mail.presences import Presences
 from relay.protocol import messages
 from relay.server import metrics
-from relay.server.http.access import DRAINING, add, long_poll
-from relay.server.http.bodies import body_pieces, budget_of, json_answer, parse_json_aside
+from relay.server.http.access import DRAINING, Routes, long_poll
+from relay.server.http.bodies import body_pieces, budget_of, check_media_type, json_answer, parse_json_aside
 from relay.server.http.connection import Limits
 from relay.server.http.problems import HttpRefusal
 from relay.support.byte_budget import ByteBudget
+from relay.support.together import any_of
 
 T = TypeVar("T")
 
@@ -52,15 +53,17 @@ class MailRoutes:
         self._agent_budget = ByteBudget(limits.mail_bytes_in_flight)
         metrics.MAIL_BYTES.set(mail.kept_bytes)
 
-    def add_to(self, app: web.Application) -> None:
-        """Register every route with its scope."""
-        add(app, "POST", messages.ORDERS, self.post_orders, "order")
-        add(app, "POST", messages.POLL, self.poll, "agent")
-        add(app, "GET", messages.AGENTS, self.agents, "order")
-        add(app, "POST", messages.REPORTS_IN, self.post_reports, "agent")
-        add(app, "GET", messages.REPORTS_OUT, self.reports, "order")
-        add(app, "POST", messages.LOGS_IN, self.post_logs, "agent")
-        add(app, "GET", messages.LOGS_OUT, self.logs, "order")
+    def routes(self) -> Routes:
+        """As `Routed`."""
+        return (
+            ("POST", messages.ORDERS, self.post_orders, "order"),
+            ("POST", messages.POLL, self.poll, "agent"),
+            ("GET", messages.AGENTS, self.agents, "order"),
+            ("POST", messages.REPORTS_IN, self.post_reports, "agent"),
+            ("GET", messages.REPORTS_OUT, self.reports, "order"),
+            ("POST", messages.LOGS_IN, self.post_logs, "agent"),
+            ("GET", messages.LOGS_OUT, self.logs, "order"),
+        )
 
     # --- posting
 
@@ -144,13 +147,13 @@ class MailRoutes:
         draining = request.app[DRAINING]
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
-            news = self._mail.news(box)
+            news = self._mail.news.of(box)
             found = await self._mail.read(box, after)
             patience = deadline - asyncio.get_running_loop().time()
             if found or patience <= 0 or draining.is_set():
                 return found
             with long_poll(request):
-                await _first_of(patience, news, draining)
+                await any_of(patience, news.wait(), draining.wait())
 
     @contextlib.asynccontextmanager
     async def _body(
@@ -162,8 +165,7 @@ class MailRoutes:
             HttpRefusal: as `read_json`.
             UnreachableError: too much is in flight (503).
         """
-        if request.content_type != messages.JSON:
-            raise HttpRefusal(415, "media_type")
+        check_media_type(request, messages.JSON)
         most = min(self._limits.json_bytes, cap or self._limits.json_bytes)
         raw = bytearray()
         with budget.place() as place:
@@ -171,16 +173,6 @@ class MailRoutes:
                 place.take(len(piece))
                 raw += piece
             yield await parse_json_aside(bytes(raw), type, self._limits.json_depth)
-
-
-async def _first_of(seconds: float, *events: asyncio.Event) -> None:
-    """Wait until one of `events` is set, or `seconds` have passed."""
-    tasks = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _agent(request: web.Request) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Literal
 
 from aiohttp import web
@@ -81,11 +82,12 @@ class _Counting:
             self._behind.fail()
 
 
-async def counted(pieces: AsyncIterator[bytes], counter: Counter) -> AsyncIterator[bytes]:
+async def counted(pieces: AsyncGenerator[bytes, None], counter: Counter) -> AsyncGenerator[bytes, None]:
     """`pieces` as they are, their bytes added to `counter`."""
-    async for piece in pieces:
-        counter.inc(len(piece))
-        yield piece
+    async with aclosing(pieces):
+        async for piece in pieces:
+            counter.inc(len(piece))
+            yield piece
 
 
 async def answer(request: web.Request) -> web.StreamResponse:  # noqa: ARG001 - the signature of a handler

@@ -6,16 +6,14 @@ import asyncio
 import glob
 import os
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from relay.config import RelayConfig
 from relay.engines.engine_pool import Engines, pin_of
-from relay.errors import ChunkMissing, IdentityError
-from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.errors import IdentityError
+from relay.package.identity import ManifestId, parse_digest
 from relay.package.manifest import Manifest
 from relay.package.recipe import from_wire, parse_recipe
 from relay.protocol import messages
@@ -23,18 +21,23 @@ from relay.protocol.client import RelayClient
 from relay.protocol.not_exact import NotExactError
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
-from relay.server.http.access import add
-from relay.server.http.bodies import body_pieces, json_answer, read_body, write_guarded
+from relay.server.http.access import Routes
+from relay.server.http.bodies import (
+    IMMUTABLE,
+    body_pieces,
+    check_media_type,
+    digest_of,
+    json_answer,
+    package_of,
+    read_body,
+    stream,
+)
 from relay.server.http.connection import Limits
 from relay.server.http.problems import HttpRefusal, problem
-from relay.server.packages import Transfer, UnknownManifestError
+from relay.server.packages import Transfer
 from relay.server.peers import Peers
 from relay.stores.catalog import Catalog
 from relay.stores.contract import ChunkReader
-
-T = TypeVar("T")
-
-IMMUTABLE: Final = "public, max-age=31536000, immutable"
 
 
 class RebuildRoutes:
@@ -45,39 +48,37 @@ class RebuildRoutes:
         self._nupkgs = nupkgs
         self._limits = limits
 
-    def add_to(self, app: web.Application) -> None:
-        """Register every route with its scope."""
-        add(app, "GET", messages.NUPKG, self.nupkg, "read")
-        add(app, "GET", messages.REBUILD, self.give_recipe, "read")
-        add(app, "PUT", messages.REBUILD, self.take_recipe, "write")
-        add(app, "GET", messages.BLOB, self.give_blob, "read")
-        add(app, "PUT", messages.BLOB, self.take_blob, "write")
+    def routes(self) -> Routes:
+        """As `Routed`."""
+        return (
+            ("GET", messages.NUPKG, self.nupkg, "read"),
+            ("GET", messages.REBUILD, self.give_recipe, "read"),
+            ("PUT", messages.REBUILD, self.take_recipe, "write"),
+            ("GET", messages.BLOB, self.give_blob, "read"),
+            ("PUT", messages.BLOB, self.take_blob, "write"),
+        )
 
     async def nupkg(self, request: web.Request) -> web.StreamResponse:
         """The identical nupkg, made first where need be."""
-        id = _or_404(PackageId.parse, request.match_info["id"])
-        ref = PackageRef(id, _or_404(NuGetVersion.parse, request.match_info["version"]))
-        pointer = await self._transfer.catalog.look_up(ref)
-        manifest = await self._manifest(pointer.manifest_id)
+        pointer = await self._transfer.catalog.look_up(package_of(request))
+        manifest = await self._transfer.manifest(pointer.manifest_id)
         try:
             await self._nupkgs.ensure(manifest)
         except NotExactError as error:
             return problem(404, "not_exact", extra={"lacks": msgspec.to_builtins(error.lacks)}, cause=error)
-        sha256, size = manifest.nupkg.sha256, manifest.nupkg.size
-        return await self._stream(request, self._nupkgs.read(manifest), size, sha256)
+        return await self._stream(request, self._nupkgs.read(manifest), manifest.nupkg.size, manifest.nupkg.sha256)
 
     async def give_recipe(self, request: web.Request) -> web.StreamResponse:
-        data = await self._nupkgs.recipes.give(_or_404(parse_digest, request.match_info["hex"]))
+        data = await self._nupkgs.recipes.give(digest_of(request))
         if data is None:
             raise HttpRefusal(404, "not_found")
         return web.Response(body=data, content_type=messages.RECIPE_TYPE, headers={"Cache-Control": "no-cache"})
 
     async def take_recipe(self, request: web.Request) -> web.StreamResponse:
         """Keep a recipe that fits the manifest. Whether it gives the nupkg shows when it is made."""
-        if request.content_type != messages.RECIPE_TYPE:
-            raise HttpRefusal(415, "media_type")
+        check_media_type(request, messages.RECIPE_TYPE)
         manifest = await self._named(request)
-        if manifest.nupkg.sha256 != _or_404(parse_digest, request.match_info["hex"]):
+        if manifest.nupkg.sha256 != digest_of(request):
             raise HttpRefusal(404, "not_found")
         body = await read_body(request, self._limits, messages.RECIPE_BODY_MAX)
         recipe = await asyncio.to_thread(lambda: parse_recipe(from_wire(body), manifest))
@@ -89,21 +90,15 @@ class RebuildRoutes:
         )
 
     async def give_blob(self, request: web.Request) -> web.StreamResponse:
-        sha256 = _or_404(parse_digest, request.match_info["hex"])
-        manifest = await self._named(request)
-        size = await self._nupkgs.blob_size(sha256, manifest)
-        if size is None:
-            raise HttpRefusal(404, "not_found")
+        sha256, manifest = digest_of(request), await self._named(request)
+        size = await self._blob_size(sha256, manifest)
         return await self._stream(request, self._nupkgs.blob(sha256, manifest), size, sha256)
 
     async def take_blob(self, request: web.Request) -> web.StreamResponse:
         """Keep a blob that a recipe names, of just the size that it names."""
-        if request.content_type != messages.NUPKG_TYPE:
-            raise HttpRefusal(415, "media_type")
-        sha256 = _or_404(parse_digest, request.match_info["hex"])
-        size = await self._nupkgs.blob_size(sha256, await self._named(request))
-        if size is None:
-            raise HttpRefusal(404, "not_found")
+        check_media_type(request, messages.NUPKG_TYPE)
+        sha256 = digest_of(request)
+        size = await self._blob_size(sha256, await self._named(request))
         pieces = metrics.counted(body_pieces(request, self._limits, size), metrics.RECEIVED)
         await self._nupkgs.take_blob(sha256, size, pieces)
         return json_answer(messages.BlobAnswer(size=size))
@@ -111,36 +106,22 @@ class RebuildRoutes:
     async def _named(self, request: web.Request) -> Manifest:
         """The manifest that the query names. Raises `HttpRefusal`, `UnknownManifestError`."""
         try:
-            return await self._manifest(ManifestId(parse_digest(request.query.get("manifest", ""))))
+            return await self._transfer.manifest(ManifestId(parse_digest(request.query.get("manifest", ""))))
         except IdentityError as error:
             raise HttpRefusal(400, "bad_request") from error
 
-    async def _manifest(self, id: ManifestId) -> Manifest:
-        manifest = await self._transfer.catalog.manifest(id)
-        if manifest is None:
-            raise UnknownManifestError
-        return manifest
+    async def _blob_size(self, sha256: str, manifest: Manifest) -> int:
+        size = await self._nupkgs.blob_size(sha256, manifest)
+        if size is None:
+            raise HttpRefusal(404, "not_found")
+        return size
 
     async def _stream(
         self, request: web.Request, pieces: AsyncGenerator[bytes, None], size: int, sha256: str
     ) -> web.StreamResponse:
-        """A file under its digest. It is begun when its first piece is there, so that absence is told as a problem."""
-        response = web.StreamResponse(
-            headers={"Content-Type": messages.NUPKG_TYPE, "Cache-Control": IMMUTABLE, "ETag": f'"{sha256}"'}
-        )
-        response.content_length = size
-        counted = metrics.counted(pieces, metrics.SENT)
-        async with aclosing(pieces):
-            try:
-                piece = await anext(counted, b"")
-            except ChunkMissing as error:
-                raise HttpRefusal(404, "not_found") from error
-            await response.prepare(request)
-            await write_guarded(response, piece, self._limits)
-            async for piece in counted:
-                await write_guarded(response, piece, self._limits)
-        await response.write_eof()
-        return response
+        """A file under its digest."""
+        headers = {"Content-Type": messages.NUPKG_TYPE, "Cache-Control": IMMUTABLE, "ETag": f'"{sha256}"'}
+        return await stream(request, metrics.counted(pieces, metrics.SENT), self._limits, headers, size)
 
 
 def engines_of(config: RelayConfig, catalog: Catalog, chunks: ChunkReader) -> Engines:
@@ -163,11 +144,3 @@ def parent_of(config: RelayConfig, peers: Peers) -> Callable[[], RelayClient] | 
     """What opens the relay's parent. Raises `UsageError` for a parent that cannot be used."""
     parent = config.parent
     return None if parent is None else lambda: peers.open(parent.url)
-
-
-def _or_404(parse: Callable[[str], T], text: str) -> T:
-    """A path that names nothing possible names nothing that is here."""
-    try:
-        return parse(text)
-    except IdentityError as error:
-        raise HttpRefusal(404, "not_found") from error

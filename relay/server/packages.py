@@ -28,7 +28,6 @@ from relay.encoding.holdings import BoundedHoldings, Holdings, answer, next_even
 from relay.errors import (
     ChunkInvalid,
     ChunkMissing,
-    ConflictError,
     FrameError,
     NotFoundError,
     UnreachableError,
@@ -40,6 +39,7 @@ from relay.package.identity import ChunkId, ManifestId, PackageRef
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, check, count, from_indexes, indexes
 from relay.protocol import messages
+from relay.protocol.connection import MissingChunksError
 from relay.protocol.packed_envelope import unpack_envelope
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
@@ -68,14 +68,6 @@ class UnknownManifestError(NotFoundError):
         super().__init__("this manifest is not here", hint="Offer it first")
 
 
-class ChunksMissingError(ConflictError):
-    """A publish came too early."""
-
-    def __init__(self, missing: Ranges) -> None:
-        super().__init__("chunks of this package are missing")
-        self.missing = missing
-
-
 @dataclass(slots=True)
 class _Outcome:
     incoming: metrics.Incoming
@@ -99,17 +91,13 @@ class Transfer:
         self.closed_to_writes = store.closed_to_writes
         self._store = store.chunks
         self._recipes = Recipes(store)
-        self._arrivals = Arrivals()
-        self._chunks = ArrivingChunks(self._store, self._arrivals, self._is_arriving)
+        self.arrivals = Arrivals()
+        """Of all that lands chunks in this relay's name."""
+        self._chunks = ArrivingChunks(self._store, self.arrivals, self._is_arriving)
         self.room = ByteBudget(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
         self.payloads = Payloads(self._store, kept_bytes=_KEPT_BYTES)
         self.rates = rates
-
-    @property
-    def arrivals(self) -> Arrivals:
-        """For whoever lands chunks in this relay's name."""
-        return self._arrivals
 
     async def load(self) -> None:
         await self.catalog.load()
@@ -131,7 +119,7 @@ class Transfer:
             RecipeError: a recipe that came without a base and is none of this manifest's.
             UnknownManifestError: `base` is not here.
         """
-        prefix = (await self._manifest(base)).canonical if base else None
+        prefix = (await self.manifest(base)).canonical if base else None
         manifest = await asyncio.to_thread(_open_document, document, prefix, id)
         self.catalog.check_free(manifest)
         signature = document.signature
@@ -139,7 +127,7 @@ class Transfer:
             signature = unpack_envelope(document.packed_signature, manifest)
         recipe = None
         if document.recipe:
-            known = await self._manifest(base) if base else None
+            known = await self.manifest(base) if base else None
             recipe = await self._recipes.unpack(document.recipe, manifest, known)
         # The lease first: who finds the manifest here is to find its chunks on their way, not absent.
         lease = await self.leases.open("offer", [id], [base] if base else ())
@@ -147,7 +135,7 @@ class Transfer:
         if recipe is not None:
             await self._recipes.take(manifest, recipe)
         unread = bool(document.recipe) and recipe is None
-        return messages.OfferAnswer(lease.id, messages.LEASE_SECONDS, await self._missing(manifest), unread)
+        return messages.OfferAnswer(lease, messages.LEASE_SECONDS, await self._missing(manifest), unread)
 
     async def missing(self, request: messages.MissingRequest) -> messages.MissingAnswer:
         """Which of the ranges are not here, and which manifests; with a lease, the others now stay.
@@ -183,13 +171,13 @@ class Transfer:
             StoreError: the medium failed.
         """
         lease = await self.leases.use(lease_id)
-        known = await self.catalog.manifests_of(lease.manifests)
+        known = await self.catalog.manifests_of(map(ManifestId, lease.manifests))
         incoming = metrics.Incoming(known, adopting(self.payloads, known))
         decoder = BundleDecoder(known.get, tap=incoming)
         outcome = _Outcome(incoming)
         async with AsyncExitStack() as stack:
             place = stack.enter_context(self.room.place())
-            landing = await stack.enter_async_context(Landing(self._store, self._arrivals))
+            landing = await stack.enter_async_context(Landing(self._store, self.arrivals))
             bases = BoundedHoldings(self._store, known, place)
             try:
                 async for piece in body:
@@ -229,23 +217,23 @@ class Transfer:
         Raises:
             UnknownManifestError: it was never offered.
             UntrustedError: the manifest is of another package.
-            ChunksMissingError: with the ranges.
+            MissingChunksError: with the ranges.
             ConflictError: the name stands for another nupkg.
         """
-        manifest = await self._manifest(ManifestId(request.manifest))
+        manifest = await self.manifest(ManifestId(request.manifest))
         if manifest.package != ref:
             raise UntrustedError("the manifest is of another package than the path names")
         self.catalog.check_free(manifest)
         missing = await self._missing(manifest)
         if missing:
-            raise ChunksMissingError(missing)
+            raise MissingChunksError(missing)
         return await self.catalog.publish(manifest, Provenance("replicated"))
 
     # --- giving
 
     async def document(self, id: ManifestId, base: ManifestId | None) -> tuple[messages.Document, bool]:
         """A manifest for the wire, and whether it was made against `base` (where that is here too)."""
-        manifest = await self._manifest(id)
+        manifest = await self.manifest(id)
         prefix = await self.catalog.manifest(base) if base and base != id else None
         packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, prefix.canonical if prefix else None)
         return messages.Document(packed, await self.catalog.signature(id)), prefix is not None
@@ -255,7 +243,7 @@ class Transfer:
         found = []
         asked = 0
         for want in request.want:
-            manifest = await self._manifest(ManifestId(want.manifest))
+            manifest = await self.manifest(ManifestId(want.manifest))
             asked += count(check(want.ranges, len(manifest.chunks)))
             if asked > PLACES_MAX:
                 raise FrameError(f"one request for more than {PLACES_MAX} chunks")
@@ -325,7 +313,8 @@ class Transfer:
         published = self.catalog.find(manifest.package)
         return published is None and manifest.id in self.leases.offered()
 
-    async def _manifest(self, id: ManifestId) -> Manifest:
+    async def manifest(self, id: ManifestId) -> Manifest:
+        """A manifest that is kept here. Raises `UnknownManifestError`."""
         manifest = await self.catalog.manifest(id)
         if manifest is None:
             raise UnknownManifestError

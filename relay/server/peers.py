@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from relay.config import Peer, RelayConfig, split_listen
@@ -17,13 +16,6 @@ from relay.protocol.client import RelayClient
 from relay.protocol.connection import tls_from, token_from
 from relay.server.http.access import is_loopback
 from relay.server.http.problems import HttpRefusal
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    url: str
-    peer: Peer
-    tls: ssl.SSLContext | None
 
 
 class Peers:
@@ -35,9 +27,8 @@ class Peers:
         Raises:
             UsageError: a URL, a token's place or a CA file that cannot be used.
         """
-        self._known = {
-            _key(peer.url): _known(peer) for peer in (*config.peers, *([config.parent] if config.parent else ()))
-        }
+        peers = (*config.peers, *([config.parent] if config.parent else ()))
+        self._known = {_key(peer.url): (peer, _tls(peer)) for peer in peers}
         self._on_loopback = is_loopback(split_listen(config.listen)[0])
 
     def open(self, source: str) -> RelayClient:
@@ -51,18 +42,18 @@ class Peers:
             key = _key(source)
         except UsageError:
             raise HttpRefusal(403, "unknown_peer") from None
-        known = self._known.get(key)
-        if known is not None:
-            return RelayClient(known.url, token=_token(known.peer), tls=known.tls)
+        if key in self._known:
+            peer, tls = self._known[key]
+            return RelayClient(peer.url, token=_token(peer), tls=tls)
         if not self._on_loopback or not is_loopback(key[1]):
             raise HttpRefusal(403, "unknown_peer")
         return RelayClient(source)
 
 
-def _known(peer: Peer) -> _Known:
+def _tls(peer: Peer) -> ssl.SSLContext | None:
     if peer.token is not None and bool(peer.token.file) == bool(peer.token.env):
         raise UsageError(f"peers: the token of {peer.url} has both or neither of file and env: expected one of them")
-    return _Known(peer.url, peer, tls_from(peer.ca_file or None))
+    return tls_from(peer.ca_file or None)
 
 
 def _key(url: str) -> tuple[str, str, int]:

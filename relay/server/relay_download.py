@@ -30,10 +30,11 @@ from relay.package.manifest import Manifest
 from relay.package.ranges import indexes
 from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
+from relay.protocol.connection import MissingChunksError
 from relay.rebuild.recipe_store import Recipes
 from relay.server import metrics
 from relay.server.arrivals import Landing, adopting
-from relay.server.packages import ChunksMissingError, Transfer
+from relay.server.packages import Transfer
 from relay.stores.catalog import Pointer
 from relay.stores.open import Store
 from relay.support.byte_budget import Place
@@ -147,7 +148,7 @@ class RelayDownload(Receiver):
             try:
                 await self._transfer.publish(self._package, messages.PublishRequest(manifest=manifest.id))
                 break
-            except ChunksMissingError as error:
+            except MissingChunksError as error:
                 missing = set(indexes(error.missing))
                 if not asked.isdisjoint(missing):
                     raise StoreError("the store does not keep what is put into it") from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
@@ -22,8 +22,8 @@ from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.server import metrics
-from relay.server.http.access import DRAINING, add
-from relay.server.http.bodies import read_json, write_guarded
+from relay.server.http.access import DRAINING, Routes
+from relay.server.http.bodies import read_json, stream
 from relay.server.http.connection import Limits
 from relay.server.http.problems import TITLES, HttpRefusal, verdict_of
 from relay.server.packages import Transfer
@@ -31,6 +31,7 @@ from relay.server.peers import Peers
 from relay.server.relay_download import DownloadState, RelayDownload
 from relay.stores.open import Store
 from relay.support.rate_limit import Pacer
+from relay.support.together import any_of
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +45,12 @@ SILENCE_SECONDS: Final = 2.0
 """Between two lines of progress at most: watchers know that we are there."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicationOrder:
-    """What to fetch, and from where."""
-
-    package: PackageRef
-    request: messages.ReplicationRequest
-
-
 class Flight:
     """One package on its way here."""
 
     def __init__(
         self,
-        order: ReplicationOrder,
+        order: messages.ReplicationRequest,
         bring: Callable[[DownloadState], Coroutine[Any, Any, None]],
         places: asyncio.Semaphore,
     ) -> None:
@@ -98,36 +91,22 @@ class Flight:
             reason=self._reason,
         )
 
-    async def watch(self, stop: asyncio.Event) -> AsyncIterator[messages.ReplicationProgress]:
+    async def watch(self, stop: asyncio.Event) -> AsyncGenerator[messages.ReplicationProgress, None]:
         """How it stands, now, when that changes, and at last how it ended. It ends early when `stop` is set."""
         shown: messages.ReplicationProgress | None = None
         shown_at = 0.0
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            while not (self.is_over or stopping.done()):
-                now = self.progress
-                if shown is None or _is_news(now, shown) or time.monotonic() - shown_at > SILENCE_SECONDS:
-                    shown, shown_at = now, time.monotonic()
-                    yield now
-                await self._news(stopping)
-            if self.is_over:
-                yield self.progress
-                self._was_heard = True
-        finally:
-            stopping.cancel()
-
-    async def _news(self, stopping: asyncio.Task[Any]) -> None:
-        """Wait a while: bytes are news now and then; the offer and the end are at once, as relays below wait for them."""
-        offered = asyncio.create_task(self.download.news.wait())
-        known = self.download.news.is_set()
-        try:
-            await asyncio.wait(
-                {self._task, stopping} | (set() if known else {offered}),
-                timeout=TELL_SECONDS,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            offered.cancel()
+        while not (self.is_over or stop.is_set()):
+            now = self.progress
+            if shown is None or _is_news(now, shown) or time.monotonic() - shown_at > SILENCE_SECONDS:
+                shown, shown_at = now, time.monotonic()
+                yield now
+            # Bytes are news now and then; the offer and the end are at once, as relays below wait for them.
+            offer = self.download.news
+            at_once = [stop.wait()] if offer.is_set() else [stop.wait(), offer.wait()]
+            await any_of(TELL_SECONDS, asyncio.shield(self._task), *at_once)
+        if self.is_over:
+            yield self.progress
+            self._was_heard = True
 
     async def stop(self) -> None:
         """End it here. What came is kept. Twice is once."""
@@ -143,14 +122,14 @@ class Flight:
                 await bring(self.download)
             self._state = "done"
         except WaystationError as error:
-            log.warning("replication of %s from %s: %s", self.order.package, self.order.request.source, error)
+            log.warning("replication of %s %s from %s: %s", self.order.id, self.order.version, self.order.source, error)
             code = verdict_of(error).code
             # What went wrong with our own store names folders of ours: that is for the log.
             self._fail(code, TITLES[code] if isinstance(error, StoreError) else error.message)
         except asyncio.CancelledError:
             self._fail("busy", "the relay was asked to stop fetching from there")
         except Exception:
-            log.exception("replication of %s", self.order.package)
+            log.exception("replication of %s %s", self.order.id, self.order.version)
             self._fail("internal", TITLES["internal"])
         finally:
             self._ended = time.monotonic()
@@ -162,6 +141,12 @@ class Flight:
 
 def _is_news(now: messages.ReplicationProgress, before: messages.ReplicationProgress) -> bool:
     return (now.state, now.bytes, now.whole) != (before.state, before.bytes, before.whole)
+
+
+async def _lines(progresses: AsyncGenerator[messages.ReplicationProgress, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(progresses):
+        async for progress in progresses:
+            yield msgspec.json.encode(progress) + b"\n"
 
 
 class Replications:
@@ -186,20 +171,17 @@ class Replications:
         self._pacers: WeakValueDictionary[str, Pacer] = WeakValueDictionary()
         self._changing = asyncio.Lock()
 
-    def add_to(self, app: web.Application) -> None:
-        """Register the route with its scope."""
-        add(app, "POST", messages.REPLICATIONS, self.post, "write")
+    def routes(self) -> Routes:
+        """As `Routed`."""
+        return (("POST", messages.REPLICATIONS, self.post, "write"),)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Begin or join a flight, and stream how far it is. The peer may go away at any time."""
         body = await read_json(request, self._limits, messages.ReplicationRequest)
         flight = await self.begin(body)
-        response = web.StreamResponse(headers={"Content-Type": messages.PROGRESS_TYPE, "Cache-Control": "no-store"})
-        await response.prepare(request)
-        async for progress in flight.watch(request.app[DRAINING]):
-            await write_guarded(response, msgspec.json.encode(progress) + b"\n", self._limits)
-        await response.write_eof()
-        return response
+        lines = _lines(flight.watch(request.app[DRAINING]))
+        headers = {"Content-Type": messages.PROGRESS_TYPE, "Cache-Control": "no-store"}
+        return await stream(request, lines, self._limits, headers)
 
     async def begin(self, request: messages.ReplicationRequest) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
@@ -210,16 +192,16 @@ class Replications:
             HttpRefusal: 403 `unknown_peer`; 400 `bad_fields` where id or version are none.
             UsageError: the peer's token cannot be read.
         """
-        order = _order(request)
+        package = _package(request)
         client = self._peers.open(request.source)
         async with self._changing:
             running = self._flights.get(request.manifest)
-            if running is not None and running.can_be_joined and running.order == order:
+            if running is not None and running.can_be_joined and running.order == request:
                 await client.close()
                 return running
             if running is not None:
                 await running.stop()
-            flight = Flight(order, lambda state: self._bring(order, client, state), self._places)
+            flight = Flight(request, lambda state: self._bring(package, request, client, state), self._places)
             self._flights[request.manifest] = flight
             self._forget()
             return flight
@@ -228,10 +210,12 @@ class Replications:
         """Stop all flights. What came is kept. Twice is once."""
         await asyncio.gather(*(flight.stop() for flight in self._flights.values()))
 
-    async def _bring(self, order: ReplicationOrder, client: RelayClient, state: DownloadState) -> None:
+    async def _bring(
+        self, package: PackageRef, request: messages.ReplicationRequest, client: RelayClient, state: DownloadState
+    ) -> None:
         async with client:
-            pacer = self._pacer(order.request)
-            await RelayDownload(order.package, order.request, client, self._transfer, self._store, state, pacer).run()
+            pacer = self._pacer(request)
+            await RelayDownload(package, request, client, self._transfer, self._store, state, pacer).run()
 
     def _pacer(self, request: messages.ReplicationRequest) -> Pacer | None:
         """Of the line to this source: what is fetched over it at one time shares its limit."""
@@ -246,9 +230,8 @@ class Replications:
         self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
-def _order(request: messages.ReplicationRequest) -> ReplicationOrder:
+def _package(request: messages.ReplicationRequest) -> PackageRef:
     try:
-        package = PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
+        return PackageRef(PackageId.parse(request.id), NuGetVersion.parse(request.version))
     except IdentityError as error:
         raise HttpRefusal(400, "bad_fields") from error
-    return ReplicationOrder(package, request)

@@ -21,6 +21,7 @@ from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.stores.contract import Documents
+from relay.support.together import Flights
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Catalog:
         self._documents = documents
         self._pointers: dict[tuple[str, str], Pointer] = {}
         self._parsed: OrderedDict[ManifestId, Manifest] = OrderedDict()
-        self._loading: dict[ManifestId, asyncio.Task[Manifest | None]] = {}
+        self._loading: Flights[ManifestId, Manifest | None] = Flights()
 
     async def load(self) -> None:
         """Read every pointer again. The store is the truth; this may be called at any time."""
@@ -187,11 +188,7 @@ class Catalog:
         if id in self._parsed:
             self._parsed.move_to_end(id)
             return self._parsed[id]
-        task = self._loading.get(id)
-        if task is None:
-            task = self._loading[id] = asyncio.create_task(self._load_manifest(id))
-            task.add_done_callback(lambda _: self._loading.pop(id, None))
-        return await asyncio.shield(task)
+        return await self._loading.join(id, lambda: self._load_manifest(id))
 
     async def signature(self, id: ManifestId) -> bytes:
         """The DSSE envelope, empty where there is none."""

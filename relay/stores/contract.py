@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Final, Literal
 
 from relay.package.chunk import Chunk
@@ -75,7 +75,7 @@ class StoredChunk(ABC):
     """XXH3-64 (seed 0) of the stored form."""
 
     @abstractmethod
-    def pieces(self) -> AsyncIterator[bytes]:
+    def pieces(self) -> AsyncGenerator[bytes, None]:
         """The stored form in order, in pieces of at most `PIECE` bytes.
 
         Raises:
@@ -184,7 +184,7 @@ class Blobs(ABC):
     async def has(self, sha256: str) -> bool: ...
 
     @abstractmethod
-    def read(self, sha256: str) -> AsyncIterator[bytes]:
+    def read(self, sha256: str) -> AsyncGenerator[bytes, None]:
         """The bytes in pieces of at most `PIECE`; the last one is held back until all of them have the right SHA-256.
 
         Raises:

@@ -19,7 +19,7 @@ import builtins
 import hashlib
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -76,7 +76,7 @@ class DiskChunk(StoredChunk):
         self._path = path
         self._seen = seen
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
         look = Look()
         try:
             async with aiofiles.open(self._path, "rb", buffering=0, opener=look) as file:
@@ -286,7 +286,7 @@ class DiskBlobs(Blobs):
     async def has(self, sha256: str) -> bool:
         return await asyncio.to_thread(self._has, hashed("blobs", sha256))
 
-    async def read(self, sha256: str) -> AsyncIterator[bytes]:
+    async def read(self, sha256: str) -> AsyncGenerator[bytes, None]:
         below = hashed("blobs", sha256)
         with self._volume.judging(sha256, below) as look:
             async with aiofiles.open(self._volume.path(below), "rb", buffering=0, opener=look) as file:

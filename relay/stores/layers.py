@@ -1,4 +1,4 @@
-"""Stores made of stores. Both are readers: who wants to write, writes to the member that it means."""
+"""Stores made of stores. Both are readers: a writer writes to the member that it means."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from relay.package.identity import ChunkId
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
 from relay.stores.memory import StoredBytes
 from relay.stores.stored_form import encode_stored
+from relay.support.together import Flights
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Cached(ChunkReader):
         """Both are closed with this one."""
         self._upstream = upstream
         self._local = local
-        self._flights: dict[ChunkId, asyncio.Task[Chunk]] = {}
+        self._flights: Flights[ChunkId, Chunk] = Flights()
         self.name = f"{local.name} before {upstream.name}"
 
     async def get(self, id: ChunkId) -> Chunk:
@@ -48,7 +49,7 @@ class Cached(ChunkReader):
             return await self._local.get(id)
         except (ChunkInvalid, UnreachableError) as error:
             _log.debug("cached.miss", extra={"chunk": id, "reason": str(error)})
-        return await self._fetch_once(id)
+        return await self._flights.join(id, lambda: self._fetch(id))
 
     async def has_many(self, ids: Iterable[ChunkId]) -> set[ChunkId]:
         return await union((self._local, self._upstream), ids)
@@ -56,27 +57,16 @@ class Cached(ChunkReader):
     async def open(self, id: ChunkId) -> StoredChunk:
         with suppress(ChunkInvalid, UnreachableError):
             return await self._local.open(id)
-        chunk = await self._fetch_once(id)
+        chunk = await self._flights.join(id, lambda: self._fetch(id))
         try:
             return await self._local.open(id)
         except (ChunkInvalid, UnreachableError):
             return StoredBytes(id, await asyncio.to_thread(encode_stored, chunk))
 
     async def close(self) -> None:
-        flights = tuple(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        await self._flights.close()
         await self._local.close()
         await self._upstream.close()
-
-    async def _fetch_once(self, id: ChunkId) -> Chunk:
-        flight = self._flights.get(id)
-        if flight is None:
-            flight = self._flights[id] = asyncio.create_task(self._fetch(id))
-            flight.add_done_callback(lambda done: self._land(id, done))
-        # Shielded: one caller that goes away must not take the flight from the others.
-        return await asyncio.shield(flight)
 
     async def _fetch(self, id: ChunkId) -> Chunk:
         chunk = await self._upstream.get(id)
@@ -85,12 +75,6 @@ class Cached(ChunkReader):
         except StoreError as error:
             _log.warning("cached.not_kept", extra={"store": self._local.name, "chunk": id, "reason": str(error)})
         return chunk
-
-    def _land(self, id: ChunkId, flight: asyncio.Task[Chunk]) -> None:
-        self._flights.pop(id, None)
-        if not flight.cancelled():
-            # Every caller may be gone: the error was for them, and asyncio should not complain of it.
-            flight.exception()
 
 
 class Failover(ChunkReader):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import aiofiles
@@ -52,7 +52,7 @@ class StoredBytes(StoredChunk):
         self.length = len(self._frame)
         self.xxh3 = header.xxh3
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
         for piece in _cut(self._frame):
             yield piece
 
@@ -144,7 +144,7 @@ class MemoryBlobs(Blobs):
     async def has(self, sha256: str) -> bool:
         return parse_digest(sha256) in self.blobs
 
-    async def read(self, sha256: str) -> AsyncIterator[bytes]:
+    async def read(self, sha256: str) -> AsyncGenerator[bytes, None]:
         data = self.blobs.get(parse_digest(sha256))
         if data is None:
             raise ChunkMissing(sha256)

@@ -21,7 +21,7 @@ import xxhash
 from relay.errors import ChunkInvalid, UntrustedError
 from relay.package.chunk import CHUNK_MAX, Chunk
 from relay.package.identity import ChunkId
-from relay.support.zstd import zstd
+from relay.support.zstd import FrameFault, inflate, zstd
 
 LEVEL: Final = 3
 """zstd level of the stored form: about 400 MB/s a core, so that taking a package in is not bound by it."""
@@ -114,9 +114,14 @@ def decode_stored(id: ChunkId, stored: bytes) -> Chunk:
         header = parse_stored_header(stored)
         frame = memoryview(stored)[HEADER_SIZE:]
         check_stored(id, header, bytes(frame[:18]), xxhash.xxh3_64_intdigest(frame))
-        return Chunk(id, _inflate(frame, header.size))
+        data = inflate(frame, header.size, window_log=_WINDOW_LOG_MAX)
     except DamageError as damage:
         raise ChunkInvalid(id, damage.found) from damage
+    except FrameFault as fault:
+        raise ChunkInvalid(id, f"a frame {fault}") from fault
+    if len(data) != header.size:
+        raise ChunkInvalid(id, "other size")
+    return Chunk(id, data)
 
 
 def _declared_size(front: bytes) -> int | None:
@@ -124,15 +129,3 @@ def _declared_size(front: bytes) -> int | None:
         return zstd.get_frame_info(front).decompressed_size
     except zstd.ZstdError as error:
         raise DamageError("no zstd frame") from error
-
-
-def _inflate(frame: memoryview, size: int) -> bytes:
-    """Exactly one zstd frame that inflates to exactly `size` bytes; one byte more is never produced."""
-    decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
-    try:
-        data = decoder.decompress(frame, max_length=size + 1)
-    except zstd.ZstdError as error:
-        raise DamageError("no zstd frame") from error
-    if not decoder.eof or decoder.unused_data or len(data) != size:
-        raise DamageError("other size")
-    return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from functools import cache
 
 PIECE = 64 << 10
@@ -22,3 +22,9 @@ def noise(size: int) -> Iterator[bytes]:
     for start in range(0, size, PIECE):
         at = start % _BLOCK
         yield block[at : at + min(PIECE, size - start)]
+
+
+async def noise_pieces(size: int) -> AsyncGenerator[bytes, None]:
+    """As `noise`, for a line."""
+    for piece in noise(size):
+        yield piece

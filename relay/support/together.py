@@ -1,13 +1,15 @@
-"""Several works at once, of which none outlives the others."""
+"""Several works at once, works that several wait for, and several things of which the first is waited for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
+from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from relay.errors import first_of
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -19,3 +21,65 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise first_of(errors) from None
     return [task.result() for task in tasks]
+
+
+async def any_of(seconds: float, *works: Awaitable[object]) -> bool:
+    """Wait until one of `works` has ended, for at most `seconds`; whether one has. The others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return bool(done)
+
+
+class Flights(Generic[K, T]):
+    """Works that several may wait for: each is under way once, however many ask for it."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[K, asyncio.Task[T]] = {}
+
+    async def join(self, key: K, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What the work on `key` gives or raises. It begins where none is under way."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(begin())
+            task.add_done_callback(lambda done: self._land(key, done))
+        # Shielded: one that goes away must not take the work from the others.
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Stop all that is under way. Twice is once."""
+        tasks = tuple(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _land(self, key: K, task: asyncio.Task[T]) -> None:
+        self._tasks.pop(key, None)
+        if not task.cancelled():
+            # All that waited may be gone: the error was for them, and asyncio should not complain of it.
+            task.exception()
+
+
+class News(Generic[K]):
+    """Events by name: those that wait for one thing hang on one event."""
+
+    def __init__(self) -> None:
+        # Weak: an event without a waiter is forgotten by itself.
+        self._events: WeakValueDictionary[K, asyncio.Event] = WeakValueDictionary()
+
+    def of(self, key: K) -> asyncio.Event:
+        """Set as soon as `key` is told of. Take it first, then look whether it is needed, then wait."""
+        event = self._events.get(key)
+        if event is None:
+            event = self._events[key] = asyncio.Event()
+        return event
+
+    def tell(self, keys: Iterable[K]) -> None:
+        """Wake all that wait for these."""
+        for key in keys:
+            event = self._events.pop(key, None)
+            if event is not None:
+                event.set()

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from relay.encoding.bundle import (
     Aborted,
@@ -249,7 +249,7 @@ class _Download:
         self._receiver = receiver
         self._limits = receiver.limits
         self._asked: dict[str, _Asked] = {}
-        self._bases = _Once(receiver.bases)
+        self._finding: asyncio.Task[Holdings | None] | None = None
         self._todo: deque[int] = deque()
         self._plainly: set[int] = set()
         """Chunks whose difference failed."""
@@ -303,10 +303,17 @@ class _Download:
     async def _shape(self, asked: _Asked) -> RequestShape:
         # Bases are looked for only where they may be of use: that reads whole trees.
         is_worth_it = self._limits.asks_whole or request_shape(asked.goodput, can_have_bases=True).with_bases
-        found = await self._bases.get() if is_worth_it and asked.tally.fallbacks < FALLBACKS_MAX else None
+        found = await self._bases() if is_worth_it and asked.tally.fallbacks < FALLBACKS_MAX else None
         if self._limits.asks_whole:
             return RequestShape(self._manifest.stream_size, one_at_a_time=True, with_bases=found is not None)
         return request_shape(asked.goodput, can_have_bases=found is not None)
+
+    async def _bases(self) -> Holdings | None:
+        """What is held here, looked for once, when it is first of use."""
+        if self._finding is None:
+            self._finding = asyncio.ensure_future(self._receiver.bases())
+        found = await asyncio.shield(self._finding)
+        return found if found is not None and found.held else None
 
     def _next_segment(self, most: int) -> tuple[list[int], bool]:
         """What to ask for next, and whether to ask for it plainly: chunks of one kind, so that the others need not be."""
@@ -336,7 +343,7 @@ class _Download:
     # --- one request
 
     async def _ask(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
-        bases = await self._bases.get() if with_bases else None
+        bases = await self._bases() if with_bases else None
         request = _Request(asked, segment)
 
         def tap(run: Places, built_on: Places, encoding: Encoding) -> Sink | None:
@@ -399,20 +406,6 @@ class _Download:
                 raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
             request.is_steady = False
             request.excuse(event)
-
-
-class _Once:
-    """What is held here, looked for when it is first of use."""
-
-    def __init__(self, find: Callable[[], Coroutine[Any, Any, Holdings | None]]) -> None:
-        self._find = find
-        self._task: asyncio.Task[Holdings | None] | None = None
-
-    async def get(self) -> Holdings | None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._find())
-        found = await asyncio.shield(self._task)
-        return found if found is not None and found.held else None
 
 
 class _Request:

@@ -209,40 +209,43 @@ class PayloadReader:
 
 
 class Growing:
-    """A payload on its way in from elsewhere. Readers of it see each piece as it is added.
+    """A payload on its way in from elsewhere, told of in any thread. Readers of it see each piece as it is added.
 
-    One that is thrown away without `finish` has failed.
+    Without room for it, or where the same one is here already, what is told is passed over. One that is thrown away
+    without `finish` has failed.
     """
 
     def __init__(
         self,
+        payloads: Payloads,
+        spec: PayloadSpec,
         loop: asyncio.AbstractEventLoop,
-        add: Callable[[bytes], None],
-        finish: Callable[[], None],
-        fail: Callable[[], None],
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
+        """`spec.coding.level` is 0: it is not known here. `loop` is that of `payloads`; `begun`: there was room for it."""
         self._loop = loop
-        self._add = add
-        self._finish = finish
-        self._fail = fail
+        payload = _Payload(spec, is_arriving=True)
+        self._tell(payloads.adopt, payload, begun)
+        self._payload = payload
+        self._payloads = payloads
 
     def add(self, piece: bytes) -> None:
         """The next bytes, once they were decoded here without fault."""
         for part in _recut(piece):
-            self._tell(self._add, part)
+            self._tell(self._payloads.grow, self._payload, part)
 
     def finish(self) -> None:
         """It is whole, and its chunks were verified."""
-        self._tell(self._finish)
+        self._tell(self._payloads.finish, self._payload)
 
     def fail(self) -> None:
         """It will not be whole: its readers get a `StoreError`, and it is forgotten. After `finish` it changes nothing."""
-        self._tell(self._fail)
+        self._tell(self._payloads.fail, self._payload, StoreError("a payload broke off on its way in"))
 
     def __del__(self) -> None:
         self.fail()
 
-    def _tell(self, what: Callable[..., None], *values: object) -> None:
+    def _tell(self, what: Callable[..., object], *values: object) -> None:
         # A loop that is closed has no readers any more.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(what, *values)
@@ -341,46 +344,35 @@ class Payloads:
         self._closed = True
         for payload in list(self._payloads.values()):
             self._forget(payload)
-            self._fail(payload, StoreError("the payloads of this process were closed"))
+            self.fail(payload, StoreError("the payloads of this process were closed"))
         while self._tasks:
             await asyncio.wait(self._tasks)
         self._pool.shutdown(wait=False)
 
     # --- arriving
 
-    def adopt(self, spec: PayloadSpec) -> Growing | None:
-        """Keep a payload that arrives here as it grows, so that it can be handed on as it came; None without room for it,
-        or where the same one is here already.
-
-        `spec.coding.level` is 0: it is not known here. The `Growing` may be fed from other threads.
-        """
-        room = expected_payload(spec)
-        if self._closed or spec in self._payloads or not self._budget.has_room(room):
-            return None
-        payload = _Payload(spec, is_arriving=True)
+    def adopt(self, payload: _Payload, begun: Callable[[], None]) -> None:
+        """Keep a payload as it grows, so that it can be handed on as it came; see `Growing`."""
+        room = expected_payload(payload.spec)
+        if self._closed or payload.spec in self._payloads or not self._budget.has_room(room):
+            payload.error = StoreError("a payload that is not kept")
+            return
         self._enlist(payload)
         self._count(payload, room)
         # What arrives takes the place of what is kept, not room beside it.
         self._tidy()
+        begun()
 
-        def add(piece: bytes) -> None:
-            more = payload.size + len(piece) - payload.counted
-            if payload.has_ended:
-                return
-            if more > 0 and not self._budget.has_room(more):
-                self._fail(payload, StoreError("no memory for a payload that was to be handed on"))
-                return
-            payload.add(piece)
-            self._count(payload, max(payload.size, payload.counted))
-
-        def finish() -> None:
-            if not payload.has_ended:
-                self._finish(payload, 0.0)
-
-        def fail() -> None:
-            self._fail(payload, StoreError("a payload broke off on its way in"))
-
-        return Growing(asyncio.get_running_loop(), add, finish, fail)
+    def grow(self, payload: _Payload, piece: bytes) -> None:
+        """The next bytes of one that arrives."""
+        more = payload.size + len(piece) - payload.counted
+        if payload.has_ended:
+            return
+        if more > 0 and not self._budget.has_room(more):
+            self.fail(payload, StoreError("no memory for a payload that was to be handed on"))
+            return
+        payload.add(piece)
+        self._count(payload, max(payload.size, payload.counted))
 
     # --- making
 
@@ -407,9 +399,9 @@ class Payloads:
                 self._budget.leave(need)
         except Exception as error:
             # Each error is for the readers to know.
-            self._fail(payload, error)
+            self.fail(payload, error)
         except asyncio.CancelledError:
-            self._fail(payload, StoreError("the encoder of this payload was stopped"))
+            self.fail(payload, StoreError("the encoder of this payload was stopped"))
             raise
 
     async def _encode(self, payload: _Payload) -> None:
@@ -419,8 +411,7 @@ class Payloads:
             payload.waiting = None
             # What the thread hands over is in the loop's queue before its end is.
             seconds = await loop.run_in_executor(self._pool, _encode_into, payload, run, base, loop)
-        if not payload.has_ended:
-            self._finish(payload, seconds)
+        self.finish(payload, seconds)
 
     async def _join(self, ids: tuple[ChunkId, ...]) -> bytes:
         """One after another, read a few ahead: beside what is joined, no more than those are held."""
@@ -438,7 +429,10 @@ class Payloads:
             await asyncio.gather(*reads, return_exceptions=True)
         return joined.getvalue()
 
-    def _finish(self, payload: _Payload, seconds: float) -> None:
+    def finish(self, payload: _Payload, seconds: float = 0.0) -> None:
+        """It is whole; where it ended before, nothing changes."""
+        if payload.has_ended:
+            return
         payload.is_whole = True
         key = _digest(payload.spec)
         self._made[key] = Made(payload.size, seconds)
@@ -449,7 +443,7 @@ class Payloads:
         payload.wake()
         self._tidy()
 
-    def _fail(self, payload: _Payload, error: Exception) -> None:
+    def fail(self, payload: _Payload, error: Exception) -> None:
         """Tell its readers, stop its encoder. The next reader begins anew."""
         if payload.has_ended:
             return
@@ -466,7 +460,7 @@ class Payloads:
         if payload.readers:
             return
         if not payload.has_ended and not payload.is_arriving:
-            self._fail(payload, StoreError("this payload has no reader any more"))
+            self.fail(payload, StoreError("this payload has no reader any more"))
         self._tidy()
 
     # --- memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -12,12 +11,12 @@ from relay.encoding import planner
 from relay.encoding.choose_bases import Held, worth_asking
 from relay.encoding.codecs import Coding
 from relay.encoding.planner import Choice, Line, Row
-from relay.errors import first_of
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, count, from_indexes, indexes
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
+from relay.support.together import together
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Connections, Meter, Remembered
 from relay.transfer.run_queue import CORES, PlannedRun, RunQueue, forced
@@ -195,13 +194,8 @@ async def _encode(planned: Sequence[PlannedRun], payloads: Payloads) -> list[int
     """Bytes of the payloads, as many as are made in the time that is given to it."""
     spent = accumulate(run.choice.chosen.encode_seconds / CORES for run in planned)
     first = [run for run, seconds in zip(planned, spent, strict=True) if seconds <= ENCODED_SECONDS]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(payloads.make(run.spec)) for run in first]
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
-    made: list[int | None] = [task.result().payload_bytes for task in tasks]
-    return made + [None] * (len(planned) - len(made))
+    made = await together(payloads.make(run.spec) for run in first)
+    return [one.payload_bytes for one in made] + [None] * (len(planned) - len(made))
 
 
 def explained(

@@ -18,12 +18,8 @@ from relay.server.http.connection import GuardedHandler
 from relay.server.http.problems import SERVER, HttpRefusal
 from relay.server.http.tokens import Identity, Scope, TokenSet, UnauthenticatedError, authenticate
 
-
-class HostRule(Protocol):
-    """Whether a relay answers for the host name `name` (lower case, without port and brackets)."""
-
-    def __call__(self, name: str) -> bool: ...
-
+HostRule = Callable[[str], bool]
+"""Whether a relay answers for a host name (lower case, without port and brackets)."""
 
 # RFC 9110, section 7.2, and RFC 3986, section 3.2.2: a registered name or IPv4 address, or an IP literal, and a port.
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]{1,255})|\[([0-9A-Fa-f:.]{2,45})\])(?::[0-9]{1,5})?", re.ASCII)
@@ -138,6 +134,18 @@ def add(
     app[_ROUTES][app.router.add_route(method, path, handler)] = scope
 
 
+Routes = tuple[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]], Scope | str], ...]
+"""Method, path, handler and scope of each, as `add` takes them."""
+
+
+class Routed(Protocol):
+    """Handlers of one subject."""
+
+    def routes(self) -> Routes:
+        """Every route with the scope that it asks for."""
+        ...
+
+
 @dataclass(frozen=True)
 class RouteInfo:
     method: str
@@ -199,11 +207,6 @@ def _identify(request: web.Request, scope: str | None) -> Identity | None:
             raise UnauthenticatedError
         identity.require(str(scope))
     return identity
-
-
-def identity_of(request: web.Request) -> Identity | None:
-    """Who sends this request, where it bears a valid token."""
-    return request.get(IDENTITY)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a request may carry, and how an answer is written: bounded in bytes, in time, in depth.
+"""What a request may carry and name, and how an answer is written: bounded in bytes, in time, in depth.
 
 aiohttp (3.14) by itself bounds neither a half-sent body nor its inflated size.
 """
@@ -6,12 +6,15 @@ aiohttp (3.14) by itself bounds neither a half-sent body nor its inflated size.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from relay.errors import IdentityError
+from relay.package.identity import NuGetVersion, PackageId, PackageRef, Sha256, parse_digest
 from relay.protocol import messages
 from relay.server.http.access import IDENTITY
 from relay.server.http.connection import ACKS_ARE_COUNTED, GuardedHandler, Ledger, Limits, address_key
@@ -23,6 +26,8 @@ T = TypeVar("T")
 
 PIECE: Final = 256 << 10
 """Bytes. What is written is handed on in pieces of at most this size."""
+IMMUTABLE: Final = "public, max-age=31536000, immutable"
+"""`Cache-Control` of what a digest names."""
 
 
 def _ledger_of(request: web.BaseRequest, limits: Limits) -> Ledger:
@@ -35,7 +40,7 @@ def budget_of(request: web.BaseRequest, limits: Limits) -> ByteBudget:
     return _ledger_of(request, limits).budget
 
 
-async def body_pieces(request: web.Request, limits: Limits, cap: int) -> AsyncIterator[bytes]:
+async def body_pieces(request: web.Request, limits: Limits, cap: int) -> AsyncGenerator[bytes, None]:
     """The body as it comes, of at most `cap` bytes in all.
 
     The minimum rate is judged over the sum of what the peer sends in all its bodies, because they share its line, and
@@ -84,6 +89,12 @@ async def _next_piece(request: web.Request, patience: float) -> bytes | None:
         return None
 
 
+def check_media_type(request: web.Request, expected: str) -> None:
+    """Raises `HttpRefusal`: 415, the body is of another type."""
+    if request.content_type != expected:
+        raise HttpRefusal(415, "media_type")
+
+
 async def read_body(request: web.Request, limits: Limits, cap: int) -> bytes:
     """The whole body, counted against the bytes in flight while it comes. Raises as `body_pieces`, and 503 (busy)."""
     collected = bytearray()
@@ -103,8 +114,7 @@ async def read_json(request: web.Request, limits: Limits, type: type[T]) -> T:
         HttpRefusal: 415 for another media type, 400 for malformed JSON or for fields that `type` does not take; and as
             `body_pieces`.
     """
-    if request.content_type != messages.JSON:
-        raise HttpRefusal(415, "media_type")
+    check_media_type(request, messages.JSON)
     raw = await read_body(request, limits, limits.json_bytes)
     return await parse_json_aside(raw, type, limits.json_depth)
 
@@ -156,6 +166,51 @@ async def write_guarded(response: web.StreamResponse, data: bytes | bytearray | 
             raise ConnectionResetError("the peer does not read") from error
 
 
+async def stream(
+    request: web.Request,
+    pieces: AsyncGenerator[bytes, None],
+    limits: Limits,
+    headers: Mapping[str, str],
+    length: int | None = None,
+) -> web.StreamResponse:
+    """An answer piece by piece. It begins when its first piece is there, so that absence is told as a problem.
+
+    Raises as `pieces` does, and as `write_guarded`.
+    """
+    response = web.StreamResponse(headers=headers)
+    response.content_length = length
+    async with aclosing(pieces):
+        first = await anext(pieces, b"")
+        await response.prepare(request)
+        await write_guarded(response, first, limits)
+        async for piece in pieces:
+            await write_guarded(response, piece, limits)
+    await response.write_eof()
+    return response
+
+
 def json_answer(answer: msgspec.Struct, status: int = 200) -> web.Response:
     """A struct of the protocol as an answer."""
     return web.Response(body=msgspec.json.encode(answer), content_type=messages.JSON, status=status)
+
+
+# --- names in a path: one that names nothing possible names nothing that is here
+
+
+def or_404(parse: Callable[[str], T], text: str) -> T:
+    """Raises `HttpRefusal`: 404, `text` does not parse."""
+    try:
+        return parse(text)
+    except IdentityError as error:
+        raise HttpRefusal(404, "not_found") from error
+
+
+def digest_of(request: web.Request) -> Sha256:
+    """Raises as `or_404`."""
+    return or_404(parse_digest, request.match_info["hex"])
+
+
+def package_of(request: web.Request) -> PackageRef:
+    """Raises as `or_404`."""
+    id = or_404(PackageId.parse, request.match_info["id"])
+    return PackageRef(id, or_404(NuGetVersion.parse, request.match_info["version"]))

@@ -92,6 +92,24 @@ _BY_STATUS: Final[Mapping[int, str]] = {
     503: "busy",
 }
 
+_BY_ERROR: Final[tuple[tuple[type[BaseException], int, str], ...]] = (
+    (LineTooLong, 431, "header_too_large"),
+    (web.RequestPayloadError, 400, "bad_body"),
+    (HttpProcessingError, 400, "bad_request"),
+    (SignatureError, 422, "digest_mismatch"),
+    (ChunkInvalid, 422, "digest_mismatch"),
+    (UntrustedError, 400, "untrusted"),
+    (UnknownLeaseError, 404, "unknown_lease"),
+    (NotFoundError, 404, "not_found"),
+    (ChunkMissing, 404, "not_found"),
+    (ConflictError, 409, "conflict"),
+    (LockedError, 409, "locked"),
+    (RefusedError, 400, "refused"),
+    (StoreError, 500, "store_failed"),
+    (BaseException, 500, "internal"),
+)
+"""The first that an error is counts: the nearer kind stands before the wider."""
+
 _ENDS: Final = frozenset({400, 408, 421, 505})
 
 log = logging.getLogger(__name__)
@@ -129,34 +147,11 @@ def verdict_of(error: BaseException) -> Verdict:
             allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
             default = "internal" if error.status >= 500 else "bad_request"
             return Verdict(error.status, _BY_STATUS.get(error.status, default), headers=allow)
-        case LineTooLong():
-            return Verdict(431, "header_too_large")
-        case web.RequestPayloadError():
-            return Verdict(400, "bad_body")
-        case HttpProcessingError():
-            return Verdict(400, "bad_request")
-        case SignatureError() | ChunkInvalid():
-            return Verdict(422, "digest_mismatch")
-        case UntrustedError():
-            return Verdict(400, "untrusted")
-        case UnknownLeaseError():
-            return Verdict(404, "unknown_lease")
-        case NotFoundError() | ChunkMissing():
-            return Verdict(404, "not_found")
-        case ConflictError():
-            return Verdict(409, "conflict")
-        case LockedError():
-            return Verdict(409, "locked")
-        case RefusedError():
-            return Verdict(400, "refused")
         case StoreError() if error.full:
             return Verdict(507, "store_full", error.retry_after or FULL_RETRY_SECONDS)
-        case StoreError():
-            return Verdict(500, "store_failed")
-        case UnreachableError():
+        case UnreachableError() if not isinstance(error, ChunkMissing | StoreError):
             return Verdict(503, "busy", error.retry_after or RETRY_SECONDS)
-        case _:
-            return Verdict(500, "internal")
+    return next(Verdict(status, code) for kind, status, code in _BY_ERROR if isinstance(error, kind))
 
 
 def problem(

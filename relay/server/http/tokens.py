@@ -8,6 +8,7 @@ This module imports neither aiohttp nor yaml at its top: the command line uses i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -220,15 +221,18 @@ def append_token(path: str, record: TokenRecord) -> None:
     Raises:
         UsageError: the file is not a YAML mapping, its `tokens:` is not a list, or it cannot be read or written.
     """
+    import yaml
+
     try:
         old = _read(path)
-        document = _load(path, old)
-        entry = _entry(record)
+        document, entry = _load(path, old), msgspec.to_builtins(record)
         wanted = document | {"tokens": [*document.get("tokens", []), entry]}
         new = _appended(old, entry)
-        if _load_or_none(new) != wanted:
-            new = _dump(wanted)
-        _write_durably(path, new)
+        with contextlib.suppress(yaml.YAMLError):
+            if yaml.safe_load(new) == wanted:
+                _write_durably(path, new)
+                return
+        _write_durably(path, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
 
@@ -258,26 +262,6 @@ def _load(path: str, text: str) -> dict[str, Any]:
     return document
 
 
-def _load_or_none(text: str) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
-
-
-def _dump(document: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-
-
-def _entry(record: TokenRecord) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(record))
-    return plain
-
-
 def _appended(text: str, entry: dict[str, Any]) -> str:
     """`text` with `entry` as a further item of its `tokens:`, by the places that the YAML parser names."""
     import yaml
@@ -286,10 +270,9 @@ def _appended(text: str, entry: dict[str, Any]) -> str:
     found = [] if root is None else [value for key, value in root.value if key.value == "tokens"]
     if not found:
         return f"{_ended(text)}tokens:\n{_item(entry, 0)}"
-    tokens = found[0]
-    if not tokens.value:
-        indent, end = 0, tokens.end_mark.index
-    else:
+    tokens, indent = found[0], 0
+    end = tokens.end_mark.index
+    if tokens.value:
         indent, end = tokens.start_mark.column, _end_of(tokens)
     after = text.find("\n", end) + 1 or len(text)
     return f"{_ended(text[:after])}{_item(entry, indent)}{text[after:]}"

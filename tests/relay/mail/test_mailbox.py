@@ -552,24 +552,24 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
 
 
 async def test_news_ring_for_the_box_that_got_some_and_for_no_other(mail: Mail) -> None:
-    mine, others = mail.news(WEB1), mail.news(("order", "web2"))
-    assert mail.news(WEB1) is mine
+    mine, others = mail.news.of(WEB1), mail.news.of(("order", "web2"))
+    assert mail.news.of(WEB1) is mine
     await mail.post([order()])
     assert (mine.is_set(), others.is_set()) == (True, False)
-    assert not mail.news(WEB1).is_set()
+    assert not mail.news.of(WEB1).is_set()
 
 
 async def test_letters_that_are_known_are_no_news(mail: Mail) -> None:
     await mail.post([order()])
-    news = mail.news(WEB1)
+    news = mail.news.of(WEB1)
     await mail.post([order()])
     assert not news.is_set()
 
 
 async def test_boxes_that_nobody_waits_for_are_forgotten(mail: Mail) -> None:
     for n in range(100):
-        mail.news(("order", f"w{n}"))
-    assert len(mail._news) == 0
+        mail.news.of(("order", f"w{n}"))
+    assert len(mail.news._events) == 0
 
 
 # --- any history

@@ -44,25 +44,25 @@ class Immediate(SlowStore):
 
 async def test_everybody_who_waits_for_a_chunk_hangs_on_the_one_flight():
     arrivals = Arrivals()
-    flights = [arrivals.flight(CHUNKS[0].id) for _ in range(50)]
+    flights = [arrivals.of(CHUNKS[0].id) for _ in range(50)]
     assert len(set(map(id, flights))) == 1
-    other = arrivals.flight(CHUNKS[1].id)
-    arrivals.landed([CHUNKS[0].id])
+    other = arrivals.of(CHUNKS[1].id)
+    arrivals.tell([CHUNKS[0].id])
     assert flights[0].is_set()
     assert not other.is_set()
 
 
 async def test_a_flight_that_nobody_waits_for_is_forgotten():
     arrivals = Arrivals()
-    arrivals.flight(CHUNKS[0].id)
+    arrivals.of(CHUNKS[0].id)
     gc.collect()
-    assert len(arrivals._waiting) == 0
+    assert len(arrivals._events) == 0
 
 
 async def test_who_comes_after_the_landing_waits_for_the_next_one():
     arrivals = Arrivals()
-    arrivals.landed([CHUNKS[0].id])
-    assert not arrivals.flight(CHUNKS[0].id).is_set()
+    arrivals.tell([CHUNKS[0].id])
+    assert not arrivals.of(CHUNKS[0].id).is_set()
 
 
 # --- what lands
@@ -85,7 +85,7 @@ async def test_a_flush_of_nothing_returns():
 
 async def test_a_chunk_is_told_of_only_when_it_is_durable():
     store, arrivals = SlowStore(), Arrivals()
-    flight = arrivals.flight(CHUNKS[0].id)
+    flight = arrivals.of(CHUNKS[0].id)
     async with Landing(store, arrivals) as landing:
         await landing.add(CHUNKS[0])
         await eventually(lambda: store.batches)
@@ -203,7 +203,7 @@ async def test_a_store_that_fails_is_told_to_the_sender_at_the_next_step(full):
     store = SlowStore()
     store.error = StoreError("no room", full=full)
     arrivals = Arrivals()
-    flight = arrivals.flight(CHUNKS[0].id)
+    flight = arrivals.of(CHUNKS[0].id)
     async with Landing(store, arrivals) as landing:
         await landing.add(CHUNKS[0])
         store.may_write.set()
@@ -233,7 +233,7 @@ async def test_one_senders_failure_is_not_anothers():
     bad.error = StoreError("no room")
     bad.may_write.set()
     arrivals = Arrivals()
-    flight = arrivals.flight(CHUNKS[0].id)
+    flight = arrivals.of(CHUNKS[0].id)
     async with Landing(bad, arrivals) as one, Landing(good, arrivals) as other:
         await one.add(CHUNKS[0])
         with pytest.raises(StoreError):

@@ -19,7 +19,7 @@ from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE
 from relay.stores.memory import MemoryChunks
 from relay.transfer import encoder_pool as under_test
-from relay.transfer.encoder_pool import Payloads, PayloadSpec, expected_payload, working_bytes
+from relay.transfer.encoder_pool import Growing, Payloads, PayloadSpec, expected_payload, working_bytes
 
 MIB = 1 << 20
 
@@ -471,12 +471,17 @@ def test_an_encoder_is_counted_for_more_than_what_it_reads_and_makes(size: int, 
 # --- arriving
 
 
+async def adopted(payloads: Payloads, spec: PayloadSpec) -> Growing:
+    growing = Growing(payloads, spec, asyncio.get_running_loop())
+    await asyncio.sleep(0)
+    return growing
+
+
 async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread():
     shelf = Shelf()
     spec = PayloadSpec(named("a", "b"), (), Coding("hdiff", 0), 9000)
     async with opened(shelf) as payloads:
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         assert payloads.find(spec.chunks, (), ["hdiff"]) == spec
         reader = stretches(payloads, spec)
         with ThreadPoolExecutor(1) as elsewhere:
@@ -498,8 +503,7 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
     data = noise(1, 1000)
     spec = PayloadSpec(await shelf.put_data(data), (), Coding("zstd", 0), 1000)
     async with opened(shelf) as payloads:
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         growing.add(b"begin")
         reader = stretches(payloads, spec)
         assert await anext(reader) == b"begi"
@@ -519,8 +523,7 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
 async def test_what_fails_after_it_was_whole_stays_whole():
     async with opened(Shelf()) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         growing.add(b"all")
         growing.finish()
         growing.fail()
@@ -531,16 +534,18 @@ async def test_what_fails_after_it_was_whole_stays_whole():
 async def test_the_same_payload_is_adopted_once():
     async with opened(Shelf()) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
-        growing = payloads.adopt(spec)
-        assert growing is not None
-        assert payloads.adopt(spec) is None
+        growing = await adopted(payloads, spec)
+        again = await adopted(payloads, spec)
+        again.add(b"other")
+        growing.add(b"all")
+        growing.finish()
+        assert await whole(payloads, spec) == b"all"
 
 
 async def test_an_arriving_payload_goes_on_when_its_readers_leave():
     async with opened(Shelf()) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         growing.add(b"be")
         reader = stretches(payloads, spec)
         await anext(reader)
@@ -553,19 +558,20 @@ async def test_an_arriving_payload_goes_on_when_its_readers_leave():
 async def test_nothing_is_adopted_without_room_for_it():
     async with opened(Shelf(), memory_bytes=MIB) as payloads:
         fits, too_much = (PayloadSpec(named(name), (), Coding("zstd", 0), MIB) for name in "ab")
-        growing = payloads.adopt(fits)
-        assert growing is not None
-        assert payloads.adopt(PayloadSpec(named("c"), (), RAW, MIB)) is None
+        growing = await adopted(payloads, fits)
+        refused = PayloadSpec(named("c"), (), RAW, MIB)
+        kept = [growing, await adopted(payloads, refused)]
+        assert payloads.find(refused.chunks, (), ["raw"]) is None
         growing.finish()
         await asyncio.sleep(0)
-        assert payloads.adopt(too_much) is not None
+        kept.append(await adopted(payloads, too_much))
+        assert payloads.find(too_much.chunks, (), ["zstd"]) == too_much
 
 
 async def test_an_arriving_payload_that_outgrows_the_memory_is_let_go():
     async with opened(Shelf(), memory_bytes=3 * PIECE) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("hdiff", 0), PIECE)
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         reader = stretches(payloads, spec)
         growing.add(b"x" * 2 * PIECE)
         await anext(reader)
@@ -588,8 +594,8 @@ async def test_the_payload_with_the_most_bytes_is_found_among_what_is_wanted():
             PayloadSpec((a, b, c), (), Coding("raw", 0), 30),
             PayloadSpec((b, c), (base, other), Coding("hdiff", 0), 40),
         ]
-        growing = [payloads.adopt(spec) for spec in specs]
-        assert all(growing)
+        growing = [await adopted(payloads, spec) for spec in specs]
+        assert len(growing) == len(specs)
         every = ("raw", "zstd", "hdiff")
         assert payloads.find([a, b, c], [base, other], every) == specs[4]
         assert payloads.find([a, b, c], [base], every) == specs[3]
@@ -605,7 +611,7 @@ async def test_who_waits_for_a_change_is_woken_when_a_payload_begins(encoder: En
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
         for begin in (
-            lambda: payloads.adopt(PayloadSpec(named("a"), (), RAW, 1)),
+            lambda: Growing(payloads, PayloadSpec(named("a"), (), RAW, 1), asyncio.get_running_loop()),
             lambda: asyncio.create_task(whole(payloads, spec)),
         ):
             waiting = asyncio.create_task(payloads.changed())
@@ -625,8 +631,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     ids = await shelf.put_data(*(noise(n, 10) for n in range(5)))
     payloads = Payloads(shelf, threads=1)
     readers = [asyncio.create_task(whole(payloads, spec_of(id))) for id in ids]
-    growing = payloads.adopt(PayloadSpec(named("a"), (), RAW, 1))
-    assert growing is not None
+    growing = await adopted(payloads, PayloadSpec(named("a"), (), RAW, 1))
     await until(lambda: encoder.running == 1)
     closing = asyncio.create_task(payloads.close())
     answers = await asyncio.gather(*readers, return_exceptions=True)
@@ -641,7 +646,9 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     growing.finish()
     with pytest.raises(StoreError):
         await whole(payloads, spec_of(ids[0]))
-    assert payloads.adopt(PayloadSpec(named("b"), (), RAW, 1)) is None
+    late = await adopted(payloads, PayloadSpec(named("b"), (), RAW, 1))
+    late.finish()
+    assert payloads.find(named("b"), (), ["raw"]) is None
 
 
 # --- read in stretches
@@ -651,8 +658,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
 async def test_every_byte_of_a_stretched_payload_is_read_once_and_only_its_last_one_waits(cut: list[bytes]) -> None:
     async with opened(Shelf()) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
-        growing = payloads.adopt(spec)
-        assert growing is not None
+        growing = await adopted(payloads, spec)
         reader, found = payloads.open(spec), []
         stretches = reader.stretches(1, 20.0)
         for at, piece in enumerate(cut):
@@ -672,11 +678,10 @@ async def test_every_byte_of_a_stretched_payload_is_read_once_and_only_its_last_
 async def test_a_reader_that_waits_in_vain_says_so() -> None:
     async with opened(Shelf()) as payloads:
         spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
-        growing = payloads.adopt(spec)
+        growing = await adopted(payloads, spec)
         reader = payloads.open(spec)
         with pytest.raises(TimeoutError):
             await anext(reader.stretches(1, 0.01))
-        assert growing is not None
         growing.fail()
         with pytest.raises(StoreError, match="broke off"):
             await anext(reader.stretches(1, 20.0))
