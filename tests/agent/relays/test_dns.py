@@ -11,7 +11,7 @@ from typing import Self
 
 import msgspec
 import pytest
-from harness.dns_server import DOMAIN, Srv, dns_server
+from harness.dns import DOMAIN, Srv, dns_server
 
 from agent.relays import dns
 from agent.relays.dns import (

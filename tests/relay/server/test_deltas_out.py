@@ -8,7 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
-from harness.support import Cut, cut_package, encode_run, eventually, noise
+from harness.packages import Cut, cut_package, encode_run, noise
+from harness.process import eventually
 
 from relay.encoding.bundle import (
     Aborted,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from harness.support import cut_package, noise
+from harness.packages import cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
