@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
@@ -27,9 +27,6 @@ PAUSE_MIN, PAUSE_MAX = 0.05, 1.0
 """Seconds between two tries: short at first, when most services come up, and then no burden."""
 _SHOWN_CHARS = 200
 _OUTPUT_KEPT = 4096
-
-Tick = Callable[[int, str], None]
-"""Called after each try with (index of the check, what it said)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,6 @@ class CheckResult:
 
 async def run_checks(
     checks: Sequence[TimedCheck],
-    on_tick: Tick | None = None,
     *,
     environment: Mapping[str, str] | None = None,
     service_command: Sequence[str] | None = None,
@@ -73,7 +69,6 @@ async def run_checks(
 
     Args:
         checks: what must hold.
-        on_tick: for a display.
         environment: of commands; by default `agent.runs.scripts.base_environment`.
         service_command: how the service manager is called (`{action}` and `{service}` are filled in); by default the
             system's.
@@ -81,12 +76,11 @@ async def run_checks(
     """
     async with AsyncExitStack() as stack:
         tester = _Tester(stack, environment, service_command, folder)
-        tasks = [_hold(check, index, tester, on_tick) for index, check in enumerate(checks)]
-        results = await asyncio.gather(*tasks)
+        results = await asyncio.gather(*(_hold(check, tester) for check in checks))
     return CheckResult(tuple(results))
 
 
-async def _hold(timed: TimedCheck, index: int, tester: _Tester, on_tick: Tick | None) -> Said:
+async def _hold(timed: TimedCheck, tester: _Tester) -> Said:
     """Try until it held for `lasting` seconds without a break."""
     end = time.monotonic() + timed.deadline
     held_since: float | None = None
@@ -96,8 +90,6 @@ async def _hold(timed: TimedCheck, index: int, tester: _Tester, on_tick: Tick | 
     while (left := end - time.monotonic()) > (LAST_TRY if tried else 0.0):
         tried = True
         said = await tester.test(timed.check, min(timed.timeout, left))
-        if on_tick:
-            on_tick(index, said.text)
         now = time.monotonic()
         held_since = (held_since or now) if said.ok else None
         if held_since is not None and now - held_since >= timed.lasting:
@@ -218,8 +210,7 @@ class _Tail:
 
     async def end(self) -> None:
         """The command is over; a daemon that it left may hold the pipe open, and is not waited for."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._task, 0.2)
+        await asyncio.wait({self._task}, timeout=0.2)
 
     def stop(self) -> None:
         self._task.cancel()
@@ -231,7 +222,7 @@ class _Tail:
 
 @asynccontextmanager
 async def _output() -> AsyncIterator[tuple[_Tail, IO[bytes]]]:
-    """A pipe of our own: with asyncio's, a command is not over before whoever inherited the pipe is."""
+    """A pipe of our own: with asyncio's, a command is not over before the last process that inherited the pipe is."""
     reader, writer = (os.fdopen(end, mode, buffering=0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     stream = asyncio.StreamReader()
     with writer:

@@ -13,7 +13,7 @@ from relay.errors import UsageError
 from relay.support.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
 
 if TYPE_CHECKING:
-    from agent.orders.journal import Entry
+    from agent.orders.journal import OperationRecord
     from agent.relays.sources import Sources
     from agent.service import Service
     from agent.trees.installed import AgentState
@@ -141,20 +141,20 @@ async def _serve(service: Service) -> None:
 @_home_option
 @json_option
 def status(limit: int, home_folder: str | None, as_json: bool) -> None:
-    """Show what this agent was ordered, what became of it, what it refused, and who leads. Asks nobody."""
+    """Show what this agent was ordered, what became of it, what it refused, and which deployment leads. Contacts nothing."""
     from agent import platform
-    from agent.orders.journal import Journal
+    from agent.orders.journal import OperationJournal
     from agent.service import lock_path, name_of
     from agent.trees.installed import AgentState
 
     folder = _home(home_folder)
-    journal = Journal(folder)
+    journal = OperationJournal(folder)
     document = {
         "format": 1,
         "name": name_of(AgentState(folder).config().name),
         "serving": platform.is_locked(lock_path(folder)),
         "fences": {name: _builtins(fence) for name, fence in sorted(journal.fences.items())},
-        "operations": [_operation(entry) for entry in journal.newest(limit)],
+        "operations": [_operation(record) for record in journal.newest(limit)],
         "refusals": [_builtins(refusal) for refusal in reversed(journal.refusals()[-limit:])],
     }
     if as_json:
@@ -163,18 +163,18 @@ def status(limit: int, home_folder: str | None, as_json: bool) -> None:
     _print_status(document)
 
 
-def _operation(entry: Entry) -> dict[str, Any]:
-    report = entry.report
+def _operation(record: OperationRecord) -> dict[str, Any]:
+    report = record.report
     return {
-        "operation": entry.operation,
-        "action": entry.action,
-        "environment": entry.environment,
+        "operation": record.operation,
+        "action": record.action,
+        "environment": record.environment,
         "state": "running" if report is None else report.state,
         "reason": "" if report is None else report.reason,
         "exit_status": None if report is None else report.exit_status,
-        "ordered": entry.not_before,
+        "ordered": record.not_before,
         "ended": None if report is None else report.ended,
-        "acknowledged": entry.acknowledged,
+        "acknowledged": record.acknowledged,
     }
 
 
@@ -264,7 +264,7 @@ def pull(
 @json_option
 def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, as_json: bool) -> None:
     """Show the relays in the order in which this agent asks them, and why in that order."""
-    from agent.relays.ranking import UNKNOWN
+    from agent.relays.health import UNKNOWN
     from agent.trees.installed import AgentState
 
     state = AgentState(_home(home_folder))

@@ -1,6 +1,6 @@
-"""What an agent does when it is told to: each kind of order, from the decision to obey to how it ended.
+"""What an agent does by order: each kind of order, from the decision to obey to how it ended.
 
-Nothing here knows of relays' mail or of other orders: `agent/service.py` decides what runs when, and tells of it.
+Nothing here knows of relays' mail or of other orders: `agent/scheduler.py` decides what runs when.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import platform
+from agent.checks import run_checks
 from agent.config import AgentConfig
 from agent.orders.envelopes import open_sealed, secret_context
 from agent.orders.orders import (
@@ -43,28 +44,33 @@ from agent.orders.orders import (
     Verify,
     VerifyFacts,
 )
+from agent.relays.sources import Sources
+from agent.runs import runs
+from agent.runs.runner import OUTPUT
+from agent.runs.runs import RunSpec
+from agent.runs.scripts import base_environment, command_for
+from agent.trees import pull as story
 from agent.trees.installed import AgentState, TreeRecord
+from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.messages import EncodedBytes
+from relay.trust.keys import TrustPins
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-    from agent.runs.runs import RunSpec
-    from agent.trees.pull import Pulled, PullRequest
-    from relay.package.manifest import Manifest
-    from relay.trust.keys import TrustPins
-
+SCRIPTS_KEPT = 20
+"""Packages of scripts that stay when a deployment has ended."""
 _REASON_CHARS = 2000
 _TEXT_CHARS = 400
 """Of one check's words: those of 64 checks must fit into a report."""
 _log = logging.getLogger(__name__)
 
 Output = Callable[[int, bytes, str], None]
-"""Told of new output: (offset, bytes, path of the file that it is in)."""
+"""Called with new output: (offset, bytes, path of the file that it is in)."""
 Progress = Callable[[int, int], None]
-"""Told of (bytes done, bytes of the whole)."""
+"""Called with (bytes done, bytes of the whole)."""
 
 
 class NotRunError(WaystationError):
@@ -73,7 +79,7 @@ class NotRunError(WaystationError):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How an operation ended; what a report says of it. Seconds since 1970; 0 where nobody knows."""
+    """How an operation ended; what a report says of it. Seconds since 1970; 0 where that is not known."""
 
     state: State
     reason: str = ""
@@ -142,10 +148,14 @@ class Operations:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
-        # A mistake of ours must be told as the end of the operation, or somebody would wait for it for ever.
+        # A mistake of ours must be told as the end of the operation, or the orchestrator would wait for it for ever.
         except Exception as error:
             _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
+
+    def prune_scripts(self) -> None:
+        """Remove old packages of scripts; blocking."""
+        self.state.prune(self.state.scripts_root, SCRIPTS_KEPT, ())
 
     # --- what is here
 
@@ -157,7 +167,7 @@ class Operations:
         root = self._root(asked.root)
         record = self.state.installed(root, ManifestId(asked.manifest))
         manifest = None if record is None else self.state.manifest(record)
-        whole = record is not None and manifest is not None and _looks_whole(record, manifest)
+        whole = record is not None and manifest is not None and looks_whole(record.path, manifest)
         current = self._current(root)
         settled = self.state.settled(root)
         there = _existing_parent(root)
@@ -200,8 +210,6 @@ class Operations:
         return Ended("done", facts=AcquireFacts(tuple(pulled)))
 
     def _request(self, tree: PackageTree) -> PullRequest:
-        from agent.trees.pull import PullRequest
-
         package = PackageRef(PackageId.parse(tree.id), NuGetVersion.parse(tree.version))
         return PullRequest(
             package,
@@ -213,12 +221,8 @@ class Operations:
         )
 
     async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
-        from agent.trees import pull as story
-
         result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
         if result is None:
-            from agent.relays.sources import Sources
-
             path = Path(self.state.home) / "relays.json"
             given = (*self.relays, *job.order.relays) if self.relays else ()
             config = msgspec.structs.replace(self.config, relays=(*self.config.relays, *job.order.relays))
@@ -234,12 +238,10 @@ class Operations:
         return _tree_pulled(result)
 
     def _switch(self, action: Switch) -> SwitchFacts:
-        from agent.trees.pull import switch_to
-
         root = self._root(action.root)
         record = self._installed(root, action.manifest)
         manifest = self.state.manifest(record)
-        if manifest is None or not _looks_whole(record, manifest):
+        if manifest is None or not looks_whole(record.path, manifest):
             raise StoreError(f"the tree {record.path} is not whole any more", hint="Acquire it again")
         before = _current_path(root)
         switch_to(record)
@@ -277,8 +279,6 @@ class Operations:
 
     async def _run(self, job: Job, prepare: Callable[[], tuple[RunSpec, dict[str, str]]], *, idempotent: bool) -> Ended:
         """Start what `prepare` gives, at most once; or take it up where it is, if it was started before."""
-        from agent.runs import runs
-
         folder = last_run(job.folder)
         state = await asyncio.to_thread(runs.state_of, folder)
         if state == "unknown" and idempotent:
@@ -292,9 +292,6 @@ class Operations:
         return await _watch(folder, job.on_output)
 
     def _script(self, action: RunScript, job: Job) -> tuple[RunSpec, dict[str, str]]:
-        from agent.runs.runs import RunSpec
-        from agent.runs.scripts import base_environment
-
         command = self._script_command(action.package, action.path)
         secrets = self._secrets(action, job.order.operation)
         environment = base_environment() | action.variables | secrets
@@ -308,8 +305,6 @@ class Operations:
 
     def _script_command(self, package: str, path: str) -> list[str]:
         """How a script of a signed package is started."""
-        from agent.runs.scripts import command_for
-
         script = self._verified_script(package, path)
         try:
             return command_for(script, self.config.interpreters)
@@ -318,8 +313,6 @@ class Operations:
 
     def _verified_script(self, package: str, path: str) -> str:
         """The script in the tree of its signed package, its bytes just compared with the manifest."""
-        from agent.trees.pull import check_signature
-
         record = self.state.find(package)
         manifest = None if record is None else self.state.manifest(record)
         if record is None or manifest is None:
@@ -333,9 +326,7 @@ class Operations:
             raise NotRunError(f"{manifest.package} holds no {path!r}")
         script = os.path.join(record.path, path)
         if _sha256_of(script) != manifest.part_sha256(paths.index(path)):
-            raise NotRunError(
-                f"{script} is not as it was signed: somebody changed it", hint="Acquire its package again"
-            )
+            raise NotRunError(f"{script} is not as it was signed: it was changed", hint="Acquire its package again")
         return script
 
     def _secrets(self, action: RunScript, operation: str) -> dict[str, str]:
@@ -349,18 +340,12 @@ class Operations:
         return opened
 
     def _service(self, action: ControlService, job: Job) -> tuple[RunSpec, dict[str, str]]:
-        from agent.runs.runs import RunSpec
-        from agent.runs.scripts import base_environment
-
         command = platform.service_command(action.action, action.name, self.config.service_command)
         return RunSpec(tuple(command), job.folder, action.timeout), base_environment()
 
     # --- health
 
     async def _verify(self, action: Verify) -> Ended:
-        from agent.checks import run_checks
-        from agent.runs.scripts import base_environment
-
         root = self._root(action.root) if action.root else ""
         checks = [await asyncio.to_thread(self._runnable, timed) for timed in action.checks]
         result = await run_checks(
@@ -386,9 +371,6 @@ class Operations:
 
 
 async def _watch(folder: str, on_output: Output) -> Ended:
-    from agent.runs import runs
-    from agent.runs.runner import OUTPUT
-
     path = os.path.join(folder, OUTPUT)
     digest, seen = hashlib.sha256(), 0
 
@@ -436,12 +418,6 @@ def _tree_pulled(result: Pulled) -> TreePulled:
         wire_bytes=result.wire_bytes,
         seconds=result.seconds,
     )
-
-
-def _looks_whole(record: TreeRecord, manifest: Manifest) -> bool:
-    from agent.trees.pull import looks_whole
-
-    return looks_whole(record.path, manifest)
 
 
 def _current_path(root: str) -> str:

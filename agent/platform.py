@@ -91,7 +91,7 @@ def free_bytes(folder: str) -> int:
 
 
 def is_private(folder: str) -> bool:
-    """Whether `folder` is a real folder (no link) of this user, that nobody else can write to. Raises `OSError`."""
+    """Whether `folder` is a real folder (no link) of this user, that no other can write to. Raises `OSError`."""
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode):
         return False
@@ -174,7 +174,7 @@ def lock_file(path: str) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | _NOT_INHERITED, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had the lock may have removed the file meanwhile: a lock on what has no name guards nothing.
+        # The process that had the lock may have removed the file meanwhile: a lock on what has no name guards nothing.
         if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):
@@ -189,7 +189,7 @@ def lock_file(path: str) -> int | None:
 def is_locked(path: str) -> bool:
     """Whether another process has the lock on `path`, or another descriptor of this one.
 
-    To ask is to share the lock for a moment: whoever wants to take it then must try twice.
+    To ask is to share the lock for a moment: a process that wants to take it then must try twice.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _NOT_INHERITED)
@@ -241,7 +241,7 @@ def fork_detached(work: Callable[[], object], wakes: Wakes, *, complaints: str) 
 
     Only for a process that `start_detached` started, that has one thread, and no descriptors but its standard ones and
     `wakes`. The fork then is what `start_detached` would make: a session of its own, no signal handled or blocked that
-    was not at the start, nothing to hear, nobody to say anything to, complaints in their file.
+    was not at the start, no input, output that leads nowhere, complaints in their file.
 
     Raises:
         OSError: there is no fork.
@@ -282,7 +282,7 @@ def _open_complaints(path: str) -> int:
 class LastArgument:
     """The last argument of this process as `ps` and others see it: what forks do can be written there (Linux; else not).
 
-    It lies in our own memory, where the kernel reads it each time that somebody asks (proc_pid_cmdline(5)); there is
+    It lies in our own memory, where the kernel reads it each time that a process asks (proc_pid_cmdline(5)); there is
     as much room as it had at the start.
     """
 
@@ -362,7 +362,7 @@ def descendants(of: int) -> dict[int, int]:
 def end_tree(leader: int, *, at_once: bool = False) -> bool:
     """Ask the group of `leader`, and every other descendant of this process, to end (or end them `at_once`).
 
-    `leader` is a child of this process that was not waited for, or 0 if it was. False if nobody is left.
+    `leader` is a child of this process that was not waited for, or 0 if it was. False if none is left.
     """
     number = signal.SIGKILL if at_once else signal.SIGTERM
     below = descendants(os.getpid())
@@ -380,7 +380,7 @@ def has_tree(leader: int) -> bool:
 
 
 def process_mark(process: int) -> str:
-    """What tells this process from a later one with the same number; empty if it ended, or nobody can tell."""
+    """What tells this process from a later one with the same number; empty if it ended, or the system cannot tell."""
     fields = _process_fields(str(process)) if IS_LINUX else []
     return f"{process} {fields[_START_TIME].decode()}" if fields else ""
 
@@ -431,7 +431,7 @@ class Wakes:
         os.close(self._told)
 
     def wait(self, other: int | None, seconds: float | None) -> bool:
-        """Wait until something is told, `other` can be read (True) or the time is over."""
+        """Wait until the system tells something, `other` can be read (True) or the time is over."""
         poll = select.poll()
         poll.register(self.descriptor, select.POLLIN)
         if other is not None:

@@ -16,11 +16,12 @@ from typing import Literal
 
 import msgspec
 
-from relay.errors import UsageError, first_of
+from relay.errors import UsageError
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.support.console import size as bytes_of
 from relay.support.console import table
+from relay.support.together import together
 
 Direction = Literal["up", "down"]
 """`up` is to the relay."""
@@ -147,12 +148,7 @@ async def _at_once(transfer: Callable[[int], Awaitable[float]], size: int, times
     async def one() -> None:
         await transfer(size)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(times):
-                group.create_task(one())
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
+    await together(one() for _ in range(times))
 
 
 async def _seconds(work: Awaitable[object]) -> float:

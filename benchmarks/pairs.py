@@ -43,7 +43,7 @@ from relay.protocol.messages import EncodedBytes
 from relay.support.console import print_json, run, table
 from relay.support.rate_limit import Pacer
 from relay.transfer.link_history import Lines, Meter
-from relay.transfer.replicate import Replicated
+from relay.transfer.replicate import ReplicationResult
 
 THIN = 125_000.0
 """Bytes per second: 1 Mbit/s."""
@@ -249,7 +249,7 @@ async def send_counted(
         return _ours(done, proxy.counts.total, changed(what.manifest, old))
 
 
-def _ours(done: Replicated, crossed: int, changes: tuple[int, int]) -> Ours:
+def _ours(done: ReplicationResult, crossed: int, changes: tuple[int, int]) -> Ours:
     return Ours(
         content=done.payload_bytes,
         overhead=crossed - done.payload_bytes,

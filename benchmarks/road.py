@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.support.programs import Served, nginx, peak_memory, relay, run, waystation
+from benchmarks.support.programs import Served, nginx, peak_memory, relay, run, until_told, waystation
 from benchmarks.support.workload import installed_files, real_package
 
 AGENTS = 50
@@ -50,7 +50,8 @@ def measure(package: Package, home: str, folder: str, runs: int) -> None:
     """Every figure of one package."""
     print(f"\n{package.id} {package.version}: nupkg {mega(package.size)}, tree {mega(package.content)}")
     added = [_add(package, home, folder) for _ in range(runs)]
-    tell("package add", added, package.content)
+    tell("package add, until it is usable", [usable for usable, _ in added], package.content)
+    tell("  and its nupkg proved", [proved for _, proved in added], package.content)
     replicated = [_replicate(package, home, folder) for _ in range(runs)]
     tell("package replicate (one relay, loopback)", replicated, package.content)
     with relay(os.path.join(folder, "relay")) as served, nginx(folder, folder) as peer:
@@ -96,10 +97,11 @@ def in_turn(
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _add(package: Package, home: str, folder: str) -> float:
+def _add(package: Package, home: str, folder: str) -> tuple[float, float]:
+    """Seconds until the command tells that it was added, and until it ends."""
     depot = os.path.join(folder, "depot-add")
     os.sync()
-    seconds, _ = waystation("package", "add", package.file, "--depot", f"disk:{depot}", home=home)
+    seconds = until_told([*_command(), "package", "add", package.file, "--depot", f"disk:{depot}"], home=home)
     shutil.rmtree(depot)
     return seconds
 

@@ -245,7 +245,7 @@ def _processor(made: Farm) -> dict[str, float]:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "the command and its scripts": children.ru_utime + children.ru_stime,
-        # Runners are waited for by their nursery, which lives on.
+        # Runners are waited for by their fork server, which lives on.
         "the agents and their scripts": sum(map(cpu_seconds, (made.agents, *platform.descendants(made.agents)))),
         "the relay": cpu_seconds(made.relay.pid),
     }

@@ -16,8 +16,8 @@ from harness.dns import dns_server
 
 from agent import platform
 from agent.config import AgentConfig
+from agent.relays.candidates import Source
 from agent.relays.dns import discovery_of, find_sources
-from agent.relays.ranking import Source
 from agent.runs.scripts import command_for
 from orchestrator.files.environment import load_environment
 from orchestrator.files.process import load_process, package_of

@@ -26,11 +26,16 @@ HOUSES = {
     "benchmarks": ("lines", "support"),
 }  # fmt: skip
 """From the ground up, houses and the folders inside each: one may import itself and what stands before it."""
-GROUND = {"relay": ("errors", "config"), "agent": ("platform", "config"), "orchestrator": ("paths",), "benchmarks": ()}
+GROUND = {
+    "relay": ("errors", "config"),
+    "agent": ("platform", "config", "disk"),
+    "orchestrator": ("paths",),
+    "benchmarks": (),
+}
 """Files at the top of a house on which all of it stands. Every other file at the top is its roof."""
 ROOF = {
     "relay": ("cli", "main"),
-    "agent": ("checks", "cli", "operations", "service"),
+    "agent": ("checks", "cli", "inbox", "operations", "poller", "reporter", "scheduler", "service"),
     "orchestrator": (),
     "benchmarks": (
         "application", "cascades", "cli", "exact", "line", "matrix", "memory", "pairs", "peers", "road", "rollout",
@@ -212,10 +217,11 @@ def test_only_the_server_is_a_server() -> None:
     assert users == ["relay.cli"]
 
 
-def test_ranking_is_pure() -> None:
-    """agent/relays/ranking.py decides; clock, files and sockets are the caller's."""
+@pytest.mark.parametrize("name", ["candidates", "health", "ranking"])
+def test_what_ranks_relays_is_pure(name: str) -> None:
+    """It decides; clock, files and sockets are the caller's."""
     impure = ROADS | {"io", "logging", "os", "pathlib", "tempfile", "time"}
-    assert {name for name in imports(ROOT / "agent/relays/ranking.py") if within(name, *impure)} == set()
+    assert {found for found in imports(ROOT / f"agent/relays/{name}.py") if within(found, *impure)} == set()
 
 
 def test_names_point_up_only_in_the_table_of_commands() -> None:

@@ -57,13 +57,21 @@ def test_an_agent_that_serves_loads_neither_orchestrator_nor_server_nor_a_databa
     """All that it ever loads, also what it loads late: every module of the agent's."""
     code = (
         "import importlib, pkgutil, agent, sys\n"
-        "for module in pkgutil.iter_modules(agent.__path__):\n"
-        "    importlib.import_module(f'agent.{module.name}')\n"
+        "for module in pkgutil.walk_packages(agent.__path__, 'agent.'):\n"
+        "    importlib.import_module(module.name)\n"
         "assert 'agent.service' in sys.modules and 'relay.server' not in sys.modules"
     )
     loaded = loaded_by(code)
     assert "agent" in loaded
     assert loaded & {"orchestrator", "benchmarks", "prometheus_client", "sqlalchemy"} == set()
+
+
+def test_an_agent_that_serves_has_loaded_what_its_first_order_needs() -> None:
+    code = (
+        "import sys, agent.service\n"
+        "assert {'agent.checks', 'agent.runs.runs', 'agent.runs.scripts', 'agent.trees.pull'} <= sys.modules.keys()"
+    )
+    assert "agent" in loaded_by(code)
 
 
 def test_a_plan_needs_no_journal() -> None:

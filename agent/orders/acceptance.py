@@ -1,8 +1,8 @@
 """May this order be obeyed? Pure: bytes, pins, clock and what is remembered go in, a verdict comes out, never an error.
 
 The steps, in this order: who signed it, and may they order here; is it for this agent; does its name belong to its
-deployment; was it seen before; is its sender still the one who leads; is it in time. A relay, and whoever else carries
-orders, is believed in nothing.
+deployment; was it seen before; is its sender still the one who leads; is it in time. Nothing is
+believed of a relay, or of anything else that carries orders.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from agent.orders.envelopes import MalformedError, ScopeError, order_digest, verify_order
-from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order
+from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, deployment_of
 from relay.errors import SignatureError
 from relay.trust.keys import TrustPins
 
@@ -95,7 +95,7 @@ def judge(envelope: bytes, pins: TrustPins | None, me: Me, memory: Memory, now: 
     """What to do with `envelope`, which came from anywhere, at `now` (seconds since 1970)."""
     digest = order_digest(envelope)
     if pins is None:
-        return Refused("no_pins", "this agent has no trust.json, so it believes nobody", digest)
+        return Refused("no_pins", "this agent has no trust.json, so it believes no key", digest)
     try:
         order = verify_order(envelope, pins)
     except ScopeError as error:
@@ -129,9 +129,19 @@ def _addressed_wrongly(order: Order, me: Me) -> tuple[Code, str] | None:
             "other_key",
             f"it is for an agent {order.agent} with the key {order.key[:23]}…, this one has {me.key[:23]}…",
         )
-    if order.operation.partition("/")[0] != order.deployment:
+    if deployment_of(order.operation) != order.deployment:
         return "operation", f"the operation {order.operation} is not of the deployment {order.deployment}"
     return None
+
+
+def why_barred(order: Order, envelope: bytes, pins: TrustPins, memory: Memory, now: float) -> str:
+    """Why an order that was accepted before a restart must not begin any more; empty where it may."""
+    try:
+        verify_order(envelope, pins)
+    except SignatureError as error:
+        return f"its signature counts no more ({error.message})"
+    found = out_of_time(order, memory, now) or fenced_off(order, memory.fences)
+    return "" if found is None else found[1]
 
 
 def fenced_off(order: Order, fences: Mapping[str, FenceSeen]) -> tuple[Code, str] | None:

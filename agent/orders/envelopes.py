@@ -1,4 +1,4 @@
-"""Signed and sealed letters between orchestrator and agents: making and checking what `agent/orders/orders.py` describes.
+"""Envelopes between orchestrator and agents, signed and sealed: making and checking what `agent/orders/orders.py` describes.
 
 Orders are signed by an order key, reports and presences by the agent that sends them. Secrets are sealed to one agent
 for one place in one order: HPKE base mode, RFC 9180, with X25519, HKDF-SHA256 and ChaCha20-Poly1305.
@@ -34,7 +34,7 @@ class ScopeError(SignatureError):
 
 
 class MalformedError(SignatureError):
-    """Signed by whom it should be, but not a document that this version understands."""
+    """Signed by the right key, but not a document that this version understands."""
 
 
 # --- orders
@@ -53,8 +53,8 @@ def order_digest(envelope: bytes) -> str:
 def verify_order(envelope: bytes, pins: TrustPins) -> Order:
     """The order that a pinned order key, whose scope covers the order's environment, signed.
 
-    An order has one form: canonical JSON with one signature. Otherwise whoever carries it could give it other bytes that
-    say the same, and so another digest than the one that its sender waits for.
+    An order has one form: canonical JSON with one signature. Otherwise a relay could give it other bytes that say
+    the same, and so another digest than the one that its sender waits for.
 
     Raises:
         SignatureError: no pinned order key signed it.
@@ -118,7 +118,7 @@ def sign_presence(presence: Presence, signer: Signer) -> bytes:
 def verify_presence(envelope: bytes, fingerprint: str | None = None) -> Presence:
     """A presence that is signed by the key that it names; `fingerprint` is of the keys that are expected.
 
-    Without `fingerprint`, it says only that somebody has these keys: anybody may make such a pair.
+    Without `fingerprint`, it proves only that the sender has these keys: such a pair is easily made.
 
     Raises:
         SignatureError: not signed by the key that it names, or other keys than expected.

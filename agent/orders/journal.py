@@ -5,23 +5,23 @@
 <home>/operations/<hash of the id>/acknowledged  the orchestrator has it
 <home>/operations/<hash of the id>/run-<n>/      the runner's folder (scripts and services)
 <home>/journal.json                              fences, and what is remembered of orders that are forgotten
-<home>/refusals.jsonl                            letters that were not obeyed, and why
+<home>/refusals.jsonl                            orders that were not obeyed, and why
 
 Blocking, small files. One process writes (`agent serve` holds a lock); `agent status` reads beside it.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
+from agent.disk import remove_folder, replace_file, store_error
 from agent.orders.acceptance import Code, Memory
 from agent.orders.envelopes import MalformedError, order_digest, unverified
 from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report
@@ -38,7 +38,7 @@ _GONE = ".gone-"
 
 
 @dataclass(slots=True)
-class Entry:
+class OperationRecord:
     """One accepted operation. `report` is the final one, `envelope` as it was signed; None while it is not over."""
 
     operation: str
@@ -55,7 +55,7 @@ class Entry:
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A letter that was not obeyed. `operation` is what it, or the relay that brought it, called itself."""
+    """An order that was not obeyed. `operation` is the id in it, or the one under which the relay brought it."""
 
     at: float
     code: str
@@ -74,7 +74,7 @@ class _Kept(msgspec.Struct, frozen=True):
     fences: dict[str, FenceSeen] = {}
 
 
-class Journal:
+class OperationJournal:
     """Everything accepted so far, and what of it is not over."""
 
     def __init__(self, home: str) -> None:
@@ -85,7 +85,7 @@ class Journal:
         """
         self._home = home
         self._folder = os.path.join(home, "operations")
-        self.entries: dict[str, Entry] = {}
+        self.operations: dict[str, OperationRecord] = {}
         self.fences: dict[str, FenceSeen] = {}
         self._known: dict[str, str] = {}
         self._newest = self._forgotten = 0.0
@@ -93,7 +93,7 @@ class Journal:
         try:
             self._load()
         except OSError as error:
-            raise _store_error(error, home) from error
+            raise store_error(error, home) from error
 
     def memory(self) -> Memory:
         """What judging the next order needs; it goes with the journal."""
@@ -101,87 +101,83 @@ class Journal:
 
     # --- operations
 
-    def accept(self, order: Order, digest: str, envelope: bytes) -> Entry:
+    def accept(self, order: Order, digest: str, envelope: bytes) -> OperationRecord:
         """Write the order down, durably. Only then may anything act on it.
 
         Raises:
             StoreError: it is not written down, and must not be obeyed.
         """
-        entry = _entry(order, digest, self._folder_of(order.operation))
+        record = _record_of(order, digest, self._folder_of(order.operation))
         try:
             self._make_folder()
-            os.mkdir(entry.folder, 0o700)
-            _write_synced(os.path.join(entry.folder, "order"), envelope)
-            sync_folder(entry.folder)
+            os.mkdir(record.folder, 0o700)
+            _write_synced(os.path.join(record.folder, "order"), envelope)
+            sync_folder(record.folder)
             sync_folder(self._folder)
         except OSError as error:
-            _remove(entry.folder)
-            raise _store_error(error, entry.folder) from error
-        self._remember(entry, order)
-        return entry
+            _remove(record.folder)
+            raise store_error(error, record.folder) from error
+        self._remember(record, order)
+        return record
 
-    def order(self, entry: Entry) -> Order:
+    def order(self, record: OperationRecord) -> Order:
         """The order again, as it was accepted. Raises `StoreError`."""
-        return unverified(self.envelope(entry), Order)
+        return unverified(self.envelope(record), Order)
 
-    def envelope(self, entry: Entry) -> bytes:
+    def envelope(self, record: OperationRecord) -> bytes:
         """The order's envelope. Raises `StoreError`."""
         try:
-            return _read(os.path.join(entry.folder, "order"))
+            return _read(os.path.join(record.folder, "order"))
         except OSError as error:
-            raise _store_error(error, entry.folder) from error
+            raise store_error(error, record.folder) from error
 
-    def report(self, entry: Entry) -> bytes:
+    def report(self, record: OperationRecord) -> bytes:
         """The final report's envelope; empty where it cannot be read."""
         try:
-            return entry.envelope or _read(os.path.join(entry.folder, "report"))
+            return record.envelope or _read(os.path.join(record.folder, "report"))
         except OSError:
             return b""
 
-    def finish(self, entry: Entry, report: Report, envelope: bytes, *, durable: bool) -> None:
+    def finish(self, record: OperationRecord, report: Report, envelope: bytes, *, durable: bool) -> None:
         """Keep the final report. `durable` where it could not be made again: a runner keeps its own result.
 
         Raises:
             StoreError: it is not kept; what it says is true all the same.
         """
-        entry.report, entry.envelope = report, envelope
-        path = os.path.join(entry.folder, "report")
+        record.report, record.envelope = report, envelope
+        path = os.path.join(record.folder, "report")
         try:
             if durable:
                 write_durably(path, envelope, mode=0o600)
             else:
-                _replace(path, envelope)
+                replace_file(path, envelope)
         except OSError as error:
-            raise _store_error(error, entry.folder) from error
+            raise store_error(error, record.folder) from error
 
-    def newest(self, count: int) -> list[Entry]:
+    def newest(self, count: int) -> list[OperationRecord]:
         """The last ones, the newest first."""
-        ordered = sorted(self.entries.values(), key=lambda entry: (entry.not_before, entry.operation), reverse=True)
+        ordered = sorted(
+            self.operations.values(), key=lambda record: (record.not_before, record.operation), reverse=True
+        )
         return ordered[:count]
 
-    def unfinished(self) -> list[Entry]:
+    def unfinished(self) -> list[OperationRecord]:
         """Operations without a final report, in the order in which they were sent."""
         return sorted(
-            (entry for entry in self.entries.values() if entry.report is None),
-            key=lambda entry: (entry.not_before, entry.operation),
+            (record for record in self.operations.values() if record.report is None),
+            key=lambda record: (record.not_before, record.operation),
         )
 
-    def unacknowledged(self) -> list[Entry]:
-        return [entry for entry in self.entries.values() if entry.report is not None and not entry.acknowledged]
+    def unacknowledged(self) -> list[OperationRecord]:
+        return [record for record in self.operations.values() if record.report is not None and not record.acknowledged]
 
-    def acknowledge(self, operations: Iterable[str]) -> list[Entry]:
-        """The orchestrator has these results; gives those that are news."""
-        news = []
-        for operation in operations:
-            entry = self.entries.get(operation)
-            if entry is None or entry.report is None or entry.acknowledged:
-                continue
-            entry.acknowledged, entry.envelope = True, None
-            # Lost in a crash, the result is sent once more, which harms nobody.
+    def acknowledge(self, operations: Collection[str]) -> None:
+        """The orchestrator has these results."""
+        for record in [record for record in self.unacknowledged() if record.operation in operations]:
+            record.acknowledged, record.envelope = True, None
+            # Lost in a crash, the result is sent once more, which does no harm.
             with suppress(OSError):
-                _replace(os.path.join(entry.folder, "acknowledged"), b"")
-            news.append(entry)
-        return news
+                replace_file(os.path.join(record.folder, "acknowledged"), b"")
 
     def forget(self, now: float) -> int:
         """Remove what is over, known to the orchestrator and too old to be replayed; how many.
@@ -189,15 +185,15 @@ class Journal:
         Raises:
             StoreError: nothing was removed.
         """
-        old = [entry for entry in list(self.entries.values()) if _may_go(entry, now)][:_FORGOTTEN_AT_ONCE]
+        old = [record for record in list(self.operations.values()) if _may_go(record, now)][:_FORGOTTEN_AT_ONCE]
         if not old:
             return 0
-        self._forgotten = max(self._forgotten, *(entry.not_after for entry in old))
+        self._forgotten = max(self._forgotten, *(record.not_after for record in old))
         self._save()
-        for entry in old:
-            del self.entries[entry.operation]
-            del self._known[entry.operation]
-            _remove(entry.folder)
+        for record in old:
+            del self.operations[record.operation]
+            del self._known[record.operation]
+            _remove(record.folder)
         return len(old)
 
     # --- fences
@@ -218,7 +214,7 @@ class Journal:
     # --- refusals
 
     def refuse(self, code: Code | str, text: str, *, operation: str, digest: str, relay: str, now: float) -> bool:
-        """Note a letter that was not obeyed; False where the same letter was noted before."""
+        """Note an order that was not obeyed; False where the same envelope was noted before."""
         if digest in self._refused:
             return False
         refusal = Refusal(now, code, _printable(text, 500), _printable(operation, 255), digest, _printable(relay, 255))
@@ -236,7 +232,7 @@ class Journal:
         path = os.path.join(self._home, "refusals.jsonl")
         if len(self._refused) > 2 * REFUSALS_MAX:
             self._refused = {each.digest: each for each in self.refusals()}
-            _replace(path, b"".join(msgspec.json.encode(each) + b"\n" for each in self._refused.values()))
+            replace_file(path, b"".join(msgspec.json.encode(each) + b"\n" for each in self._refused.values()))
             return
         with open(path, "ab") as file:
             file.write(msgspec.json.encode(refusal) + b"\n")
@@ -251,10 +247,10 @@ class Journal:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             sync_folder(self._home)
 
-    def _remember(self, entry: Entry, order: Order) -> None:
-        self.entries[entry.operation] = entry
-        self._known[entry.operation] = entry.digest
-        self._newest = max(self._newest, entry.not_before)
+    def _remember(self, record: OperationRecord, order: Order) -> None:
+        self.operations[record.operation] = record
+        self._known[record.operation] = record.digest
+        self._newest = max(self._newest, record.not_before)
         # Not saved: the order itself says it, for as long as it is kept.
         self._raise_fence(order)
 
@@ -270,7 +266,7 @@ class Journal:
         try:
             write_durably(os.path.join(self._home, "journal.json"), msgspec.json.encode(kept), mode=0o600)
         except OSError as error:
-            raise _store_error(error, self._home) from error
+            raise store_error(error, self._home) from error
 
     def _load(self) -> None:
         with suppress(FileNotFoundError):
@@ -278,38 +274,38 @@ class Journal:
             self.fences, self._newest, self._forgotten = dict(kept.fences), kept.newest, kept.forgotten
         for name in _names(self._folder):
             if not name.startswith("."):
-                self._load_entry(os.path.join(self._folder, name))
+                self._load_record(os.path.join(self._folder, name))
         with suppress(FileNotFoundError):
             for line in _read(os.path.join(self._home, "refusals.jsonl")).splitlines():
                 with suppress(ValueError):
                     refusal = msgspec.json.decode(line, type=Refusal)
                     self._refused[refusal.digest] = refusal
 
-    def _load_entry(self, folder: str) -> None:
+    def _load_record(self, folder: str) -> None:
         try:
             envelope = _read(os.path.join(folder, "order"))
             order = unverified(envelope, Order)
         except (FileNotFoundError, NotADirectoryError, MalformedError):
             # A crash came before it was written down whole: so nothing ever acted on it.
             return
-        entry = _entry(order, order_digest(envelope), folder)
-        entry.acknowledged = os.path.exists(os.path.join(folder, "acknowledged"))
+        record = _record_of(order, order_digest(envelope), folder)
+        record.acknowledged = os.path.exists(os.path.join(folder, "acknowledged"))
         with suppress(FileNotFoundError, MalformedError):
-            entry.envelope = _read(os.path.join(folder, "report"))
-            entry.report = unverified(entry.envelope, Report)
-        self._remember(entry, order)
+            record.envelope = _read(os.path.join(folder, "report"))
+            record.report = unverified(record.envelope, Report)
+        self._remember(record, order)
 
     def sweep(self) -> None:
         """Remove what a crash left: orders that were not written down whole, and what was being removed."""
-        kept = {entry.folder for entry in self.entries.values()}
+        kept = {record.folder for record in self.operations.values()}
         for name in _names(self._folder):
             path = os.path.join(self._folder, name)
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _entry(order: Order, digest: str, folder: str) -> Entry:
-    return Entry(
+def _record_of(order: Order, digest: str, folder: str) -> OperationRecord:
+    return OperationRecord(
         operation=order.operation,
         digest=digest,
         deployment=order.deployment,
@@ -321,11 +317,11 @@ def _entry(order: Order, digest: str, folder: str) -> Entry:
     )
 
 
-def _may_go(entry: Entry, now: float) -> bool:
-    if entry.report is None:
+def _may_go(record: OperationRecord, now: float) -> bool:
+    if record.report is None:
         return False
-    age = now - entry.not_after
-    return age > 2 * SKEW_SECONDS if entry.acknowledged else age > KEPT_SECONDS
+    age = now - record.not_after
+    return age > 2 * SKEW_SECONDS if record.acknowledged else age > KEPT_SECONDS
 
 
 def _parse_kept(data: bytes, home: str) -> _Kept:
@@ -352,20 +348,8 @@ def _write_synced(path: str, data: bytes) -> None:
         raise
 
 
-def _replace(path: str, data: bytes) -> None:
-    """Whole or not at all for whoever reads it; durable when the system gets to it."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
-
-
 def _remove(folder: str) -> None:
-    """In one step for whoever looks for it: an operation must never be taken up half removed."""
-    aside = os.path.join(os.path.dirname(folder), _GONE + os.path.basename(folder))
-    with suppress(OSError):
-        os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_folder(folder, os.path.join(os.path.dirname(folder), _GONE + os.path.basename(folder)))
 
 
 def _read(path: str) -> bytes:
@@ -382,8 +366,3 @@ def _names(folder: str) -> list[str]:
 
 def _printable(text: str, limit: int) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)[:limit]
-
-
-def _store_error(error: OSError, where: str) -> StoreError:
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return StoreError(f"{where}: {error.strerror or error}", full=full)

@@ -47,7 +47,12 @@ _Many = 64
 
 
 class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A value that was signed: unknown fields are refused, because nobody checked what they mean."""
+    """A value that was signed: unknown fields are refused, as what they mean was never checked."""
+
+
+def deployment_of(operation: str) -> str:
+    """The deployment that an operation's id names."""
+    return operation.partition("/")[0]
 
 
 # --- what may be ordered
@@ -203,7 +208,7 @@ class Order(_Said, frozen=True):
     Attributes:
         operation: its name for ever: deployment ULID/step/machine/action/attempt.
         fence: the rising number of the deployment; with `journal` it shuts an old orchestrator out.
-        agent, key: whom it is addressed to: name, and fingerprint over both of its keys.
+        agent, key: the addressee: its name, and the fingerprint over both of its keys.
         not_before, not_after: when it may be accepted, seconds since 1970.
         relays: URLs where packages are, closest site first; the signed fall-back list.
     """
@@ -293,7 +298,7 @@ Facts = SurveyFacts | AcquireFacts | SwitchFacts | VerifyFacts
 
 State = Literal["running", "done", "failed", "stopped", "refused", "unknown"]
 """`failed`: it ran and did not succeed (a script's exit status, its time limit, a check). `refused`: it never ran.
-`unknown`: it began, and nobody saw its end."""
+`unknown`: it began, and its end was not seen."""
 
 FINAL: Final[frozenset[str]] = frozenset({"done", "failed", "stopped", "refused", "unknown"})
 

@@ -1,15 +1,14 @@
 """What an agent has to say, until the orchestrator has it: reports, and the output of scripts.
 
-A final report is kept until it is acknowledged. It goes at once to the closest relay that takes it; one that nobody
-acknowledges is given to the other relays too, and again to one that lost its mail. Output is read from its file when it
-is sent, so nothing of it is held in memory, and each relay is told from where it has it.
+A final report is kept until it is acknowledged. It goes at once to the closest relay that takes it; one that is
+not acknowledged is given to the other relays too, and again to one that lost its mail. Output is read from its file when
+it is sent, so nothing of it is held in memory, and each relay gets it from where it has it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -19,11 +18,12 @@ from relay.errors import ConflictError, WaystationError
 from relay.protocol import messages
 from relay.protocol.connection import Connection
 from relay.protocol.mail_client import MailClient
+from relay.support.persistence import Persistence
 
 REPEAT_SECONDS = 30.0
 """A final report that was not acknowledged by then goes to the next relay as well."""
-PAUSE_MIN, PAUSE_MAX = 0.2, 10.0
-"""Seconds before all relays are tried again when none takes what there is to say; jittered."""
+PERSISTENCE = Persistence(first_pause=0.3, longest_pause=15.0, spread=2 / 3)
+"""Before all relays are tried again when none takes what there is to say."""
 NOTES_MAX = 64
 """Letters that are sent once and not kept: progress and refusals. What is more is dropped, the oldest first."""
 _LOG_BATCH = 16
@@ -49,6 +49,8 @@ class _Kept:
     """Makes the final report anew, under another number."""
 
 
+_Addressed = tuple[str, messages.ReportLetter]
+"""A letter, and the deployment that it is about."""
 Relays = Callable[[], Sequence[Connection]]
 """The relays to give mail to, the one to ask first in front."""
 
@@ -61,10 +63,9 @@ class Outbox:
         self._name = name
         self._relays = relays
         self._kept: dict[str, _Kept] = {}
-        self._notes: dict[tuple[str, str], tuple[str, messages.ReportLetter]] = {}
+        self._notes: dict[tuple[str, str], _Addressed] = {}
         self._reports_wait = asyncio.Event()
         self._logs_wait = asyncio.Event()
-        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
 
     # --- what is said
 
@@ -92,7 +93,7 @@ class Outbox:
         self._logs_wait.set()
 
     def again(self, operation: str, relay: str) -> None:
-        """Somebody asked for it once more, at this relay."""
+        """Its order came once more, by this relay."""
         kept = self._kept.get(operation)
         if kept is not None and time.monotonic() - kept.sent_at > REPEAT_SECONDS:
             kept.reported_to.discard(relay)
@@ -114,9 +115,8 @@ class Outbox:
         return self._kept.setdefault(operation, _Kept(deployment, operation))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether everything that was said stands at some relay."""
-        return not self._notes and not any(self._is_new(kept) or self._log_lags(kept) for kept in self._kept.values())
+    def _is_empty(self) -> bool:
+        return not self._unsent() and not any(self._log_lags(kept) for kept in self._kept.values())
 
     # --- sending
 
@@ -127,60 +127,57 @@ class Outbox:
             tasks.create_task(self._work(self._logs_wait, self._send_logs))
 
     async def _work(self, wakes: asyncio.Event, send: Callable[[], Awaitable[bool]]) -> None:
-        pause = PAUSE_MIN
+        failures = 0
         while True:
             wakes.clear()
             if await send():
-                pause = PAUSE_MIN
+                failures = 0
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(wakes.wait(), REPEAT_SECONDS / 2)
+                    async with asyncio.timeout(REPEAT_SECONDS / 2):
+                        await wakes.wait()
             else:
-                await asyncio.sleep(pause * self._random.uniform(0.5, 1.5))
-                pause = min(pause * 2, PAUSE_MAX)
+                failures += 1
+                await asyncio.sleep(PERSISTENCE.pause(failures))
+
+    async def flush(self, seconds: float) -> None:
+        """Wait until everything that was said stands at some relay, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._is_empty:  # noqa: ASYNC110 - a look now and then, for a moment
+                    await asyncio.sleep(0.02)
 
     # --- reports
-
-    def _is_new(self, kept: _Kept) -> bool:
-        return kept.letter is not None and not kept.reported_to
 
     async def _send_reports(self) -> bool:
         """Whether there is nothing left that no relay has."""
         for relay in self._relays():
-            letters = self._letters()
-            if letters and not await self._give_reports(relay, letters):
-                continue
-            if not self._notes and not any(self._is_new(kept) for kept in self._kept.values()):
+            if await self._give_reports(relay, self._unsent()) and not self._unsent():
                 return await self._repeat()
-        return not self._notes and not any(self._is_new(kept) for kept in self._kept.values())
+        return not self._unsent()
 
-    def _letters(self) -> dict[str, list[messages.ReportLetter]]:
-        """By deployment: what no relay has yet."""
-        letters: dict[str, list[messages.ReportLetter]] = {}
-        for deployment, letter in self._notes.values():
-            letters.setdefault(deployment, []).append(letter)
-        for kept in self._kept.values():
-            if kept.letter is not None and self._is_new(kept):
-                letters.setdefault(kept.deployment, []).append(kept.letter)
-        return letters
+    def _unsent(self) -> list[_Addressed]:
+        """What no relay has yet."""
+        new = [(kept.deployment, kept.letter) for kept in self._kept.values() if kept.letter and not kept.reported_to]
+        return [*self._notes.values(), *new]
 
     async def _repeat(self) -> bool:
         """Give what was not acknowledged for a while to one more relay."""
-        now = time.monotonic()
+        since = time.monotonic() - REPEAT_SECONDS
         for relay in self._relays():
-            late = [k for k in self._kept.values() if self._is_late(k, now) and relay.url not in k.reported_to]
-            by_deployment: dict[str, list[messages.ReportLetter]] = {}
-            for kept in late:
-                if kept.letter is not None:
-                    by_deployment.setdefault(kept.deployment, []).append(kept.letter)
-            if by_deployment and await self._give_reports(relay, by_deployment):
+            late = [
+                (kept.deployment, kept.letter)
+                for kept in self._kept.values()
+                if kept.letter and kept.reported_to and kept.sent_at < since and relay.url not in kept.reported_to
+            ]
+            if late and await self._give_reports(relay, late):
                 self._logs_wait.set()
         return True
 
-    def _is_late(self, kept: _Kept, now: float) -> bool:
-        return bool(kept.letter and kept.reported_to) and now - kept.sent_at > REPEAT_SECONDS
-
-    async def _give_reports(self, relay: Connection, letters: dict[str, list[messages.ReportLetter]]) -> bool:
-        return all([await self._post_reports(relay, deployment, many) for deployment, many in letters.items()])
+    async def _give_reports(self, relay: Connection, letters: list[_Addressed]) -> bool:
+        by_deployment: dict[str, list[messages.ReportLetter]] = {}
+        for deployment, letter in letters:
+            by_deployment.setdefault(deployment, []).append(letter)
+        return all([await self._post_reports(relay, deployment, many) for deployment, many in by_deployment.items()])
 
     async def _post_reports(self, relay: Connection, deployment: str, letters: list[messages.ReportLetter]) -> bool:
         for start in range(0, len(letters), _LOG_BATCH):

@@ -1,4 +1,4 @@
-"""Find relays by DNS, measure them, and remember both: the I/O around `agent/relays/ranking.py`.
+"""Find relays by DNS: where to look, the look-ups, and what counts where they fail.
 
 Two SRV questions are asked, the site's name and the generic one; a static list follows. A name server that says "no
 such name" has answered; one that is silent or broken has not, and then the last good answer to that question counts.
@@ -8,21 +8,15 @@ DNS chooses, it never authenticates.
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
-import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.relays.ranking import (
-    Health,
+from agent.relays.candidates import (
     Origin,
-    ProbeResult,
     Scheme,
     Source,
     by_weight,
@@ -31,8 +25,7 @@ from agent.relays.ranking import (
     srv_source,
     static_source,
 )
-from relay.errors import StoreError, UnreachableError, UsageError
-from relay.support.durable import write_durably
+from relay.errors import UnreachableError, UsageError
 
 if TYPE_CHECKING:
     from dns.asyncresolver import Resolver
@@ -47,14 +40,7 @@ ADDRESSES_MAX = 16
 LOOKUPS_AT_ONCE = 16
 TTL_MIN, TTL_MAX = 30.0, 3600.0
 """Seconds. Look again no sooner and no later, whatever the zone says."""
-STATE_BYTES_MAX = 1 << 20
-STATE_FORMAT = 1
 _REASON_CHARS = 200
-
-_log = logging.getLogger(__name__)
-
-Check = Callable[[Source], Awaitable[float]]
-"""Connects to the source, asks whether it is well, and returns the seconds to the first byte; raises if it is not."""
 
 
 # --- configuration
@@ -117,7 +103,7 @@ class DiscoveryConfig:
 
 
 def discovery_of(config: AgentConfig) -> DiscoveryConfig:
-    """Where agent.yaml says to look for relays. Raises `UsageError` where a value can be nobody's."""
+    """Where agent.yaml says to look for relays. Raises `UsageError` where a value cannot be right."""
     return DiscoveryConfig(
         site=config.site,
         domain=config.domain,
@@ -233,7 +219,7 @@ async def _ask_all(config: DiscoveryConfig, questions: Sequence[tuple[Origin, st
     try:
         resolver = _resolver(config)
     except (DNSException, OSError) as error:
-        note = f"the system's resolver cannot be used: {_words(error)}"
+        note = f"the system's resolver cannot be used: {words_of(error)}"
         return [_Reply(origin, name, None, (note,)) for origin, name in questions]
     return await asyncio.gather(*(_ask(resolver, config, origin, name) for origin, name in questions))
 
@@ -268,7 +254,7 @@ async def _srv(resolver: Resolver, name: str) -> tuple[list[SRV], float]:
     """The records and their seconds to live; no records where there is no such name.
 
     Raises:
-        _DnsFailedError: nobody answered.
+        _DnsFailedError: no server answered.
     """
     import dns.rdtypes.IN.SRV
 
@@ -308,16 +294,12 @@ async def _with_addresses(resolver: Resolver, reply: _Reply) -> _Reply:
     notes += [f"{name}: has no address" for name, some in found.items() if some == ()]
     if all(some is None for some in found.values()):
         return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=TTL_MIN)
-    placed = tuple(
-        replace(source, address=some[0], alternates=some[1:])
-        for source in reply.sources or ()
-        if (some := found[source.target])
-    )
+    placed = tuple(replace(source, address=some[0]) for source in reply.sources or () if (some := found[source.target]))
     return replace(reply, sources=placed, notes=(*reply.notes, *notes))
 
 
 async def _addresses(resolver: Resolver, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
-    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where nobody answered."""
+    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where no server answered."""
     async with gate:
         answers = await asyncio.gather(*(_texts(resolver, target, kind) for kind in ("A", "AAAA")))
     found = tuple(text for some in answers for text in some or ())[:ADDRESSES_MAX]
@@ -346,140 +328,11 @@ async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[objec
     except (NXDOMAIN, NoAnswer):
         return [], TTL_MIN
     except (DNSException, OSError, EOFError) as error:
-        raise _DnsFailedError(f"DNS failed, {_words(error)}") from error
+        raise _DnsFailedError(f"DNS failed, {words_of(error)}") from error
     return list(answer), float(answer.rrset.ttl if answer.rrset else TTL_MIN)
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """For people: one line, printable and short."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(char for char in text if char.isprintable())[:_REASON_CHARS]
-
-
-# --- measuring
-
-
-async def probe(
-    sources: Sequence[Source],
-    check: Check,
-    connect_timeout: float,
-    *,
-    stagger: float = 0.25,
-    limit: int = 3,
-    first_only: bool = False,
-) -> dict[str, ProbeResult]:
-    """Check the first `limit` sources, each starting `stagger` seconds after the one before it (RFC 8305), or at once
-    when another has come to its end.
-
-    Args:
-        sources: the best in front.
-        check: does the asking; its errors become results.
-        connect_timeout: seconds for one check as a whole.
-        stagger: seconds.
-        limit: how many are checked at most.
-        first_only: a race. Stop at the first good answer; those still under way are given up and have no result,
-            because having been slower than the fastest is no failure.
-
-    Returns:
-        Results by URL, in the order in which they came.
-    """
-    waiting = list(sources[:limit])
-    running: dict[asyncio.Task[ProbeResult], str] = {}
-    results: dict[str, ProbeResult] = {}
-    try:
-        while waiting or running:
-            if waiting:
-                source = waiting.pop(0)
-                running[asyncio.create_task(_checked(source, check, connect_timeout))] = source.url
-            timeout = stagger if waiting else None
-            done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                results[running.pop(task)] = task.result()
-            if first_only and any(one.ok for one in results.values()):
-                break
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-    return results
-
-
-async def _checked(source: Source, check: Check, connect_timeout: float) -> ProbeResult:
-    try:
-        async with asyncio.timeout(connect_timeout):
-            return ProbeResult(first_byte=await check(source))
-    except TimeoutError:
-        return ProbeResult(None, f"no answer within {connect_timeout:g} s")
-    # Whatever a check dies of, the source could not be used; the reason is kept for people.
-    except Exception as error:
-        return ProbeResult(None, _words(error))
-
-
-def log_changes(before: Mapping[str, Health], after: Mapping[str, Health]) -> None:
-    """Log the sources whose state changed, and only those."""
-    for url, health in after.items():
-        was_ok = before[url].ok if url in before else True
-        if was_ok and not health.ok:
-            _log.warning("agent.relay_ill", extra={"relay": url, "fails": health.fails, "reason": health.reason})
-        elif health.ok and not was_ok:
-            _log.info("agent.relay_well", extra={"relay": url})
-
-
-# --- memory
-
-
-@dataclass(frozen=True)
-class State:
-    """What outlives the process."""
-
-    format: int = STATE_FORMAT
-    current: str | None = None
-    """URL of the source in use."""
-    healths: dict[str, Health] = field(default_factory=dict)
-    last_answers: tuple[LastAnswer, ...] = ()
-    saved_at: float = 0.0
-
-
-def load_state(path: Path) -> State:
-    """The kept state, or an empty one: it can all be learned again, so no file may keep an agent from starting.
-
-    Blocks for one small file.
-    """
-    import msgspec
-
-    try:
-        with path.open("rb") as file:
-            data = file.read(STATE_BYTES_MAX + 1)
-        if len(data) > STATE_BYTES_MAX:
-            return _start_fresh(path, f"larger than {STATE_BYTES_MAX} bytes")
-        state = msgspec.json.decode(data, type=State)
-    except FileNotFoundError:
-        return State()
-    except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        return _start_fresh(path, _words(error))
-    if state.format != STATE_FORMAT:
-        return _start_fresh(path, f"format {state.format}, expected {STATE_FORMAT}")
-    return state
-
-
-def _start_fresh(path: Path, reason: str) -> State:
-    _log.warning("agent.relay_state_unusable", extra={"path": str(path), "reason": reason})
-    return State()
-
-
-def save_state(path: Path, state: State) -> None:
-    """Replace the file as a whole: a reader, and the next start after a power cut, finds the old or the new one.
-
-    Blocks for an fsync; call it in a thread.
-
-    Raises:
-        StoreError: it could not be written; the old file is untouched.
-    """
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(state), indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(os.fspath(path), data)
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        raise StoreError(f"cannot keep what is known of the relays: {_words(error)}", full=full) from error

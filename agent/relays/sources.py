@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -14,32 +13,22 @@ from pathlib import Path
 from typing import Self
 
 from agent.config import AgentConfig
-from agent.relays.dns import (
-    TTL_MIN,
-    DiscoveryConfig,
-    State,
-    discovery_of,
-    find_sources,
-    load_state,
-    log_changes,
-    probe,
-    save_state,
-)
-from agent.relays.ranking import (
+from agent.relays.candidates import Source
+from agent.relays.dns import TTL_MIN, DiscoveryConfig, discovery_of, find_sources
+from agent.relays.health import (
     FAILS_OUT,
     UNKNOWN,
     Health,
     ProbeResult,
-    Ranking,
-    Source,
     known,
     next_probe,
-    order_for_pull,
-    rank,
     record_failure,
     record_probes,
     record_success,
 )
+from agent.relays.memory import State, load_state, log_changes, save_state
+from agent.relays.probe import probe
+from agent.relays.ranking import Ranking, order_for_pull, rank
 from relay.encoding.bundle import Event, NotSent, Received, Tap
 from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
@@ -98,7 +87,7 @@ class StoreSource:
             yield Received(manifest.id, index, chunk, chunk.size)
 
     async def health(self, *, attempts: int = 1) -> None:  # noqa: ARG002 - as a relay's
-        # Reading what nobody wrote is enough: a share that is not mounted says so.
+        # Reading a name that is not there is enough: a share that is not mounted says so.
         await (await self._open()).documents.read("packages/none")
 
     async def close(self) -> None:
@@ -160,7 +149,7 @@ class Sources:
         return self
 
     async def look_again(self) -> None:
-        """Ask DNS once more, for whoever lives longer than its answers. What is open stays open."""
+        """Ask DNS once more, for a process that lives longer than its answers. What is open stays open."""
         found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
         self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
@@ -183,7 +172,7 @@ class Sources:
         return rank(self._found, self._kept.healths, self._kept.current, self._clock(), self._seed)
 
     def in_order(self) -> list[AnySource]:
-        """Every source, the one to ask first in front, opened (which contacts nobody).
+        """Every source, the one to ask first in front, opened (which contacts none of them).
 
         Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
         """
@@ -207,7 +196,7 @@ class Sources:
     async def _probe(self, sources: Sequence[Source]) -> dict[str, ProbeResult]:
         if not sources:
             return {}
-        results = await probe(sources, self._check, _PROBE_SECONDS, limit=len(sources))
+        results = await probe(sources, self._check, _PROBE_SECONDS)
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
 
@@ -228,7 +217,7 @@ class Sources:
     def failed(self, name: str, error: WaystationError) -> None:
         """It could not be reached, or sent other bytes: the latter puts it out at once.
 
-        Whoever lies answers questions for its health all the better, so counting to three would never end.
+        A relay that lies answers questions for its health all the better, so counting to three would never end.
         """
         url = self._url_of(name)
         health = self._health(url)
@@ -271,14 +260,11 @@ class Sources:
                     token=self._token,
                     connect_to=source.address,
                     limits=self._limits,
-                    tls=self._tls(),
+                    tls=tls_from(self._config.ca_file or None),
                 )
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened
-
-    def _tls(self) -> ssl.SSLContext | None:
-        return tls_from(self._config.ca_file or None)
 
     def _url_of(self, name: str) -> str:
         return next((url for url, opened in self._open.items() if opened.name == name), name)

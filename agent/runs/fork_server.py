@@ -1,6 +1,6 @@
 """A process that has a runner's modules loaded and forks off runners: to start an interpreter for each is most of its cost.
 
-It is a child of the process that launches (`Nursery`, here), started by its first launch, in a session of its own. It has
+It is a child of the process that launches (`ForkServer`, here), started by its first launch, in a session of its own. It has
 one thread, and hears its parent by a socket that is its standard input: what goes through that is never in a file or on a
 command line.
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HEAD_BYTES = 4
 _NONE = "-"
 _ANSWER_SECONDS = 10.0
-"""What did not answer by then is not waited for: a launch must not hang by what only shall make it cheaper."""
+"""An answer is not waited for longer: what shall make a launch cheaper must not make it hang."""
 _NAME_BYTES = 4096
 """Room for a folder's path (PATH_MAX) on the command line of each runner."""
 
@@ -105,8 +105,8 @@ class Runner:
         return None if platform.process_mark(self.pid) == self._mark else 0
 
 
-class Nursery:
-    """The nursery of this process, if it needs one; any thread may ask."""
+class ForkServer:
+    """The fork server of this process, if it needs one; any thread may ask."""
 
     def __init__(self, code_folder: str) -> None:
         """`code_folder` is where the packages of ours lie. Nothing is started yet."""
@@ -120,7 +120,7 @@ class Nursery:
         """Whether to start one: what never answered is not tried again."""
 
     def start(self, folder: str, environment: Mapping[str, str]) -> Runner | None:
-        """Fork off a runner for `folder`. None if there is none, or if nobody knows: then another one is harmless."""
+        """Fork off a runner for `folder`. None if there is none, or if that is not known: then another one is harmless."""
         if any("=" in name or not name for name in environment):
             return None
         texts = [folder, *(f"{name}={value}" for name, value in environment.items())]
@@ -136,7 +136,7 @@ class Nursery:
         except OSError:
             pass
         finally:
-            # Also where somebody interrupted us: the next one would take this answer for its own.
+            # Also where this thread was interrupted: the next request would take this answer for its own.
             if not line.endswith(b"\n"):
                 self._works = not is_new
                 self._end()
@@ -153,7 +153,7 @@ class Nursery:
         with other:
             self._socket.settimeout(_ANSWER_SECONDS)
             self._process = platform.start_detached(self._command(), base_environment(), hears=other.fileno())
-        # It would end by itself, but with nobody to take its exit status where no init does.
+        # It would end by itself, but where no init takes its exit status, it would stay as a zombie.
         atexit.unregister(self._end)
         atexit.register(self._end)
         return self._socket

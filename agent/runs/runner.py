@@ -1,21 +1,21 @@
-"""One script, run at most once, by a small process of its own that outlives whoever started it.
+"""One script, run at most once, by a small process of its own that outlives the one that started it.
 
 The process is `main(FOLDER)` below, forked off by `agent.runs.fork_server` or else `python -I -S -c …`; `agent.runs.runs` starts and
-watches it. All that it knows and says stands in the folder, so it needs nobody: agent and orchestrator may be killed and
-come back.
+watches it. All that it knows and says stands in the folder, so it needs no other process: agent and orchestrator may be
+killed and come back.
 
     spec.json    what to run (`agent.runs.runs.RunSpec`); names of secrets, never a value
     lock         held (flock) while the runner lives
     begun        durable before the script is started, and made only once: this alone makes "at most once"
     leader       the script's process, as `agent.platform.process_mark` names it
     output       what it printed, masked; it only grows
-    stop         somebody asks it to end
+    stop         it is asked to end
     exit.json    how it ended; durable after the output is
 
 The end is the end of the script's own process. A daemon that it left behind lives on, and the runner stays to read what
 it still prints, so that it never meets a closed pipe.
 
-Start-up time is paid by every script of every deployment (without a nursery by all, else by the first of a process): only
+Start-up time is paid by every script of every deployment (without a fork server by all, else by the first of a process): only
 cheap modules of the standard library are imported, and all of them at the start, because an update may replace the files
 of a runner that lives for hours.
 """
@@ -47,7 +47,7 @@ _LINGER_SECONDS = 0.01
 _HOLD_SECONDS = 0.5
 """How long output may be held back because it could become a secret."""
 _LOOK_SECONDS = 0.2
-"""How often it looks for `stop`. A file, not a signal: nobody can hit another process that has the number now."""
+"""How often it looks for `stop`. A file, not a signal: that could hit another process that has the number now."""
 _LOCK_TRIES = 400
 _STOPPED = "it was stopped"
 _GIVE_UP_SECONDS = 5.0
@@ -73,9 +73,9 @@ def main(folder: str) -> None:
 
 
 def _take(folder: str) -> bool:
-    """Take the folder's lock for this process's life; False if somebody else runs it, or did.
+    """Take the folder's lock for this process's life; False if another runner has it, or had.
 
-    Somebody who asks whether it is locked shares the lock for a moment, hence more than one try.
+    To ask whether it is locked is to share the lock for a moment, hence more than one try.
     """
     for _ in range(_LOCK_TRIES):
         taken = platform.lock_file(os.path.join(folder, LOCK)) is not None
@@ -132,7 +132,7 @@ class _Run:
         return True
 
     def follow(self) -> None:
-        """Read what it prints until it ends, or end it when its time is over or somebody asks; then record that."""
+        """Read what it prints until it ends, or end it when its time is over or it is asked to; then record that."""
         deadline = time.monotonic() + self.spec["timeout"]
         while self.leader and not self.cause:
             self.pump(min(_LOOK_SECONDS, deadline - time.monotonic()))
@@ -214,7 +214,7 @@ class _Run:
         while True:
             try:
                 write_durably(os.path.join(self.folder, EXIT), json.dumps(result).encode(), mode=0o600)
-            except FileNotFoundError:  # somebody removed the folder: nobody waits for this
+            except FileNotFoundError:  # the folder was removed: the end is not waited for
                 return
             except OSError:
                 time.sleep(1)
@@ -222,7 +222,7 @@ class _Run:
                 return
 
     def read_on(self) -> None:
-        """Stay as long as somebody may still print; nobody reads that any more."""
+        """Stay as long as a process may still print; that is thrown away."""
         while self.pipe is not None and not self.wakes.asked_to_end:
             self.wakes.wait(self.pipe, None)
             self.reap()

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from agent import platform
-from agent.runs.fork_server import Nursery
+from agent.runs.fork_server import ForkServer
 from agent.runs.masking import SHORTEST
 from agent.runs.runner import BEGUN, COMPLAINTS, EXIT, LEADER, LOCK, OUTPUT, SPEC, STOP
 from relay.errors import StoreError, UsageError
@@ -65,10 +65,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
     Attributes:
         state: `done`: exit status 0. `failed`: another one, its time limit, or it could not be started. `stopped`:
-            somebody asked for it. `unknown`: it began, and its runner was lost before the end; it may even still run.
+            it was asked for. `unknown`: it began, and its runner was lost before the end; it may even still run.
         exit_status: of the script, negative for the signal that ended it; None if there is none.
         reason: a sentence for a person; empty when done.
-        started, ended: seconds since 1970; 0 where nobody knows.
+        started, ended: seconds since 1970; 0 where that is not known.
         output_bytes: size of the output as it is kept.
     """
 
@@ -90,7 +90,7 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
         StoreError: the folder cannot be written, or no process can be started; nothing was started.
     """
     _check(spec, environment)
-    folder = _absolute(folder)
+    folder = os.path.abspath(folder)
     try:
         if not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -107,16 +107,17 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
         raise StoreError(f"cannot start a runner in {folder}: {error}") from error
 
 
-async def watch(folder: str, on_output: OnOutput | None = None, *, offset: int = 0) -> Outcome:
-    """Wait for the end, however it comes, and hand over the output from `offset` on as it grows. Stops nothing.
+async def watch(folder: str, on_output: OnOutput | None = None) -> Outcome:
+    """Wait for the end, however it comes, and hand over the output as it grows. Stops nothing.
 
     Raises:
         StoreError: it never began, and no runner is there to begin it; `launch` it again. Or the folder is unreadable.
     """
-    folder = _absolute(folder)
+    folder = os.path.abspath(folder)  # noqa: ASYNC240 - contacts no disk
     began = time.monotonic()
     give_up = began + _START_SECONDS
     look_at_lock = 0.0
+    offset = 0
     while True:
         result = _result(folder)
         offset = await _tell(folder, on_output, offset)
@@ -183,16 +184,16 @@ class _Child(Protocol):
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """None while it lives. Somebody must ask, or it stays as a zombie."""
+        """None while it lives. Its parent must ask, or it stays as a zombie."""
 
 
 _children: list[tuple[str, _Child]] = []
-_nursery: Final = Nursery(_CODE_FOLDER)
+_fork_server: Final = ForkServer(_CODE_FOLDER)
 
 
 def _start(folder: str, environment: Mapping[str, str]) -> _Child:
-    """A runner for the folder: forked off by the nursery, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
-    if runner := _nursery.start(folder, environment):
+    """A runner for the folder: forked off by the fork server, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
+    if runner := _fork_server.start(folder, environment):
         return runner
     command = [sys.executable, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
     return platform.start_detached(command, environment, complaints=os.path.join(folder, COMPLAINTS))
@@ -274,15 +275,11 @@ def _piece(folder: str, offset: int) -> bytes:
 
 
 def _write_spec(path: str, data: bytes) -> None:
-    """As a whole, but not synced: after a power cut nobody reads it. What had begun is unknown, the rest is launched again."""
+    """As a whole, but not synced: after a power cut it is not read. What had begun is unknown, the rest is launched again."""
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
     os.replace(temporary, path)
-
-
-def _absolute(folder: str) -> str:
-    return os.path.abspath(folder)
 
 
 def _size(folder: str) -> int:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -23,9 +22,10 @@ from datetime import UTC, datetime
 import msgspec
 
 from agent.config import AgentConfig
+from agent.disk import read_json, remove_folder, store_error
 from agent.relays.dns import discovery_of
 from relay.config import load_yaml
-from relay.errors import IdentityError, ManifestError, StoreError, UsageError
+from relay.errors import IdentityError, ManifestError, UsageError
 from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
@@ -103,14 +103,18 @@ class AgentState:
         for name in _names(os.path.join(self.home, "trees")):
             if not name.endswith(".json"):
                 continue
-            record = self._read_record(name)
+            record = read_json(os.path.join(self.home, "trees", name), TreeRecord)
             if record is not None and os.path.isdir(record.path):
                 found.append(record)
         return sorted(found, key=lambda record: record.ulid, reverse=True)
 
     def manifest(self, record: TreeRecord) -> Manifest | None:
         """The manifest of an installed tree; None where it is lost or damaged."""
-        return self._read_manifest(record.manifest)
+        try:
+            with open(os.path.join(self.home, "manifests", parse_digest(record.manifest)), "rb") as file:
+                return manifests.parse_named(file.read(), record.manifest)
+        except (OSError, ManifestError, IdentityError):
+            return None
 
     def signature(self, manifest: str) -> bytes:
         """The envelope that came with a manifest, not verified; empty where none is kept."""
@@ -125,7 +129,7 @@ class AgentState:
         try:
             self._write("signatures", manifest, envelope)
         except OSError as error:
-            raise self._store_error(error) from error
+            raise store_error(error, self.home) from error
 
     def record(
         self, manifest: Manifest, *, ulid: str, root: str, path: str, label: str, signature: bytes = b""
@@ -147,7 +151,7 @@ class AgentState:
                 self._write("signatures", manifest.id, signature)
             self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
         except OSError as error:
-            raise self._store_error(error) from error
+            raise store_error(error, self.home) from error
         return record
 
     def installed(self, root: str, manifest_id: ManifestId) -> TreeRecord | None:
@@ -163,11 +167,7 @@ class AgentState:
 
     def settled(self, root: str) -> Settled | None:
         """What was last found good under this root; None where nothing was."""
-        try:
-            with open(self._settled_path(root), "rb") as file:
-                return msgspec.json.decode(file.read(), type=Settled)
-        except (OSError, ValueError, RecursionError):
-            return None
+        return read_json(self._settled_path(root), Settled)
 
     def settle(self, record: TreeRecord, fingerprint: str) -> Settled:
         """Remember that this tree is good, and which was before it. Raises `StoreError`."""
@@ -177,7 +177,7 @@ class AgentState:
         try:
             self._write("settled", os.path.basename(self._settled_path(record.root)), msgspec.json.encode(settled))
         except OSError as error:
-            raise self._store_error(error) from error
+            raise store_error(error, self.home) from error
         return settled
 
     def prune(self, root: str, keep: int, spared: Collection[str]) -> list[TreeRecord]:
@@ -189,7 +189,8 @@ class AgentState:
             # The record first: a tree without one takes room, a record without its tree would be built upon.
             with suppress(OSError):
                 os.unlink(os.path.join(self.home, "trees", f"{record.ulid}.json"))
-                _remove_tree(record.path)
+                folder, name = os.path.split(record.path)
+                remove_folder(record.path, os.path.join(folder, f"{_REMOVED}{name}"))
         self._forget_manifests({record.manifest for record in gone})
         return gone
 
@@ -202,27 +203,9 @@ class AgentState:
     def _settled_path(self, root: str) -> str:
         return os.path.join(self.home, "settled", f"{hashlib.sha256(root.encode()).hexdigest()[:40]}.json")
 
-    def _store_error(self, error: OSError) -> StoreError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return StoreError(f"{self.home}: {error.strerror or error}", full=full)
-
     def newest_of(self, ref: PackageRef) -> list[TreeRecord]:
         """Installed trees, those of the same package first, newest first: where to look for chunks."""
         return sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key)
-
-    def _read_record(self, name: str) -> TreeRecord | None:
-        try:
-            with open(os.path.join(self.home, "trees", name), "rb") as file:
-                return msgspec.json.decode(file.read(), type=TreeRecord)
-        except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
-            return None
-
-    def _read_manifest(self, id: str) -> Manifest | None:
-        try:
-            with open(os.path.join(self.home, "manifests", parse_digest(id)), "rb") as file:
-                return manifests.parse_named(file.read(), id)
-        except (OSError, ManifestError, IdentityError):
-            return None
 
     def _write(self, folder: str, name: str, data: bytes) -> None:
         path = os.path.join(self.home, folder)
@@ -231,13 +214,6 @@ class AgentState:
             os.makedirs(path, mode=0o700, exist_ok=True)
             sync_folder(self.home)
         write_durably(os.path.join(path, name), data, mode=0o600)
-
-
-def _remove_tree(path: str) -> None:
-    """In one step for whoever looks into the folder that holds it."""
-    aside = os.path.join(os.path.dirname(path), f"{_REMOVED}{os.path.basename(path)}")
-    os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _finish_removals(releases: str) -> None:

@@ -50,7 +50,7 @@ from relay.transfer.download import (
 from relay.trust.keys import TrustPins
 
 _OTHERS_MAX = 8
-"""Trees of other packages that a relay is told of: each is read to its last byte before."""
+"""Trees of other packages that are offered to a relay as bases: each is read to its last byte before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ async def pull(
 
 
 def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -> Pulled | None:
-    """What the request asks for, where it stands here already and nobody needs to be asked; else None. Blocking.
+    """What the request asks for, where it stands here already, so that no relay is asked; else None. Blocking.
 
     Its record, the sizes of its files and (where `signed`) its kept signature count; its bytes are not read.
     """

@@ -11,7 +11,6 @@ when a build is taken up again, each chunk that it names is read back and hashed
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import shutil
 import stat
@@ -22,6 +21,7 @@ from contextlib import suppress
 from functools import cached_property
 
 from agent import platform
+from agent.disk import remove_folder, store_error
 from relay.encoding.bundle import Places
 from relay.encoding.choose_bases import Held
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
@@ -49,7 +49,7 @@ class IncomingTree:
         Raises:
             LockedError: another process builds the same tree under this root.
             StoreError: the file system says no; `full` where it has no room for the tree, and then nothing is left of it.
-            UntrustedError: somebody else could write into the build's folder.
+            UntrustedError: another user could write into the build's folder.
         """
         self.manifest = manifest
         self.target = target
@@ -65,11 +65,10 @@ class IncomingTree:
             self._open()
         except OSError as error:
             self.close()
-            raise _store_error(error, self.releases) from error
+            raise store_error(error, self.releases, full_hint=_FULL_HINT) from error
         except BaseException:
             self.close()
             raise
-        self.resumed = len(self.have)
 
     @property
     def missing(self) -> list[int]:
@@ -97,7 +96,7 @@ class IncomingTree:
                     self._write_at(place, chunk.data)
                 os.write(self._map, _INDEX.pack(index))
             except OSError as error:
-                raise _store_error(error, self.folder) from error
+                raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
             self.have.add(index)
 
     def finish(self) -> str:
@@ -117,7 +116,7 @@ class IncomingTree:
                 os.rename(self.tree, final)
             sync_folder(self.releases)
         except OSError as error:
-            raise _store_error(error, self.folder) from error
+            raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
         return final
 
     def clear(self) -> None:
@@ -271,12 +270,9 @@ def _incoming(root: str, manifest: Manifest) -> str:
 
 
 def _remove(folder: str) -> None:
-    """In one step for whoever looks for it: it must never be taken up half removed."""
     aside = f"{folder}.removed"
     shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):
-        os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_folder(folder, aside)
 
 
 def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
@@ -318,7 +314,7 @@ def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk
 
 
 class TreeHoldings:
-    """Chunks of installed trees, read through their manifests, for whoever sends differences from them.
+    """Chunks of installed trees, read through their manifests, for a sender of differences from them.
 
     Nothing keeps a tree from being edited or removed meanwhile: each chunk is hashed whenever it is read.
     """
@@ -425,8 +421,3 @@ def _make_private(folder: str) -> None:
 
 
 _FULL_HINT = "Make room there and pull again; nothing of it was left behind"
-
-
-def _store_error(error: OSError, where: str) -> StoreError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return StoreError(f"{where}: {error.strerror or error}", full=full, hint=_FULL_HINT if full else "")

@@ -54,6 +54,23 @@ def waystation(*words: str, home: str) -> tuple[float, Any]:
     return timed.seconds, json.loads(timed.output)
 
 
+def until_told(words: Sequence[str], *, home: str) -> tuple[float, float]:
+    """Run a command; the seconds until its first line, and until its end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    started = time.perf_counter()
+    environment = os.environ | {"WAYSTATION_HOME": home}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        told = time.perf_counter() - started
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed ({process.returncode})")
+    return told, time.perf_counter() - started
+
+
 @contextmanager
 def relay(store: str, *options: str) -> Iterator[Served]:
     """`waystation relay serve` on a free port of loopback."""

@@ -151,10 +151,9 @@ def _diff_text(document: dict[str, Any], changes: Sequence[PartChange]) -> str:
     ]
     whole = max(document["nupkg_bytes"], 1)
     rows = [[way, str(count), f"{100 * count / whole:.2f} %"] for way, count in ways]
-    return "\n".join([*lines, "", table(["to a holder of the old one", "bytes", "of the nupkg"], rows, right=_RIGHT)])
-
-
-_RIGHT = frozenset({1, 2})
+    return "\n".join(
+        [*lines, "", table(["to a holder of the old one", "bytes", "of the nupkg"], rows, right=frozenset({1, 2}))]
+    )
 
 
 def _changes_table(changes: Sequence[PartChange]) -> str:

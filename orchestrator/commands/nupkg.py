@@ -106,7 +106,7 @@ def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
 
 def _summary(exact: dict[str, Any] | None) -> str:
     if exact is None:
-        return "unknown: add its nupkg again"
+        return "not proved yet: adding its nupkg again does it"
     recipe = f"recipe of {size(exact['recipe_bytes'])} ({size(exact['recipe_wire_bytes'])} on the wire)"
     if exact["whole_file"]:
         return "no: relays take the whole file"

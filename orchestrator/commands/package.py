@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,6 +17,8 @@ from relay.support.console import json_option, print_json, printable, progress_b
 
 if TYPE_CHECKING:
     from orchestrator.depot.depot import Added, Depot
+    from relay.package.manifest import Manifest
+    from relay.support.progress import Bar
 
 
 @click.group()
@@ -81,7 +83,11 @@ def add(
     trust_folder: str | None,
     as_json: bool,
 ) -> int:
-    """Take packages into the depot: chunked, checked and signed. What is there already is left as it is."""
+    """Take packages into the depot: chunked, checked and signed. What is there already is left as it is.
+
+    As soon as the packages are told they can be listed, replicated and deployed. Then the command finds out, and proves,
+    how relays can make each nupkg again, byte for byte. Where that is cut short, adding the file again does it.
+    """
     from orchestrator.trust.keyring import load_signer
     from relay.support.malloc import share_arenas
 
@@ -93,32 +99,50 @@ def add(
         if not os.path.isfile(path):
             raise UsageError(f"{path} is not a file", hint="Expected the path of a .nupkg file; nothing was added")
 
-    async def take(opened: Depot) -> tuple[list[dict[str, Any]], dict[str, WaystationError]]:
+    async def take(opened: Depot) -> int:
+        with progress_bars() as bar:
+            taken = await _taken(opened, bar)
+        _print_taken(taken, as_json=as_json)
+        with progress_bars() as bar:
+            for manifest in taken.manifests:
+                await opened.recipe(manifest, bar(f"proof of {manifest.package}"))
+        return 1 if taken.errors else 0
+
+    async def _taken(opened: Depot, bar: Bar) -> _Taken:
         from orchestrator.depot.add import add_files, add_from_feed
         from orchestrator.depot.feed_policy import FeedPolicy
 
         if not feed:
             done, refused = await add_files(opened, signer, names, bar)
-            return [_added(one) for one in done], refused
+            return _Taken([_added(one) for one in done], [one.manifest for one in done], refused)
         policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
         ref, progress = package_ref(*names), bar(" ".join(names))
         one, got = await add_from_feed(opened, signer, feed, ref, sha512=sha512, policy=policy, progress=progress)
-        return [_added(one) | {"verified_by": got.verified_by}], {}
+        return _Taken([_added(one) | {"verified_by": got.verified_by}], [one.manifest], {})
 
     share_arenas()
     signer = load_signer(options.trust_folder(trust_folder), "package")
-    with progress_bars() as bar:
-        added, errors = in_depot(depot, take)
+    return in_depot(depot, take)
+
+
+class _Taken(NamedTuple):
+    """What is told of each package that was added, their manifests, and why each other file was refused."""
+
+    documents: list[dict[str, Any]]
+    manifests: list[Manifest]
+    errors: dict[str, WaystationError]
+
+
+def _print_taken(taken: _Taken, *, as_json: bool) -> None:
     if as_json:
-        failed = [{"file": path, "error": error.message} for path, error in errors.items()]
-        print_json({"format": 1, "packages": added, "failed": failed})
-        return 1 if errors else 0
-    for entry in added:
+        failed = [{"file": path, "error": error.message} for path, error in taken.errors.items()]
+        print_json({"format": 1, "packages": taken.documents, "failed": failed})
+        return
+    for entry in taken.documents:
         what = "added" if entry["new"] else "was there"
         click.echo(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
-    for path, error in errors.items():
+    for path, error in taken.errors.items():
         click.echo(printable(f"{path}: {error}"), err=True)
-    return 1 if errors else 0
 
 
 def _added(result: Added) -> dict[str, Any]:

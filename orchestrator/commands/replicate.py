@@ -93,17 +93,20 @@ def replicate(
     What is sent is encoded so that it is there first: as the difference from what the relay holds, or compressed as hard
     as the line is slow. --explain shows the arithmetic, one table for each relay.
     """
-    from orchestrator.replication.replicate_package import SendOptions, plan_replication, replicate_package
+    from orchestrator.replication.replicate_package import plan_replication, replicate_package
     from relay.encoding.codecs import Coding
 
-    options = SendOptions(patience, None if encoding is None else Coding.parse(encoding), explain, exact)
+    coding = None if encoding is None else Coding.parse(encoding)
     targets = _targets(relays, environment, token_file, ca_file).limited(None if limit is None else limit * 1e6 / 8)
     location, ref = depot_location(depot), package_ref(id, version)
     with progress_bars() as bar:
         if dry_run:
-            done = run(plan_replication(location, ref, targets, options))
+            work = plan_replication(location, ref, targets, coding)
         else:
-            done = run(replicate_package(location, ref, targets, options, bar))
+            work = replicate_package(
+                location, ref, targets, bar, patience=patience, encoding=coding, explains=explain, exact=exact
+            )
+        done = run(work)
     documents = _documents(done, targets, dry_run=dry_run)
     if as_json:
         failed = [{"relay": url, "error": error.message} for url, error in done.failed.items()]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
@@ -82,7 +81,10 @@ def _read_package(path: str, name: str, spool: BinaryIO, progress: Progress) -> 
             _write(spool, data)
             done += len(data)
             progress(done, whole)
-        return OpenedPackage(name, cutter.manifest(), tuple(_zip_parts(file, entries)), _reader(spool))
+        spool.flush()
+        number, parts = spool.fileno(), tuple(_zip_parts(file, entries))
+        # By its own offset each time: many threads read at once.
+        return OpenedPackage(name, cutter.manifest(), parts, lambda offset, count: os.pread(number, count, offset))
 
 
 def _write(spool: BinaryIO, data: bytes) -> None:
@@ -90,18 +92,6 @@ def _write(spool: BinaryIO, data: bytes) -> None:
         spool.write(data)
     except OSError as error:
         raise StoreError(f"cannot write to {tempfile.gettempdir()}: {error.strerror}", hint="Set TMPDIR") from error
-
-
-def _reader(spool: BinaryIO) -> Callable[[int, int], bytes]:
-    """Reads from any thread."""
-    lock = threading.Lock()
-
-    def read(offset: int, count: int) -> bytes:
-        with lock:
-            spool.seek(offset)
-            return spool.read(count)
-
-    return read
 
 
 # --- what the zip says of each part

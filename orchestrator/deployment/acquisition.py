@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 from agent.orders.orders import Acquire, AcquireFacts, Report, Survey, SurveyFacts
-from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, together
+from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
 from orchestrator.deployment.packages import ref_of
 from orchestrator.journal.events import Acquired, Barrier, Note, Replicated, Surveyed
 from orchestrator.plan.placement import packages_at, relays_asked, relays_to_fill, short_of_room, trees_of
@@ -20,6 +20,7 @@ from orchestrator.plan.plan import Plan, PlannedPackage, PlannedRelay, ServerSte
 from orchestrator.replication.cascade import Delivered
 from orchestrator.replication.send import open_relay, pacers_of, package_to_send, send, shipping_from
 from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from relay.support.rate_limit import Pacer

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from agent.orders.operation_id import SERVER, OperationId
 from orchestrator.journal.events import UndoEnded, UndoStarted
 from orchestrator.plan.plan import Plan, PreAcquire
-from relay.errors import WaystationError, first_of
+from relay.errors import WaystationError
 
 if TYPE_CHECKING:
     from orchestrator.deployment.notify import Notifier
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from orchestrator.journal.recorder import Recorder
     from orchestrator.trust.secrets import SecretStore
     from relay.support.progress import Bar
-
-T = TypeVar("T")
 
 
 class DeploymentFailedError(WaystationError):
@@ -81,13 +78,3 @@ async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder) -> b
     result = await runs.run(step.undo, operation, {"UNDO": "1"})
     await recorder.record(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))
     return result.ok
-
-
-async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All at once; the first that fails ends the others, and its error is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
-    return [task.result() for task in tasks]

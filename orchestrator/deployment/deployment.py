@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
-from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, together, undo_step
+from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, undo_step
 from orchestrator.deployment.decisions import decisions_obeyed, obey
 from orchestrator.deployment.setup import DeployRequest, set_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
@@ -29,6 +29,7 @@ from orchestrator.journal.events import (
     Refused,
 )
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from orchestrator.fleet.presence import Presences
@@ -148,7 +149,8 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
         if context.stop.reason:
             raise DeploymentFailedError(context.stop.reason)
         await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
-        undo.owe(step)
+        if step.undo is not None:
+            undo.owed.append(step)
         result = await context.runs.run(step.run, context.operation(0, SERVER, f"pre-{step.run.name}"), {})
         await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
@@ -164,10 +166,6 @@ class _Undo:
     context: DeploymentContext
     owed: list[PreAcquire] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-
-    def owe(self, step: PreAcquire) -> None:
-        if step.undo is not None:
-            self.owed.append(step)
 
     async def those_until_acquired(self) -> None:
         await self._undo([step for step in self.owed if step.until == "acquired"])

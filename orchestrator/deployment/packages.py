@@ -134,9 +134,12 @@ async def _take_from_feed(
     credentials = _credentials(secrets.value(feed.secret).reveal()) if feed.secret else None
     progress = bar(str(ref)) if bar else None
     try:
-        await add_from_feed(depot, signer, feed.url, ref, policy=policy, credentials=credentials, progress=progress)
+        added, _ = await add_from_feed(
+            depot, signer, feed.url, ref, policy=policy, credentials=credentials, progress=progress
+        )
     except NotFoundError as error:
         raise _not_found(package, str(error)) from error
+    await depot.recipe(added.manifest)
 
 
 def _credentials(secret: str) -> FeedCredentials:
@@ -245,7 +248,9 @@ async def _add_scripts(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="waystation-scripts-") as folder:
         path = await asyncio.to_thread(_pack, folder, package, scripts, project)
-        await depot.add(path, signer, Provenance("added", f"scripts of {project}"), expected=ref_of(package))
+        provenance = Provenance("added", f"scripts of {project}")
+        added = await depot.add(path, signer, provenance, expected=ref_of(package))
+        await depot.recipe(added.manifest)
 
 
 def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,6 @@ from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun
 from orchestrator.replication.send import open_relay
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
-from relay.errors import NotFoundError
 from relay.support.private_files import make_private_folder
 from relay.support.progress import Bar
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.views import OpenBracket
-    from relay.trust.keys import TrustPins
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +59,13 @@ async def set_up(
     from orchestrator.depot.depot import open_depot
 
     pins = load_pins(paths.trust)
-    release = _signed_release(journal, request, pins)
+    record = journal.release(request.project, request.label)
+    release = open_release(record.document, record.envelope, pins.order_keys(request.environment.value.environment))
     ulid = str(ULID())
     folder = paths.deployment(ulid)
     async with AsyncExitStack() as stack:
-        stack.enter_context(_removed_unless_begun(folder, journal, ulid))
+        unless_begun = stack.enter_context(ExitStack())
+        unless_begun.callback(shutil.rmtree, folder, ignore_errors=True)
         plan = _plan(release, journal, request, folder)
         secrets = SecretStore(plan.secrets, plan.machine_secrets)
         secrets.check()
@@ -83,6 +83,7 @@ async def set_up(
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))
         fence = journal.claim(plan.environment)
         journal.begin(ulid, msgspec.json.encode(plan), fence, operator())
+        unless_begun.pop_all()
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
         fleet = Fleet(
             plan, clients, signer=order_signer, journal=journal.id, folder=folder, recorder=recorder, fence=fence
@@ -99,29 +100,6 @@ async def set_up(
             bar=bar,
         )
         yield context, brackets
-
-
-def _signed_release(journal: Journal, request: DeployRequest, pins: TrustPins) -> Release:
-    record = journal.release(request.project, request.label)
-    return open_release(record.document, record.envelope, pins.order_keys(request.environment.value.environment))
-
-
-@contextmanager
-def _removed_unless_begun(folder: str, journal: Journal, ulid: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if not _has_begun(journal, ulid):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _has_begun(journal: Journal, ulid: str) -> bool:
-    try:
-        journal.deployment(ulid)
-    except NotFoundError:
-        return False
-    return True
 
 
 def _plan(release: Release, journal: Journal, request: DeployRequest, folder: str) -> Plan:

@@ -29,7 +29,7 @@ from agent.orders.orders import (
     TreeFacts,
     Verify,
 )
-from orchestrator.deployment.context import DeploymentContext, together
+from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.decisions import obey
 from orchestrator.deployment.server_runs import PROBE, RunResult
 from orchestrator.journal.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
@@ -49,6 +49,7 @@ from orchestrator.rolling import rolling, turn
 from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
 from relay.errors import StoreError, WaystationError
+from relay.support.together import together
 
 STUCK_SECONDS = 60.0
 """How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
@@ -330,8 +331,6 @@ class MachineTurnRunner:
 
     def _sealed(self, names: Collection[str], operation: OperationId) -> dict[str, bytes]:
         """Secrets as only this machine can open them, and only in this operation."""
-        if not names:
-            return {}
         sealing = self._context.fleet.presence(self._turn.machine).sealing
         return self._context.secrets.sealed(names, sealing, str(operation))
 

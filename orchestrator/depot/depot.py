@@ -1,12 +1,13 @@
 """The depot: the orchestrator's own store, and where packages enter it. A nupkg becomes parts, chunks and a signed manifest.
 
 Order keeps it safe: chunks durable first, then the nupkg itself, then the manifest, and the name that lists it last.
+How the nupkg can be made again is found out afterwards (`recipe`): a listed package needs it for nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
 from relay.engines.encoders import Encoders
 from relay.engines.engine_pool import Engines
-from relay.errors import MetadataError, NotFoundError, UsageError, first_of
+from relay.errors import MetadataError, NotFoundError, first_of
 from relay.package.chunk import Chunk
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
@@ -27,6 +28,7 @@ from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
 from relay.stores.catalog import Catalog, Pointer, Provenance
 from relay.stores.open import Store, open_store
+from relay.stores.volume import translate
 from relay.support.progress import Progress
 from relay.trust.envelopes import PackageStatement, sign_package
 
@@ -79,10 +81,10 @@ class Depot:
         progress: Progress | None = None,
         expected: PackageRef | None = None,
     ) -> Added:
-        """Take a nupkg in, chunked and signed, and find out how it can be made again. `progress` counts each byte as it is
-        stored, and those of the nupkg once more as it is found out how they can be made again. Adding the same one again
-        changes nothing, but brings back what the depot lost, signs anew where the key is another one, and finds a
-        better recipe where there are engines that were not there before.
+        """Take a nupkg in, chunked and signed: on return it is listed. Adding the same one again changes nothing, but
+        brings back what the depot lost, and signs anew where the key is another one.
+
+        How it can be made again is not known by that: `recipe` finds it.
 
         Raises:
             MetadataError: also where it is another package than `expected`.
@@ -101,19 +103,13 @@ class Depot:
             if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
-                if await self._may_find_better(manifest):
-                    await self._find_recipe(path, manifest, entries, progress)
                 return Added(there, manifest, new=False, chunks_stored=0)
-            stream = sum(entry.size for entry in entries)
-            whole, show = stream + digests.size, progress or (lambda _done, _whole: None)
+            whole, show = sum(entry.size for entry in entries), progress or (lambda _done, _whole: None)
             manifest, stored = await self._store_chunks(
                 file, entries, ref, nuspec, digests, lambda done: show(done, whole)
             )
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
-        await self._find_recipe(path, manifest, entries, lambda done, _: show(stream + done, whole))
-        # Nothing is left to do; what stands around the parts was not counted.
-        show(whole, whole)
         pointer = await self.catalog.publish(manifest, provenance)
         return Added(pointer, manifest, new=there is None, chunks_stored=stored)
 
@@ -126,19 +122,31 @@ class Depot:
             )
         return manifest
 
-    async def recipe(self, manifest: Manifest) -> Recipe | None:
-        """How to make the identical nupkg. A better one is looked for first, where engines came since the last look."""
+    async def recipe(self, manifest: Manifest, progress: Progress | None = None) -> Recipe | None:
+        """How to make the identical nupkg, proved; None where that cannot be found, as the depot lost its nupkg.
+
+        It is looked for first where none is known yet, and where engines came since the last look that may do better.
+
+        Args:
+            manifest: of a listed package.
+            progress: is told of the nupkg's bytes whose encoder was looked for.
+
+        Raises:
+            ChunkInvalid: the depot's nupkg is damaged.
+            StoreError: the medium failed.
+        """
         if await self._may_find_better(manifest) and await self.store.blobs.has(manifest.nupkg.sha256):
             async with self.nupkgs.as_file(manifest) as path:
-                entries = await asyncio.to_thread(_walk_file, path)
-                await self._find_recipe(path, manifest, entries, None)
+                await self._find_recipe(path, manifest, progress)
         return await self.recipes.find(manifest)
 
     async def details(self, ref: PackageRef) -> PackageDetails:
         """Raises `NotFoundError`, and as `recipe`."""
         pointer = self.catalog.get(ref)
         manifest = await self.manifest(pointer)
-        recipe, signature = await self.recipe(manifest), await self.catalog.signature(manifest.id)
+        signature = await self.catalog.signature(manifest.id)
+        # The proof of a package that was just added may be under way in another process.
+        recipe = await self.recipe(manifest) if await self.recipes.find(manifest) else None
         return PackageDetails(pointer, manifest, bool(signature), recipe)
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
@@ -162,15 +170,10 @@ class Depot:
             return kept is None
         return bool(await self._engines.installed() - await self.recipes.tried(manifest))
 
-    async def _find_recipe(
-        self, path: str, manifest: Manifest, entries: Sequence[Entry], progress: Progress | None
-    ) -> None:
-        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are.
-
-        Raises:
-            UsageError: the file cannot be read any more.
-        """
+    async def _find_recipe(self, path: str, manifest: Manifest, progress: Progress | None) -> None:
+        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are."""
         try:
+            entries = await asyncio.to_thread(_walk_file, path)
             if all(entry.method == STORED for entry in entries):
                 recipe = await find_recipe(path, manifest, Encoders(1), progress)
                 tried: tuple[str, ...] = ("zlib",)
@@ -179,7 +182,7 @@ class Depot:
                     recipe = await find_recipe(path, manifest, encoders, progress)
                     tried = encoders.names()
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
+            raise translate(error, f"read the nupkg of {manifest.package}") from error
         await self.recipes.keep(manifest, recipe, tried)
 
     async def _is_whole(self, pointer: Pointer) -> bool:

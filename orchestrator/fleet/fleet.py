@@ -358,8 +358,8 @@ class Fleet:
             text = f"{report.operation}: {machine.name} refused another order under this name, not ours"
             await self._tell(machine.name, f"{text} ({report.reason})")
             return
-        operation = self._ordered(machine, report.operation) if self._is_ours(machine, report) else None
-        if operation is None:
+        operation = self._ordered(machine, report.operation)
+        if operation is None or report.agent.lower() != machine.name.lower() or report.deployment != self._deployment:
             await self._tell(machine.name, f"{machine.name} reports of {report.operation}, which it was never ordered")
             return
         self._seen[machine.name] = asyncio.get_running_loop().time()
@@ -376,9 +376,6 @@ class Fleet:
         operation = OperationId.find(report.operation)
         ordered = self._book.find(operation) if operation is not None else None
         return ordered is None or order_digest(ordered) != report.order
-
-    def _is_ours(self, machine: PlannedMachine, report: Report) -> bool:
-        return report.deployment == self._deployment and report.agent.lower() == machine.name.lower()
 
     async def _deliver(self, flight: _Flight, report: Report) -> None:
         if report.order != flight.digest:

@@ -82,17 +82,12 @@ def _of_steps(event: Event) -> str:
             return f"{machine}: back in {rotation} ({outcome})"
         case BracketAdopted(machine=machine, opened_by=by):
             return f"{machine}: its bracket, opened by {by}, is adopted"
-        case Reported(machine=machine, operation=operation, state=state, reason=reason):
-            return (
-                ""
-                if state == "done"
-                else f"{machine}: {action_of(operation)} {state}" + (f": {reason}" if reason else "")
-            )
-        case ServerRunEnded(operation=operation, machine=machine, state=state, reason=reason):
+        case (
+            Reported(machine=machine, operation=operation, state=state, reason=reason)
+            | ServerRunEnded(machine=machine, operation=operation, state=state, reason=reason)
+        ) if state != "done":
             head = f"{machine}: " if machine else ""
-            return (
-                "" if state == "done" else f"{head}{action_of(operation)} {state}" + (f": {reason}" if reason else "")
-            )
+            return f"{head}{action_of(operation)} {state}" + (f": {reason}" if reason else "")
         case Refused(machine=machine, reason=reason):
             return f"{machine} refused an order: {reason}"
         case _:

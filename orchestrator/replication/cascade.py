@@ -19,15 +19,16 @@ import msgspec
 from orchestrator.journal.events import LineBytes
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import ORIGIN, Replan, check_upstreams, in_order, line_name, next_upstream
-from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError, first_of
+from relay.errors import ConflictError, RefusedError, UnreachableError, WaystationError
 from relay.package.manifest import Manifest
 from relay.protocol import messages
 from relay.support.persistence import Persistence
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
     from relay.support.progress import Progress
-    from relay.transfer.replicate import Replicated
+    from relay.transfer.replicate import ReplicationResult
 
 PATIENCE: Final = 60.0
 """Seconds that a relay may be away in the middle before it is given up."""
@@ -39,7 +40,7 @@ GRACE_SECONDS: Final = 5.0
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
 
-Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["Replicated"]]
+Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["ReplicationResult"]]
 """Sends the package from here to one relay. Raises as `relay.transfer.replicate.replicate`."""
 Heard = Callable[[str, int, int], None]
 """Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
@@ -67,7 +68,7 @@ class Delivered:
     seconds: float
     interruptions: int
     """How often the relay was lost and found again."""
-    sent: Replicated | None = None
+    sent: ReplicationResult | None = None
     """What the sender here has to say, where the last of it was sent from here."""
 
     @property
@@ -131,12 +132,7 @@ async def replicate_all(
     """
     check_upstreams({relay.name: relay.upstream or None for relay in relays})
     work = _Cascade(manifest, relays, clients, send, heard, delivered, frozenset(must), patience, source_url)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for relay in in_order(relays):
-                group.create_task(work.bring(relay))
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
+    await together(work.bring(relay) for relay in in_order(relays))
     found = (work.delivered.get(relay.name) for relay in relays)
     return Cascaded(tuple(one for one in found if one is not None), work.failed, tuple(work.replans))
 
@@ -369,7 +365,7 @@ class _Book:
     fallbacks: int = 0
     interruptions: int = 0
     chunks_sent: int = 0
-    sent: Replicated | None = None
+    sent: ReplicationResult | None = None
     _wire: dict[str, int] = field(default_factory=dict)
     _encodings: dict[str, list[messages.EncodedBytes]] = field(default_factory=dict)
 

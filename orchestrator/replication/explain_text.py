@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 def document_of(explained: Explained, package_bytes: int, others: Alternatives) -> dict[str, Any]:
     """As JSON has it. Bytes, seconds, bytes per second."""
-    choice = explained.choice
     return {
         "encoding": explained.encoding,
         "base": explained.base,
@@ -36,7 +35,17 @@ def document_of(explained: Explained, package_bytes: int, others: Alternatives) 
                 "chosen": row.chosen,
                 "why_not": row.why_not,
             }
-            for row in (choice.rows if choice else ())
+            for row in explained.rows
+        ],
+        "runs": [
+            {
+                "encoding": str(run.coding),
+                "chunks": len(run.run.indexes),
+                "bytes": run.run.size,
+                "payload_bytes": run.choice.chosen.payload_bytes,
+                "exact": run.choice.chosen.exact,
+            }
+            for run in explained.runs
         ],
         "alternatives": {
             "whole_file": others.whole_file,
@@ -69,15 +78,27 @@ def text_of(relay: str, document: dict[str, Any], package_bytes: int) -> str:
             f"{row['encode_seconds']:.2f}",
             f"{row['decode_seconds']:.2f}",
             f"{row['seconds']:.2f}",
-            "chosen" if row["chosen"] else row["why_not"],
+            _chosen(row["encoding"], document["runs"]) if row["chosen"] else row["why_not"],
         ]
         for row in document["rows"]
     ]
     headers = ["encoding", "bytes", "of the nupkg", "line s", "encode s", "decode s", "seconds", "why not"]
     shown = table(headers, rows, right=frozenset(range(1, 7)))
     lines += [f"  {line}" for line in shown.splitlines()]
+    lines.append(f"  {_sent(document['runs'])}")
     lines += [f"  {line}" for line in _others(document["alternatives"], package_bytes)]
     return "\n".join(lines)
+
+
+def _chosen(encoding: str, runs: list[dict[str, Any]]) -> str:
+    number = sum(run["encoding"] == encoding for run in runs)
+    return "chosen" if number == len(runs) else f"chosen for {number} of {len(runs)} runs"
+
+
+def _sent(runs: list[dict[str, Any]]) -> str:
+    """What crosses in all."""
+    payload, exact = sum(run["payload_bytes"] for run in runs), all(run["exact"] for run in runs)
+    return f"{len(runs)} run{'s' if len(runs) != 1 else ''}, {payload:,} bytes{'' if exact else ' est.'}"
 
 
 def _others(others: dict[str, Any], package_bytes: int) -> list[str]:

@@ -69,23 +69,6 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
-class SendOptions:
-    """How a package is sent.
-
-    Attributes:
-        patience: seconds that a relay may be away in the middle.
-        encoding: used whatever is planned.
-        explains: keep the arithmetic.
-        exact: send also what a relay lacks to make the identical nupkg by itself.
-    """
-
-    patience: float = PATIENCE
-    encoding: Coding | None = None
-    explains: bool = False
-    exact: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Replication:
     """What became of it. `failed` is by URL, `arithmetic` (and what other ways would take) by the relay's name."""
 
@@ -97,17 +80,35 @@ class Replication:
 
 
 async def replicate_package(
-    location: str, ref: PackageRef, targets: Targets, options: SendOptions, bar: Bar
+    location: str,
+    ref: PackageRef,
+    targets: Targets,
+    bar: Bar,
+    *,
+    patience: float = PATIENCE,
+    encoding: Coding | None = None,
+    explains: bool = False,
+    exact: bool = False,
 ) -> Replication:
     """Send it to all targets at once. One that fails leaves the others alone.
 
+    Args:
+        location: of the depot.
+        ref: the package.
+        targets: where to.
+        bar: makes a bar for each relay.
+        patience: seconds that a relay may be away in the middle.
+        encoding: used whatever is planned.
+        explains: keep the arithmetic.
+        exact: send also what a relay lacks to make the identical nupkg by itself.
+
     Raises:
-        NotFoundError: it is not in the depot at `location`.
+        NotFoundError: it is not in the depot.
         RefusedError: it is not signed.
         UsageError, StoreError: the depot cannot be opened, or its medium failed.
     """
-    async with _ready(location, ref, targets, options) as (depot, package, shipping):
-        relays, bars = targets.relays, {relay.name: bar(relay.name) for relay in targets.relays}
+    relays, bars = targets.relays, {relay.name: bar(relay.name) for relay in targets.relays}
+    async with _ready(location, ref, targets, encoding, explains=explains, exact=exact) as (depot, package, shipping):
         done = await send(
             depot,
             package,
@@ -116,7 +117,7 @@ async def replicate_package(
             shipping,
             lambda relay, here, whole: bars[relay](here, whole),
             pacers=pacers_of(relays),
-            patience=options.patience,
+            patience=patience,
         )
         explained = {one.relay: one.sent.explained for one in done.delivered if one.sent and one.sent.explained}
         return Replication(
@@ -128,13 +129,11 @@ async def replicate_package(
         )
 
 
-async def plan_replication(location: str, ref: PackageRef, targets: Targets, options: SendOptions) -> Replication:
+async def plan_replication(
+    location: str, ref: PackageRef, targets: Targets, encoding: Coding | None = None
+) -> Replication:
     """Ask what is missing, and send nothing. Raises as `replicate_package`."""
-    async with _ready(location, ref, targets, replace(options, explains=True, exact=False)) as (
-        depot,
-        package,
-        shipping,
-    ):
+    async with _ready(location, ref, targets, encoding, explains=True) as (depot, package, shipping):
         explained, failed = await plan_for(depot, package, targets.relays, targets.clients, shipping)
         arithmetic = await _arithmetic(depot, package, explained, targets.machines)
         return Replication(package.manifest.nupkg.size, (), arithmetic, _by_url(targets, failed))
@@ -142,7 +141,7 @@ async def plan_replication(location: str, ref: PackageRef, targets: Targets, opt
 
 @asynccontextmanager
 async def _ready(
-    location: str, ref: PackageRef, targets: Targets, options: SendOptions
+    location: str, ref: PackageRef, targets: Targets, encoding: Coding | None, *, explains: bool, exact: bool = False
 ) -> AsyncIterator[tuple[Depot, PackageToSend, Shipping]]:
     async with AsyncExitStack() as stack:
         depot = await stack.enter_async_context(open_depot(location))
@@ -150,11 +149,11 @@ async def _ready(
             await stack.enter_async_context(client)
         package = await package_to_send(depot, ref)
         shipping = await stack.enter_async_context(shipping_from(depot))
-        if options.exact:
+        if exact:
             # Engines may be here that were not when it was added: then less has to be sent.
             await depot.recipe(package.manifest)
-        nupkgs = depot.nupkgs if options.exact else None
-        yield depot, package, replace(shipping, force=options.encoding, explains=options.explains, nupkgs=nupkgs)
+        nupkgs = depot.nupkgs if exact else None
+        yield depot, package, replace(shipping, force=encoding, explains=explains, nupkgs=nupkgs)
 
 
 async def _arithmetic(

@@ -14,6 +14,7 @@ from orchestrator.plan.plan import PlannedRelay, SecretSource
 from orchestrator.plan.routes import planned_relay, upstreams_of, wrong_ways
 from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, replicate_all
 from orchestrator.trust.secrets import read_secret
+from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX
 from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
@@ -24,12 +25,7 @@ from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines
 from relay.transfer.probe import Explained
-from relay.transfer.replicate import PATIENCE, Replicated, Shipping, plan, replicate
-
-OTHERS_MAX = 256
-"""Other packages of the depot, the newest first, whose parts are looked for in the one that is sent."""
-_MOSTLY_NEW = 0.05
-"""Share of a package that must be new against the version before it, for other packages to be looked into."""
+from relay.transfer.replicate import PATIENCE, ReplicationResult, Shipping, plan, replicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +59,7 @@ async def _others(depot: Depot, ref: PackageRef, manifest: Manifest, known: Sequ
     """Packages whose parts this one may carry. None where a version before it holds nearly all of it anyway."""
     there = {id for one in known for id in one.chunk_ids()}
     fresh = sum(entry.size for entry in manifest.chunks if entry.id not in there)
-    if fresh <= _MOSTLY_NEW * manifest.stream_size:
+    if fresh <= MOSTLY_NEW * manifest.stream_size:
         return []
     pointers = sorted((p for p in depot.catalog.all() if p.ref.id != ref.id), key=lambda p: p.published, reverse=True)
     return list((await depot.catalog.manifests_of(p.manifest_id for p in pointers[:OTHERS_MAX])).values())
@@ -93,7 +89,7 @@ async def send_to(
     *,
     shipping: Shipping,
     pacer: Pacer | None = None,
-) -> Replicated:
+) -> ReplicationResult:
     """To one relay. `pacer` is the limit of its line, shared by all that goes there. Raises as `relay.transfer.replicate.replicate`."""
     how = shipping_of(what, shipping, pacer)
     return await replicate(
@@ -116,7 +112,7 @@ async def send(
 ) -> Cascaded:
     """To all relays at once, by the ways that they name. `clients` and `pacers` are by name; see `replicate_all`."""
 
-    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+    async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
         return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
 
     return await replicate_all(

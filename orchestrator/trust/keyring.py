@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 KeyRole = Literal["package", "order"]
 
 PINS_FILE = "trust.json"
-PINS_MAX = 1 << 20
-"""Bytes."""
 _FILES = ("package.key", "order.key", PINS_FILE)
 
 
@@ -66,7 +64,7 @@ def load_pins(folder: str) -> TrustPins:
     path = os.path.join(folder, PINS_FILE)
     try:
         with open(path, "rb") as file:
-            return parse_pins(file.read(PINS_MAX))
+            return parse_pins(file.read(1 << 20))
     except OSError as error:
         hint = "'waystation trust init' makes it; --trust names the folder where it stands"
         raise NotFoundError(f"{path}: {error.strerror}", hint=hint) from error

@@ -17,6 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Literal, Protocol
 
 import msgspec
@@ -46,7 +47,7 @@ BASES_MAX = 1 << 30
 """Bytes of bases in one bundle, beside `BASES_FACTOR` times the bytes of its runs: reading them is work."""
 BASES_FACTOR = 64
 """Bytes of bases for each byte of a run, above which they count against `BASES_MAX`."""
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 2 << 20
 """Bytes of chunks that a decoder hands out at a time (and up to one chunk more): few bytes may inflate to many."""
 _LENGTH = struct.Struct("<I")
 
@@ -540,7 +541,7 @@ class _RunDecoder:
         self._targets = deque(targets)
         self._payload_max = size + (size >> 8) + _ENCODING_COST
         self._size = size
-        self._pending = bytearray()
+        self._pending = BytesIO()
         self._announced = 0
         self._fed = 0
         self._told = 0
@@ -601,7 +602,7 @@ class _RunDecoder:
         self._dead = True
         # The refusal may be kept for long; the bases and the window need not be.
         self._decoder = None
-        self._pending.clear()
+        self._pending = BytesIO()
         if self._sink is not None:
             self._sink.fail()
         return (RunRefused(self.places, error),)
@@ -610,13 +611,14 @@ class _RunDecoder:
         """Raises `ChunkInvalid`: a chunk has other bytes than its name says."""
         while data:
             target = self._targets[0]
-            taken = min(len(data), target.size - len(self._pending))
-            self._pending += data[:taken]
+            taken = min(len(data), target.size - self._pending.tell())
+            self._pending.write(data[:taken])
             data = data[taken:]
-            if len(self._pending) < target.size:
+            if self._pending.tell() < target.size:
                 return
-            chunk = Chunk(target.id, bytes(self._pending))
-            self._pending.clear()
+            # Its buffer becomes the chunk, without a copy.
+            pending, self._pending = self._pending, BytesIO()
+            chunk = Chunk(target.id, pending.getvalue())
             self._targets.popleft()
             yield Received(target.manifest, target.index, chunk, self._fed - self._told)
             self._told = self._fed

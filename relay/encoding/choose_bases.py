@@ -32,6 +32,10 @@ from relay.package.identity import ManifestId, Sha256
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, indexes
 
+OTHERS_MAX: Final = 256
+"""Packages of other names, the newest first, that are looked through for parts of one that travels."""
+MOSTLY_NEW: Final = 0.05
+"""Share of a package that must be new to its receiver for packages of other names to be looked into."""
 ASKED_MAX: Final = 48
 """Manifests of other packages that are worth a question."""
 USEFUL_BYTES: Final = 4 << 10
@@ -53,7 +57,9 @@ def choose_bases(
 ) -> tuple[Span, ...]:
     """The chunks to build `run` on, in the order in which they are to be joined.
 
-    Chunks that hold a part of the run as it is come first, as many as a frame takes: nothing is worth more. No chunk is named twice, whatever it is called where. A chunk of the run that is held after all is a base like others.
+    Chunks that hold a part of the run as it is come first, as many as a frame takes: nothing is worth more. No
+    chunk is named twice, though it may have places in several manifests. A chunk of the run that is held after all is a base
+    like others.
 
     Args:
         manifest: of the package that is sent.
@@ -64,7 +70,7 @@ def choose_bases(
     """
     if most <= 0:
         return ()
-    room = RUN_AND_BASES_MAX - sum(manifest.chunks[index].size for index in run)
+    room = RUN_AND_BASES_MAX - manifest.size_of(run)
     chooser = _Chooser(max(0, room))
     parts = _parts_of(manifest, run)
     trees = [one for one in held if one.manifest.package.id == manifest.package.id][:1]
@@ -92,7 +98,7 @@ def worth_asking(
     wanted = {
         digest: manifest.parts[part].size
         for part in _parts_of(manifest, missing)
-        # A large part is a chunk by itself: who holds it does not lack it here.
+        # A large part is a chunk by itself: its holder does not lack it here.
         if 0 < manifest.parts[part].size < LARGE_PART and (digest := manifest.part_sha256(part)) not in there
     }
     found = {

@@ -72,6 +72,11 @@ class Coding:
         encoding = cast("Encoding", name)
         return cls(encoding, int(level) if colon else _DEFAULT_LEVELS[encoding])
 
+    @property
+    def at_a_level(self) -> Coding:
+        """What came from elsewhere has level 0, as its level is not known: where it has to be made again, this one."""
+        return self if self.level else Coding(self.encoding, _DEFAULT_LEVELS[self.encoding])
+
 
 _DEFAULT_LEVELS: Final[dict[Encoding, int]] = {
     "raw": 0,

@@ -1,56 +1,90 @@
-"""Which encoding to send a run in, over this line, to these receivers: by time. Pure, and its answer carries its arithmetic.
+"""What crosses a line, and how: one table of lines, and one plan of a run. Pure, and a plan carries its arithmetic.
 
-    seconds = max(encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the last run
+    seconds = max(encode, max(first byte, what is on the line before it) + payload ÷ goodput) + decode of the run
 
 and on a line that nothing was sent over yet, the round trips that a connection takes to find its pace. A long encoder is
 taken to need twice what was reckoned beyond its first moments, as others want the processors, too.
 
-What is asked for is the moment when the last chunk is verified at the receiver. An encoding that several receivers share
-(the same chunks, the same bases) is made once; one that was made before is there already.
+What is asked for is the moment when the last chunk is verified at the receiver. An origin that sends to a relay, a relay
+that answers a relay or an agent, and `--explain` call the same `plan_run` with what they know. A plan goes by other plans
+and never by the clock, so that what was planned beforehand is what is done.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
-from relay.encoding.codecs import AT_ONCE, RAW, Coding, Encoding, can_encode
+from relay.encoding.bundle import RUN_AND_BASES_MAX
+from relay.encoding.codecs import PLAIN, RAW, Coding
+from relay.encoding.estimates import PREFIX, PREFIX_HARDER, Candidate, Rates, Ratios, codings_for, estimate
 
-THIN = 250_000.0
-"""Bytes per second. Below it the bytes are what counts: whoever shares such a line is glad of each that is not sent."""
-UNKNOWN = 125_000.0
-"""Bytes per second that a line is taken for until it was measured: bytes that were sent in vain do not come back."""
-FAST = 6_000_000.0
-"""Bytes per second. From here on CPU is what is dear."""
-BASES_PAY = 40_000_000.0
-"""Bytes per second. Above it a line is as fast as both ends read and check bases: what is new had better just go."""
-_THIN_PATIENCE = 0.3
-"""Seconds later that a smaller payload may be there on a thin line, beside a tenth."""
-_FIRST_FLIGHT: Final = 14_600
-"""Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
-_HARDLY: Final = 0.97
-"""What level 3 leaves of something that does not compress."""
-_BUSY: Final = 2.0
-"""Times as long as reckoned that an encoder may take, as others want the processors, too: one that would just keep up with
-the line gains a few bytes, and may lose much time."""
-_TURN: Final = 0.3
-"""Seconds of an encoder that count as they are reckoned."""
-_SAME: Final = 1.04
-"""Times that differ by less are the same."""
-_SAME_BYTES: Final = 1.02
-"""Times the smallest payload: more is really more."""
-_SAME_SECONDS: Final = 0.005
-PLENTIFUL: Final = 25_000_000.0
-"""Bytes per second. Above it, of what is there as soon, the one with the least work is taken and not the smallest."""
+# --- the table of lines
 
-PLAIN_CODINGS: Final = (RAW, *(Coding("zstd", level) for level in (3, 6, 9, 12, 19)))
-DELTA_CODINGS: Final = (
-    *(Coding("zstd-prefix", level) for level in (3, 9, 12)),
-    *(Coding("hdiff", level) for level in (3, 9, 19)),
+
+@dataclass(frozen=True, slots=True)
+class LineClass:
+    """Lines of about one speed, and what suits them.
+
+    Attributes:
+        name: for people.
+        up_to: the most bytes per second of such a line.
+        first_run: tree stream of the first run that builds on nothing; each run is as long as all before it, up to
+        longest_run: the longest.
+        delta_run: tree stream of a run that builds on bases; deltas lose a tenth by runs of 8 MiB (measured). 0: nothing
+            is built on bases here.
+        base_share: bytes of bases for each byte of a long run.
+        segment: tree stream in one request of a reader, or one chunk.
+        delta_segment: the same, where it names bases: two runs, so that one is encoded while the other is on the line.
+        connections: of a sender at first, and of a reader.
+        tries_plain, tries_deltas: whether each run is encoded in a cheap coding before it is planned. Parts of a package
+            shrink very differently; on faster lines the first run stands for all.
+        spares: what is taken of all that is there as soon: the fewest bytes, the least work, or a balance of both.
+    """
+
+    name: str
+    up_to: float
+    first_run: int
+    longest_run: int
+    delta_run: int
+    base_share: int
+    segment: int
+    delta_segment: int
+    connections: int
+    tries_plain: bool
+    tries_deltas: bool
+    spares: Literal["bytes", "both", "work"]
+
+    @property
+    def names_bases(self) -> bool:
+        """Whether a reader says what it holds: finding that out reads whole trees, and is lost where chunks go as stored."""
+        return self.delta_run > 0 and self.spares != "work"
+
+
+_MIB: Final = 1 << 20
+LINES: tuple[LineClass, ...] = (
+    # Each byte that is not sent is time for all that share the line: the longest runs, the most bases, the hardest levels.
+    LineClass("thin", 250e3, 16 * _MIB, 16 * _MIB, 32 * _MIB, 3, 32 * _MIB, 64 * _MIB, 1, True, True, "bytes"),
+    # Even the slowest encoder on one core is faster than the line: no run has to be short for its sake.
+    LineClass("slow", 600e3, 16 * _MIB, 16 * _MIB, 16 * _MIB, 2, 32 * _MIB, 32 * _MIB, 1, True, True, "both"),
+    # An encoder may keep it waiting: short runs first, and longer ones as what is ahead grows. One connection fills it.
+    LineClass("middle", 2.5e6, _MIB, 16 * _MIB, 16 * _MIB, 2, 32 * _MIB, 32 * _MIB, 1, True, True, "both"),
+    # One connection may not fill it. Trying each delta would take as long as sending it.
+    LineClass("wide", 6e6, _MIB, 16 * _MIB, 16 * _MIB, 2, 16 * _MIB, 16 * _MIB, 2, True, False, "both"),
+    # Trying takes as long as sending. A short run would cost 3 %, which is felt here; a long one would be waited for.
+    LineClass("fast", 25e6, 2 * _MIB, 8 * _MIB, 16 * _MIB, 2, 6 * _MIB, 16 * _MIB, 2, False, False, "both"),
+    # Processors are what is dear, and a relay's readers have its own in common: they get chunks as they are stored.
+    LineClass("plentiful", 40e6, _MIB, 4 * _MIB, 4 * _MIB, 2, 6 * _MIB, 6 * _MIB, 2, False, False, "work"),
+    # As fast as both ends read and check bases: what is new had better just go.
+    LineClass("local", math.inf, _MIB, 4 * _MIB, 0, 2, 6 * _MIB, 6 * _MIB, 2, False, False, "work"),
 )
-"""What is weighed up. Levels between them are never first on any line (measured on the packages of measures.md)."""
+"""From thin to fast. A line belongs to the first whose `up_to` it does not pass."""
+UNKNOWN: Final = 125_000.0
+"""Bytes per second that a line is taken for until it was measured: bytes that were sent in vain do not come back."""
+RUN_BYTES_MIN = _MIB
+"""The shortest runs that are planned: the first ones of a line that is not known, and of one that must not wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +107,104 @@ class Line:
         return max(1.0, min(self.goodput or UNKNOWN, self.limit or math.inf))
 
     @property
-    def is_thin(self) -> bool:
-        return self.rate <= THIN
+    def kind(self) -> LineClass:
+        return class_of(self.rate)
+
+
+def class_of(rate: float) -> LineClass:
+    """The class of a line that carries `rate` bytes per second."""
+    return next(one for one in LINES if rate <= one.up_to)
+
+
+# --- the receiver's side
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to send a run.
+class RequestShape:
+    """How a reader asks one source: how much at a time, in one request or in several, with what it holds or without."""
 
-    Attributes:
-        payload_bytes: of the whole run in this encoding; `exact` where it was made, else an estimate.
-        encode_seconds: until the last byte of it is made on this machine, all cores; 0 where it is kept.
-        decode_seconds: at the receiver, of the last run.
-        start_seconds: until the first byte of it is made.
+    segment_bytes: int
+    one_at_a_time: bool
+    with_bases: bool
+
+
+def request_shape(goodput: float, *, can_have_bases: bool) -> RequestShape:
+    """`goodput`: of the line, bytes per second; 0 where it is not known."""
+    if not goodput and not can_have_bases:
+        # Chunks come as they are stored, and several requests tell the most of a line that may be fast.
+        return RequestShape(LINES[-1].segment, one_at_a_time=False, with_bases=False)
+    kind = class_of(goodput or UNKNOWN)
+    with_bases = can_have_bases and kind.names_bases
+    return RequestShape(kind.delta_segment if with_bases else kind.segment, kind.connections == 1, with_bases)
+
+
+# --- how long a run is
+
+
+def run_bytes(line: Line, whole: int, begun: int = 0, *, has_bases: bool = False, connections: int = 1) -> int:
+    """How long the next run should be, of `whole` bytes to send in all, `begun` of which were planned before."""
+    kind = line.kind
+    if kind.spares == "work":
+        # As many as keep all connections busy.
+        return min(kind.longest_run, max(RUN_BYTES_MIN, whole // (2 * max(connections, 2))))
+    if has_bases:
+        return kind.delta_run
+    return min(kind.longest_run, max(RUN_BYTES_MIN if line.goodput is None else kind.first_run, begun))
+
+
+def run_length(sizes: Iterable[int], most: int) -> int:
+    """How many of the next chunks make a run of at most `most` bytes: one at least.
+
+    A few bytes before a long chunk are no run: they would say nothing of the content, nor of the encoders.
     """
+    size = count = 0
+    for each in sizes:
+        if size >= min(RUN_BYTES_MIN, most) // 4 and size + each > most:
+            break
+        size += each
+        count += 1
+    return count
+
+
+def base_bytes(size: int, line: Line) -> int:
+    """Bytes of bases for a run of `size` bytes: its neighbourhood in the old tree, which is as good as all of it.
+
+    Measured on the pairs of measures.md: 8 MiB around a short run, and twice the run around a long one, are within 1 % of
+    the whole tree, at a third of the time; below that some pairs lose a fifth. On a thin line long runs get three times.
+    """
+    least = 4 * _MIB if size <= _MIB else 8 * _MIB
+    return max(0, min(RUN_AND_BASES_MAX - size, max(least, line.kind.base_share * size)))
+
+
+# --- the plan of one run
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A payload of just this run that was made before. Level 0 is one that is not known, of what came from elsewhere."""
 
     coding: Coding
-    payload_bytes: int
-    encode_seconds: float
-    decode_seconds: float
-    exact: bool = False
-    start_seconds: float = 0.0
+    payload_bytes: int | None
+    """None where it is not whole yet."""
+    is_kept: bool = True
+    """Whether it is still here, or on its way here; else its size is all that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What is to be sent next.
+
+    Attributes:
+        size: bytes of tree stream.
+        base_size: bytes of the bases that there are for it.
+        made: payloads of it.
+        stored_size: bytes in the stored form, or about so many; 0 where it cannot go in it.
+    """
+
+    size: int
+    base_size: int = 0
+    made: tuple[Made, ...] = ()
+    stored_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,58 +221,226 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The encoding to use, and why."""
+    """How a run goes, and why."""
 
-    coding: Coding
-    line: Line
-    rows: tuple[Row, ...] = field(default=())
+    rows: tuple[Row, ...]
     """The chosen one first, then by time."""
 
     @property
     def chosen(self) -> Candidate:
         return self.rows[0].candidate
 
+    @property
+    def coding(self) -> Coding:
+        return self.chosen.coding
 
-def choose(candidates: Sequence[Candidate], line: Line, *, receivers: int = 1, waiting: float = 0.0) -> Choice:
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a run is planned, as far as plans say. Seconds.
+
+    Attributes:
+        now: since the transfer began.
+        waiting: for which the line is busy with what was planned before.
+        queueing: for which all cores are.
+    """
+
+    now: float = 0.0
+    waiting: float = 0.0
+    queueing: float = 0.0
+
+
+AT_ONCE: Final = Moment()
+
+
+def plan_run(
+    run: RunFacts,
+    line: Line,
+    moment: Moment = AT_ONCE,
+    *,
+    ratios: Ratios,
+    rates: Rates,
+    codings: Sequence[Coding],
+    force: Coding | None = None,
+) -> Choice:
+    """How to send `run`: in one of `codings`, by a payload that was made before, or as its chunks are stored.
+
+    Args:
+        run: what is sent.
+        line: to its receiver.
+        moment: what was planned before it.
+        ratios: how the content shrinks.
+        rates: of the processors.
+        codings: that may be made now.
+        force: the coding that was asked for, whatever the plan.
+    """
+    known = {one.coding: one for one in run.made}
+    candidates = [_candidate(run, coding, known.pop(coding, None), ratios, rates) for coding in codings]
+    candidates += [_candidate(run, one.coding.at_a_level, one, ratios, rates) for one in known.values() if one.is_kept]
+    if run.stored_size:
+        candidates.append(Candidate(PLAIN, run.stored_size, 0.0, 0.0, source="stored"))
+        if takes_stored(line, has_bases=run.base_size > 0):
+            # Smaller than the stored form, and made already: at no speed of the line it is worse.
+            candidates = [one for one in candidates if one.source == "kept"] or candidates[-1:]
+    return _insist(choose(candidates, line, moment), force)
+
+
+def _candidate(run: RunFacts, coding: Coding, made: Made | None, ratios: Ratios, rates: Rates) -> Candidate:
+    return estimate(
+        coding,
+        run.size,
+        run.base_size,
+        ratios=ratios,
+        rates=rates,
+        exact=made.payload_bytes if made else None,
+        is_kept=made is not None and made.is_kept,
+    )
+
+
+def _insist(choice: Choice, force: Coding | None) -> Choice:
+    if force is None or choice.coding == force:
+        return choice
+    rows = [
+        replace(row, chosen=True, why_not="")
+        if row.candidate.coding == force
+        else replace(row, chosen=False, why_not=f"{force} was asked for")
+        for row in choice.rows
+    ]
+    return Choice(tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds))))
+
+
+# --- what a relay's readers have to themselves: it has one store, and its processors, for all of them
+
+_WORTH_SHARE: Final = 16
+"""Bases of less than this part of a run are not worth it to a relay's reader."""
+_DEAR: Final = Coding("zstd", 19)
+"""What keeps a core busy for seconds to save a few hundredths: for lines where bytes are all that counts."""
+_RUN_SHARE: Final = 0.9
+"""Bytes of a run as one zstd frame where its chunks, each for itself, are 1."""
+_PREFIX_SHARE: Final = 0.35
+"""Of the same, with the version before as prefix: typical of packages of code."""
+
+
+def takes_stored(line: Line, *, has_bases: bool) -> bool:
+    """Whether a relay's reader gets chunks as they are stored: its line is plentiful, or nothing is known that speaks
+    against it.
+    """
+    return not has_bases if line.goodput is None else line.kind.spares == "work"
+
+
+def codings_to_answer(run: RunFacts, line: Line, encodings: Iterable[str]) -> tuple[Coding, ...]:
+    """What a relay weighs up for a run to a reader who can decode `encodings`."""
+    found = codings_for(run.base_size * _WORTH_SHARE >= run.size, frozenset(encodings) - {"raw"})
+    if line.goodput is None:
+        # A line that is not known may be fast: a slow encoder would hide that from the reader, who measures it.
+        return tuple(coding for coding in found if coding == PREFIX)
+    return found if line.kind.spares == "bytes" else tuple(coding for coding in found if coding != _DEAR)
+
+
+def ratios_of_stored(run: RunFacts) -> Ratios:
+    """How a run shrinks, by what its stored form takes."""
+    stored = min(1.0, run.stored_size / max(run.size, 1))
+    return Ratios({PLAIN: stored * _RUN_SHARE, PREFIX: stored * _PREFIX_SHARE})
+
+
+def trials(line: Line, *, has_bases: bool) -> tuple[Coding, ...]:
+    """What takes milliseconds to be known exactly, and tells how the rest will do.
+
+    What a prefix gains by trying harder tells how far moved code hides what is alike, and so what `hdiff` will gain; only
+    a thin line has time for that.
+    """
+    if not has_bases:
+        return (PLAIN,)
+    return (PREFIX, PREFIX_HARDER) if line.kind.spares == "bytes" else (PREFIX,)
+
+
+# --- the moment of a run
+
+
+class Schedule:
+    """How the runs of one transfer will follow each other, by their plans: encoders side by side, then the line."""
+
+    def __init__(self, cores: int) -> None:
+        # When each core has nothing to do; when each run has crossed, and the bytes of its payload.
+        self._free = [0.0] * max(1, cores)
+        self._runs: list[tuple[float, int]] = []
+
+    def moment(self, line: Line, ahead: int) -> Moment:
+        """Of the next run, which is planned when all but `ahead` of those before it have crossed."""
+        across = max(0, len(self._runs) - ahead)
+        now = self._runs[across - 1][0] if across else 0.0
+        waiting = sum(size for _, size in self._runs[across:]) / line.rate
+        return Moment(now, waiting, max(0.0, min(self._free) - now))
+
+    def add(self, choice: Choice, moment: Moment) -> None:
+        """The next run goes so."""
+        chosen, start = choice.chosen, moment.now
+        if chosen.needs_encoder:
+            core = self._free.index(min(self._free))
+            start = max(start, self._free[core])
+            self._free[core] = start + chosen.encode_seconds
+        line_free = self._runs[-1][0] if self._runs else 0.0
+        crossed = max(start + chosen.start_seconds, line_free) + choice.rows[0].line_seconds
+        self._runs.append((max(start + chosen.encode_seconds, crossed), chosen.payload_bytes))
+
+
+# --- by time
+
+_THIN_PATIENCE: Final = 0.3
+"""Seconds later that a smaller payload may be there on a thin line, beside a tenth."""
+FIRST_FLIGHT: Final = 14_600
+"""Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
+_HARDLY: Final = 0.97
+"""What level 3 leaves of something that does not compress."""
+_BUSY: Final = 2.0
+"""Times as long as reckoned that an encoder may take, as others want the processors, too: one that would just keep up with
+the line gains a few bytes, and may lose much time."""
+_TURN: Final = 0.3
+"""Seconds of an encoder that count as they are reckoned."""
+_SAME: Final = 1.04
+"""Times that differ by less are the same."""
+_SAME_BYTES: Final = 1.02
+"""Times the smallest payload: more is really more."""
+_SAME_SECONDS: Final = 0.005
+
+
+def choose(candidates: Sequence[Candidate], line: Line, moment: Moment = AT_ONCE) -> Choice:
     """The candidate with which the last chunk is there first.
 
     Of several that are as good as that, the smallest; on a fast line the one that takes the least CPU.
 
     Args:
         candidates: at least one.
-        line: the slowest of the lines, where several receivers share an encoding.
-        receivers: that share it: their payloads leave through one uplink where that is what limits.
-        waiting: seconds for which the line is busy with what was encoded before.
+        line: that they are to cross.
+        moment: what keeps the line and the cores busy.
     """
-    timed = [
-        (_seconds(candidate, _on(line, candidate, receivers, waiting), waiting), candidate) for candidate in candidates
-    ]
-    wasteful = _wasteful(candidates) + (_less_hard(candidates) if line.is_thin else [])
+    spares = line.kind.spares
+    timed = [(_seconds(candidate, line, moment), candidate) for candidate in candidates]
+    wasteful = _wasteful(candidates) + (_less_hard(candidates) if spares == "bytes" else [])
     best = min(seconds for seconds, candidate in timed if candidate not in wasteful)
     bearable = best * _SAME + _SAME_SECONDS
-    if line.is_thin:
-        bearable = waiting + (best - waiting) * 1.1 + _THIN_PATIENCE
+    if spares == "bytes":
+        bearable = moment.waiting + (best - moment.waiting) * 1.1 + _THIN_PATIENCE
     good = [one for one in timed if one[0] <= bearable and one[1] not in wasteful]
-    if line.is_thin:
+    if spares == "bytes":
         chosen = min(good, key=lambda one: (one[1].payload_bytes, one[0], one[1].coding))
     else:
         smallest = min(candidate.payload_bytes for _, candidate in good)
         # What is hardly smaller is not worth the work; where bytes are plentiful nothing is.
-        most = math.inf if line.rate >= PLENTIFUL else _SAME_BYTES * smallest
+        most = math.inf if spares == "work" else _SAME_BYTES * smallest
         some = [one for one in good if one[1].payload_bytes <= most]
         chosen = min(some, key=lambda one: (one[1].encode_seconds, one[1].payload_bytes, one[1].coding))
     rows = [
         Row(
-            candidate,
-            _on(line, candidate, receivers, waiting),
-            seconds,
-            candidate is chosen[1],
-            "" if candidate is chosen[1] else _why_not((seconds, candidate), chosen),
+            one[1],
+            _on(line, one[1], moment),
+            one[0],
+            one is chosen,
+            "" if one is chosen else _why_not(one, chosen),
         )
-        for seconds, candidate in timed
+        for one in timed
     ]
-    rows.sort(key=lambda row: (not row.chosen, row.seconds))
-    return Choice(chosen[1].coding, line, tuple(rows))
+    return Choice(tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds))))
 
 
 def _less_hard(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -172,22 +451,23 @@ def _less_hard(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _wasteful(candidates: Sequence[Candidate]) -> list[Candidate]:
     """What goes as it is though it would shrink at next to no cost: a line has others on it, however fast it is."""
-    easy = min((one.payload_bytes for one in candidates if one.coding == _ZSTD_3), default=None)
+    easy = min((one.payload_bytes for one in candidates if one.coding == PLAIN), default=None)
     return [one for one in candidates if easy is not None and one.coding == RAW and easy < _HARDLY * one.payload_bytes]
 
 
-def _on(line: Line, candidate: Candidate, receivers: int, waiting: float) -> float:
+def _on(line: Line, candidate: Candidate, moment: Moment) -> float:
     """Seconds on the line. One that nothing was sent over yet has to find its pace: TCP's slow start, RFC 5681."""
     payload = candidate.payload_bytes
-    seconds = payload * receivers / line.rate
-    if waiting or not line.round_trip:
+    seconds = payload / line.rate
+    if moment.waiting or not line.round_trip:
         return seconds
-    return seconds + line.round_trip * math.log2(1 + min(payload, 2 * line.rate * line.round_trip) / _FIRST_FLIGHT)
+    return seconds + line.round_trip * math.log2(1 + min(payload, 2 * line.rate * line.round_trip) / FIRST_FLIGHT)
 
 
-def _seconds(candidate: Candidate, on_line: float, waiting: float) -> float:
-    sent = max(waiting, candidate.start_seconds) + on_line
-    return max(_likely(candidate.encode_seconds), sent) + candidate.decode_seconds
+def _seconds(candidate: Candidate, line: Line, moment: Moment) -> float:
+    queueing = moment.queueing if candidate.needs_encoder else 0.0
+    sent = max(moment.waiting, queueing + candidate.start_seconds) + _on(line, candidate, moment)
+    return max(_likely(queueing + candidate.encode_seconds), sent) + candidate.decode_seconds
 
 
 def _likely(encode_seconds: float) -> float:
@@ -205,199 +485,38 @@ def _why_not(it: tuple[float, Candidate], chosen: tuple[float, Candidate]) -> st
     return f"{seconds:.2f} s later: {more} bytes more" if more > 0 else f"{seconds:.2f} s later: it begins late"
 
 
-# --- what a payload will take, before it is made
+# --- all runs together
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one core does, bytes per second. The defaults are typical; what was measured stands in their place.
+def add_up(choices: Sequence[Choice], line: Line, cores: int) -> tuple[Row, ...]:
+    """One table of several runs: what each coding takes for all of them, against what was planned.
 
-    Attributes:
-        zstd: of levels 3, 9 and 19; the others lie between them.
-        prefix: zstd with a prefix at level 3, of run and bases together.
-        hdiff: looking for matches, of run and bases together.
-        decode: zstd, at the receiver.
-        patch: `hdiff`, at the receiver.
-        load: chunks out of a store, checked and joined; here before anything is encoded, there the bases.
+    A run that cannot go in a coding counts as it was planned. The codings that were chosen for some run come first.
     """
-
-    zstd: Mapping[int, float] = field(default_factory=lambda: _TYPICAL_ZSTD)
-    prefix: float = 600e6
-    hdiff: float = 18e6
-    decode: float = 800e6
-    patch: float = 350e6
-    load: float = 300e6
-
-    @classmethod
-    def measured(cls, level_3: float, level_9: float = 0.0, level_19: float = 0.0, hdiff: float = 0.0) -> Rates:
-        """With what a machine found of itself; 0 is what it did not measure, and follows from level 3."""
-        typical = cls()
-        speed = (level_3 or _TYPICAL_ZSTD[3]) / _TYPICAL_ZSTD[3]
-        zstd = {level: rate * speed for level, rate in _TYPICAL_ZSTD.items()}
-        zstd |= {level: rate for level, rate in ((9, level_9), (19, level_19)) if rate}
-        return cls(
-            zstd,
-            typical.prefix * speed,
-            hdiff or typical.hdiff * speed,
-            typical.decode * speed,
-            typical.patch * speed,
-            typical.load * speed,
-        )
-
-    def encode_seconds(self, coding: Coding, size: int, base_size: int, *, prefix_ratio: float = 0.15) -> float:
-        """Of one core. `prefix_ratio`: what a prefix leaves of the run; where that is much, differences are dense."""
-        loaded = (size + base_size) / self.load
-        if coding.encoding == "raw":
-            return loaded
-        if coding.encoding == "zstd":
-            return loaded + size / self._level(coding.level)
-        if coding.encoding == "zstd-prefix":
-            return loaded + _at(_PREFIX_COST, coding.level) * (base_size + size) / self.prefix
-        dense = min(1.0, _DIFFERENCES + 2.5 * prefix_ratio)
-        return self.start_seconds(coding, size, base_size) + dense * size / self._level(coding.level)
-
-    def start_seconds(self, coding: Coding, size: int, base_size: int) -> float:
-        """Until the first byte."""
-        loaded = (size + base_size) / self.load
-        if coding.encoding == "hdiff":
-            return loaded + (size + base_size) / self.hdiff
-        if coding.encoding == "zstd-prefix":
-            return loaded + _at(_PREFIX_COST, coding.level) * base_size / self.prefix
-        if coding.encoding == "raw":
-            return loaded
-        return loaded + (size if coding.level <= AT_ONCE else min(size, 1 << 20)) / self._level(coding.level)
-
-    def decode_seconds(self, coding: Coding, size: int, base_size: int) -> float:
-        if coding.encoding == "raw":
-            return 0.0
-        return base_size / self.load + size / (self.patch if coding.encoding == "hdiff" else self.decode)
-
-    def _level(self, level: int) -> float:
-        """Between two levels that are known, by equal ratios."""
-        level = max(level, 1)
-        if level in self.zstd:
-            return self.zstd[level]
-        below = max((known for known in self.zstd if known < level), default=min(self.zstd))
-        above = min((known for known in self.zstd if known > level), default=max(self.zstd))
-        if below == above:
-            return self.zstd[below]
-        share = (level - below) / (above - below)
-        return math.exp((1 - share) * math.log(self.zstd[below]) + share * math.log(self.zstd[above]))
+    chosen = list(dict.fromkeys(choice.coding for choice in choices))
+    codings = dict.fromkeys([*chosen, *(row.candidate.coding for choice in choices for row in choice.rows)])
+    planned = _together([choice.chosen for choice in choices], line, cores)
+    rows = []
+    for coding in codings:
+        each = [
+            next((row.candidate for row in choice.rows if row.candidate.coding == coding), choice.chosen)
+            for choice in choices
+        ]
+        seconds, candidate = _together(each, line, cores)
+        candidate = replace(candidate, coding=coding)
+        is_chosen = coding in chosen
+        why_not = "" if is_chosen else _why_not((seconds, candidate), planned)
+        rows.append(Row(candidate, candidate.payload_bytes / line.rate, seconds, is_chosen, why_not))
+    return tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds)))
 
 
-_TYPICAL_ZSTD: Final[Mapping[int, float]] = {1: 330e6, 3: 240e6, 6: 80e6, 9: 55e6, 12: 28e6, 19: 3.2e6}
-_DIFFERENCES: Final = 0.1
-"""Share of its own time that zstd takes for differences at least: they are zeros for the most part."""
-
-_PREFIX_COST: Final[Mapping[int, float]] = {1: 1.0, 9: 3.5, 12: 10.0, 19: 100.0}
-"""Time with a prefix against that of level 3: the tables for the prefix are filled at the level's own pace."""
-_TYPICAL_RATIO: Final[Mapping[Encoding, float]] = {"raw": 1.0, "zstd": 0.4, "zstd-prefix": 0.15, "hdiff": 0.08}
-_OF_ZSTD_3: Final[Mapping[int, float]] = {1: 1.1, 3: 1.0, 6: 0.95, 9: 0.925, 12: 0.91, 15: 0.9, 19: 0.8}
-_OF_PREFIX_3: Final[Mapping[int, float]] = {3: 1.0, 9: 0.9, 12: 0.88, 19: 0.8}
-_OF_HDIFF_19: Final[Mapping[int, float]] = {3: 1.25, 9: 1.1, 19: 1.0}
-"""Bytes against those of level 3, typical of packages of code (measures.md of the design)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ratios:
-    """How far the content at hand shrinks: what was seen of it, payload by size, by coding."""
-
-    seen: Mapping[Coding, float] = field(default_factory=dict)
-
-    def of(self, coding: Coding) -> float:
-        """What to expect of `coding`: what was seen, or what follows from level 3 of the same kind."""
-        if coding in self.seen:
-            return self.seen[coding]
-        if coding.encoding == "raw":
-            return 1.0
-        if coding.encoding == "zstd":
-            plain = self.seen.get(_ZSTD_3, _TYPICAL_RATIO["zstd"])
-            # What does not shrink at level 3 does not at 19 either.
-            return plain * _gain(_at(_OF_ZSTD_3, coding.level), plain)
-        prefix = self.seen.get(_PREFIX_3, _TYPICAL_RATIO["zstd-prefix"])
-        if coding.encoding == "zstd-prefix" and coding.level > 9 and _PREFIX_9 in self.seen:
-            return self.seen[_PREFIX_9] * _at(_OF_PREFIX_3, coding.level) / _OF_PREFIX_3[9]
-        if coding.encoding == "zstd-prefix":
-            return prefix * _gain(_at(_OF_PREFIX_3, coding.level), prefix)
-        return prefix * self._hdiff_gain(prefix) * _at(_OF_HDIFF_19, coding.level)
-
-    def _hdiff_gain(self, prefix: float) -> float:
-        """Of `hdiff:19` against a prefix: where trying harder gains, differences gain much more.
-
-        Fitted on the pairs of measures.md: the fourth power of what level 9 leaves of level 3.
-        """
-        harder = self.seen.get(_PREFIX_9)
-        if harder is None or not prefix:
-            return _TYPICAL_HDIFF_GAIN
-        return min(0.95, max(0.1, (harder / prefix) ** 4))
-
-    def with_seen(self, coding: Coding, ratio: float) -> Ratios:
-        """After one more payload; what was seen last counts for half."""
-        before = self.seen.get(coding, ratio)
-        return Ratios({**self.seen, coding: (before + ratio) / 2})
-
-
-_ZSTD_3: Final = Coding("zstd", 3)
-_PREFIX_3: Final = Coding("zstd-prefix", 3)
-_PREFIX_9: Final = Coding("zstd-prefix", 9)
-_TYPICAL_HDIFF_GAIN: Final = 0.5
-
-
-def _at(factors: Mapping[int, float], level: int) -> float:
-    """Of the highest level that is known and not above."""
-    return factors[max((known for known in factors if known <= max(level, 1)), default=min(factors))]
-
-
-def _gain(factor: float, ratio: float) -> float:
-    return 1.0 - (1.0 - factor) * min(1.0, max(0.0, (1.0 - ratio) / 0.1))
-
-
-def estimate(
-    coding: Coding,
-    size: int,
-    base_size: int = 0,
-    *,
-    ratios: Ratios,
-    rates: Rates,
-    runs: int = 1,
-    cores: int = 1,
-    exact: int | None = None,
-    is_kept: bool = False,
-) -> Candidate:
-    """What it will take to send `size` bytes in this coding.
-
-    Args:
-        coding: how.
-        size: bytes of all runs together.
-        base_size: bytes of all their bases together; only deltas need them.
-        ratios: how the content shrinks.
-        rates: of one core here (and there, for decoding).
-        runs: as many of about the same size.
-        cores: that encode them side by side.
-        exact: bytes of the payload, where it was made before.
-        is_kept: it is there and need not be made.
-    """
-    base_size = base_size if coding.needs_bases else 0
-    run, base = size / max(runs, 1), base_size / max(runs, 1)
-    lanes = max(1, min(runs, cores))
-    payload = exact if exact is not None else max(1, round(size * ratios.of(coding)))
-    return Candidate(
-        coding,
-        payload,
-        0.0 if is_kept else rates.encode_seconds(coding, size, base_size, prefix_ratio=ratios.of(_PREFIX_3)) / lanes,
-        rates.decode_seconds(coding, round(run), round(base)),
-        exact is not None,
-        0.0 if is_kept else rates.start_seconds(coding, round(run), round(base)),
+def _together(candidates: Sequence[Candidate], line: Line, cores: int) -> tuple[float, Candidate]:
+    lanes = max(1, min(cores, len(candidates)))
+    whole = replace(
+        candidates[-1],
+        payload_bytes=sum(one.payload_bytes for one in candidates),
+        encode_seconds=sum(one.encode_seconds for one in candidates) / lanes,
+        exact=all(one.exact for one in candidates),
+        start_seconds=candidates[0].start_seconds,
     )
-
-
-def codings_for(has_bases: bool, encodings: Collection[str] | None = None) -> tuple[Coding, ...]:  # noqa: FBT001 - a fact
-    """What can be made here and weighed up, with bases or without; of these encodings only, where the receiver knows no
-    others.
-    """
-    codings = (*PLAIN_CODINGS, *DELTA_CODINGS) if has_bases else PLAIN_CODINGS
-    return tuple(
-        coding
-        for coding in codings
-        if (encodings is None or coding.encoding in encodings) and can_encode(coding.encoding)
-    )
+    return _seconds(whole, line, AT_ONCE), whole

@@ -118,6 +118,10 @@ class Manifest:
     def chunk_ids(self) -> list[ChunkId]:
         return [ChunkId(entry.id) for entry in self.body.chunks]
 
+    def size_of(self, places: Iterable[int]) -> int:
+        """Bytes of these chunks."""
+        return sum(self.body.chunks[index].size for index in places)
+
     @cached_property
     def index_of(self) -> dict[ChunkId, int]:
         """The first place of each chunk in the stream (a chunk may stand in several)."""

@@ -13,7 +13,6 @@ from contextlib import aclosing
 from typing import BinaryIO, Final, TypeVar
 
 from relay.engines.encoders import PIECE, EncoderDiedError, Encoders
-from relay.errors import first_of
 from relay.package.manifest import Manifest
 from relay.package.recipe import (
     ENCODER_FEEDINGS,
@@ -32,6 +31,7 @@ from relay.package.zip_reader import Entry, read_part, walk
 from relay.package.zip_records import STORED
 from relay.rebuild.zip_layout import Layout, compose, describe, pieces_of, verbatim_bytes
 from relay.support.progress import Progress
+from relay.support.together import together
 
 _OPAQUE_FROM: Final = 0.95
 """Share of the nupkg that is verbatim, from which on the nupkg itself is the better blob: it needs no rebuild."""
@@ -143,12 +143,7 @@ async def _find_encoders(
             if progress:
                 progress(done, manifest.nupkg.size)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(encoders.workers):
-                group.create_task(work())
-    except BaseExceptionGroup as errors:
-        raise first_of(errors) from None
+    await together(work() for _ in range(encoders.workers))
     return found
 
 

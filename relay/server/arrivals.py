@@ -18,13 +18,13 @@ from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
 from relay.server import metrics
 from relay.stores.contract import ChunkReader, ChunkWriter, StoredChunk
-from relay.transfer.encoder_pool import Growing, Payloads, RunSpec
+from relay.transfer.encoder_pool import Growing, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
 """Chunks made durable in one go: few enough that readers who wait for them wait briefly."""
-QUEUE_BYTES = 8 << 20
+QUEUE_BYTES = 4 << 20
 """Verified chunks of one sender that wait to be written; more make the sender wait."""
 
 
@@ -181,7 +181,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
     def tap(run: Places, bases: Places, encoding: Encoding) -> Sink | None:
         if len(run) < 2 and not bases:
             return None
-        spec = RunSpec(
+        spec = PayloadSpec(
             tuple(known[manifest].chunk_id(index) for manifest, index in run),
             tuple(known[manifest].chunk_id(index) for manifest, index in bases),
             Coding(encoding, 0),
@@ -196,7 +196,7 @@ def adopting(payloads: Payloads, known: Mapping[ManifestId, Manifest]) -> Tap:
 class _Adoption:
     """Hands what a decoder tells in its thread to the loop, in order."""
 
-    def __init__(self, payloads: Payloads, spec: RunSpec, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, payloads: Payloads, spec: PayloadSpec, loop: asyncio.AbstractEventLoop) -> None:
         self._payloads = payloads
         self._spec = spec
         self._loop = loop

@@ -1,6 +1,6 @@
 """One answer to a reader: a bundle of chunks that stand in the store, are being encoded for it, or still arrive.
 
-What to send is decided in `relay.transfer.choose_form`; here it is read, awaited and put into frames. Runs are encoded a few
+What to send is decided in `relay.encoding.planner`; here it is read, awaited and put into frames. Runs are encoded a few
 ahead of the one that is on the line; payloads that are here already, or come in at this moment, are handed on as they are.
 """
 
@@ -10,16 +10,18 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from operator import itemgetter
-from typing import Final, cast
+from typing import Final
 
-from relay.encoding.bundle import RUN_AND_BASES_MAX, BundleWriter, Data, Failed, Missing, Span, data_header, more_header
+from relay.encoding import planner
+from relay.encoding.bundle import BundleWriter, Data, Failed, Missing, Span, data_header, more_header
 from relay.encoding.choose_bases import Held, choose_bases
-from relay.encoding.codecs import Coding
+from relay.encoding.estimates import Rates
+from relay.encoding.planner import Choice, Line, Made, RunFacts, Schedule
 from relay.errors import ChunkInvalid, ChunkMissing, StoreError
 from relay.package.identity import ChunkId, ManifestId
 from relay.package.manifest import Manifest
@@ -28,8 +30,7 @@ from relay.protocol.messages import CpuRates
 from relay.server import metrics
 from relay.server.arrivals import ArrivingChunks
 from relay.stores.contract import StoredChunk
-from relay.transfer.choose_form import DELTA_RUN_BYTES, PLAIN_RUN_BYTES, Asked, Kept, Run, choose_way
-from relay.transfer.encoder_pool import Payloads, RunSpec
+from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,13 @@ class Reader:
     goodput: float = 0.0
 
     @property
-    def asked(self) -> Asked:
-        return Asked(self.encodings, self.goodput, bool(self.bases))
+    def line(self) -> Line:
+        return Line(self.goodput or None)
+
+    @property
+    def takes_stored(self) -> bool:
+        """Whether nothing is encoded for it."""
+        return planner.takes_stored(self.line, has_bases=bool(self.bases))
 
 
 ANYBODY: Final = Reader()
@@ -99,10 +105,10 @@ class _NotYetError(Exception):
 class _Encoded:
     """A run that is on its way through an encoder, or comes from elsewhere."""
 
-    spec: RunSpec
+    spec: PayloadSpec
     indexes: tuple[int, ...]
     bases: tuple[Span, ...]
-    payload: _Ahead
+    payload: PayloadReader
     is_kept: bool = False
 
 
@@ -115,7 +121,12 @@ class _Giving:
         self._manifest = manifest
         self._left = dict.fromkeys(places)
         self._reader = reader
-        self._asked = reader.asked
+        cpu = ground.rates
+        self._rates = (
+            Rates.measured(cpu.zstd_encode, cpu.zstd_encode_9, cpu.zstd_encode_19, cpu.hdiff_encode) if cpu else Rates()
+        )
+        self._schedule = Schedule(cpu.cores if cpu else 1)
+        self._whole, self._begun = manifest.size_of(places), 0
         self._ground = ground
         self._writer = writer
         self._absent: list[int] = []
@@ -127,7 +138,7 @@ class _Giving:
         self._wait_until: float | None = None
 
     async def run(self) -> AsyncGenerator[bytes, None]:
-        needs_no_plan = self._asked.wants_stored and not self._arrives
+        needs_no_plan = self._reader.takes_stored and not self._arrives
         pieces = self._all_stored() if needs_no_plan else self._planned()
         try:
             async with aclosing(pieces):
@@ -145,7 +156,7 @@ class _Giving:
                 yield piece
 
     async def _planned(self) -> AsyncGenerator[bytes, None]:
-        self._bases = await _Bases.of(self._reader.bases, self._ground.chunks, only_named=self._asked.wants_stored)
+        self._bases = await _Bases.of(self._reader.bases, self._ground.chunks, only_named=self._reader.takes_stored)
         ahead: deque[_Encoded] = deque()
         try:
             while self._left or ahead:
@@ -164,7 +175,7 @@ class _Giving:
                     self._take((index,))
         finally:
             for run in ahead:
-                await run.payload.close()
+                run.payload.close()
 
     async def _fill(self, ahead: deque[_Encoded]) -> tuple[int, ...]:
         """Begin the next runs, a few ahead; where none can be, the chunks to send in their stored form."""
@@ -189,25 +200,30 @@ class _Giving:
         if kept is not None:
             return kept
         first = next(iter(self._left))
-        if self._asked.wants_stored or first in self._as_stored:
+        if self._reader.takes_stored or first in self._as_stored:
             return (first,)
-        run = await self._here(DELTA_RUN_BYTES if self._bases.held else PLAIN_RUN_BYTES)
-        size = sum(self._manifest.chunks[index].size for index in run)
+        line = self._reader.line
+        most = planner.run_bytes(line, self._whole, self._begun, has_bases=bool(self._bases.held))
+        run = await self._here(most)
+        size = self._manifest.size_of(run)
         if self._arrives and (kept := await self._kept()) is not None:
             # It began to come in while we looked at what had landed.
             return kept
         if not run or (self._arrives and size < _ARRIVED_MIN):
             return run or (first,)
         bases = await self._choose_bases(run, size)
-        base_size = self._bases.size_of(bases)
-        left = sum(self._manifest.chunks[index].size for index in self._left)
-        way = choose_way(
-            self._asked,
-            Run(size, base_size, self._stored_size(size), -(-left // max(size, 1))),
-            self._ground.rates,
-            busy=self._ground.payloads.is_busy(),
+        plan = self._plan(RunFacts(size, self._bases.size_of(bases), stored_size=self._stored_size(size)))
+        chosen = plan.chosen
+        if chosen.source == "stored":
+            return run
+        spec = PayloadSpec(
+            tuple(self._manifest.chunk_id(index) for index in run),
+            self._bases.ids_of(bases) if chosen.coding.needs_bases else (),
+            chosen.coding,
+            size,
+            self._bases.size_of(bases) if chosen.coding.needs_bases else 0,
         )
-        return self._begin(run, size, bases if way.needs_bases else (), way) if isinstance(way, Coding) else run
+        return self._encode(plan, spec, run, bases if chosen.coding.needs_bases else ())
 
     async def _kept(self) -> _Encoded | None:
         """A payload of some of what is left that is here, being made or on its way here, if it is no worse than others."""
@@ -221,26 +237,39 @@ class _Giving:
         run = tuple(places[id] for id in spec.chunks)
         bases = await self._choose_bases(run, spec.size)
         made = payloads.made(spec)
-        way = choose_way(
-            self._asked,
-            Run(spec.size, max(spec.base_size, self._bases.size_of(bases)), self._stored_size(spec.size)),
-            self._ground.rates,
-            kept=Kept(spec.coding, None if made is None else made.payload_bytes),
-            busy=payloads.is_busy(),
+        facts = RunFacts(
+            spec.size,
+            max(spec.base_size, self._bases.size_of(bases)),
+            (Made(spec.coding, None if made is None else made.payload_bytes),),
+            self._stored_size(spec.size),
         )
-        if way != "kept":
+        plan = self._plan(facts)
+        if plan.chosen.source != "kept":
             return None
-        return _Encoded(spec, run, self._bases.spans_of(spec.bases), _Ahead(payloads.pieces(spec)), is_kept=True)
+        return self._encode(plan, spec, run, self._bases.spans_of(spec.bases))
+
+    def _plan(self, run: RunFacts) -> Choice:
+        line, busy = self._reader.line, self._ground.payloads.is_busy()
+        return planner.plan_run(
+            run,
+            line,
+            self._schedule.moment(line, _AHEAD + 1),
+            ratios=planner.ratios_of_stored(run),
+            rates=self._rates,
+            # Encoders wait for their turn: nothing new is begun for readers, who can do with what is stored.
+            codings=() if busy else planner.codings_to_answer(run, line, self._reader.encodings),
+        )
+
+    def _encode(self, plan: Choice, spec: PayloadSpec, run: tuple[int, ...], bases: tuple[Span, ...]) -> _Encoded:
+        self._begun += spec.size
+        self._schedule.add(plan, self._schedule.moment(self._reader.line, _AHEAD + 1))
+        return _Encoded(spec, run, bases, self._ground.payloads.open(spec), plan.chosen.source == "kept")
 
     async def _here(self, most: int) -> tuple[int, ...]:
         """Of what comes next, up to `most` bytes, as far as it is here without a gap."""
-        run: list[int] = []
-        size = 0
-        for index in self._left:
-            size += self._manifest.chunks[index].size
-            if (run and size > most) or index in self._as_stored:
-                break
-            run.append(index)
+        next_ones = list(takewhile(lambda index: index not in self._as_stored, islice(self._left, _LOOK_AT)))
+        sizes = (self._manifest.chunks[index].size for index in next_ones)
+        run = next_ones[: planner.run_length(sizes, most)]
         here = await self._ground.chunks.has_many(self._manifest.chunk_id(index) for index in run)
         gap = next((at for at, index in enumerate(run) if self._manifest.chunk_id(index) not in here), len(run))
         return tuple(run[:gap])
@@ -248,10 +277,9 @@ class _Giving:
     async def _choose_bases(self, run: Sequence[int], size: int) -> tuple[Span, ...]:
         if not self._bases.held:
             return ()
+        most = planner.base_bytes(size, self._reader.line)
         return await asyncio.to_thread(
-            lambda left: choose_bases(
-                self._manifest, run, self._bases.held, most=RUN_AND_BASES_MAX - size, missing=left
-            ),
+            lambda left: choose_bases(self._manifest, run, self._bases.held, most=most, missing=left),
             list(self._left),
         )
 
@@ -260,18 +288,13 @@ class _Giving:
         whole = self._manifest.stream_size
         return round(size * min(1.0, self._manifest.nupkg.size / whole)) if whole else size
 
-    def _begin(self, run: tuple[int, ...], size: int, bases: tuple[Span, ...], coding: Coding) -> _Encoded:
-        chunks = tuple(self._manifest.chunk_id(index) for index in run)
-        spec = RunSpec(chunks, self._bases.ids_of(bases), coding, size, self._bases.size_of(bases))
-        return _Encoded(spec, run, bases, _Ahead(self._ground.payloads.pieces(spec)))
-
     # --- on the line
 
     async def _encoded(self, run: _Encoded) -> AsyncGenerator[bytes, None]:
         writer, begun = self._writer, False
         spans = (Span.of(self._manifest.id, run.indexes),)
         try:
-            async for stretch, more in _stretches(run.payload.pieces(self._ground.patience)):
+            async for stretch, more in run.payload.stretches(1, self._ground.patience):
                 if begun:
                     head = writer.frame(more_header(stretch, more=more))
                 else:
@@ -284,12 +307,12 @@ class _Giving:
                 metrics.sent(run.spec.coding.encoding, len(stretch), 0 if more else run.spec.size)
                 yield head + stretch
         except (ChunkMissing, ChunkInvalid, StoreError, TimeoutError) as error:
-            log.warning("payload: %s", error or "it stands still")
+            log.warning("payload: %s", str(error) or "it stands still")
             if begun:
                 # What follows can be had, but not in this bundle: the reader asks again.
                 raise _CannotGoOnError("busy") from error
         finally:
-            await run.payload.close()
+            run.payload.close()
         if not begun:
             metrics.FALLBACKS.labels("sent").inc()
             self._as_stored.update(run.indexes)
@@ -374,46 +397,3 @@ class _Bases:
     def spans_of(self, ids: Iterable[ChunkId]) -> tuple[Span, ...]:
         by_manifest = groupby((self._places[id] for id in ids), key=itemgetter(0))
         return tuple(Span.of(manifest, [index for _, index in places]) for manifest, places in by_manifest)
-
-
-class _Ahead:
-    """A payload that is made from now on, whether it is read yet or not."""
-
-    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
-        self._pieces = cast("AsyncGenerator[bytes, None]", pieces)
-        self._first = asyncio.create_task(self._begin())
-        # An error is told to whoever reads; nobody may come to that.
-        self._first.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    async def _begin(self) -> bytes:
-        return await anext(self._pieces, b"")
-
-    async def pieces(self, patience: float) -> AsyncGenerator[bytes, None]:
-        """Raises what the payload does, and `TimeoutError` where nothing came for `patience` seconds."""
-        async with asyncio.timeout(patience):
-            piece = await self._first
-        while piece:
-            yield piece
-            async with asyncio.timeout(patience):
-                piece = await anext(self._pieces, b"")
-
-    async def close(self) -> None:
-        """Nothing more is read. Twice is once."""
-        self._first.cancel()
-        with suppress(BaseException):
-            await asyncio.wait([self._first])
-        await self._pieces.aclose()
-
-
-async def _stretches(pieces: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, bool], None]:
-    """Each piece, with whether more follows. Its last byte waits for the next one: only that can tell, and must not hold
-    up the others.
-    """
-    rest = b""
-    async for piece in pieces:
-        whole = rest + piece
-        if len(whole) > 1:
-            yield whole[:-1], True
-        rest = whole[-1:]
-    if rest:
-        yield rest, False

@@ -54,6 +54,9 @@ from relay.transfer.encoder_pool import Payloads
 
 log = logging.getLogger(__name__)
 
+_KEPT_BYTES: Final = 12 << 20
+"""Bytes of finished payloads that a relay keeps: all of a common package, and of a large one enough, as readers take what is
+kept first, wherever in the package it stands, and so meet at the same runs. With 64 MiB a relay encoded no less."""
 _BASES_BYTES: Final = 192 << 20
 """Bytes that the bases of all incoming runs take together, as they are read and as they are joined."""
 
@@ -100,7 +103,7 @@ class Transfer:
         self._chunks = ArrivingChunks(self._store, self._arrivals, self._is_arriving)
         self.room = ByteBudget(_BASES_BYTES)
         self._arriving_seconds = arriving_seconds
-        self.payloads = Payloads(self._store)
+        self.payloads = Payloads(self._store, kept_bytes=_KEPT_BYTES)
         self.rates = rates
 
     @property

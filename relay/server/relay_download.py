@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.encoding.bundle import Places, Received, Sink
-from relay.encoding.choose_bases import Held, worth_asking
+from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX, Held, worth_asking
 from relay.encoding.codecs import Encoding
 from relay.encoding.holdings import BoundedHoldings, Holdings
 from relay.encoding.planner import Line
@@ -56,11 +56,7 @@ UNKNOWN_SECONDS = 20.0
 PERSISTENCE = Persistence(first_pause=0.5, longest_pause=10.0, longest_asked=10.0, failures=4, patience=60.0)
 """With the source. Its patience is also for chunks that are still on their way there, and none comes."""
 _UNTIL_KNOWN = Persistence(first_pause=0.5, longest_pause=0.5)
-_MOSTLY_NEW = 0.05
-"""Share of a package that must be missing for packages of other names to be looked into."""
 _RENEW_SECONDS = 60.0
-_OTHERS_MAX = 256
-"""Packages of other names that are looked through for parts that are in this one, too."""
 
 
 @dataclass(slots=True)
@@ -218,7 +214,7 @@ class RelayDownload(Receiver):
         newest = await self._newest_other()
         if newest is not None and missing:
             known[newest.id] = newest
-        if sum(manifest.chunks[index].size for index in missing) > _MOSTLY_NEW * manifest.stream_size:
+        if manifest.size_of(missing) > MOSTLY_NEW * manifest.stream_size:
             others = await self._others()
             asked = await asyncio.to_thread(worth_asking, manifest, sorted(missing), others)
             known |= {other.id: other for other in others if other.id in asked}
@@ -233,7 +229,7 @@ class RelayDownload(Receiver):
         """The newest version of packages of other names that are here."""
         newest = {pointer.id.lower(): pointer for pointer in self._transfer.catalog.all()}
         newest.pop(self._package.id.key, None)
-        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:_OTHERS_MAX]
+        some = sorted(newest.values(), key=lambda pointer: pointer.published, reverse=True)[:OTHERS_MAX]
         found = [await self._transfer.catalog.manifest(pointer.manifest_id) for pointer in some]
         return [manifest for manifest in found if manifest is not None]
 

@@ -45,8 +45,8 @@ from relay.stores.stored_form import (
     DamageError,
     check_stored,
     decode_stored,
-    encode_stored,
     parse_stored_header,
+    stored_pieces,
 )
 from relay.stores.volume import (
     Look,
@@ -162,7 +162,7 @@ class DiskStore(ChunkSweeper):
         with translated(f"write to {self._volume.root}"):
             absent = {path: chunk for path, chunk in by_path.items() if not self._volume.present(path)}
         self._volume.write(
-            [NewFile(path, partial(_stored_pieces, chunk)) for path, chunk in absent.items()],
+            [NewFile(path, partial(stored_pieces, chunk)) for path, chunk in absent.items()],
             bulk=sum(chunk.size for chunk in absent.values()),
             # Whoever wrote the others may have died between its rename and its fsync of the folder.
             also_sync={os.path.dirname(path) for path in by_path},
@@ -177,10 +177,6 @@ class DiskStore(ChunkSweeper):
         except OSError as error:
             raise translate(error, f"list {self._volume.root}") from error
         return [ChunkId(name) for name in names if _is_digest(name) and name.startswith(fan)]
-
-
-def _stored_pieces(chunk: Chunk) -> Iterable[bytes]:
-    return (encode_stored(chunk),)
 
 
 def _is_digest(name: str) -> bool:

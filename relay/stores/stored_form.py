@@ -65,10 +65,15 @@ class StoredHeader:
 
 def encode_stored(chunk: Chunk) -> bytes:
     """Header and zstd frame of `chunk`."""
+    return b"".join(stored_pieces(chunk))
+
+
+def stored_pieces(chunk: Chunk) -> tuple[bytes, bytes]:
+    """The same in two, for who writes them: several are under way at once, and a copy of each would be held, too."""
     frame = zstd.compress(chunk.data, LEVEL)
     xxh3 = xxhash.xxh3_64_intdigest(frame)
     name = bytes.fromhex(chunk.id)
-    return _LAYOUT.pack(_SKIPPABLE_MAGIC, _CONTENT_LENGTH, FORMAT, chunk.size, xxh3, name) + frame
+    return _LAYOUT.pack(_SKIPPABLE_MAGIC, _CONTENT_LENGTH, FORMAT, chunk.size, xxh3, name), frame
 
 
 def parse_stored_header(data: bytes) -> StoredHeader:

@@ -30,6 +30,16 @@ def share_arenas() -> None:
     _mallopt(_M_ARENA_MAX, 2)
 
 
+def give_back_free() -> None:
+    """Give the system the free pages between what is kept (malloc_trim(3)), as after an encoder's work.
+
+    Payloads are kept in pieces that often stand on the heap, so it does not shrink by itself: up to 10 MB of 125 were such
+    holes. Takes about a millisecond.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt(parameter: int, value: int) -> None:
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(parameter, value)

@@ -30,6 +30,7 @@ from relay.encoding.bundle import (
 )
 from relay.encoding.codecs import DELTAS, Encoding
 from relay.encoding.holdings import Holdings
+from relay.encoding.planner import RequestShape, request_shape
 from relay.errors import (
     FrameError,
     RefusedError,
@@ -43,17 +44,6 @@ from relay.package.manifest import Manifest
 from relay.protocol.messages import EncodedBytes, summed
 from relay.support.persistence import Bearing, Persistence
 
-SEGMENT_BYTES = 6 << 20
-"""Tree stream in one request, at most (or one chunk). Requests in flight are all that can cross twice if this process is
-killed: what else came is on the disk."""
-DELTA_SEGMENT_BYTES = 16 << 20
-"""The same, where the source may send differences: the longer a run, the fewer bytes it takes."""
-THIN_SEGMENT_BYTES = 32 << 20
-"""The same on a thin line, where one run is encoded while another is sent. Little is in flight there at any time."""
-THIN_GOODPUT = 4e6
-"""Bytes per second. A line below it is filled by one request."""
-FAST_GOODPUT = 25e6
-"""Bytes per second from which on nothing is gained by differences."""
 FALLBACKS_MAX = 3
 """Differences of one source that may fail, before it is asked for none any more."""
 CONNECTIONS = 2
@@ -140,24 +130,6 @@ class SourceTally:
 def sum_encodings(tallies: Iterable[SourceTally]) -> list[EncodedBytes]:
     """What crossed all lines, by encoding."""
     return list(summed(each for tally in tallies for each in tally.encodings.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class RequestShape:
-    """How to ask one source: how much at a time, in one request or in several, with what is held here or without."""
-
-    segment_bytes: int
-    one_at_a_time: bool
-    with_bases: bool
-
-
-def request_shape(goodput: float, *, can_have_bases: bool) -> RequestShape:
-    """Pure. `goodput`: of the line, bytes per second; 0 where it is not known."""
-    with_bases = can_have_bases and goodput < FAST_GOODPUT
-    if goodput < THIN_GOODPUT and (goodput or with_bases):
-        return RequestShape(THIN_SEGMENT_BYTES, one_at_a_time=True, with_bases=with_bases)
-    segment_bytes = DELTA_SEGMENT_BYTES if with_bases else SEGMENT_BYTES
-    return RequestShape(segment_bytes, one_at_a_time=False, with_bases=with_bases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +302,7 @@ class _Download:
 
     async def _shape(self, asked: _Asked) -> RequestShape:
         # Bases are looked for only where they may be of use: that reads whole trees.
-        is_worth_it = self._limits.asks_whole or asked.goodput < FAST_GOODPUT
+        is_worth_it = self._limits.asks_whole or request_shape(asked.goodput, can_have_bases=True).with_bases
         found = await self._bases.get() if is_worth_it and asked.tally.fallbacks < FALLBACKS_MAX else None
         if self._limits.asks_whole:
             return RequestShape(self._manifest.stream_size, one_at_a_time=True, with_bases=found is not None)

@@ -7,24 +7,27 @@ hold (chunks, bases, what they make, what is kept) stays under one budget in byt
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain
+from io import BytesIO
+from itertools import chain, islice
 from typing import Final
 
-from relay.encoding.codecs import RAW, Coding, encode
+from relay.encoding.codecs import Coding, encode
 from relay.errors import StoreError
 from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE, ChunkReader
 from relay.support.byte_budget import ByteBudget
+from relay.support.malloc import give_back_free
 
 KEPT_BYTES = 64 << 20
 """Bytes of finished payloads that are kept for the next reader."""
@@ -32,7 +35,11 @@ MEMORY_BYTES = 264 << 20
 """Bytes that all encoders of one process may hold together, kept payloads included. Just enough for two runs of 16 MiB in
 zstd level 19 at once, so that a thin line waits for no encoder."""
 
-_READS: Final = 4
+_STRETCH_MIN: Final = 128 << 10
+"""Bytes of payload under one header, at least, of a sender; but for the last one."""
+_STRETCH: Final = 1 << 20
+"""The same, at most."""
+_READS: Final = 2
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096
 """Finished payloads that are kept, however small they are."""
@@ -43,7 +50,7 @@ _ZSTD_TABLES: Final = ((4, 4 << 20), (9, 14 << 20), (12, 44 << 20), (15, 70 << 2
 
 
 @dataclass(frozen=True, slots=True)
-class RunSpec:
+class PayloadSpec:
     """What to encode. Two that are equal have the same payload."""
 
     chunks: tuple[ChunkId, ...]
@@ -64,14 +71,14 @@ class Made:
     """Of one core, or of waiting for the store. 0 where it came from elsewhere."""
 
 
-def expected_payload(spec: RunSpec) -> int:
+def expected_payload(spec: PayloadSpec) -> int:
     """Bytes to set aside for a payload that is not made yet: above what packages of code take, as a rule."""
     if spec.coding.encoding == "raw":
         return spec.size
     return spec.size // (4 if spec.coding.needs_bases else 2)
 
 
-def working_bytes(spec: RunSpec) -> int:
+def working_bytes(spec: PayloadSpec) -> int:
     """Bytes that the encoder of `spec` holds at its peak: run, bases, its own tables, and the payload.
 
     Measured as the peak of resident memory, on .NET packages, runs and bases of 8 to 48 MiB. HDiffPatch's suffix array
@@ -95,7 +102,7 @@ def _zstd_bytes(level: int, window: int) -> int:
 class _Payload:
     """Pieces, as many as there are by now. Touched in the loop's thread only."""
 
-    def __init__(self, spec: RunSpec, *, is_arriving: bool) -> None:
+    def __init__(self, spec: PayloadSpec, *, is_arriving: bool) -> None:
         self.spec = spec
         self.is_arriving = is_arriving
         self.pieces: list[bytes] = []
@@ -108,7 +115,7 @@ class _Payload:
         self.stopped = threading.Event()
         self.waiting: asyncio.Task[None] | None = None
         """What waits for its turn, or reads its chunks: can be cancelled. An encoder can only be told to stop."""
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
 
     @property
     def has_ended(self) -> bool:
@@ -126,20 +133,79 @@ class _Payload:
         self.wake()
 
     def wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        self.news.set()
+        self.news = asyncio.Event()
 
-    async def read(self) -> AsyncIterator[bytes]:
-        at = 0
-        while True:
-            while at < len(self.pieces):
-                yield self.pieces[at]
-                at += 1
-            if self.error is not None:
-                raise self.error
-            if self.is_whole:
-                return
-            await self._news.wait()
+
+class PayloadReader:
+    """One reader of a payload, which is made from now on: what the line is not ready for yet waits in the pool, once for all
+    readers.
+    """
+
+    def __init__(self, payload: _Payload, left: Callable[[_Payload], None]) -> None:
+        self.taken = 0
+        """Bytes."""
+        self._payload = payload
+        self._left = left
+        self._at = self._offset = 0
+        self._is_open = True
+        payload.readers += 1
+
+    @property
+    def size(self) -> int:
+        """Bytes that are made by now."""
+        return self._payload.size
+
+    @property
+    def has_failed(self) -> bool:
+        return self._payload.error is not None
+
+    async def ready(self, least: float = _STRETCH_MIN) -> None:
+        """Return when `least` bytes can be taken, or all of the rest, or when there is something to raise."""
+        # The last byte stays behind until it is known whether another follows it.
+        while not self._payload.has_ended and self._payload.size - self.taken <= least:
+            await self._payload.news.wait()
+
+    async def stretches(
+        self, least: int = _STRETCH_MIN, patience: float | None = None
+    ) -> AsyncIterator[tuple[bytes, bool]]:
+        """The payload in stretches of up to 1 MiB, each with whether more follows.
+
+        Raises:
+            ChunkMissing, ChunkInvalid, StoreError: what the encoder or its store raised.
+            TimeoutError: nothing came for `patience` seconds.
+        """
+        more = True
+        while more:
+            async with asyncio.timeout(patience):
+                await self.ready(least)
+            self.check()
+            room = self._payload.size - self.taken - (0 if self._payload.is_whole else 1)
+            stretch = b"".join(self._take(min(room, _STRETCH)))
+            more = not (self._payload.is_whole and self.taken == self._payload.size)
+            yield stretch, more
+
+    def close(self) -> None:
+        """Nothing more is read. Twice is once."""
+        if self._is_open:
+            self._is_open = False
+            self._payload.readers -= 1
+            self._left(self._payload)
+
+    def check(self) -> None:
+        """Raise what the encoder or its store raised."""
+        if self._payload.error is not None:
+            raise self._payload.error
+
+    def _take(self, size: int) -> Iterator[memoryview]:
+        while size > 0:
+            piece = memoryview(self._payload.pieces[self._at])[self._offset : self._offset + size]
+            self._offset += len(piece)
+            if self._offset == len(self._payload.pieces[self._at]):
+                self._at, self._offset = self._at + 1, 0
+            self.taken += len(piece)
+            size -= len(piece)
+            yield piece
 
 
 class Growing:
@@ -198,11 +264,12 @@ class Payloads:
         self._source = source
         self._kept_bytes = kept_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
-        # One more than there are threads: it reads its chunks while the others encode.
-        self._budget = ByteBudget(memory_bytes, turns=threads + 1, make_way=self._make_way)
+        # No more than there are threads: one that read its chunks meanwhile would take its cores from the others, and hold a
+        # run.
+        self._budget = ByteBudget(memory_bytes, turns=threads, make_way=self._make_way)
         self._counted = 0
         """Bytes of the budget that payloads count for; the rest is the encoders'."""
-        self._payloads: OrderedDict[RunSpec, _Payload] = OrderedDict()
+        self._payloads: OrderedDict[PayloadSpec, _Payload] = OrderedDict()
         self._by_first: dict[ChunkId, list[_Payload]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._made: OrderedDict[bytes, Made] = OrderedDict()
@@ -211,29 +278,33 @@ class Payloads:
 
     # --- reading
 
-    async def pieces(self, spec: RunSpec) -> AsyncIterator[bytes]:
-        """The payload, in pieces of at most 256 KiB, each as soon as it is made. Any number may read one payload.
+    def open(self, spec: PayloadSpec) -> PayloadReader:
+        """Begin to make the payload, where it is not made or on its way yet. Any number may read one; each has to close.
 
-        Waits for its turn where encoders or memory are short. An encoder without a reader is stopped.
+        It waits for its turn where encoders or memory are short. An encoder that has no reader any more is stopped.
 
         Raises:
-            ChunkMissing, ChunkInvalid, StoreError: what the store says of a chunk or a base.
+            StoreError: these payloads were closed.
         """
-        payload = self._payloads.get(spec) or self._start(_at_a_level(spec))
+        payload = self._payloads.get(spec) or self._start(replace(spec, coding=spec.coding.at_a_level))
         self._payloads.move_to_end(payload.spec)
-        payload.readers += 1
+        return PayloadReader(payload, self._reader_left)
+
+    async def make(self, spec: PayloadSpec) -> Made:
+        """Make the payload, and say how that went. Raises what `PayloadReader.stretches` does."""
+        reader = self.open(spec)
         try:
-            async for piece in payload.read():
-                yield piece
+            await reader.ready(math.inf)
+            reader.check()
         finally:
-            payload.readers -= 1
-            self._reader_left(payload)
+            reader.close()
+        return self._made[_digest(spec)]
 
     def find(
         self, chunks: Collection[ChunkId], bases: Collection[ChunkId], encodings: Collection[str]
-    ) -> RunSpec | None:
+    ) -> PayloadSpec | None:
         """A payload that is kept, being made or arriving, whose chunks are all among `chunks` and whose bases all among
-        `bases`; the one with the most bytes of chunks. `pieces` of it costs nothing.
+        `bases`; the one with the most bytes of chunks. Reading it costs no encoder.
         """
         wanted, there = frozenset(chunks), frozenset(bases)
         fitting = [
@@ -251,12 +322,12 @@ class Payloads:
         """Return when the next payload begins to arrive or to be made (cut it with a timeout)."""
         await self._news.wait()
 
-    def made(self, spec: RunSpec) -> Made | None:
+    def made(self, spec: PayloadSpec) -> Made | None:
         """How large it is and what it took, where it was finished before (kept or not; the newest few thousand)."""
         return self._made.get(_digest(spec))
 
     def is_busy(self) -> bool:
-        """Whether a new payload would have to wait long now: a reader that can do with stored chunks should."""
+        """Whether a new payload would have to wait long: a reader that can do with stored chunks should take them."""
         return self._budget.waiting > 0
 
     @property
@@ -276,7 +347,7 @@ class Payloads:
 
     # --- arriving
 
-    def adopt(self, spec: RunSpec) -> Growing | None:
+    def adopt(self, spec: PayloadSpec) -> Growing | None:
         """Keep a payload that arrives here as it grows, so that it can be handed on as it came; None without room for it,
         or where the same one is here already.
 
@@ -288,6 +359,8 @@ class Payloads:
         payload = _Payload(spec, is_arriving=True)
         self._enlist(payload)
         self._count(payload, room)
+        # What arrives takes the place of what is kept, not room beside it.
+        self._tidy()
 
         def add(piece: bytes) -> None:
             more = payload.size + len(piece) - payload.counted
@@ -310,7 +383,7 @@ class Payloads:
 
     # --- making
 
-    def _start(self, spec: RunSpec) -> _Payload:
+    def _start(self, spec: PayloadSpec) -> _Payload:
         if self._closed:
             raise StoreError("the payloads of this process were closed")
         if (known := self._payloads.get(spec)) is not None:
@@ -323,7 +396,7 @@ class Payloads:
         return payload
 
     async def _make(self, payload: _Payload) -> None:
-        """Never more than one at a time for one spec, and never without a reader: the last one cancels or stops it."""
+        """One spec is made once at a time, and for readers only: the last one that leaves cancels or stops it."""
         need = working_bytes(payload.spec)
         try:
             await self._budget.enter(need)
@@ -332,7 +405,7 @@ class Payloads:
             finally:
                 self._budget.leave(need)
         except Exception as error:
-            # Whatever it is, it is for the readers to know.
+            # Each error is for the readers to know.
             self._fail(payload, error)
         except asyncio.CancelledError:
             self._fail(payload, StoreError("the encoder of this payload was stopped"))
@@ -348,21 +421,20 @@ class Payloads:
             self._finish(payload, seconds)
 
     async def _join(self, ids: tuple[ChunkId, ...]) -> bytes:
-        found: list[bytes] = [b""] * len(ids)
-        left = iter(enumerate(ids))
-
-        async def read() -> None:
-            for at, id in left:
-                found[at] = (await self._source.get(id)).data
-
-        readers = [asyncio.create_task(read()) for _ in range(min(_READS, len(ids)))]
+        """One after another, read a few ahead: beside what is joined, no more than those are held."""
+        joined = BytesIO()
+        left = iter(ids)
+        reads = deque(asyncio.create_task(self._source.get(id)) for id in islice(left, _READS))
         try:
-            await asyncio.gather(*readers)
+            while reads:
+                joined.write((await reads[0]).data)
+                reads.popleft()
+                reads.extend(asyncio.create_task(self._source.get(id)) for id in islice(left, 1))
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-        return b"".join(found)
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
+        return joined.getvalue()
 
     def _finish(self, payload: _Payload, seconds: float) -> None:
         payload.is_whole = True
@@ -376,7 +448,7 @@ class Payloads:
         self._tidy()
 
     def _fail(self, payload: _Payload, error: Exception) -> None:
-        """Tell its readers, stop its encoder; the next request begins anew."""
+        """Tell its readers, stop its encoder. The next reader begins anew."""
         if payload.has_ended:
             return
         payload.error = error
@@ -419,7 +491,7 @@ class Payloads:
         payload.counted = size
 
     def _tidy(self) -> None:
-        """Something ended: let go of what is too much, and let in those that wait."""
+        """Something ended: let go of what is too much, and let in what waits."""
         self._evict(self._kept_bytes, entries=_KEPT)
         self._budget.look()
 
@@ -450,7 +522,9 @@ def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.Abstr
             if payload.stopped.is_set():
                 return 0.0
             loop.call_soon_threadsafe(payload.add, piece)
-    return time.thread_time() - started
+    seconds = time.thread_time() - started
+    give_back_free()
+    return seconds
 
 
 def _recut(data: bytes) -> Iterator[bytes]:
@@ -463,14 +537,7 @@ def _recut(data: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + PIECE])
 
 
-def _at_a_level(spec: RunSpec) -> RunSpec:
-    """An arriving payload's level is not known; where it is gone by now, it is made with the usual one."""
-    if spec.coding.level or spec.coding == RAW:
-        return spec
-    return RunSpec(spec.chunks, spec.bases, Coding.parse(spec.coding.encoding), spec.size, spec.base_size)
-
-
-def _digest(spec: RunSpec) -> bytes:
+def _digest(spec: PayloadSpec) -> bytes:
     """A short name for what is remembered long."""
     text = " ".join(chain([str(spec.coding)], spec.chunks, ["over"], spec.bases))
     return blake2b(text.encode(), digest_size=16).digest()

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from relay.encoding.planner import Line
+from relay.encoding.planner import FIRST_FLIGHT, Line, class_of
 from relay.errors import IdentityError, StoreError
 from relay.package.identity import ManifestId, PackageId, parse_digest
 from relay.stores.contract import Documents
@@ -35,12 +35,8 @@ _OPEN: Final = 1.25
 """What a new connection may have carried at most, against at least, from which on it says little."""
 _LASTING: Final = 4.0
 """Round trips from which on a bundle says more of the line than of its distance."""
-_FIRST_FLIGHT: Final = 14_600
-"""Bytes that a new connection sends before it waits: ten segments (RFC 6928)."""
-_LONG: Final = 2_500_000.0
-"""Bytes per second from which on one connection may not fill the line."""
-_SHORT: Final = 2_000_000.0
-"""Bytes per second below which it surely does."""
+_SURELY: Final = 1.25
+"""Times as fast as it seems that a line may be, and one connection still surely fills it."""
 _FLIGHT: Final = 256 << 10
 """Bytes that one connection keeps in flight without trouble."""
 _FAR: Final = 0.010
@@ -189,7 +185,7 @@ class Meter:
         if not flight.is_first:
             return answer, answer
         flight_size = size if self.line.goodput is None else min(size, 2 * self.line.goodput * self.line.round_trip)
-        trips = max(1.0, math.log2(flight_size / _FIRST_FLIGHT + 1) - 1)
+        trips = max(1.0, math.log2(flight_size / FIRST_FLIGHT + 1) - 1)
         return answer, whole - min(trips * self.line.round_trip, 0.75 * whole)
 
     def _advance(self, change: int) -> None:
@@ -201,9 +197,9 @@ class Meter:
 
 def connections_for(line: Line) -> int:
     """How many bundles to begin with at a time: one on a line that is thin or not known, more on a fast and long one."""
-    if line.goodput is None or line.rate < _LONG:
+    if line.goodput is None or line.kind.connections == 1:
         return 1
-    return max(2, min(CONNECTIONS_MAX, math.ceil(line.rate * line.round_trip / _FLIGHT)))
+    return max(line.kind.connections, min(CONNECTIONS_MAX, math.ceil(line.rate * line.round_trip / _FLIGHT)))
 
 
 class Connections:
@@ -228,8 +224,9 @@ class Connections:
             return
         self._bundles = 0
         # Runs side by side reach those who wait behind the relay one after another: one, where one fills the line.
-        self.number = 1 if line.rate < _SHORT else min(most, max(self.number, connections_for(line)))
-        if self._settled or line.rate < _LONG or line.round_trip < _FAR:
+        fills = class_of(_SURELY * line.rate).connections == 1
+        self.number = 1 if fills else min(most, max(self.number, connections_for(line)))
+        if self._settled or line.kind.connections == 1 or line.round_trip < _FAR:
             return
         if line.goodput > 1.08 * self._best and self.number < most:
             self._best, self.number = line.goodput, self.number + 1

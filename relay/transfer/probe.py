@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
-from relay.encoding import bundle, planner
-from relay.encoding.bundle import RUN_AND_BASES_MAX, Span
-from relay.encoding.choose_bases import Held, choose_bases, worth_asking
-from relay.encoding.codecs import PLAIN, RAW, Coding, can_encode
-from relay.encoding.planner import Candidate, Choice, Line, Rates, Ratios
+from relay.encoding import planner
+from relay.encoding.choose_bases import Held, worth_asking
+from relay.encoding.codecs import Coding
+from relay.encoding.planner import Choice, Line, Row
+from relay.errors import first_of
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
-from relay.package.ranges import Ranges, from_indexes, indexes
+from relay.package.ranges import Ranges, count, from_indexes, indexes
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.transfer.encoder_pool import Payloads, RunSpec
-from relay.transfer.link_history import Remembered
+from relay.transfer.encoder_pool import Payloads
+from relay.transfer.link_history import Connections, Meter, Remembered
+from relay.transfer.run_queue import CORES, PlannedRun, RunQueue, forced
 
-CORES: Final = os.cpu_count() or 1
 KNOWN_ASKED: Final = 3
 """Versions of the same package, the newest first, that a relay is asked for. Each costs some 100 bytes."""
-PROBED_BYTES: Final = 64 << 20
-"""Bytes of tree stream that are really encoded to explain a plan; more is reckoned from them."""
-PREFIX: Final = Coding("zstd-prefix", 3)
-_PREFIX_9: Final = Coding("zstd-prefix", 9)
-
-
-def probes(*, has_bases: bool, is_thin: bool = True) -> tuple[Coding, ...]:
-    """What takes milliseconds to be known exactly, and tells how the rest will do.
-
-    What a prefix gains by trying harder tells how far moved code hides what is alike, and so what `hdiff` will gain; only
-    a thin line has time for that.
-    """
-    if not has_bases:
-        return (PLAIN,)
-    return (PREFIX, _PREFIX_9) if is_thin else (PREFIX,)
+ENCODED_SECONDS: Final = 5.0
+"""Seconds of encoders, as they are reckoned, for which the runs of a plan are really encoded; the others stay estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,7 @@ class Survey:
     """What can be built on, the best first."""
 
     def missing(self, manifest: Manifest) -> Ranges:
-        """What it lacks, as far as what it holds tells: chunks of packages that nobody asked for may be there too."""
+        """What it lacks, as far as what it holds tells: chunks of packages that were not asked for may be there too."""
         if self.is_whole:
             return ()
         there = {one.manifest.chunk_id(index) for one in self.held for index in indexes(one.ranges)}
@@ -138,97 +126,6 @@ async def confirm(relay: RelayClient, lease: str, held: Sequence[Held], base: Ma
     )
 
 
-# --- runs
-
-
-def base_bytes(coding: Coding, size: int, line: Line) -> int:
-    """Bytes of bases for a run of `size` bytes: its neighbourhood in the old tree, which is as good as all of it.
-
-    Measured on the pairs of measures.md: 8 MiB around a short run, and twice the run around a long one, are within 1 % of
-    the whole tree, at a third of the time; below that some pairs lose a fifth. On a thin line long runs get three times.
-    """
-    if not coding.needs_bases:
-        return 0
-    share = 3 if line.is_thin else 2
-    least = 4 << 20 if size <= 1 << 20 else 8 << 20
-    return min(RUN_AND_BASES_MAX - size, max(least, share * size))
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Chunks that are to travel as one, and what they may build on."""
-
-    indexes: tuple[int, ...]
-    size: int
-    bases: tuple[Span, ...]
-    base_size: int
-
-    def without_bases(self) -> Run:
-        return Run(self.indexes, self.size, (), 0)
-
-
-class Runs:
-    """Makes runs of one package for one relay."""
-
-    def __init__(self, manifest: Manifest, held: Sequence[Held], missing: Collection[int]) -> None:
-        self.manifest = manifest
-        self.held = tuple(held)
-        self._missing = missing
-        self._manifests = {one.manifest.id: one.manifest for one in held}
-        self._chosen: dict[tuple[tuple[int, ...], int], tuple[Span, ...]] = {}
-
-    def make(self, run: Sequence[int], coding: Coding, line: Line) -> Run:
-        """`run` with the bases that `coding` is to build on; none where there are none."""
-        size = self.size(run)
-        most = base_bytes(coding, size, line) if self.held else 0
-        if most <= 0:
-            return Run(tuple(run), size, (), 0)
-        key = (tuple(run), most)
-        if key not in self._chosen:
-            self._chosen[key] = choose_bases(self.manifest, run, self.held, most=most, missing=self._missing)
-        spans = self._chosen[key]
-        return Run(tuple(run), size, spans, sum(self._sizes(spans)))
-
-    def spec(self, run: Run, coding: Coding) -> RunSpec:
-        """What `Payloads` makes of it."""
-        run = run if coding.needs_bases else run.without_bases()
-        return RunSpec(
-            chunks=tuple(self.manifest.chunk_id(index) for index in run.indexes),
-            bases=tuple(
-                self._manifests[span.manifest_id].chunk_id(index)
-                for span in run.bases
-                for index in indexes(span.ranges)
-            ),
-            coding=coding,
-            size=run.size,
-            base_size=run.base_size,
-        )
-
-    def size(self, run: Sequence[int]) -> int:
-        return sum(self.manifest.chunks[index].size for index in run)
-
-    def forget(self) -> None:
-        """Bases that were chosen for runs that are on their way."""
-        self._chosen.clear()
-
-    def _sizes(self, spans: Sequence[Span]) -> list[int]:
-        return [
-            self._manifests[span.manifest_id].chunks[index].size for span in spans for index in indexes(span.ranges)
-        ]
-
-
-async def probe(payloads: Payloads, runs: Runs, run: Run, ratios: Ratios, coding: Coding) -> tuple[Ratios, float, int]:
-    """Encode `run` in `coding`, which is a cheap one: what that says of the content, the core's seconds, and the bytes."""
-    spec = runs.spec(run, coding)
-    if payloads.made(spec) is None:
-        async for _ in payloads.pieces(spec):
-            pass
-    made = payloads.made(spec)
-    if made is None:
-        return ratios, 0.0, 0
-    return ratios.with_seen(coding, made.payload_bytes / run.size), made.seconds, made.payload_bytes
-
-
 # --- a plan, in the open
 
 
@@ -236,8 +133,6 @@ async def probe(payloads: Payloads, runs: Runs, run: Run, ratios: Ratios, coding
 class Explained:
     """Why a package is sent as it is. Bytes and seconds."""
 
-    encoding: str
-    """The coding that is planned; empty where nothing is missing."""
     base: str
     """In words, what is built on: a version, other packages; empty where nothing is."""
     base_version: str
@@ -249,22 +144,21 @@ class Explained:
     goodput_from: str
     round_trip: float
     note: str
-    choice: Choice | None
+    runs: tuple[PlannedRun, ...] = ()
+    """What is sent, in this order. Where a payload was made, its bytes are exact; else they are an estimate."""
+    rows: tuple[Row, ...] = ()
+    """What each coding would take for all runs."""
+
+    @property
+    def encoding(self) -> str:
+        """The codings that are planned; empty where nothing is missing."""
+        return ", ".join(dict.fromkeys(str(run.coding) for run in self.runs))
 
 
 def line_of(remembered: Remembered | None, limit: float | None = None) -> Line:
     if remembered is None:
         return Line(limit=limit)
     return Line(remembered.goodput, remembered.round_trip, limit)
-
-
-def told_of(line: Line, remembered: Remembered | None) -> str:
-    """In words, where a line's goodput comes from."""
-    if remembered is None or line.goodput is None:
-        text = "assumed: this line was never measured"
-    else:
-        text = f"measured by {remembered.samples} bundle{'s' if remembered.samples != 1 else ''} sent before"
-    return f"{text}; limited" if line.limit is not None and line.limit <= (line.goodput or planner.UNKNOWN) else text
 
 
 async def explain(
@@ -276,10 +170,8 @@ async def explain(
     *,
     remembered: Remembered | None = None,
     force: Coding | None = None,
-    receivers: int = 1,
-    run_bytes: Callable[[int], int],
 ) -> Explained:
-    """Weigh up every coding over all that is missing. Level 3 is really encoded; what is not, is estimated.
+    """What a sender would do now: its own queue says it. The first runs are really encoded.
 
     Args:
         manifest: of the package.
@@ -289,103 +181,65 @@ async def explain(
         payloads: encoders.
         remembered: where the line's goodput comes from.
         force: the coding that was asked for, whatever the plan.
-        receivers: relays that are sent the same.
-        run_bytes: how long runs are, given the bytes of all.
     """
-    lacking = list(indexes(missing))
-    size = sum(manifest.chunks[index].size for index in lacking)
-    known = (line.rate, told_of(line, remembered), line.round_trip)
-    if not lacking:
-        return Explained("", "", "", 0, 0, *known, "nothing is missing", None)
-    runs = Runs(manifest, held, lacking)
-    cut = bundle.plan_runs([(index, manifest.chunks[index].size) for index in lacking], run_bytes(size))
-    candidates, has_bases = await _weigh(runs, cut, line, payloads, force)
-    coding, note = forced(force, has_bases=has_bases)
-    choice = planner.choose(candidates, line, receivers=receivers)
-    if coding is not None:
-        choice = _insist(choice, coding)
-    base = next(
-        (str(one.manifest.package.version) for one in held if one.manifest.package.id == manifest.package.id), ""
-    )
-    more = sum(one.manifest.package.id != manifest.package.id for one in held)
-    text = " and ".join(part for part in (base, f"{more} other packages" if more else "") if part)
-    return Explained(str(choice.coding), text if has_bases else "", base, len(lacking), size, *known, note, choice)
+    queue = RunQueue(manifest, payloads, Meter(line), Connections(line), force=force, explains=True)
+    queue.begin(missing, held)
+    planned = []
+    while (run := await queue.plan()) is not None:
+        planned.append(run)
+    made = await _encode(planned, payloads)
+    return explained(manifest, missing, held, line, list(zip(planned, made, strict=True)), remembered, force)
 
 
-def forced(force: Coding | None, *, has_bases: bool) -> tuple[Coding | None, str]:
-    """The coding that was asked for, or what stands in for a delta without a base; and what to say of it."""
-    if force is None:
-        return None, ""
-    if force.needs_bases and not has_bases:
-        return PLAIN, f"{force} was asked for, but there is nothing to build on: {PLAIN} in its place"
-    if not can_encode(force.encoding):
-        return PLAIN, f"{force} was asked for, but HDiffPatch is of no use here: {PLAIN} in its place"
-    return force, f"{force} was asked for"
+async def _encode(planned: Sequence[PlannedRun], payloads: Payloads) -> list[int | None]:
+    """Bytes of the payloads, as many as are made in the time that is given to it."""
+    spent = accumulate(run.choice.chosen.encode_seconds / CORES for run in planned)
+    first = [run for run, seconds in zip(planned, spent, strict=True) if seconds <= ENCODED_SECONDS]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(payloads.make(run.spec)) for run in first]
+    except BaseExceptionGroup as errors:
+        raise first_of(errors) from None
+    made: list[int | None] = [task.result().payload_bytes for task in tasks]
+    return made + [None] * (len(planned) - len(made))
 
 
-def _insist(choice: Choice, coding: Coding) -> Choice:
-    rows = [
-        planner.Row(
-            row.candidate,
-            row.line_seconds,
-            row.seconds,
-            row.candidate.coding == coding,
-            "" if row.candidate.coding == coding else f"{coding} was asked for",
-        )
-        for row in choice.rows
-    ]
-    return Choice(coding, choice.line, tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds))))
+def explained(
+    manifest: Manifest,
+    missing: Ranges,
+    held: Sequence[Held],
+    line: Line,
+    runs: Sequence[tuple[PlannedRun, int | None]],
+    remembered: Remembered | None,
+    force: Coding | None,
+) -> Explained:
+    """The arithmetic of these runs, each with the bytes of its payload where it was made."""
+    size = manifest.size_of(indexes(missing))
+    known = (line.rate, _told_of(line, remembered), line.round_trip)
+    if not runs:
+        return Explained("", "", count(missing), size, *known, "nothing is missing")
+    planned = tuple(_with_payload(run, payload) for run, payload in runs)
+    has_bases = any(run.run.bases for run in planned)
+    versions = [str(one.manifest.package.version) for one in held if one.manifest.package.id == manifest.package.id]
+    version, more = "".join(versions[:1]), len(held) - len(versions)
+    base = " and ".join(part for part in (version, f"{more} other packages" if more else "") if part)
+    note = forced(force, has_bases=has_bases)[1]
+    rows = planner.add_up([run.choice for run in planned], line, CORES)
+    return Explained(base if has_bases else "", version, count(missing), size, *known, note, planned, rows)
 
 
-async def _weigh(
-    runs: Runs, cut: Sequence[Sequence[int]], line: Line, payloads: Payloads, force: Coding | None
-) -> tuple[list[Candidate], bool]:
-    ratios, rates = Ratios(), Rates()
-    exact: dict[Coding, int] = {RAW: sum(runs.size(run) for run in cut)}
-    whole = exact[RAW]
-    probed = [run for run, start in zip(cut, _starts(runs, cut), strict=True) if start < PROBED_BYTES]
-    has_bases = any(runs.make(run, PREFIX, line).bases for run in probed)
-    for coding in {PLAIN: None} | dict.fromkeys(probes(has_bases=has_bases)):
-        payload = seconds = 0.0
-        made = [runs.make(run, coding, line) for run in probed]
-        for run in made:
-            # A run without anything to build on goes plainly.
-            used = coding if not coding.needs_bases or run.bases else PLAIN
-            _, took, size = await probe(payloads, runs, run, ratios, used)
-            payload, seconds = payload + size, seconds + took
-        size = sum(run.size for run in made)
-        ratios = ratios.with_seen(coding, payload / max(size, 1))
-        if len(probed) == len(cut):
-            exact[coding] = round(payload)
-        if coding == PLAIN and seconds > 0:
-            rates = Rates.measured(size / seconds)
-    codings = list(planner.codings_for(has_bases and line.rate < planner.BASES_PAY))
-    if force is not None and force not in codings and (has_bases or not force.needs_bases):
-        codings.append(force)
-    candidates = []
-    for coding in codings:
-        base = 0
-        if coding.needs_bases:
-            base = sum(runs.make(run, coding, line).base_size for run in probed)
-            base = base * whole // max(sum(runs.size(run) for run in probed), 1)
-        candidates.append(
-            planner.estimate(
-                coding,
-                whole,
-                base,
-                ratios=ratios,
-                rates=rates,
-                runs=len(cut),
-                cores=CORES,
-                exact=exact.get(coding),
-            )
-        )
-    return candidates, has_bases
+def _with_payload(run: PlannedRun, payload: int | None) -> PlannedRun:
+    if payload is None:
+        return run
+    row, *others = run.choice.rows
+    exact = replace(row, candidate=replace(row.candidate, payload_bytes=payload, exact=True))
+    return replace(run, choice=Choice((exact, *others)))
 
 
-def _starts(runs: Runs, cut: Sequence[Sequence[int]]) -> list[int]:
-    starts, at = [], 0
-    for run in cut:
-        starts.append(at)
-        at += runs.size(run)
-    return starts
+def _told_of(line: Line, remembered: Remembered | None) -> str:
+    """In words, where a line's goodput comes from."""
+    if remembered is None or line.goodput is None:
+        text = "assumed: this line was never measured"
+    else:
+        text = f"measured by {remembered.samples} bundle{'s' if remembered.samples != 1 else ''} sent before"
+    return f"{text}; limited" if line.limit is not None and line.limit <= (line.goodput or planner.UNKNOWN) else text

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 
+from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding
 from relay.encoding.planner import Line
 from relay.errors import NotFoundError, RefusedError, UnreachableError
@@ -25,10 +26,10 @@ from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines, Meter, Remembered
-from relay.transfer.probe import Explained, Survey, confirm, explain, guess, line_of, survey
-from relay.transfer.sender import Sender, run_bytes
+from relay.transfer.probe import Explained, Survey, confirm, explain, explained, guess, line_of, survey
+from relay.transfer.sender import Sender
 
-__all__ = ["PATIENCE", "PERSISTENCE", "Replicated", "Shipping", "plan", "replicate"]
+__all__ = ["PATIENCE", "PERSISTENCE", "ReplicationResult", "Shipping", "plan", "replicate"]
 
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
@@ -49,7 +50,7 @@ class Shipping:
         others: manifests of other packages at hand, whose parts may be found again in this one.
         force: the encoding to use, whatever the plan; a delta without a base goes as zstd.
         pacer: the limit of the line, shared by all that is sent over it.
-        explains: whether the result carries the whole arithmetic; some encoders run for it alone.
+        explains: whether the result carries the plan of each run that was sent, with its whole arithmetic.
         recipes: how nupkgs are made again, to be sent along.
         nupkgs: where given, the relay gets what it takes to make the identical nupkg by itself: the bytes that no
             encoder makes, or the whole file where it lacks an encoder.
@@ -67,7 +68,7 @@ class Shipping:
 
 
 @dataclass(frozen=True, slots=True)
-class Replicated:
+class ReplicationResult:
     """What one replication moved."""
 
     relay: str
@@ -105,7 +106,7 @@ async def replicate(
     *,
     progress: Progress | None = None,
     patience: float = PATIENCE,
-) -> Replicated:
+) -> ReplicationResult:
     """Make `relay` hold and list the package. Running it again sends only what is still missing, at last nothing.
 
     Raises:
@@ -123,7 +124,7 @@ async def replicate(
 
 
 async def plan(
-    manifest: Manifest, source: ChunkReader, relay: RelayClient, shipping: Shipping | None = None, *, receivers: int = 1
+    manifest: Manifest, source: ChunkReader, relay: RelayClient, shipping: Shipping | None = None
 ) -> Explained:
     """What `replicate` would do, and why. Nothing is sent but questions. Raises as `replicate`."""
     shipping = shipping or Shipping()
@@ -132,9 +133,8 @@ async def plan(
         remembered = await shipping.lines.recall(relay.url) if shipping.lines else None
         there = await survey(manifest, relay, shipping.known, shipping.others)
         line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None)
-        return await _explain(
-            manifest, there.missing(manifest), there, line, payloads, remembered, shipping.force, receivers
-        )
+        missing = there.missing(manifest)
+        return await explain(manifest, missing, there.held, line, payloads, remembered=remembered, force=shipping.force)
 
 
 def _version_before(package: PackageRef, known: Sequence[Manifest]) -> Manifest | None:
@@ -147,30 +147,6 @@ def _own_payloads(source: ChunkReader, stack: AsyncExitStack) -> Payloads:
     payloads = Payloads(source)
     stack.push_async_callback(payloads.close)
     return payloads
-
-
-async def _explain(
-    manifest: Manifest,
-    missing: Ranges,
-    there: Survey,
-    line: Line,
-    payloads: Payloads,
-    remembered: Remembered | None,
-    force: Coding | None,
-    receivers: int = 1,
-) -> Explained:
-    return await explain(
-        manifest,
-        missing,
-        there.held,
-        line,
-        payloads,
-        remembered=remembered,
-        force=force,
-        receivers=receivers,
-        # As long as the middle ones will be: the first ones of a line that is not known are short.
-        run_bytes=lambda whole: run_bytes(line, whole, whole, has_bases=bool(there.held)),
-    )
 
 
 class _Replication:
@@ -194,13 +170,14 @@ class _Replication:
         self._reached = False
         """Whether the relay answered anything yet."""
         self._has_guessed = False
-        self._explained: Explained | None = None
+        self._basis: tuple[Ranges, Sequence[Held], Line] | None = None
+        """What was missing at first, what could be built on, and what was known of the line by then."""
         self._exact_bytes = 0
 
-    async def run(self) -> Replicated:
+    async def run(self) -> ReplicationResult:
         started, before = time.monotonic(), self._relay.traffic.total
-        remembered = await self._recall()
-        pacer = self._shipping.pacer
+        lines, pacer = self._shipping.lines, self._shipping.pacer
+        remembered = await lines.recall(self._relay.url) if lines else None
         meter = Meter(line_of(remembered, pacer.rate if pacer else None))
         assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
         sender = Sender(
@@ -211,34 +188,37 @@ class _Replication:
             force=self._shipping.force,
             pacer=pacer,
             progress=self._progress,
+            explains=self._shipping.explains,
         )
-        interruptions = await self._persist(sender, meter, remembered)
-        if self._shipping.lines is not None:
-            await self._shipping.lines.remember(self._relay.url, meter)
-            await self._shipping.lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
+        interruptions = await self._persist(sender, meter)
+        if lines is not None:
+            await lines.remember(self._relay.url, meter)
+            await lines.remember_sent(self._relay.url, self._manifest.package.id, self._manifest.id)
         crossed = self._relay.traffic.total - before
-        return Replicated(
+        return ReplicationResult(
             relay=self._relay.url,
             package_bytes=self._manifest.nupkg.size,
             chunks=len(self._manifest.chunks),
-            chunks_sent=sender.sent.chunks,
+            chunks_sent=sum(one.chunks for one in sender.sent.encodings),
             wire_bytes=crossed,
             payload_bytes=sender.sent.payload_bytes,
             overhead_bytes=max(0, crossed - sender.sent.payload_bytes - self._exact_bytes),
             seconds=time.monotonic() - started,
             interruptions=interruptions,
-            encodings=tuple(sender.sent.by_encoding.values()),
+            encodings=sender.sent.encodings,
             fallbacks=sender.sent.fallbacks,
             goodput=meter.line.goodput or 0.0,
-            explained=self._explained,
+            explained=self._explained(sender, remembered),
             exact_bytes=self._exact_bytes,
         )
 
-    async def _recall(self) -> Remembered | None:
-        lines = self._shipping.lines
-        return None if lines is None else await lines.recall(self._relay.url)
+    def _explained(self, sender: Sender, remembered: Remembered | None) -> Explained | None:
+        if self._basis is None or not self._shipping.explains:
+            return None
+        missing, held, line = self._basis
+        return explained(self._manifest, missing, held, line, sender.sent.runs, remembered, self._shipping.force)
 
-    async def _persist(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> int:
+    async def _persist(self, sender: Sender, meter: Meter) -> int:
         """Try until it is done; how often the relay was lost and found again."""
 
         def may_help(error: Exception) -> bool:
@@ -253,11 +233,11 @@ class _Replication:
                 sender.connections.failed()
                 await self._relay.wait_until_ready(self._patience)
             with attempt:
-                await self._bring(sender, meter, remembered)
+                await self._bring(sender, meter)
                 await self._give_exact()
         return attempt.num - 1
 
-    async def _bring(self, sender: Sender, meter: Meter, remembered: Remembered | None) -> None:
+    async def _bring(self, sender: Sender, meter: Meter) -> None:
         manifest, relay = self._manifest, self._relay
         there, offer = await self._offer_unasked()
         if offer is None:
@@ -267,8 +247,7 @@ class _Replication:
             meter.round_trip(time.monotonic() - asked)
             if there.is_whole and await self._is_published():
                 sender.report(())
-                if self._shipping.explains:
-                    self._explained = await self._why((), there, meter, remembered)
+                self._basis = self._basis or ((), there.held, meter.line)
                 return
             asked = time.monotonic()
             # Against itself, where the relay keeps it already: nothing of it crosses.
@@ -277,8 +256,7 @@ class _Replication:
         missing, held = offer.missing, there.held
         if missing:
             held = await confirm(relay, offer.lease, there.held, there.base)
-        if self._shipping.explains and self._explained is None:
-            self._explained = await self._why(missing, there, meter, remembered)
+        self._basis = self._basis or (missing, held, meter.line)
         sent: set[int] = set()
         while True:
             await sender.send(offer.lease, missing, held)
@@ -346,12 +324,6 @@ class _Replication:
                 if self._shipping.pacer is not None:
                     await self._shipping.pacer.wait(len(piece))
                 yield piece
-
-    async def _why(self, missing: Ranges, there: Survey, meter: Meter, remembered: Remembered | None) -> Explained:
-        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
-        return await _explain(
-            self._manifest, missing, there, meter.line, self._shipping.payloads, remembered, self._shipping.force
-        )
 
     async def _is_published(self) -> bool:
         package = self._manifest.package

@@ -19,7 +19,7 @@ from harness.process import Done, Process, eventually, run
 from harness.relays import Relay, running_relay
 
 from agent.orders.envelopes import order_digest, sign_order, sign_report, verify_presence, verify_report
-from agent.orders.journal import Journal
+from agent.orders.journal import OperationJournal
 from agent.orders.keys import load_report_signer
 from agent.orders.orders import (
     FINAL,
@@ -107,8 +107,8 @@ class Place:
         return self.folder / "canary"
 
     @property
-    def journal(self) -> Journal:
-        return Journal(self.desk.home)
+    def journal(self) -> OperationJournal:
+        return OperationJournal(self.desk.home)
 
     def service(self, *relays: str, **options) -> Service:
         return Service(self.desk.home, relays=relays or [self.relay.url], **options)
@@ -318,7 +318,7 @@ async def test_results_are_kept_until_they_are_acknowledged(place: Place) -> Non
         await eventually(lambda: place.journal.unacknowledged() == [])
         await eventually(lambda: not place.journal.fences["test"].open)
 
-    assert report.operation in place.journal.entries, "too young to be forgotten"
+    assert report.operation in place.journal.operations, "too young to be forgotten"
 
 
 async def test_a_relay_that_lost_its_mail_is_told_again(place: Place, tmp_path: Path) -> None:
@@ -364,10 +364,10 @@ async def test_a_final_report_whose_number_is_taken_is_told_under_another(place:
     order = place.desk.order(Survey(()), "survey")
     async with place.another_relay() as (second, other), serving(place.service(second.url)) as task:
         await place.post(order, client=other)
-        await eventually(lambda: place.journal.entries.get(order.operation) is not None)
-        await eventually(lambda: place.journal.entries[order.operation].report is not None)
+        await eventually(lambda: place.journal.operations.get(order.operation) is not None)
+        await eventually(lambda: place.journal.operations[order.operation].report is not None)
         await killed(task)
-    kept = place.journal.entries[order.operation].report
+    kept = place.journal.operations[order.operation].report
     assert kept is not None
     forgotten = sign_report(msgspec.structs.replace(kept, reason="forgotten"), load_report_signer(place.desk.home))
     letter = messages.ReportLetter(operation=order.operation, number=kept.number, envelope=forgotten)
@@ -383,7 +383,7 @@ async def test_a_final_report_whose_number_is_taken_is_told_under_another(place:
                 numbers = {report.number for report in place.reader.finals(order.operation)}
 
     assert kept.number in numbers
-    assert place.journal.entries[order.operation].report.number == max(numbers)
+    assert place.journal.operations[order.operation].report.number == max(numbers)
 
 
 # --- refusals: nothing runs, and everybody can see why
@@ -454,7 +454,7 @@ async def test_a_bad_order_runs_nothing_and_says_why(place: Place, bad: Bad) -> 
         assert place.runs() == [], "it ran"
         [refusal] = place.journal.refusals()
         assert (refusal.code, refusal.operation, refusal.relay) == (bad.code, good.operation, place.relay.url)
-        assert good.operation not in place.journal.entries
+        assert good.operation not in place.journal.operations
 
 
 async def test_a_forged_letter_does_not_keep_the_true_one_from_its_result(place: Place) -> None:
@@ -490,7 +490,7 @@ async def test_what_waited_for_its_turn_is_fenced_off_by_a_newer_deployment(plac
         await place.post(running)
         await eventually(lambda: place.runs() == ["begin"])
         await place.post(queued)
-        await eventually(lambda: queued.operation in place.journal.entries)
+        await eventually(lambda: queued.operation in place.journal.operations)
         newer = place.desk.order(Survey(()), "newer", fence=9)
         await place.post(newer)
         assert (await place.result(newer.operation)).state == "done", "looking must not wait behind a script"
@@ -561,7 +561,7 @@ async def test_a_script_that_runs_while_the_agent_dies_is_collected_by_the_next(
         await eventually(lambda: place.runs() == ["begin"])
         await killed(task)
 
-    assert place.journal.entries[order.operation].report is None
+    assert place.journal.operations[order.operation].report is None
     async with serving(place.service()):
         report = await place.result(order.operation)
 
@@ -606,10 +606,10 @@ async def test_a_final_report_that_nobody_took_is_told_after_a_restart(place: Pl
     order = place.desk.order(Survey(()), "survey")
     async with place.another_relay() as (second, other), serving(place.service(second.url)) as task:
         await place.post(order, client=other)
-        await eventually(lambda: place.journal.entries.get(order.operation) is not None)
-        await eventually(lambda: place.journal.entries[order.operation].report is not None)
+        await eventually(lambda: place.journal.operations.get(order.operation) is not None)
+        await eventually(lambda: place.journal.operations[order.operation].report is not None)
         await killed(task)
-    kept = place.journal.entries[order.operation].envelope
+    kept = place.journal.operations[order.operation].envelope
 
     async with serving(place.service()):
         report = await place.result(order.operation)
@@ -686,7 +686,7 @@ async def test_killed_while_a_script_runs_the_agent_loses_nothing_of_it(place: P
         await place.post(order)
         await eventually(lambda: place.runs() == ["begin"])
         await first.kill()
-    assert place.journal.entries[order.operation].report is None
+    assert place.journal.operations[order.operation].report is None
     go.touch()
     await eventually(lambda: place.runs() == ["begin", "end"])
 
@@ -800,7 +800,7 @@ async def test_a_service_is_controlled_by_the_configured_command(place: Place) -
 
 def test_every_kind_of_action_has_a_name_in_the_journal(tmp_path: Path) -> None:
     desk = desk_in(tmp_path)
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     kinds: Iterable[tuple[Action, str]] = [
         (Survey(()), "survey"),
         (Settle("/srv", "0" * 64, "0" * 64), "settle"),

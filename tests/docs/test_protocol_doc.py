@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import re
 from datetime import UTC, datetime
 from types import ModuleType
@@ -26,6 +27,7 @@ from orchestrator.journal import events, tables
 from relay.config import RelayConfig
 from relay.encoding import bundle
 from relay.encoding.bundle import BundleDecoder, NotSent, Received, Whole
+from relay.encoding.planner import LINES
 from relay.engines.engine_pool import Engines
 from relay.errors import ChunkInvalid, FrameError
 from relay.mail.mailbox import Mail
@@ -298,6 +300,9 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "agent.runs.masking",
         "agent.orders.orders",
         "agent.orders.outbox",
+        "agent.operations",
+        "agent.poller",
+        "agent.reporter",
         "agent.service",
         "orchestrator.replication.cascade",
         "orchestrator.files.yaml_positions",
@@ -305,7 +310,6 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "orchestrator.deployment.notify",
         "orchestrator.deployment.releases",
         "orchestrator.trust.secrets",
-        "orchestrator.replication.send",
         "orchestrator.files.values",
         "orchestrator.files.variables",
         "relay.protocol.messages",
@@ -332,7 +336,6 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.transfer.replicate",
         "relay.transfer.sender",
         "relay.server.arrivals",
-        "relay.transfer.choose_form",
         "relay.mail.presences",
         "relay.server.replications",
         "relay.stores.volume",
@@ -353,6 +356,31 @@ def test_no_named_number_of_these_modules_is_left_out(name: str) -> None:
     numbers = {one for one in numbers if type(getattr(module, one)) in {int, float}}
     assert numbers, "the scan finds nothing: it is broken"
     assert {f"{name}.{one}" for one in numbers} <= set(_limit_rows())
+
+
+def test_the_table_of_lines_is_the_one_that_is_planned_by() -> None:
+    def speed(rate: float) -> str:
+        return "any" if rate == math.inf else f"{rate * 8 / 1e6:g} Mbit/s"
+
+    def mib(size: int) -> str:
+        return f"{size / (1 << 20):g} MiB"
+
+    told = rows(section(PAGE, "### Lines"))[2:]
+    assert told == [
+        [
+            kind.name,
+            speed(kind.up_to),
+            f"{kind.first_run >> 20} to {mib(kind.longest_run)}",
+            mib(kind.delta_run),
+            mib(kind.segment),
+            mib(kind.delta_segment),
+            str(kind.connections),
+            kind.spares,
+        ]
+        for kind in LINES
+    ]
+    assert {kind.base_share for kind in LINES if kind.spares == "bytes"} == {3}
+    assert {kind.base_share for kind in LINES if kind.spares != "bytes"} == {2}
 
 
 # --- problems

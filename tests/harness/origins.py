@@ -51,7 +51,10 @@ class Origin:
     added: list[Added]
 
     async def add(self, nupkg: str) -> Added:
-        return await self.depot.add(nupkg, self.keys.signer, Provenance("added", nupkg))
+        """Listed, and proved that it can be made again."""
+        added = await self.depot.add(nupkg, self.keys.signer, Provenance("added", nupkg))
+        await self.depot.recipe(added.manifest)
+        return added
 
     async def signature(self, manifest: Manifest) -> bytes:
         return await self.depot.catalog.signature(manifest.id)

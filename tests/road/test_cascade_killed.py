@@ -18,7 +18,7 @@ from orchestrator.plan.plan import PlannedRelay
 from orchestrator.replication.cascade import Cascaded, replicate_all
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
-from relay.transfer.replicate import Progress, Replicated, replicate
+from relay.transfer.replicate import Progress, ReplicationResult, replicate
 
 ID, VERSION = "Acme.Cascade", "1.0.0"
 SIZE = 6_000_000
@@ -59,7 +59,7 @@ async def chain(folder: Path, patience: float) -> AsyncIterator[Chain]:
             down = CountingProxy("127.0.0.1", relays[above].port, down=Line(rate=RATE))
             lines[f"{above} → {below}"] = await stack.enter_async_context(down)
 
-        async def send(relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+        async def send(relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
             source = depot.store.chunks
             return await replicate(manifest, signature, source, client, progress=progress, patience=patience)
 

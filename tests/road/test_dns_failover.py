@@ -20,8 +20,8 @@ from harness.packages import make_nupkg, noise
 from harness.process import Done, run
 from harness.relays import Relay, running_relay, token
 
-from agent.relays.dns import load_state
-from agent.relays.ranking import FAILS_OUT
+from agent.relays.health import FAILS_OUT
+from agent.relays.memory import load_state
 from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull

@@ -38,8 +38,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.config import AgentConfig
-from agent.relays.dns import State, load_state, save_state
-from agent.relays.ranking import Average, Health
+from agent.relays.health import Average, Health
+from agent.relays.memory import State, load_state, save_state
 from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, PullRequest, parse_request, pull

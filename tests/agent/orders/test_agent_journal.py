@@ -12,7 +12,7 @@ from harness.orders_kit import DEPLOYMENT, OTHER, Desk, desk_in
 
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge
 from agent.orders.envelopes import order_digest, sign_report
-from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, Entry, Journal
+from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, OperationJournal, OperationRecord
 from agent.orders.keys import load_report_signer
 from agent.orders.orders import SKEW_SECONDS, Order, Report, Survey
 from relay.errors import StoreError
@@ -30,31 +30,31 @@ def order(desk: Desk, name: str = "survey", **changes) -> Order:
     return desk.order(Survey(()), name, **{"not_before": NOW, "not_after": NOW + 3600, **changes})
 
 
-def accept(journal: Journal, desk: Desk, made: Order) -> Entry:
+def accept(journal: OperationJournal, desk: Desk, made: Order) -> OperationRecord:
     envelope = desk.sign(made)
     return journal.accept(made, order_digest(envelope), envelope)
 
 
-def end(journal: Journal, desk: Desk, entry: Entry, state="done", *, durable: bool = False) -> None:
+def end(journal: OperationJournal, desk: Desk, entry: OperationRecord, state="done", *, durable: bool = False) -> None:
     report = Report(
         1, entry.operation, entry.deployment, "web1", desk.identity.fingerprint, entry.digest, 1, state, "because"
     )
     journal.finish(entry, report, sign_report(report, load_report_signer(desk.home)), durable=durable)
 
 
-def judged(journal: Journal, desk: Desk, made: Order, now: float = NOW):
+def judged(journal: OperationJournal, desk: Desk, made: Order, now: float = NOW):
     return judge(desk.sign(made), desk.pins, Me("web1", desk.identity.fingerprint), journal.memory(), now)
 
 
 def test_what_was_accepted_is_known_to_the_next_process(desk: Desk) -> None:
     made = order(desk)
-    accept(Journal(desk.home), desk, made)
+    accept(OperationJournal(desk.home), desk, made)
 
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
 
     assert isinstance(judged(journal, desk, made), Known)
     assert [entry.operation for entry in journal.unfinished()] == [made.operation]
-    assert journal.order(journal.entries[made.operation]) == made
+    assert journal.order(journal.operations[made.operation]) == made
     other = judged(journal, desk, msgspec.structs.replace(made, not_after=NOW + 1))
     assert isinstance(other, Refused)
     assert other.code == "altered"
@@ -71,7 +71,7 @@ def test_the_order_is_synced_with_its_folders_before_accept_returns(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    entry = accept(Journal(desk.home), desk, order(desk))
+    entry = accept(OperationJournal(desk.home), desk, order(desk))
 
     assert os.path.join(entry.folder, "order") in synced
     assert synced.index(entry.folder) < synced.index(os.path.dirname(entry.folder))
@@ -79,12 +79,12 @@ def test_the_order_is_synced_with_its_folders_before_accept_returns(
 
 def test_an_order_that_a_crash_tore_was_never_accepted(desk: Desk) -> None:
     made = order(desk)
-    entry = accept(Journal(desk.home), desk, made)
+    entry = accept(OperationJournal(desk.home), desk, made)
     path = Path(entry.folder, "order")
     path.write_bytes(path.read_bytes()[:-20])
 
-    journal = Journal(desk.home)
-    assert journal.entries == {}
+    journal = OperationJournal(desk.home)
+    assert journal.operations == {}
     journal.sweep()
 
     assert not os.path.exists(entry.folder)
@@ -96,47 +96,48 @@ def test_a_disk_that_fails_leaves_nothing_that_could_be_obeyed(desk: Desk, monke
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(StoreError) as caught:
             accept(journal, desk, order(desk))
 
     assert caught.value.full
-    assert Journal(desk.home).entries == journal.entries == {}
+    assert OperationJournal(desk.home).operations == journal.operations == {}
     accept(journal, desk, order(desk))
 
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_final_report_is_the_same_bytes_after_a_restart(desk: Desk, *, durable: bool) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
     end(journal, desk, entry, durable=durable)
 
-    again = Journal(desk.home).entries[entry.operation]
+    again = OperationJournal(desk.home).operations[entry.operation]
 
     assert (again.report, again.envelope) == (entry.report, entry.envelope)
-    assert Journal(desk.home).unfinished() == []
+    assert OperationJournal(desk.home).unfinished() == []
 
 
 def test_a_report_that_a_crash_tore_does_not_count(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
     end(journal, desk, entry)
     Path(entry.folder, "report").write_bytes(b"")
 
-    assert [entry.operation for entry in Journal(desk.home).unfinished()] == [entry.operation]
+    assert [entry.operation for entry in OperationJournal(desk.home).unfinished()] == [entry.operation]
 
 
 def test_acknowledged_is_remembered_and_told_once(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
-    assert journal.acknowledge([entry.operation]) == [], "it is not over"
+    journal.acknowledge([entry.operation])
+    assert not entry.acknowledged, "it is not over"
     end(journal, desk, entry)
 
-    assert journal.acknowledge([entry.operation, "unknown"]) == [entry]
-    assert journal.acknowledge([entry.operation]) == []
-    assert Journal(desk.home).unacknowledged() == []
+    journal.acknowledge([entry.operation, "unknown"])
+    assert entry.acknowledged
+    assert OperationJournal(desk.home).unacknowledged() == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_acknowledged_is_remembered_and_told_once(desk: Desk) -> None:
 def test_only_what_is_over_known_and_too_old_is_forgotten(
     desk: Desk, *, ended: bool, acknowledged: bool, now: float, forgotten: bool
 ) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
     if ended:
         end(journal, desk, entry)
@@ -161,30 +162,30 @@ def test_only_what_is_over_known_and_too_old_is_forgotten(
 
     assert journal.forget(now) == int(forgotten)
     assert os.path.exists(entry.folder) is not forgotten
-    assert bool(Journal(desk.home).entries) is not forgotten
+    assert bool(OperationJournal(desk.home).operations) is not forgotten
 
 
 def test_what_is_forgotten_is_not_obeyed_again_when_the_clock_goes_back(desk: Desk) -> None:
     made = order(desk)
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     end(journal, desk, accept(journal, desk, made))
     journal.acknowledge([made.operation])
     assert journal.forget(GONE) == 1
 
-    for each in (journal, Journal(desk.home)):
+    for each in (journal, OperationJournal(desk.home)):
         found = judged(each, desk, made, NOW + 10)
         assert isinstance(found, Refused)
         assert found.code == "expired"
 
 
 def test_fences_outlive_the_orders_that_raised_them(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     made = order(desk, fence=7)
     end(journal, desk, accept(journal, desk, made))
     journal.acknowledge([made.operation])
     journal.forget(GONE)
 
-    again = Journal(desk.home)
+    again = OperationJournal(desk.home)
 
     assert again.fences["test"].fence == 7
     assert (
@@ -194,36 +195,36 @@ def test_fences_outlive_the_orders_that_raised_them(desk: Desk) -> None:
 
 
 def test_a_fence_is_open_until_its_own_deployment_ends(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     accept(journal, desk, order(desk, fence=7))
-    assert Journal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test"].open
 
     journal.close("test", OTHER)
-    assert Journal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test"].open
     journal.close("test", DEPLOYMENT)
-    assert not Journal(desk.home).fences["test"].open
+    assert not OperationJournal(desk.home).fences["test"].open
     accept(journal, desk, order(desk, "late", fence=7))
-    assert not Journal(desk.home).fences["test"].open, "what follows at the same fence does not open it again"
+    assert not OperationJournal(desk.home).fences["test"].open, "what follows at the same fence does not open it again"
     accept(journal, desk, order(desk, "next", fence=8))
-    assert Journal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test"].open
 
 
 def test_an_order_that_is_not_kept_raises_the_fence_durably(desk: Desk) -> None:
-    Journal(desk.home).lead(order(desk, fence=9))
+    OperationJournal(desk.home).lead(order(desk, fence=9))
 
-    assert Journal(desk.home).fences["test"].fence == 9
+    assert OperationJournal(desk.home).fences["test"].fence == 9
 
 
 def test_a_damaged_memory_of_fences_is_not_taken_for_none(desk: Desk) -> None:
-    Journal(desk.home).lead(order(desk, fence=9))
+    OperationJournal(desk.home).lead(order(desk, fence=9))
     Path(desk.home, "journal.json").write_bytes(b"{")
 
     with pytest.raises(StoreError, match=r"journal\.json"):
-        Journal(desk.home)
+        OperationJournal(desk.home)
 
 
 def test_refusals_are_bounded_escaped_and_noted_once(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
 
     for number in range(3 * REFUSALS_MAX):
         digest = f"{number:064}"
@@ -232,28 +233,28 @@ def test_refusals_are_bounded_escaped_and_noted_once(desk: Desk) -> None:
 
     lines = Path(desk.home, "refusals.jsonl").read_bytes().splitlines()
     assert REFUSALS_MAX <= len(lines) <= 2 * REFUSALS_MAX + 1
-    kept = Journal(desk.home).refusals()
+    kept = OperationJournal(desk.home).refusals()
     assert len(kept) == REFUSALS_MAX
     assert kept[-1].digest == f"{3 * REFUSALS_MAX - 1:064}"
     assert (kept[-1].text + kept[-1].operation).isprintable()
 
 
 def test_a_torn_line_of_refusals_costs_that_line(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     journal.refuse("forged", "bad", operation="x", digest="0" * 64, relay="r", now=NOW)
     with Path(desk.home, "refusals.jsonl").open("ab") as file:
         file.write(b'{"at": 1, "co')
 
-    assert [refusal.digest for refusal in Journal(desk.home).refusals()] == ["0" * 64]
+    assert [refusal.digest for refusal in OperationJournal(desk.home).refusals()] == ["0" * 64]
 
 
 def test_a_removal_that_a_crash_interrupted_leaves_no_operation(desk: Desk) -> None:
-    journal = Journal(desk.home)
+    journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
     aside = os.path.join(os.path.dirname(entry.folder), f".gone-{os.path.basename(entry.folder)}")
     shutil.move(entry.folder, aside)
 
-    again = Journal(desk.home)
-    assert again.entries == {}
+    again = OperationJournal(desk.home)
+    assert again.operations == {}
     again.sweep()
     assert not os.path.exists(aside)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.relays.ranking import (
+from agent.relays.candidates import Source, by_weight, candidates, srv_source, static_source
+from agent.relays.health import (
     FAILS_OUT,
-    GOODPUT_KEPT,
     PROBE_ILL,
     PROBE_ILL_MAX,
     PROBE_WELL,
@@ -20,19 +20,13 @@ from agent.relays.ranking import (
     Average,
     Health,
     ProbeResult,
-    Source,
-    by_weight,
-    candidates,
     known,
     next_probe,
-    order_for_pull,
-    rank,
     record_failure,
     record_probes,
     record_success,
-    srv_source,
-    static_source,
 )
+from agent.relays.ranking import GOODPUT_KEPT, order_for_pull, rank
 from relay.errors import UsageError
 
 
@@ -143,11 +137,10 @@ def test_an_srv_port_out_of_range_is_refused(port):
 
 
 def test_a_looked_up_address_is_where_to_connect_and_the_name_stays_in_the_url():
-    placed = replace(A, address="192.0.2.1", alternates=("2001:db8::1",))
-    assert placed.url == "http://a.example.test:7400"
-    assert placed.endpoints == (("192.0.2.1", 7400), ("2001:db8::1", 7400))
-    assert A.endpoints == (("a.example.test", 7400),)
-    assert static_source("http://[2001:db8::2]:80").endpoints == (("2001:db8::2", 80),)
+    placed = replace(A, address="192.0.2.1")
+    assert (placed.url, placed.address) == ("http://a.example.test:7400", "192.0.2.1")
+    with pytest.raises(ValueError, match="address"):
+        replace(A, address="b.example.test")
 
 
 def test_a_source_that_does_not_hang_together_cannot_be_made():
@@ -157,7 +150,7 @@ def test_a_source_that_does_not_hang_together_cannot_be_made():
 
 
 @pytest.mark.processes
-def test_nearest_imports_neither_dns_nor_aiohttp():
+def test_ranking_and_look_ups_load_neither_dns_nor_aiohttp():
     code = (
         "import sys, agent.relays.ranking, agent.relays.dns; print(*{'dns', 'aiohttp', 'msgspec'} & set(sys.modules))"
     )

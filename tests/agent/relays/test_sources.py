@@ -17,8 +17,8 @@ from harness.packages import make_nupkg, noise
 from harness.relays import Relay, running_relay, small_server, token
 
 from agent.config import AgentConfig
-from agent.relays.dns import State, load_state, save_state
-from agent.relays.ranking import FAILS_OUT, PROBE_ILL_MAX, PROBE_WELL, Average, Health
+from agent.relays.health import FAILS_OUT, PROBE_ILL_MAX, PROBE_WELL, Average, Health
+from agent.relays.memory import State, load_state, save_state
 from agent.relays.sources import Sources, StoreSource
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull

@@ -19,22 +19,22 @@ from harness.process import eventually
 
 from agent import platform
 from agent.runs import fork_server, runs
-from agent.runs.fork_server import Nursery
+from agent.runs.fork_server import ForkServer
 from agent.runs.runs import RunSpec, launch, state_of, watch
 from agent.runs.scripts import base_environment
 from deploy.demo.programs import end_what_is_left
 from relay.errors import StoreError, UsageError
 
-pytestmark = pytest.mark.skipif(not platform.CAN_FORK, reason="there are nurseries on Linux only")
+pytestmark = pytest.mark.skipif(not platform.CAN_FORK, reason="there are fork servers on Linux only")
 
 SECRET = "cörrect-horse-battery"
 
 
 @pytest.fixture(autouse=True)
-def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery]:
-    """A nursery for the test alone."""
-    made = Nursery(runs._CODE_FOLDER)
-    monkeypatch.setattr(runs, "_nursery", made)
+def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    """A fork server for the test alone."""
+    made = ForkServer(runs._CODE_FOLDER)
+    monkeypatch.setattr(runs, "_fork_server", made)
     yield made
     made._end()
 
@@ -57,9 +57,9 @@ def again(folder: Path, script: str, **variables: str) -> None:
     launch(str(folder), spec, {**base_environment(), **variables})
 
 
-def pid_of(nursery: Nursery) -> int:
-    assert nursery._process is not None
-    return nursery._process.pid
+def pid_of(server: ForkServer) -> int:
+    assert server._process is not None
+    return server._process.pid
 
 
 def status_of(process: int) -> dict[str, str]:
@@ -87,8 +87,8 @@ def lives(process: int) -> bool:
 # --- what it is
 
 
-async def test_all_runners_of_a_process_come_from_one_nursery_and_none_stays_as_a_zombie(
-    tmp_path: Path, ours: Nursery
+async def test_all_runners_of_a_process_come_from_one_fork_server_and_none_stays_as_a_zombie(
+    tmp_path: Path, ours: ForkServer
 ) -> None:
     parents = set()
     for number in range(10):
@@ -122,7 +122,9 @@ def seen_of(process: int, folder: Path) -> dict[str, object]:
     }
 
 
-async def test_a_forked_runner_has_all_that_one_of_its_own_has_and_nothing_else(tmp_path: Path, ours: Nursery) -> None:
+async def test_a_forked_runner_has_all_that_one_of_its_own_has_and_nothing_else(
+    tmp_path: Path, ours: ForkServer
+) -> None:
     seen = {}
     for way in ("forked", "alone"):
         folder = tmp_path / way
@@ -140,7 +142,7 @@ async def test_a_forked_runner_has_all_that_one_of_its_own_has_and_nothing_else(
     assert seen["forked"][0]["last argument"] == b""  # it is the folder
 
 
-async def test_a_secret_is_in_no_file_and_on_no_command_line(folder: Path, ours: Nursery) -> None:
+async def test_a_secret_is_in_no_file_and_on_no_command_line(folder: Path, ours: ForkServer) -> None:
     child = started(folder, "echo $SECRET_A; exec sleep 1000", SECRET_A=SECRET)
     await eventually(lambda: (folder / "output").exists() and (folder / "output").stat().st_size > 0)
     shown = {path: path.read_bytes() for path in folder.iterdir()}
@@ -195,7 +197,7 @@ async def test_who_looks_for_a_folder_on_command_lines_finds_the_runner_of_a_scr
 # --- many, and again
 
 
-async def test_fifty_launched_at_once_run_once_each(tmp_path: Path, ours: Nursery) -> None:
+async def test_fifty_launched_at_once_run_once_each(tmp_path: Path, ours: ForkServer) -> None:
     calls = []
     with ThreadPoolExecutor(100) as threads:
         for _ in range(2):  # twice each
@@ -210,7 +212,7 @@ async def test_fifty_launched_at_once_run_once_each(tmp_path: Path, ours: Nurser
     await eventually(lambda: not children_of(pid_of(ours)))
 
 
-async def test_a_runner_that_broke_before_it_began_is_told_at_once(folder: Path, ours: Nursery) -> None:
+async def test_a_runner_that_broke_before_it_began_is_told_at_once(folder: Path, ours: ForkServer) -> None:
     (folder / "output").mkdir(parents=True)
     started(folder, "true")
     with pytest.raises(StoreError, match="never began: IsADirectoryError"):
@@ -218,7 +220,7 @@ async def test_a_runner_that_broke_before_it_began_is_told_at_once(folder: Path,
     assert lives(pid_of(ours))
 
 
-async def test_what_the_nursery_cannot_do_is_told_as_ever_and_it_goes_on(folder: Path, ours: Nursery) -> None:
+async def test_what_the_fork_server_cannot_do_is_told_as_ever_and_it_goes_on(folder: Path, ours: ForkServer) -> None:
     (folder / "runner.log").mkdir(parents=True)
     with pytest.raises(StoreError, match="Is a directory"):
         started(folder, "true")
@@ -234,8 +236,8 @@ async def test_what_the_nursery_cannot_do_is_told_as_ever_and_it_goes_on(folder:
 # --- without it
 
 
-async def test_where_no_nursery_can_be_a_runner_is_started_alone_and_it_is_not_tried_again(
-    tmp_path: Path, ours: Nursery, monkeypatch: pytest.MonkeyPatch
+async def test_where_no_fork_server_can_be_a_runner_is_started_alone_and_it_is_not_tried_again(
+    tmp_path: Path, ours: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
@@ -251,7 +253,9 @@ async def test_where_no_nursery_can_be_a_runner_is_started_alone_and_it_is_not_t
     assert ours._process is None
 
 
-async def test_a_nursery_that_was_killed_is_replaced_and_its_runners_live_on(tmp_path: Path, ours: Nursery) -> None:
+async def test_a_fork_server_that_was_killed_is_replaced_and_its_runners_live_on(
+    tmp_path: Path, ours: ForkServer
+) -> None:
     wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; exit 7"
     old = started(tmp_path / "old", wait)
     first = pid_of(ours)
@@ -267,8 +271,8 @@ async def test_a_nursery_that_was_killed_is_replaced_and_its_runners_live_on(tmp
     assert [outcome.exit_status for outcome in outcomes] == [7, 8, 9]
 
 
-async def test_a_nursery_that_does_not_answer_is_left(
-    tmp_path: Path, ours: Nursery, monkeypatch: pytest.MonkeyPatch
+async def test_a_fork_server_that_does_not_answer_is_left(
+    tmp_path: Path, ours: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "_ANSWER_SECONDS", 0.5)
     started(tmp_path / "one", "true")
@@ -280,7 +284,7 @@ async def test_a_nursery_that_does_not_answer_is_left(
     assert (tmp_path / "counter").read_text() == "run\n"
 
 
-async def test_a_nursery_asked_to_end_ends_and_its_runners_do_not(folder: Path, ours: Nursery) -> None:
+async def test_a_fork_server_asked_to_end_ends_and_its_runners_do_not(folder: Path, ours: ForkServer) -> None:
     child = started(folder, "exec sleep 1000")
     await eventually((folder / "leader").exists)
     os.kill(pid_of(ours), signal.SIGTERM)
@@ -300,21 +304,21 @@ folder = sys.argv[1]
 for number in range(1000):
     spec = runs.RunSpec(("sh", "-c", f"echo run >> {folder}/counter-{number}"), "/", 60.0)
     runs.launch(f"{folder}/{number}", spec, base_environment())
-    print(runs._nursery._process.pid, flush=True)
+    print(runs._fork_server._process.pid, flush=True)
 """
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_launcher_that_is_killed_takes_its_nursery_with_it_and_no_runner(tmp_path: Path, seed: int) -> None:
+async def test_a_launcher_that_is_killed_takes_its_fork_server_with_it_and_no_runner(tmp_path: Path, seed: int) -> None:
     """Killed at any moment of a launch; what it launched is launched again by another."""
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stdout=subprocess.PIPE)
     assert launcher.stdout is not None
-    its_nursery = int(launcher.stdout.readline())
-    assert lives(its_nursery)
+    its_fork_server = int(launcher.stdout.readline())
+    assert lives(its_fork_server)
     await asyncio.sleep(random.Random(seed).random() * 0.1)
     launcher.kill()
     launcher.communicate()
-    await eventually(lambda: not lives(its_nursery))
+    await eventually(lambda: not lives(its_fork_server))
     begun = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert begun
     for path in begun:
@@ -323,8 +327,8 @@ async def test_a_launcher_that_is_killed_takes_its_nursery_with_it_and_no_runner
         assert (tmp_path / f"counter-{path.name}").read_text() == "run\n"
 
 
-async def test_a_nursery_that_is_killed_at_any_moment_costs_no_run_and_repeats_none(
-    tmp_path: Path, ours: Nursery
+async def test_a_fork_server_that_is_killed_at_any_moment_costs_no_run_and_repeats_none(
+    tmp_path: Path, ours: ForkServer
 ) -> None:
     """Also between a request and its answer: then two runners are started, and one of them runs the script."""
     killed, alone, took, chance = set(), 0, {}, random.Random(1)
@@ -343,7 +347,7 @@ async def test_a_nursery_that_is_killed_at_any_moment_costs_no_run_and_repeats_n
         )
         took[number % 4] = time.monotonic() - begun
 
-    # By turns, undisturbed: one that must start a nursery, one that finds it; then each of them with a kill at a moment
+    # By turns, undisturbed: one that must start a fork server, one that finds it; then each of them with a kill at a moment
     # within the time that it just took, however slow the machine is today.
     for number in range(60):
         if number % 4 < 2:
@@ -354,7 +358,7 @@ async def test_a_nursery_that_is_killed_at_any_moment_costs_no_run_and_repeats_n
         killer.start()
         launch(number)
         killer.join()
-    assert len(killed) > 5, "no nursery was killed"
+    assert len(killed) > 5, "no fork server was killed"
     assert 0 < alone < 60
     for number in range(60):
         assert (await watch(str(tmp_path / str(number)))).state == "done"

@@ -19,7 +19,7 @@ from harness.relays import Relay, running_relay
 
 from agent import platform
 from agent.config import AgentConfig
-from agent.relays.dns import load_state
+from agent.relays.memory import load_state
 from agent.relays.sources import Sources
 from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
@@ -36,7 +36,7 @@ from relay.errors import (
 )
 from relay.protocol.client import RelayClient
 from relay.protocol.connection import ClientLimits
-from relay.transfer.encoder_pool import Payloads, RunSpec
+from relay.transfer.encoder_pool import PayloadReader
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)
 FILES = {
@@ -479,17 +479,17 @@ async def test_a_relay_that_sends_wrong_differences_is_asked_plainly_and_nothing
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lies = 0
-    made = Payloads.pieces
+    made = PayloadReader.stretches
 
-    async def lying(self: Payloads, spec: RunSpec) -> AsyncIterator[bytes]:
+    async def lying(self: PayloadReader, least: int, patience: float | None) -> AsyncIterator[tuple[bytes, bool]]:
         nonlocal lies
-        payload = b"".join([piece async for piece in made(self, spec)])
-        if spec.bases:
+        payload = b"".join([stretch async for stretch, _ in made(self, least, patience)])
+        if self._payload.spec.bases:
             lies += 1
             payload = payload[:-20] + bytes(byte ^ 0x55 for byte in payload[-20:])
-        yield payload
+        yield payload, False
 
-    monkeypatch.setattr(Payloads, "pieces", lying)
+    monkeypatch.setattr(PayloadReader, "stretches", lying)
     async with far_machine(tmp_path, THIN) as far:
         await far.pull()
         second = await far.pull("1.1.0")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.engines import ENGINES, PACKAGES, needs_engines
 from harness.packages import deflated, words
-from harness.process import run
+from harness.process import Process, run
 from harness.relays import RelayProcess
 
 PARTS = {"lib/a.dll": words(1, 400_000), "b.txt": words(2, 2_000)}
@@ -78,6 +82,74 @@ def test_engines_that_come_later_mend_the_recipe(by: str, home: Path) -> None:
     told = exact(home, *name)
     assert set(told["shares"]) == {"dotnet-10", "stored"}
     assert told["verbatim"] is None
+
+
+# --- between publication and proof
+
+engines_are_looked_for = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="engines are for linux-x64"
+)
+
+
+@contextmanager
+def killed_in_the_proof(home: Path, *nupkgs: str, **more: str) -> Iterator[str]:
+    """What `package add` told, before it was killed over the proof: it waits for an engine that never can be read."""
+    engines = home / "engines-that-wait"
+    engines.mkdir()
+    os.mkfifo(engines / "engine.so")
+    with Process(home, "package", "add", *nupkgs, WAYSTATION_ENGINES=str(engines), **more) as adding:
+        yield adding.wait_for_line("added")
+        assert adding.kill().code == -signal.SIGKILL, "it had ended before the kill"
+
+
+@engines_are_looked_for
+def test_a_package_is_listed_fetched_and_replicated_while_its_proof_is_under_way(
+    home: Path, tmp_path: Path, relay: RelayProcess
+) -> None:
+    nupkg = deflated(tmp_path, PARTS)
+    out = tmp_path / "out.nupkg"
+    with killed_in_the_proof(home, nupkg) as told:
+        assert told.startswith("added  Acme.Web 1.0.0  sha256:")
+        (listed,) = run(home, "package", "list", "--json").json["packages"]
+        assert (listed["id"], listed["version"]) == NAME
+        assert exact(home, *NAME) is None
+        assert "not proved yet" in run(home, "package", "show", *NAME).out
+        assert run(home, "package", "fetch", *NAME, "--output", out).code == 0
+        sent = run(home, "package", "replicate", *NAME, "--relay", relay.url, "--json").json
+        assert sent["failed"] == []
+    assert out.read_bytes() == Path(nupkg).read_bytes()
+
+
+@engines_are_looked_for
+@pytest.mark.parametrize("by", ["add", "replicate --exact"])
+def test_a_kill_between_publication_and_proof_leaves_a_package_that_is_proved_later(
+    by: str, home: Path, tmp_path: Path, relay: RelayProcess
+) -> None:
+    nupkg = deflated(tmp_path, PARTS)
+    with killed_in_the_proof(home, nupkg):
+        pass
+    assert exact(home, *NAME) is None, "the kill fell behind the proof"
+    assert run(home, "package", "replicate", *NAME, "--relay", relay.url).code == 0
+    if by == "add":
+        again = run(home, "package", "add", nupkg, "--json").json["packages"][0]
+        assert (again["new"], again["chunks_stored"]) == (False, 0)
+        assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
+    sent = run(home, "package", "replicate", *NAME, "--relay", relay.url, "--exact", "--json").json
+    assert sent["relays"][0]["exact_bytes"] == 0, "the recipe is all that the relay needs"
+    assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
+    out = tmp_path / "out.nupkg"
+    assert run(home, "package", "fetch", *NAME, "--relay", relay.url, "--output", out).code == 0
+    assert out.read_bytes() == Path(nupkg).read_bytes()
+    assert list((home / "depot" / "tmp").glob("*")) == []
+
+
+def test_the_file_may_go_as_soon_as_it_is_told(home: Path, tmp_path: Path) -> None:
+    nupkg = Path(deflated(tmp_path, PARTS | {"lib/large.dll": words(3, 20_000_000)}))
+    with Process(home, "package", "add", nupkg) as adding:
+        adding.wait_for_line("added  ")
+        nupkg.unlink()
+        assert adding.result().code == 0
+    assert set(exact(home, *NAME)["shares"]) == {"zlib", "stored"}
 
 
 # --- fetch

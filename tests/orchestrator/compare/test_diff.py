@@ -122,7 +122,7 @@ def test_bytes_by_encoding_are_those_of_a_payload_that_decodes(tmp_path: Path, o
 
 def test_without_bases_a_delta_is_counted_as_the_plain_form(tmp_path: Path, opened) -> None:
     (new,) = opened(write(tmp_path / "a.nupkg", FILES))
-    run = diff.Run(tuple(range(len(new.manifest.chunks))), (), new.manifest.stream_size)
+    run = diff.BasedRun(tuple(range(len(new.manifest.chunks))), (), new.manifest.stream_size)
     assert diff.payload_bytes(new, new, run, Coding.parse("zstd-prefix:3")) == diff.payload_bytes(
         new, new, run, Coding.parse("zstd:3")
     )

@@ -24,7 +24,7 @@ from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
 from relay.server.app import start
 from relay.stores.open import open_reader
-from relay.transfer.replicate import Progress, Replicated, replicate
+from relay.transfer.replicate import Progress, ReplicationResult, replicate
 
 FILES = {f"lib/part{n}.dll": noise(n, 400_000) for n in range(6)}
 PACKAGE_BYTES = 2_400_000
@@ -100,7 +100,7 @@ class Country:
         line = f"{above.name} → {relay.name}"
         return self.sources.get(line) or f"http://127.0.0.1:{self.between[line].port}"
 
-    async def _send(self, relay: PlannedRelay, client: RelayClient, progress: Progress) -> Replicated:
+    async def _send(self, relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
         signature = await self.origin.signature(self.manifest)
         source = self.origin.depot.store.chunks
         return await replicate(self.manifest, signature, source, client, progress=progress, patience=PATIENCE)

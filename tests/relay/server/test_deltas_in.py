@@ -268,7 +268,9 @@ async def test_a_run_is_handed_on_before_its_end_has_come_and_byte_for_byte(tran
     assert [event.index for event in received] == list(big.indexes)
     assert sum(event.payload_bytes for event in received) <= len(payload)
     spec = transfer.payloads.find(big.manifest.chunk_ids(), (), {encoding})
-    assert b"".join([piece async for piece in transfer.payloads.pieces(spec)]) == payload
+    reader = transfer.payloads.open(spec)
+    assert b"".join([stretch async for stretch, _ in reader.stretches()]) == payload
+    reader.close()
 
 
 async def test_a_run_that_breaks_off_on_its_way_in_ends_the_readers_bundle_well_and_it_asks_again(transfer, store):

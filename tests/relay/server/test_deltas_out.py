@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from harness.packages import Cut, cut_package, encode_run, noise
 from harness.process import eventually
+from harness.short_runs import shorten_runs
 
 from relay.encoding.bundle import (
     Aborted,
@@ -35,7 +36,7 @@ from relay.server import bundle_answer
 from relay.server.bundle_answer import Reader
 from relay.server.packages import Transfer
 from relay.stores.open import open_store
-from relay.transfer.encoder_pool import Payloads, RunSpec
+from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec
 
 PATIENCE = 30.0
 THIN = 50_000.0
@@ -141,7 +142,7 @@ async def take(transfer: Transfer, who: Reader, places: Sequence[int] = CHANGED,
 @pytest.fixture
 def encoded(monkeypatch):
     """Every spec for which an encoder was begun."""
-    begun: list[RunSpec] = []
+    begun: list[PayloadSpec] = []
     start = Payloads._start
 
     def watched(self, spec):
@@ -241,7 +242,7 @@ async def test_while_encoders_are_busy_the_stored_form_is_sent(transfer, monkeyp
 
 
 async def test_runs_are_encoded_ahead_of_the_line(transfer, monkeypatch, encoded):
-    monkeypatch.setattr(bundle_answer, "DELTA_RUN_BYTES", 300_000)
+    shorten_runs(monkeypatch, 300_000)
     monkeypatch.setattr(bundle_answer, "_AHEAD", 2)
     async with aclosing(transfer.give([(NEW.manifest, tuple(CHANGED))], reader(THIN, held()))) as given:
         seen = b""
@@ -290,11 +291,10 @@ async def test_a_medium_that_fails_is_told_in_the_bundle(transfer, store, monkey
 
 
 async def test_an_encoder_that_stands_still_is_not_waited_for(transfer, monkeypatch):
-    async def never(self, spec):
+    async def never(self, least):
         await asyncio.sleep(3600)
-        yield b""
 
-    monkeypatch.setattr(Payloads, "pieces", never)
+    monkeypatch.setattr(PayloadReader, "ready", never)
     transfer._arriving_seconds = 0.05
     taken = await take(transfer, reader(THIN, held()))
     assert sorted(taken.chunks) == CHANGED
@@ -304,14 +304,14 @@ async def test_an_encoder_that_stands_still_is_not_waited_for(transfer, monkeypa
 async def test_a_payload_that_breaks_off_in_the_middle_ends_the_bundle_so_that_the_reader_asks_again(
     transfer, monkeypatch
 ):
-    made = Payloads.pieces
+    made = PayloadReader.stretches
 
-    async def half(self, spec):
-        payload = b"".join([piece async for piece in made(self, spec)])
-        yield payload[: len(payload) // 2]
+    async def half(self, *how):
+        payload = b"".join([stretch async for stretch, _ in made(self, *how)])
+        yield payload[: len(payload) // 2], True
         raise StoreError("gone")
 
-    monkeypatch.setattr(Payloads, "pieces", half)
+    monkeypatch.setattr(PayloadReader, "stretches", half)
     taken = await take(transfer, reader(THIN, held()))
     assert taken.of(Aborted) == [Aborted("busy")]
     assert len(taken.of(RunRefused)) == 1
@@ -353,20 +353,3 @@ async def test_a_difference_that_arrives_is_handed_on_to_who_holds_its_bases_and
     assert (await stranger).is_stored
     assert sorted((await holder).chunks) == sorted((await stranger).chunks) == places
     assert encoded == []
-
-
-async def test_every_byte_of_a_stretched_payload_is_sent_once_and_nothing_waits_but_the_last():
-    async def of(*some):
-        for piece in some:
-            yield piece
-
-    for cut in ([b"abc", b"d", b"efgh"], [b"a"], [b"a", b"b"], []):
-        found = [each async for each in bundle_answer._stretches(of(*cut))]
-        assert b"".join(piece for piece, _ in found) == b"".join(cut)
-        assert all(piece for piece, _ in found)
-        assert [more for _, more in found] == [True] * (len(found) - 1) + [False] * bool(found)
-    assert [each async for each in bundle_answer._stretches(of(b"abc", b"de"))] == [
-        (b"ab", True),
-        (b"cd", True),
-        (b"e", False),
-    ]

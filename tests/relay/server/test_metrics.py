@@ -66,7 +66,7 @@ async def store():
 
 @pytest.fixture
 async def transfer(store):
-    made = Transfer(store, arriving_seconds=0.2)
+    made = Transfer(store, arriving_seconds=10.0)
     await made.load()
     await bring(made, OLD, [plain(OLD, [i]) for i in OLD.indexes])
     await made.publish(OLD.manifest.package, messages.PublishRequest(manifest=OLD.manifest.id))

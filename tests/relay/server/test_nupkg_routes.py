@@ -30,13 +30,13 @@ from relay.package.recipe import VERBATIM, Canonical, Opaque, Recipe, opaque, sh
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.protocol.not_exact import NotExactError
-from relay.transfer.replicate import Replicated
+from relay.transfer.replicate import ReplicationResult
 
 PARTS = {"lib/net10.0/a.dll": words(1, 700_000), "lib/net10.0/b.dll": words(2, 90_000), "c.txt": words(3, 400)}
 EDITED = PARTS | {"lib/net10.0/a.dll": words(1, 600_000) + words(9, 100_000)}
 
 
-async def bring(origin: Origin, url: str, index: int = 0, *, exact: bool = False) -> Replicated:
+async def bring(origin: Origin, url: str, index: int = 0, *, exact: bool = False) -> ReplicationResult:
     """Replicate, as the command does."""
     manifest = origin.added[index].manifest
     async with RelayClient(url) as client, shipping_from(origin.depot) as plain:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 from harness.packages import cut_package, noise
+from harness.short_runs import shorten_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ PATIENCE = 30.0
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
     """Several requests from a small package."""
-    monkeypatch.setattr(downloads, "SEGMENT_BYTES", 200_000)
+    shorten_segments(monkeypatch, 200_000)
 
 
 def got(index: int) -> Received:
@@ -495,7 +496,7 @@ async def test_a_source_whose_plain_bytes_are_wrong_too_is_left():
 
 
 async def test_a_source_whose_differences_fail_again_and_again_is_asked_for_none_any_more(monkeypatch):
-    monkeypatch.setattr(downloads, "THIN_SEGMENT_BYTES", 140_000)
+    shorten_segments(monkeypatch, 200_000, 140_000)
     source = Differing(wrong=FrameError("nonsense"))
     sink, tallies = await run(source, find_bases=held_here, goodput=THIN)
     assert each_once(sink)
@@ -569,20 +570,9 @@ async def test_a_relay_that_broke_off_for_a_moment_is_asked_again():
     assert tallies["relay"].error is None
 
 
-@given(st.floats(0.0, 1e12), st.booleans())
-def test_bases_are_named_on_lines_that_are_not_fast_and_thin_ones_get_long_segments(goodput, can_have_bases):
-    how = downloads.request_shape(goodput, can_have_bases=can_have_bases)
-    assert how.with_bases == (can_have_bases and goodput < downloads.FAST_GOODPUT)
-    assert how.one_at_a_time == (how.segment_bytes == downloads.THIN_SEGMENT_BYTES)
-    if goodput >= downloads.THIN_GOODPUT:
-        assert not how.one_at_a_time
-    if not goodput and not can_have_bases:
-        assert how == downloads.RequestShape(downloads.SEGMENT_BYTES, one_at_a_time=False, with_bases=False)
-
-
 async def test_a_pace_that_something_else_set_never_makes_a_line_look_thinner(monkeypatch):
     monkeypatch.setattr(downloads, "_TELLING_BYTES", 1)
-    monkeypatch.setattr(downloads, "THIN_SEGMENT_BYTES", 300_000)
+    shorten_segments(monkeypatch, 200_000, 300_000)
 
     class Slow(Differing):
         async def stream(self, manifest, indexes, **how):

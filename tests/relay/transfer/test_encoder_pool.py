@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -19,7 +19,7 @@ from relay.package.identity import ChunkId
 from relay.stores.contract import PIECE
 from relay.stores.memory import MemoryChunks
 from relay.transfer import encoder_pool as under_test
-from relay.transfer.encoder_pool import Payloads, RunSpec, expected_payload, working_bytes
+from relay.transfer.encoder_pool import Payloads, PayloadSpec, expected_payload, working_bytes
 
 MIB = 1 << 20
 
@@ -112,8 +112,18 @@ async def opened(shelf: Shelf, **options: int) -> AsyncIterator[Payloads]:
         await asyncio.wait_for(payloads.close(), 30)
 
 
-async def whole(payloads: Payloads, spec: RunSpec) -> bytes:
-    return b"".join([piece async for piece in payloads.pieces(spec)])
+async def stretches(payloads: Payloads, spec: PayloadSpec) -> AsyncGenerator[bytes, None]:
+    """One reader's stretches, as soon as there are any."""
+    reader = payloads.open(spec)
+    try:
+        async for stretch, _ in reader.stretches(1):
+            yield stretch
+    finally:
+        reader.close()
+
+
+async def whole(payloads: Payloads, spec: PayloadSpec) -> bytes:
+    return b"".join([stretch async for stretch in stretches(payloads, spec)])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -122,8 +132,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def spec_of(*ids: ChunkId, size: int = 1000, coding: Coding = PLAIN) -> RunSpec:
-    return RunSpec(ids, (), coding, size)
+def spec_of(*ids: ChunkId, size: int = 1000, coding: Coding = PLAIN) -> PayloadSpec:
+    return PayloadSpec(ids, (), coding, size)
 
 
 def named(*names: str) -> tuple[ChunkId, ...]:
@@ -142,7 +152,7 @@ async def test_a_payload_decodes_to_its_run_whatever_the_encoding(coding: Coding
     new = [data[:50_000] + b"changed" + data[50_000:] for data in old]
     base_ids, ids = await shelf.put_data(*old), await shelf.put_data(*new)
     bases = base_ids if coding.needs_bases else ()
-    spec = RunSpec(ids, bases, coding, sum(map(len, new)), sum(map(len, old)) if bases else 0)
+    spec = PayloadSpec(ids, bases, coding, sum(map(len, new)), sum(map(len, old)) if bases else 0)
     async with opened(shelf) as payloads:
         payload = await whole(payloads, spec)
     decoder = decoder_for(coding.encoding, spec.size, b"".join(old) if bases else b"")
@@ -150,14 +160,15 @@ async def test_a_payload_decodes_to_its_run_whatever_the_encoding(coding: Coding
     assert decoder.is_whole
 
 
-async def test_pieces_are_small_whatever_the_encoder_gives():
+async def test_stretches_are_no_longer_than_a_header_is_worth_whatever_the_encoder_gives():
     shelf = Shelf()
-    data = noise(1, 3 * PIECE + 7)
+    data = noise(1, 3 * MIB + 7)
     spec = spec_of(*await shelf.put_data(data), size=len(data), coding=RAW)
     async with opened(shelf) as payloads:
-        pieces = [piece async for piece in payloads.pieces(spec)]
-    assert [len(piece) for piece in pieces] == [PIECE, PIECE, PIECE, 7]
-    assert b"".join(pieces) == data
+        await payloads.make(spec)
+        found = [stretch async for stretch in stretches(payloads, spec)]
+    assert [len(stretch) for stretch in found] == [MIB, MIB, MIB, 7]
+    assert b"".join(found) == data
 
 
 async def test_a_run_is_joined_in_its_own_order_with_repetitions():
@@ -212,19 +223,19 @@ async def test_a_payload_is_read_while_it_grows_by_each_at_his_own_pace(encoder:
     shelf = Shelf()
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
-        fast, slow = aiter(payloads.pieces(spec)), aiter(payloads.pieces(spec))
+        fast, slow = stretches(payloads, spec), stretches(payloads, spec)
         encoder.allow(1)
-        assert await anext(fast) == b"p" * 1000
+        assert await anext(fast) == b"p" * 999
         assert encoder.gave == 1
-        assert await anext(slow) == b"p" * 1000
+        assert await anext(slow) == b"p" * 999
         encoder.allow(2)
-        assert await anext(fast) + await anext(fast) == b"p" * 2000
-        late = aiter(payloads.pieces(spec))
-        assert await anext(late) == b"p" * 1000
+        more = len(await anext(fast))
+        late = stretches(payloads, spec)
+        begun = len(await anext(late))
         encoder.allow(1)
-        assert len(b"".join([piece async for piece in fast])) == 1000
-        assert len(b"".join([piece async for piece in slow])) == 3000
-        assert len(b"".join([piece async for piece in late])) == 3000
+        assert 999 + more + len(b"".join([stretch async for stretch in fast])) == 4000
+        assert 999 + len(b"".join([stretch async for stretch in slow])) == 4000
+        assert begun + len(b"".join([stretch async for stretch in late])) == 4000
     assert len(encoder.calls) == 1
 
 
@@ -233,13 +244,13 @@ async def test_an_encoder_stops_when_its_last_reader_leaves_and_not_before(encod
     encoder.pieces = 100
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
-        first, second = aiter(payloads.pieces(spec)), aiter(payloads.pieces(spec))
+        first, second = stretches(payloads, spec), stretches(payloads, spec)
         encoder.allow(1)
         await anext(first)
         await anext(second)
         await first.aclose()
         encoder.allow(1)
-        assert await anext(second) == b"p" * 1000
+        assert await anext(second) == b"p" * 1000, "of two pieces, one byte each time waits for the next"
         await second.aclose()
         assert payloads.find(spec.chunks, (), ["zstd"]) is None
         encoder.allow(100)
@@ -305,7 +316,7 @@ async def test_a_missing_base_is_said_to_be_missing():
     ids, (absent,) = await shelf.put_data(b"run"), named("absent")
     async with opened(shelf) as payloads:
         with pytest.raises(ChunkMissing) as caught:
-            await whole(payloads, RunSpec(ids, (absent,), Coding("hdiff", 3), 3, 6))
+            await whole(payloads, PayloadSpec(ids, (absent,), Coding("hdiff", 3), 3, 6))
         assert caught.value.id == absent
         assert payloads.memory == 0
 
@@ -419,11 +430,11 @@ async def test_a_slow_reader_gets_all_of_a_payload_that_is_too_large_to_keep():
     ids = await shelf.put_data(data, b"other")
     async with opened(shelf, kept_bytes=10, memory_bytes=10) as payloads:
         spec = spec_of(ids[0], size=len(data), coding=RAW)
-        slow = aiter(payloads.pieces(spec))
+        slow = stretches(payloads, spec)
         pieces = [await anext(slow)]
         assert await whole(payloads, spec_of(ids[1], size=5, coding=RAW)) == b"other"
         assert payloads.memory == len(data), "what is being read counts"
-        pieces += [piece async for piece in slow]
+        pieces += [stretch async for stretch in slow]
         assert b"".join(pieces) == data
         assert payloads.memory == 0
 
@@ -453,7 +464,7 @@ async def test_however_small_they_are_only_so_many_are_kept(monkeypatch: pytest.
 
 @given(st.integers(1, 64 * MIB), st.integers(0, 64 * MIB), st.sampled_from(["raw", "zstd:3", "zstd:19", "hdiff"]))
 def test_an_encoder_is_counted_for_more_than_what_it_reads_and_makes(size: int, base_size: int, coding: str):
-    spec = RunSpec(named("c"), (), Coding.parse(coding), size, base_size)
+    spec = PayloadSpec(named("c"), (), Coding.parse(coding), size, base_size)
     assert working_bytes(spec) >= size + base_size + expected_payload(spec)
 
 
@@ -462,18 +473,18 @@ def test_an_encoder_is_counted_for_more_than_what_it_reads_and_makes(size: int, 
 
 async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread():
     shelf = Shelf()
-    spec = RunSpec(named("a", "b"), (), Coding("hdiff", 0), 9000)
+    spec = PayloadSpec(named("a", "b"), (), Coding("hdiff", 0), 9000)
     async with opened(shelf) as payloads:
         growing = payloads.adopt(spec)
         assert growing is not None
         assert payloads.find(spec.chunks, (), ["hdiff"]) == spec
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         with ThreadPoolExecutor(1) as elsewhere:
             await asyncio.wrap_future(elsewhere.submit(growing.add, b"first"))
-            assert await anext(reader) == b"first"
+            assert await anext(reader) == b"firs"
             await asyncio.wrap_future(elsewhere.submit(growing.add, b"second"))
             await asyncio.wrap_future(elsewhere.submit(growing.finish))
-        assert [piece async for piece in reader] == [b"second"]
+        assert b"".join([stretch async for stretch in reader]) == b"tsecond"
         assert await whole(payloads, spec) == b"firstsecond"
         made = payloads.made(spec)
         assert made is not None
@@ -485,13 +496,13 @@ async def test_an_adopted_payload_is_read_while_it_arrives_from_another_thread()
 async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
     shelf = Shelf()
     data = noise(1, 1000)
-    spec = RunSpec(await shelf.put_data(data), (), Coding("zstd", 0), 1000)
+    spec = PayloadSpec(await shelf.put_data(data), (), Coding("zstd", 0), 1000)
     async with opened(shelf) as payloads:
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"begin")
-        reader = aiter(payloads.pieces(spec))
-        assert await anext(reader) == b"begin"
+        reader = stretches(payloads, spec)
+        assert await anext(reader) == b"begi"
         if how == "fail":
             growing.fail()
             growing.finish()
@@ -507,7 +518,7 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
 
 async def test_what_fails_after_it_was_whole_stays_whole():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"all")
@@ -519,7 +530,7 @@ async def test_what_fails_after_it_was_whole_stays_whole():
 
 async def test_the_same_payload_is_adopted_once():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         assert payloads.adopt(spec) is None
@@ -527,11 +538,11 @@ async def test_the_same_payload_is_adopted_once():
 
 async def test_an_arriving_payload_goes_on_when_its_readers_leave():
     async with opened(Shelf()) as payloads:
-        spec = RunSpec(named("a"), (), Coding("zstd", 0), 10)
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
         growing = payloads.adopt(spec)
         assert growing is not None
         growing.add(b"be")
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         await anext(reader)
         await reader.aclose()
         growing.add(b"gin")
@@ -541,10 +552,10 @@ async def test_an_arriving_payload_goes_on_when_its_readers_leave():
 
 async def test_nothing_is_adopted_without_room_for_it():
     async with opened(Shelf(), memory_bytes=MIB) as payloads:
-        fits, too_much = (RunSpec(named(name), (), Coding("zstd", 0), MIB) for name in "ab")
+        fits, too_much = (PayloadSpec(named(name), (), Coding("zstd", 0), MIB) for name in "ab")
         growing = payloads.adopt(fits)
         assert growing is not None
-        assert payloads.adopt(RunSpec(named("c"), (), RAW, MIB)) is None
+        assert payloads.adopt(PayloadSpec(named("c"), (), RAW, MIB)) is None
         growing.finish()
         await asyncio.sleep(0)
         assert payloads.adopt(too_much) is not None
@@ -552,15 +563,15 @@ async def test_nothing_is_adopted_without_room_for_it():
 
 async def test_an_arriving_payload_that_outgrows_the_memory_is_let_go():
     async with opened(Shelf(), memory_bytes=3 * PIECE) as payloads:
-        spec = RunSpec(named("a"), (), Coding("hdiff", 0), PIECE)
+        spec = PayloadSpec(named("a"), (), Coding("hdiff", 0), PIECE)
         growing = payloads.adopt(spec)
         assert growing is not None
-        reader = aiter(payloads.pieces(spec))
+        reader = stretches(payloads, spec)
         growing.add(b"x" * 2 * PIECE)
         await anext(reader)
         growing.add(b"x" * 2 * PIECE)
         with pytest.raises(StoreError, match="no memory"):
-            [piece async for piece in reader]
+            [stretch async for stretch in reader]
         assert payloads.memory == 0
 
 
@@ -571,11 +582,11 @@ async def test_the_payload_with_the_most_bytes_is_found_among_what_is_wanted():
     a, b, c, base, other = named("a", "b", "c", "base", "other")
     async with opened(Shelf()) as payloads:
         specs = [
-            RunSpec((a,), (), Coding("zstd", 0), 10),
-            RunSpec((a, b), (), Coding("zstd", 0), 20),
-            RunSpec((a, b), (base,), Coding("hdiff", 0), 21),
-            RunSpec((a, b, c), (), Coding("raw", 0), 30),
-            RunSpec((b, c), (base, other), Coding("hdiff", 0), 40),
+            PayloadSpec((a,), (), Coding("zstd", 0), 10),
+            PayloadSpec((a, b), (), Coding("zstd", 0), 20),
+            PayloadSpec((a, b), (base,), Coding("hdiff", 0), 21),
+            PayloadSpec((a, b, c), (), Coding("raw", 0), 30),
+            PayloadSpec((b, c), (base, other), Coding("hdiff", 0), 40),
         ]
         growing = [payloads.adopt(spec) for spec in specs]
         assert all(growing)
@@ -594,7 +605,7 @@ async def test_who_waits_for_a_change_is_woken_when_a_payload_begins(encoder: En
     spec = spec_of(*await shelf.put_data(b"run"))
     async with opened(shelf) as payloads:
         for begin in (
-            lambda: payloads.adopt(RunSpec(named("a"), (), RAW, 1)),
+            lambda: payloads.adopt(PayloadSpec(named("a"), (), RAW, 1)),
             lambda: asyncio.create_task(whole(payloads, spec)),
         ):
             waiting = asyncio.create_task(payloads.changed())
@@ -614,7 +625,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     ids = await shelf.put_data(*(noise(n, 10) for n in range(5)))
     payloads = Payloads(shelf, threads=1)
     readers = [asyncio.create_task(whole(payloads, spec_of(id))) for id in ids]
-    growing = payloads.adopt(RunSpec(named("a"), (), RAW, 1))
+    growing = payloads.adopt(PayloadSpec(named("a"), (), RAW, 1))
     assert growing is not None
     await until(lambda: encoder.running == 1)
     closing = asyncio.create_task(payloads.close())
@@ -630,4 +641,42 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     growing.finish()
     with pytest.raises(StoreError):
         await whole(payloads, spec_of(ids[0]))
-    assert payloads.adopt(RunSpec(named("b"), (), RAW, 1)) is None
+    assert payloads.adopt(PayloadSpec(named("b"), (), RAW, 1)) is None
+
+
+# --- read in stretches
+
+
+@pytest.mark.parametrize("cut", [[b"abc", b"d", b"efgh"], [b"ab"], [b"a", b"b"]])
+async def test_every_byte_of_a_stretched_payload_is_read_once_and_only_its_last_one_waits(cut: list[bytes]) -> None:
+    async with opened(Shelf()) as payloads:
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
+        growing = payloads.adopt(spec)
+        assert growing is not None
+        reader, found = payloads.open(spec), []
+        stretches = reader.stretches(1, 20.0)
+        for at, piece in enumerate(cut):
+            growing.add(piece)
+            await until(lambda at=at: reader.size == len(b"".join(cut[: at + 1])))  # type: ignore[misc]
+            if reader.size - reader.taken > 1:
+                found.append(await anext(stretches))
+        assert b"".join(stretch for stretch, _ in found) == b"".join(cut)[:-1]
+        growing.finish()
+        found += [each async for each in stretches]
+        assert b"".join(stretch for stretch, _ in found) == b"".join(cut)
+        assert [more for _, more in found] == [True] * (len(found) - 1) + [False]
+        reader.close()
+        reader.close()
+
+
+async def test_a_reader_that_waits_in_vain_says_so() -> None:
+    async with opened(Shelf()) as payloads:
+        spec = PayloadSpec(named("a"), (), Coding("zstd", 0), 10)
+        growing = payloads.adopt(spec)
+        reader = payloads.open(spec)
+        with pytest.raises(TimeoutError):
+            await anext(reader.stretches(1, 0.01))
+        assert growing is not None
+        growing.fail()
+        with pytest.raises(StoreError, match="broke off"):
+            await anext(reader.stretches(1, 20.0))

@@ -1,0 +1,178 @@
+"""Which relays an agent polls, from where at each, and when again at one that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from agent.disk import read_json, replace_file
+from agent.inbox import Inbox
+from agent.relays.sources import Sources
+from agent.reporter import Reporter
+from relay.errors import WaystationError
+from relay.protocol import messages
+from relay.protocol.client import RelayClient
+from relay.protocol.mail_client import MailClient
+from relay.support.persistence import Persistence
+
+POLLED = 2
+"""Relays polled at one time."""
+PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
+"""With a relay that failed."""
+
+_log = logging.getLogger(__name__)
+
+
+class MailRelays:
+    """The relays that carry mail: which of them are polled, and which just failed."""
+
+    def __init__(self, sources: Sources) -> None:
+        """`sources` ranks them."""
+        self._sources = sources
+        self._polled: dict[int, str] = {}
+        self._fails: dict[str, int] = {}
+        self._down_until: dict[str, float] = {}
+
+    def for_mail(self) -> list[RelayClient]:
+        """All of them: those that are polled first, those that just failed last."""
+        polled = set(self._polled.values())
+        return sorted(self._ranked(), key=lambda relay: (relay.url not in polled, self._is_down(relay.url)))
+
+    def is_wanted(self, relay: RelayClient) -> bool:
+        """Whether it is among the closest that did not just fail."""
+        return any(relay.url == wanted.url for wanted in self._wanted())
+
+    def take(self, slot: int) -> RelayClient | None:
+        """The closest that no slot polls; from now on this one does."""
+        polled = set(self._polled.values())
+        relay = next((relay for relay in self._wanted() if relay.url not in polled), None)
+        if relay is not None:
+            self._polled[slot] = relay.url
+        return relay
+
+    def let_go(self, slot: int) -> None:
+        """The slot polls none."""
+        self._polled.pop(slot, None)
+
+    def answered(self, relay: RelayClient) -> None:
+        self._fails.pop(relay.url, None)
+        self._down_until.pop(relay.url, None)
+
+    def failed(self, relay: RelayClient, error: WaystationError) -> None:
+        """It is left alone for a while, longer each time in a row."""
+        fails = self._fails[relay.url] = self._fails.get(relay.url, 0) + 1
+        self._down_until[relay.url] = time.monotonic() + PERSISTENCE.pause(fails)
+        self._sources.failed(relay.url, error)
+        if fails == 1:
+            _log.warning("agent.poll_failed: %s", error, extra={"relay": relay.url})
+
+    def _ranked(self) -> list[RelayClient]:
+        return [source for source in self._sources.in_order() if isinstance(source, RelayClient)]
+
+    def _wanted(self) -> list[RelayClient]:
+        return [relay for relay in self._ranked() if not self._is_down(relay.url)][:POLLED]
+
+    def _is_down(self, url: str) -> bool:
+        return time.monotonic() < self._down_until.get(url, 0.0)
+
+
+class Cursors:
+    """Up to where the mail of each relay was taken, in a file. Without it mail is read from its beginning again."""
+
+    def __init__(self, home: str) -> None:
+        """Read them; blocking."""
+        self._path = os.path.join(home, "cursors.json")
+        self._by_url = read_json(self._path, dict[str, messages.Cursor]) or {}
+
+    def get(self, url: str) -> messages.Cursor | None:
+        return self._by_url.get(url)
+
+    async def advance(self, url: str, answer: messages.PollAnswer) -> None:
+        """All that the answer brought stands in the journal: no later start need see it again."""
+        before = self._by_url.get(url)
+        same = before.number if before is not None and before.epoch == answer.epoch else 0
+        cursor = messages.Cursor(answer.epoch, max((letter.number for letter in answer.orders), default=same))
+        if cursor != before:
+            self._by_url[url] = cursor
+            with suppress(OSError):
+                await asyncio.to_thread(replace_file, self._path, msgspec.json.encode(self._by_url))
+
+
+class Poller:
+    """Polls, and hands what comes to the inbox."""
+
+    def __init__(
+        self,
+        relays: MailRelays,
+        cursors: Cursors,
+        inbox: Inbox,
+        reporter: Reporter,
+        on_ready: Callable[[str], None],
+    ) -> None:
+        """`on_ready` is called with the relay's URL once, when the first poll was answered."""
+        self._relays = relays
+        self._cursors = cursors
+        self._inbox = inbox
+        self._reporter = reporter
+        self._on_ready: Callable[[str], None] | None = on_ready
+
+    async def run(self) -> None:
+        """Poll, for ever."""
+        async with asyncio.TaskGroup() as slots:
+            for slot in range(POLLED):
+                slots.create_task(self._poll(slot))
+
+    async def _poll(self, slot: int) -> None:
+        """Poll one relay after another."""
+        while True:
+            relay = self._relays.take(slot)
+            if relay is None:
+                await asyncio.sleep(_spread(0.3, 0.9))
+                continue
+            try:
+                await self._poll_relay(relay)
+            except WaystationError as error:
+                self._relays.failed(relay, error)
+            finally:
+                self._relays.let_go(slot)
+
+    async def _poll_relay(self, relay: RelayClient) -> None:
+        """For as long as it answers and is among the closest. The first poll is answered at once: it proves the road."""
+        wait = 0.0
+        while True:
+            asked = time.monotonic()
+            answer = await self._ask(relay, wait)
+            for letter in answer.orders:
+                await self._inbox.take(letter, relay.url)
+            await self._cursors.advance(relay.url, answer)
+            if not self._relays.is_wanted(relay):
+                return
+            if wait and not answer.orders and time.monotonic() - asked < 1.0:
+                # Nothing, and at once: it is about to stop. The process that answers next may know nothing of before.
+                await asyncio.sleep(_spread(0.1, 0.3))
+                wait = 0.0
+            else:
+                wait = messages.POLL_SECONDS
+
+    async def _ask(self, relay: RelayClient, wait: float) -> messages.PollAnswer:
+        cursor = self._cursors.get(relay.url)
+        request = messages.PollRequest(presence=self._reporter.presence(), after=cursor, wait=wait)
+        answer = await MailClient(relay).poll(self._reporter.author.name, request)
+        self._relays.answered(relay)
+        if self._on_ready is not None:
+            self._on_ready(relay.url)
+            self._on_ready = None
+        if cursor is not None and cursor.epoch != answer.epoch:
+            self._reporter.outbox.lost(relay.url)
+        return answer
+
+
+def _spread(least: float, most: float) -> float:
+    return random.uniform(least, most)  # noqa: S311 - spreads load, guards nothing

@@ -1,0 +1,84 @@
+"""What an agent remembers of its relays when its process ends: their health, and the last good answers of DNS."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from agent.disk import store_error
+from agent.relays.dns import LastAnswer, words_of
+from agent.relays.health import Health
+from relay.support.durable import write_durably
+
+STATE_BYTES_MAX = 1 << 20
+STATE_FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """What outlives the process."""
+
+    format: int = STATE_FORMAT
+    current: str | None = None
+    """URL of the source in use."""
+    healths: dict[str, Health] = field(default_factory=dict)
+    last_answers: tuple[LastAnswer, ...] = ()
+    saved_at: float = 0.0
+
+
+def load_state(path: Path) -> State:
+    """The kept state, or an empty one: it can all be learned again, so no file may keep an agent from starting.
+
+    Blocks for one small file.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(STATE_BYTES_MAX + 1)
+        if len(data) > STATE_BYTES_MAX:
+            return _start_fresh(path, f"larger than {STATE_BYTES_MAX} bytes")
+        state = msgspec.json.decode(data, type=State)
+    except FileNotFoundError:
+        return State()
+    except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        return _start_fresh(path, words_of(error))
+    if state.format != STATE_FORMAT:
+        return _start_fresh(path, f"format {state.format}, expected {STATE_FORMAT}")
+    return state
+
+
+def _start_fresh(path: Path, reason: str) -> State:
+    _log.warning("agent.relay_state_unusable", extra={"path": str(path), "reason": reason})
+    return State()
+
+
+def save_state(path: Path, state: State) -> None:
+    """Replace the file as a whole: a reader, and the next start after a power cut, finds the old or the new one.
+
+    Blocks for an fsync; call it in a thread.
+
+    Raises:
+        StoreError: it could not be written; the old file is untouched.
+    """
+    data = msgspec.json.format(msgspec.json.encode(state), indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(os.fspath(path), data)
+    except OSError as error:
+        raise store_error(error, "cannot keep what is known of the relays") from error
+
+
+def log_changes(before: Mapping[str, Health], after: Mapping[str, Health]) -> None:
+    """Log the sources whose state changed, and only those."""
+    for url, health in after.items():
+        was_ok = before[url].ok if url in before else True
+        if was_ok and not health.ok:
+            _log.warning("agent.relay_ill", extra={"relay": url, "fails": health.fails, "reason": health.reason})
+        elif health.ok and not was_ok:
+            _log.info("agent.relay_well", extra={"relay": url})

@@ -1,0 +1,193 @@
+"""What an agent says: signed presences, progress, refusals and ends, on their way by the outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from agent import platform
+from agent.operations import Ended, last_run
+from agent.orders.acceptance import Refused
+from agent.orders.envelopes import sign_presence, sign_report
+from agent.orders.journal import OperationJournal, OperationRecord
+from agent.orders.keys import AgentIdentity
+from agent.orders.orders import Presence, Report, deployment_of
+from agent.orders.outbox import Outbox
+from agent.runs.runner import OUTPUT
+from relay.errors import StoreError, UsageError
+from relay.protocol import messages
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+RUNNING_AFTER = 0.5
+"""Seconds before an operation that is not over says that it runs; a shorter one only says its end."""
+PROGRESS_SECONDS = 1.0
+_REASON_MAX = 4096
+_REFUSED_SHOWN = 8
+_REFUSAL_NUMBERS = 1 << 52
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """In whose name it is said."""
+
+    name: str
+    site: str
+    identity: AgentIdentity
+    signer: CryptoSigner
+
+
+class Reporter:
+    """Writes and signs what there is to say, and gives it to the outbox."""
+
+    def __init__(self, author: Author, journal: OperationJournal, outbox: Outbox, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds since 1970."""
+        self.author = author
+        self._journal = journal
+        self.outbox = outbox
+        self._clock = clock
+        self._version = importlib.metadata.version("waystation")
+        self._number = 0
+
+    def presence(self) -> bytes:
+        """That this agent is there now, as an envelope."""
+        refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self._journal.refusals()]
+        presence = Presence(
+            format=1,
+            name=self.author.name,
+            signing=self.author.identity.signing_public,
+            sealing=self.author.identity.sealing_public,
+            version=self._version,
+            system=platform.system_name(),
+            site=self.author.site,
+            time=self._clock(),
+            fences=dict(self._journal.fences),
+            refused=tuple(refused[-_REFUSED_SHOWN:]),
+        )
+        return sign_presence(presence, self.author.signer)
+
+    # --- of one operation
+
+    async def follow(self, record: OperationRecord, progress: Callable[[], tuple[int, int]]) -> None:
+        """Tell that it runs, and its (bytes done, bytes of the whole), whenever they change; until this is cancelled."""
+        await asyncio.sleep(RUNNING_AFTER)
+        told: tuple[int, int] | None = None
+        while True:
+            now = progress()
+            if now != told:
+                told = now
+                report = self._report(record.operation, record.digest, self._next_number(), Ended("running"))
+                report = msgspec.structs.replace(report, done=now[0], whole=now[1])
+                self.outbox.note(record.deployment, self._letter(report), "progress")
+            await asyncio.sleep(PROGRESS_SECONDS)
+
+    async def finish(self, record: OperationRecord, ended: Ended, *, durable: bool) -> None:
+        """Keep how it ended, as the journal's `finish` does, and tell it until it is acknowledged."""
+        report = self._report(record.operation, record.digest, self._next_number(), ended)
+        envelope = self._letter(report).envelope
+        try:
+            await asyncio.to_thread(self._journal.finish, record, report, envelope, durable=durable)
+        except StoreError as error:
+            _log.error("agent.report_not_kept", extra={"operation": record.operation, "reason": str(error)})
+        self.send_final(record)
+
+    def send_final(self, record: OperationRecord) -> None:
+        """Tell its end until that is acknowledged."""
+        report, envelope = record.report, record.envelope
+        if report is None or envelope is None:
+            return
+        letter = messages.ReportLetter(operation=record.operation, number=report.number, envelope=envelope)
+        if report.log_bytes:
+            path = os.path.join(last_run(record.folder), OUTPUT)
+            self.outbox.log(record.deployment, record.operation, path, report.log_bytes)
+        self.outbox.final(record.deployment, letter, lambda: self._renumbered(record))
+
+    def answer_again(self, record: OperationRecord, relay: str) -> None:
+        """Its order came once more, by this relay."""
+        if record.report is None:
+            return
+        if not record.acknowledged:
+            self.outbox.again(record.operation, relay)
+        elif envelope := self._journal.report(record):
+            letter = messages.ReportLetter(operation=record.operation, number=record.report.number, envelope=envelope)
+            self.outbox.note(record.deployment, letter, "again")
+
+    def _renumbered(self, record: OperationRecord) -> messages.ReportLetter:
+        """The same end under a new number: a relay holds something else under the old one."""
+        assert record.report is not None  # noqa: S101 - only a final report is ever renumbered
+        report = msgspec.structs.replace(record.report, number=self._next_number(record.report.number))
+        letter = self._letter(report)
+        with suppress(StoreError):
+            self._journal.finish(record, report, letter.envelope, durable=False)
+        return letter
+
+    # --- of orders and relays
+
+    async def refuse(self, refused: Refused, claimed: str, relay: str) -> None:
+        """Note that an order was not obeyed, and tell it. `claimed` is the operation that the relay named with it."""
+        operation = claimed if refused.order is None else refused.order.operation
+        is_new = await asyncio.to_thread(
+            self._journal.refuse,
+            refused.code,
+            refused.text,
+            operation=operation,
+            digest=refused.digest,
+            relay=relay,
+            now=self._clock(),
+        )
+        if is_new:
+            _log.warning("agent.order_refused: %s", refused.text, extra={"operation": operation, "relay": relay})
+        deployment = deployment_of(operation)
+        if not (re.search(messages.OPERATION_ID, operation) and re.search(messages.DEPLOYMENT_ID, deployment)):
+            return
+        # No report of the operation itself ever has such a number: a forged order must not keep the true operation from
+        # being reported.
+        number = _REFUSAL_NUMBERS | int(refused.digest[:12], 16)
+        report = self._report(operation, refused.digest, number, Ended("refused", f"{refused.code}: {refused.text}"))
+        self.outbox.note(deployment, self._letter(report), f"refused {refused.digest}")
+
+    # --- making reports
+
+    def _next_number(self, above: int = 0) -> int:
+        """By the clock, so that it rises across restarts without being kept anywhere."""
+        self._number = max(self._number + 1, above + 1, int(self._clock() * 1000))
+        return self._number
+
+    def _report(self, operation: str, digest: str, number: int, ended: Ended) -> Report:
+        return Report(
+            format=1,
+            operation=operation,
+            deployment=deployment_of(operation),
+            agent=self.author.name,
+            key=self.author.identity.fingerprint,
+            order=digest,
+            number=number,
+            state=ended.state,
+            reason=ended.reason[:_REASON_MAX],
+            exit_status=ended.exit_status,
+            started=ended.started,
+            ended=ended.ended,
+            log_bytes=ended.log_bytes,
+            log_sha256=ended.log_sha256,
+            facts=ended.facts,
+        )
+
+    def _letter(self, report: Report) -> messages.ReportLetter:
+        try:
+            envelope = sign_report(report, self.author.signer)
+        except UsageError:
+            # The end must be told, also where all that was found out does not fit.
+            envelope = sign_report(msgspec.structs.replace(report, facts=None), self.author.signer)
+        return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)
