@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dns.zone
 import pytest
-from harness.dns_server import dns_server
+from harness.dns import dns_server
 
 from agent import platform
 from agent.config import AgentConfig

@@ -15,8 +15,10 @@ from typing import Any, Self
 
 import pytest
 import yaml
+from harness.origins import depot_with
+from harness.packages import make_nupkg, noise
 from harness.process import Done, run
-from harness.support import depot_with, make_nupkg, noise, running_relay
+from harness.relays import running_relay
 
 from agent.trees.installed import AgentState
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from harness.support import eventually, small_server
+from harness.process import eventually
+from harness.relays import small_server
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from harness.orders_kit import DEPLOYMENT, Desk, desk_in, tree
-from harness.support import Origin, Relay, depot_with, make_nupkg, noise, running_relay
+from harness.origins import Origin, depot_with
+from harness.packages import make_nupkg, noise
+from harness.relays import Relay, running_relay
 
 from agent import platform
 from agent.config import AgentConfig

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.support import eventually
+from harness.process import eventually
 
 from agent import platform
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from harness.orders_kit import DEPLOYMENT, JOURNAL, OTHER, Desk, desk_in, new_signer, tree
-from harness.process import Done, Process, run
-from harness.support import Origin, Relay, depot_with, eventually, make_nupkg, running_relay
+from harness.origins import Origin, depot_with
+from harness.packages import make_nupkg
+from harness.process import Done, Process, eventually, run
+from harness.relays import Relay, running_relay
 
 from agent.orders.envelopes import order_digest, sign_order, sign_report, verify_presence, verify_report
 from agent.orders.journal import OperationJournal

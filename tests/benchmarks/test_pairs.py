@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from harness.support import cut_package, make_nupkg, noise
+from harness.packages import cut_package, make_nupkg, noise
 
 from benchmarks import application, pairs
 from benchmarks.pairs import THIN, Ours, Packed, Report, Way, changed, find, judge_first, judge_next

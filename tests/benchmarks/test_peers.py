@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from harness.support import make_nupkg, noise
+from harness.packages import make_nupkg, noise
 
 from benchmarks import peers
 from benchmarks.peers import BOUND, PEERS, Comparison, Sent, compare, text_of, tree_of, zstd19

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from harness.packages import make_nupkg, noise
 from harness.process import run
 from harness.relays import RelayProcess
-from harness.support import make_nupkg, noise
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.packages import noise, nuspec
 from harness.paths import SHARED
-from harness.support import noise, nuspec
 from orchestrator.compare.diff import OpenedPackage
 from orchestrator.compare.read_package import NamedPackage, opened_packages
 

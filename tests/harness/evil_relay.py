@@ -19,7 +19,8 @@ import msgspec
 import xxhash
 from securesystemslib.signer import Signer
 
-from harness.support import Cut, Origin
+from harness.origins import Origin
+from harness.packages import Cut
 from relay.config import RelayConfig
 from relay.encoding.bundle import MAGIC, BundleWriter, Data, End, Failed, Header, Missing, Span
 from relay.errors import NotFoundError

@@ -13,7 +13,7 @@ from securesystemslib.signer import CryptoSigner
 from agent.orders.envelopes import seal, secret_context, sign_order
 from agent.orders.keys import AgentIdentity, load_sealing_key, make_agent_keys
 from agent.orders.orders import Action, FenceSeen, Order, PackageTree, Survey
-from harness.support import Keys, trust_keys
+from harness.origins import Keys, trust_keys
 from orchestrator.trust.keyring import load_signer
 from relay.trust.keys import OrderKey, TrustPins, encode_pins
 

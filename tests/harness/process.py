@@ -5,6 +5,7 @@ Most are forked from a warm process (`harness/warm.py`); `cold` ones start an in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -326,3 +327,10 @@ def wait_for(holds: Callable[[], bool], seconds: float = SECONDS, pause: float =
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s")
         time.sleep(pause)
+
+
+async def eventually(holds: Callable[[], bool], seconds: float = SECONDS) -> None:
+    """Wait until the function `holds` says True; an assertion error after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not holds():
+            await asyncio.sleep(0.01)

@@ -1,14 +1,115 @@
-"""Relays as processes of their own: `waystation relay serve`."""
+"""Relays in this process, and as processes of their own (`waystation relay serve`)."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
+from aiohttp import web
+
 from harness.process import Done, Process
+from relay.config import Engine, RelayConfig
 from relay.package.manifest import Manifest
+from relay.protocol.client import RelayClient
+from relay.protocol.connection import ClientLimits, Connection
+from relay.protocol.mail_client import MailClient
+from relay.server.app import start
+from relay.server.http.connection import Limits
+from relay.server.http.tokens import TokenRecord, make_token
 from relay.stores.open import open_reader
+
+CLIENT_LIMITS = ClientLimits(connect_seconds=2.0, answer_seconds=20.0, window_seconds=10.0, window_bytes=1)
+"""For clients in tests: nobody waits a minute to learn that something hangs."""
+RELAY_LIMITS = Limits(linger_seconds=0.2, drain_seconds=2.0)
+"""For relays in tests: they stop soon."""
+
+
+@dataclass(frozen=True)
+class Relay:
+    """A relay that answers in this process."""
+
+    url: str
+    port: int
+    store: str
+    """Its location, to look into it from outside."""
+
+    def client(self, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS) -> RelayClient:
+        return RelayClient(self.url, token=token, limits=limits)
+
+    def mail(
+        self, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS
+    ) -> AbstractAsyncContextManager[MailClient]:
+        return mail_client(self.url, token=token, limits=limits)
+
+
+@asynccontextmanager
+async def mail_client(
+    url: str, *, token: str | None = None, limits: ClientLimits = CLIENT_LIMITS
+) -> AsyncIterator[MailClient]:
+    """The mail of a relay, over a connection of its own."""
+    async with Connection(url, token=token, limits=limits) as connection:
+        yield MailClient(connection)
+
+
+@asynccontextmanager
+async def running_relay(
+    store: str | os.PathLike[str],
+    *,
+    site: str = "",
+    tokens: Sequence[TokenRecord] = (),
+    limits: Limits | None = None,
+    port: int = 0,
+) -> AsyncIterator[Relay]:
+    """The whole relay, in this process, on loopback: `store` is a folder or a location. Leaving stops it (drained)."""
+    name = os.fspath(store)
+    location = name if ":" in name else f"disk:{os.path.abspath(name)}"
+    config = RelayConfig(
+        listen=f"127.0.0.1:{port}", store=location, site=site, tokens=[msgspec.to_builtins(record) for record in tokens]
+    )
+    async with AsyncExitStack() as stack:
+        running = await start(config, limits or RELAY_LIMITS, stack)
+        yield Relay(running.url, running.port, location)
+
+
+def token(*scopes: str) -> tuple[str, TokenRecord]:
+    """A bearer token's text, and the record for `running_relay(tokens=[…])`."""
+    return make_token(scopes, datetime.now(UTC), name=" ".join(scopes))
+
+
+@asynccontextmanager
+async def relay_with(store: str | os.PathLike[str], *engines: Path, **config: Any) -> AsyncIterator[Relay]:
+    """A relay in this process with engine files (or folders of them), and more of its configuration."""
+    location = f"disk:{os.path.abspath(store)}"
+    named = [Engine(str(path)) for path in engines]
+    async with AsyncExitStack() as stack:
+        running = await start(
+            RelayConfig(listen="127.0.0.1:0", store=location, engines=named, **config), RELAY_LIMITS, stack
+        )
+        yield Relay(running.url, running.port, location)
+
+
+@asynccontextmanager
+async def small_server(routes: Iterable[web.RouteDef]) -> AsyncIterator[str]:
+    """A plain aiohttp server that may misbehave as its handlers like; its URL."""
+    app = web.Application(client_max_size=1 << 30)
+    app.add_routes(routes)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
 
 _READY = "relay ready at "
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from harness.farm import Farm
+from harness.packages import noise
 from harness.process import Done, Process
-from harness.support import noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
 

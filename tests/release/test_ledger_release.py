@@ -10,7 +10,7 @@ from urllib.request import urlopen
 
 import pytest
 from harness.farm import Farm
-from harness.support import noise
+from harness.packages import noise
 
 STEP = {"name": "web", "roles": ["web"], "deploy": "web"}
 FILES = {f"lib/{i}.dll": noise(i, 150_000).hex() for i in range(4)}

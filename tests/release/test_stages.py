@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from harness.farm import Farm
-from harness.feed_server import Server, body, running_feed
+from harness.feed import Server, body, running_feed
 from harness.process import Done
 from harness.receiver import verify_notification
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from harness.machines import Machine
 from harness.origins import OriginHome
+from harness.packages import make_nupkg, noise
 from harness.relays import RelayProcess
-from harness.support import make_nupkg, noise
 
 from agent.relays.sources import Sources
 from agent.trees import pull as agent_pull

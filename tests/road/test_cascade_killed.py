@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.origins import OriginHome
+from harness.packages import make_nupkg, noise
 from harness.relays import RelayProcess, check_store
-from harness.support import make_nupkg, noise
 
 from benchmarks.lines.network import CountingProxy, Line
 from orchestrator.depot.depot import open_depot

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from harness.machines import Machine
 from harness.origins import OriginHome
+from harness.packages import Cut, cut_package, make_nupkg, noise
 from harness.process import Process, wait_for
 from harness.relays import RelayProcess
-from harness.support import Cut, cut_package, make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
 from relay.encoding.bundle import BundleDecoder, Received

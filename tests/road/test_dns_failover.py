@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from harness.dns_server import DOMAIN, DnsServer, Srv, dns_server
+from harness.dns import DOMAIN, DnsServer, Srv, dns_server
+from harness.origins import depot_with
+from harness.packages import make_nupkg, noise
 from harness.process import Done, run
-from harness.support import Relay, depot_with, make_nupkg, noise, running_relay, token
+from harness.relays import Relay, running_relay, token
 
 from agent.relays.health import FAILS_OUT
 from agent.relays.memory import load_state

@@ -31,7 +31,9 @@ from harness.evil_relay import (
     replace_run,
     tree_of,
 )
-from harness.support import RELAY_LIMITS, Keys, Origin, cut_package, depot_with, make_nupkg, noise, trust_keys
+from harness.origins import Keys, Origin, depot_with, trust_keys
+from harness.packages import cut_package, make_nupkg, noise
+from harness.relays import RELAY_LIMITS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from harness.machines import Machine
 from harness.origins import OriginHome
+from harness.packages import make_nupkg, noise
 from harness.process import Process, wait_for
 from harness.relays import RelayProcess, check_store
 from harness.seed import SOAK, chance
-from harness.support import make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
 from relay.package.manifest import Manifest

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from harness.dns_server import DOMAIN, Srv, dns_server
+from harness.dns import DOMAIN, Srv, dns_server
 
 from agent.relays import dns, memory
 from agent.relays.candidates import Source, srv_source, static_source

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from harness.support import Origin, Relay, depot_with, make_nupkg, noise, running_relay, small_server, token
+from harness.origins import Origin, depot_with
+from harness.packages import make_nupkg, noise
+from harness.relays import Relay, running_relay, small_server, token
 
 from agent.config import AgentConfig
 from agent.relays.health import FAILS_OUT, PROBE_ILL_MAX, PROBE_WELL, Average, Health

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.support import eventually
+from harness.process import eventually
 
 from agent import platform
 from agent.runs import fork_server, runs

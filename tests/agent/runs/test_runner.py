@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from harness.support import eventually
+from harness.process import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.support import Cut, cut_package, noise, trust_keys
+from harness.origins import trust_keys
+from harness.packages import Cut, cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.support import Origin, Relay, depot_with, eventually, make_nupkg, noise, running_relay
+from harness.origins import Origin, depot_with
+from harness.packages import make_nupkg, noise
+from harness.process import eventually
+from harness.relays import Relay, running_relay
 
 from agent import platform
 from agent.config import AgentConfig

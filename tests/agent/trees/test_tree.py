@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from harness.packages import Cut, cut_package, noise
 from harness.paths import ROOT
 from harness.process import forked
-from harness.support import Cut, cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,7 +143,7 @@ CRASH = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 import test_tree
-from harness.support import cut_package
+from harness.packages import cut_package
 from agent import platform
 from agent.trees import tree as trees
 from agent.trees.tree import IncomingTree

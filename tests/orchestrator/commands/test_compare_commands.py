@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from harness.builds import COMMIT, executable, write
+from harness.packages import make_nupkg, noise
 from harness.process import Done, run
-from harness.support import make_nupkg, noise
 
 from orchestrator.compare.measure import side_by_side
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.exact_kit import ENGINES, PACKAGES, deflated, needs_engines, words
+from harness.engines import ENGINES, PACKAGES, needs_engines
+from harness.packages import deflated, words
 from harness.process import Process, run
 from harness.relays import RelayProcess
 

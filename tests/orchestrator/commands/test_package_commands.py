@@ -19,10 +19,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.feed_server import body, running_feed
+from harness.feed import body, running_feed
+from harness.packages import make_nupkg, noise, nuspec
 from harness.process import WAYSTATION, Done, environment, run
 from harness.relays import RelayProcess
-from harness.support import make_nupkg, noise, nuspec
 
 from relay.package.zip_reader import read_part, walk
 

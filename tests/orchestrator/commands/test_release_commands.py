@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness.packages import make_nupkg
 from harness.process import Done, run
-from harness.support import make_nupkg
 
 PROCESS = {
     "format": 1,

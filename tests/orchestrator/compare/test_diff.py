@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from harness.builds import FILES, RANDOM, opener, real, write
+from harness.packages import noise, nuspec
 from harness.seed import SOAK
-from harness.support import noise, nuspec
 
 from orchestrator.compare import diff
 from relay.encoding.codecs import Coding, decoder_for, encode

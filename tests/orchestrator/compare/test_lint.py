@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness.builds import COMMIT, FILES, OTHER_COMMIT, RANDOM, executable, opener, real, write
-from harness.support import noise
+from harness.packages import noise
 
 from orchestrator.compare import diff
 from orchestrator.compare import lint as linting

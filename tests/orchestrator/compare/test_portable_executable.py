@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 from harness.builds import COMMIT, OTHER_COMMIT, executable, real
-from harness.support import noise
+from harness.packages import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from harness.support import eventually
+from harness.process import eventually
 
 from orchestrator.deployment import decisions
 from orchestrator.deployment.context import StopToken

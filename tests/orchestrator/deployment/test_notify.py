@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from harness.origins import Keys, trust_keys
 from harness.receiver import verify_notification
-from harness.support import Keys, small_server, trust_keys
+from harness.relays import small_server
 
 from orchestrator.deployment.notify import (
     ATTEMPTS,

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness.feed_server import Server, body, running_feed
-from harness.support import Origin, depot_with, make_nupkg, noise, trust_keys
+from harness.feed import Server, body, running_feed
+from harness.origins import Origin, depot_with, trust_keys
+from harness.packages import make_nupkg, noise
 
 from orchestrator.deployment.packages import ServerTrees, build_scripts_package, ensure_packages, ref_of
 from orchestrator.files.script_files import ScriptPathError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from harness.support import Keys, trust_keys
+from harness.origins import Keys, trust_keys
 
 from orchestrator.deployment.releases import (
     RELEASE_TYPE,

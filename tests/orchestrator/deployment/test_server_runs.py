@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from harness.support import eventually
+from harness.process import eventually
 
 from agent.orders.operation_id import OperationId
 from agent.runs.scripts import base_environment

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from harness.origins import depot_with, trust_keys
+from harness.packages import make_nupkg, noise, nuspec
 from harness.process import WAYSTATION, Process, environment, run, wait_for
 from harness.seed import SOAK
-from harness.support import depot_with, make_nupkg, noise, nuspec, trust_keys
 
 from orchestrator.depot.cut_nupkg import BATCH_BYTES
 from orchestrator.depot.depot import Depot, open_depot

@@ -18,7 +18,7 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.abc import AbstractResolver
-from harness.feed_server import body, redirect, running_feed
+from harness.feed import body, redirect, running_feed
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.support import CLIENT_LIMITS, Relay, eventually, running_relay, trust_keys
+from harness.origins import trust_keys
+from harness.process import eventually
+from harness.relays import CLIENT_LIMITS, Relay, running_relay
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import ClientSession, web
-from harness.support import CLIENT_LIMITS, RELAY_LIMITS, Origin, Relay, depot_with, make_nupkg, noise, small_server
+from harness.origins import Origin, depot_with
+from harness.packages import make_nupkg, noise
+from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, Relay, small_server
 
 from benchmarks.lines.network import CountingProxy, Line
 from orchestrator.plan.plan import PlannedRelay

@@ -9,7 +9,7 @@ from itertools import chain, pairwise
 import msgspec
 import pytest
 import xxhash
-from harness.support import cut_package, encode_run, noise
+from harness.packages import cut_package, encode_run, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

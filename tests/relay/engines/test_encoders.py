@@ -16,7 +16,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from harness.exact_helpers import ENGINE_FILES, ENGINES, NO_DATA, as_dotnet, as_zlib, mixture, stream, take
+from harness.nupkgs import ENGINE_FILES, ENGINES, NO_DATA, as_dotnet, as_zlib, mixture, stream, take
 
 from relay.engines import encoders as encoders_module
 from relay.engines.encoders import (

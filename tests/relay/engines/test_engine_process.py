@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.exact_helpers import ENGINE_FILES, NO_DATA
+from harness.nupkgs import ENGINE_FILES, NO_DATA
 from harness.paths import ROOT
 
 from relay.engines.encoders import _frame, _Worker

@@ -5,7 +5,7 @@ import statistics
 from itertools import accumulate, pairwise
 
 import pytest
-from harness.support import cut_package, noise
+from harness.packages import cut_package, noise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

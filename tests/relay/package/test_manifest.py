@@ -7,7 +7,7 @@ import tracemalloc
 
 import msgspec
 import pytest
-from harness.support import cut_package, noise
+from harness.packages import cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

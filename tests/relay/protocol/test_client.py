@@ -8,7 +8,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 from aiohttp import web
-from harness.support import CLIENT_LIMITS, cut_package, encode_run, noise, running_relay, small_server, token
+from harness.packages import cut_package, encode_run, noise
+from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
 
 from relay.encoding.bundle import BundleWriter, Data, Received, Span, Whole, data_header
 from relay.errors import (

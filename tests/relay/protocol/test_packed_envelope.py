@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from harness.support import cut_package, trust_keys
+from harness.origins import trust_keys
+from harness.packages import cut_package
 from hypothesis import given
 from hypothesis import strategies as st
 

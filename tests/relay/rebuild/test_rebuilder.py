@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.exact_helpers import (
+from harness.nupkgs import (
     ENGINE_FILES,
     NO_DATA,
     NUPKGS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness.exact_helpers import NUSPEC, Raw, as_zlib, canonical_zip, take
+from harness.nupkgs import NUSPEC, Raw, as_zlib, canonical_zip, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

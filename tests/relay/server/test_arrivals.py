@@ -4,7 +4,8 @@ import asyncio
 import gc
 
 import pytest
-from harness.support import eventually, noise
+from harness.packages import noise
+from harness.process import eventually
 
 from relay.errors import StoreError
 from relay.package.chunk import Chunk

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
-from harness.support import cut_package, encode_run, eventually, noise
+from harness.packages import cut_package, encode_run, noise
+from harness.process import eventually
 
 from relay.encoding import holdings
 from relay.encoding.bundle import BundleDecoder, BundleWriter, Received, Span, data_header, more_header

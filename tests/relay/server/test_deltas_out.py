@@ -8,8 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
+from harness.packages import Cut, cut_package, encode_run, noise
+from harness.process import eventually
 from harness.short_runs import shorten_runs
-from harness.support import Cut, cut_package, encode_run, eventually, noise
 
 from relay.encoding.bundle import (
     Aborted,

@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from harness.support import CLIENT_LIMITS, running_relay, small_server, token
+from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
 
 from relay.errors import RefusedError, UnreachableError, UntrustedError
 from relay.protocol import messages

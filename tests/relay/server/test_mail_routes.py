@@ -13,8 +13,8 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from harness.relays import RelayProcess
-from harness.support import CLIENT_LIMITS, RELAY_LIMITS, eventually, mail_client, running_relay, small_server, token
+from harness.process import eventually
+from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, RelayProcess, mail_client, running_relay, small_server, token
 from yarl import URL
 
 from relay.config import RelayConfig

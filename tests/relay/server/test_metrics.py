@@ -12,7 +12,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from harness.support import Cut, cut_package, depot_with, encode_run, make_nupkg, noise
+from harness.origins import depot_with
+from harness.packages import Cut, cut_package, encode_run, make_nupkg, noise
 from prometheus_client import REGISTRY
 
 from relay.encoding.bundle import BundleWriter, Span, data_header

@@ -14,8 +14,10 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from harness.exact_kit import ENGINES, PACKAGES, deflated, needs_engines, relay_with, words
-from harness.support import Origin, Relay, depot_with, make_nupkg, noise, nuspec, small_server, token
+from harness.engines import ENGINES, PACKAGES, needs_engines
+from harness.origins import Origin, depot_with
+from harness.packages import deflated, make_nupkg, noise, nuspec, words
+from harness.relays import Relay, relay_with, small_server, token
 
 import relay.rebuild.nupkgs as module
 from benchmarks.lines.network import CountingProxy

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 
 import pytest
-from harness.support import cut_package, encode_run, eventually, noise
+from harness.packages import cut_package, encode_run, noise
+from harness.process import eventually
 
 from relay.encoding import bundle as bundles
 from relay.encoding.bundle import (

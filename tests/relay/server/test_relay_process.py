@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.process import Done, Process, run
+from harness.origins import depot_with
+from harness.packages import make_nupkg, noise
+from harness.process import Done, Process, eventually, run
 from harness.relays import RelayProcess
-from harness.support import depot_with, eventually, make_nupkg, noise
 
 from benchmarks.lines.network import Line, ThreadedProxy
 from orchestrator.depot.depot import open_depot

@@ -12,7 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
-from harness.support import CLIENT_LIMITS, RELAY_LIMITS, Relay, depot_with, make_nupkg, noise, small_server, token
+from harness.origins import depot_with
+from harness.packages import make_nupkg, noise
+from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, Relay, small_server, token
 
 from benchmarks.lines.network import CountingProxy, Line
 from relay.config import Peer, PeerToken, RelayConfig

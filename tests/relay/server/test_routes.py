@@ -7,7 +7,8 @@ import os
 import aiohttp
 import msgspec
 import pytest
-from harness.support import RELAY_LIMITS, cut_package, encode_run, noise, running_relay, token
+from harness.packages import cut_package, encode_run, noise
+from harness.relays import RELAY_LIMITS, running_relay, token
 from yarl import URL
 
 from relay.config import RelayConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from harness.packages import make_nupkg, noise
 from harness.process import Done, run
 from harness.relays import RelayProcess
-from harness.support import make_nupkg, noise
 
 ID = "Acme.Web"
 

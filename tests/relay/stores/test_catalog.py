@@ -4,7 +4,9 @@ import asyncio
 
 import msgspec
 import pytest
-from harness.support import cut_package, depot_with, make_nupkg, noise, running_relay
+from harness.origins import depot_with
+from harness.packages import cut_package, make_nupkg, noise
+from harness.relays import running_relay
 
 from relay.errors import ConflictError, NotFoundError, StoreError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef

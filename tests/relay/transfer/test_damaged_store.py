@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.support import depot_with, make_nupkg, noise, running_relay
+from harness.origins import depot_with
+from harness.packages import make_nupkg, noise
+from harness.relays import running_relay
 
 from relay.encoding.bundle import NotSent
 from relay.transfer.replicate import replicate

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from harness.packages import cut_package, noise
 from harness.short_runs import shorten_segments
-from harness.support import cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

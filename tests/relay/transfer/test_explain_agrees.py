@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import pytest
+from harness.packages import Cut, cut_package, noise
+from harness.relays import running_relay
 from harness.short_runs import shorten_runs
-from harness.support import Cut, cut_package, noise, running_relay
 
 from relay.encoding import planner
 from relay.encoding.bundle import BundleDecoder, NeedsBases, Places, Sink

@@ -7,17 +7,10 @@ from dataclasses import replace
 import msgspec
 import pytest
 from aiohttp import web
+from harness.origins import depot_with
+from harness.packages import cut_package, make_nupkg, noise
+from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
 from harness.short_runs import shorten_runs
-from harness.support import (
-    CLIENT_LIMITS,
-    cut_package,
-    depot_with,
-    make_nupkg,
-    noise,
-    running_relay,
-    small_server,
-    token,
-)
 
 from benchmarks.lines.network import CountingProxy
 from relay.encoding.bundle import Received
