@@ -86,7 +86,8 @@ def _document(details: PackageDetails) -> dict[str, Any]:
 
 
 def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
-    from relay.package.recipe import VERBATIM, Opaque, encode_recipe, shares, to_wire
+    from relay.package.manifest import to_wire
+    from relay.package.recipe import VERBATIM, Opaque, encode_recipe, shares
 
     canonical = encode_recipe(recipe)
     found = shares(recipe, manifest)

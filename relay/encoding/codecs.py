@@ -34,8 +34,6 @@ LEVEL_MAX = 19
 _SLICE = 1 << 20
 AT_ONCE = 12
 """Up to this level a run is compressed in one go: 2 % smaller than piece by piece, and no line waits for it long."""
-_PREFIX_LEVEL = 3
-_HDIFF_LEVEL = 19
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,12 +76,7 @@ class Coding:
         return self if self.level else Coding(self.encoding, _DEFAULT_LEVELS[self.encoding])
 
 
-_DEFAULT_LEVELS: Final[dict[Encoding, int]] = {
-    "raw": 0,
-    "zstd": LEVEL,
-    "zstd-prefix": _PREFIX_LEVEL,
-    "hdiff": _HDIFF_LEVEL,
-}
+_DEFAULT_LEVELS: Final[dict[Encoding, int]] = {"raw": 0, "zstd": LEVEL, "zstd-prefix": 3, "hdiff": 19}
 RAW: Final = Coding("raw", 0)
 PLAIN: Final = Coding("zstd", LEVEL)
 """What everybody can decode without bases: what follows a delta that failed."""

@@ -106,12 +106,11 @@ def pin_of(encoder: str, sha256: str) -> EnginePin | None:
     """
     if not encoder and not sha256:
         return None
-    if encoder not in ORDER or encoder == "zlib":
-        raise UsageError(f"engines: there is no engine for the encoder {encoder!r}", hint=f"There are: {_names()}")
+    engines = [name for name in ORDER if name != "zlib"]
+    if encoder not in engines:
+        raise UsageError(
+            f"engines: there is no engine for the encoder {encoder!r}", hint=f"There are: {', '.join(engines)}"
+        )
     if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
         raise UsageError(f"engines: {encoder}: sha256 is not 64 lower-case hex digits")
     return EnginePin(encoder, sha256)
-
-
-def _names() -> str:
-    return ", ".join(name for name in ORDER if name != "zlib")

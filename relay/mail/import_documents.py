@@ -45,32 +45,29 @@ async def import_documents(documents: Documents, mail: Mail) -> None:
     state = await documents.read(_STATE)
     if state is None and not names:
         return
-    whole = True
-    last = 0
+    known = _parse_state(state) or _State(secrets.token_hex(16), 0)
+    numbers = [known.number, *map(_number, names)]
     for name in names:
-        raw = await documents.read(name)
-        content = _parse(raw)
-        if content is None:
+        raw = await documents.read(name) or b""
+        try:
+            content = _parse(raw)
+        except (ValueError, RecursionError):
             log.warning("mail: %s is damaged; it is put aside under %s, and readers begin anew", name, _DAMAGED)
-            await documents.write(f"{_DAMAGED}/{name.rpartition('/')[2]}", raw or b"")
-            whole = False
-            continue
-        await mail.adopt(content.letters, content.arrived)
-        last = max(last, content.letters[-1].number if content.letters else 0)
-    known = _parse_state(state)
-    epoch = known.epoch if known is not None and whole else secrets.token_hex(16)
-    await mail.go_on(epoch, max(last, known.number if known is not None else 0, *map(_number, names)))
+            await documents.write(f"{_DAMAGED}/{name.rpartition('/')[2]}", raw)
+            known = _State(secrets.token_hex(16), known.number)
+        else:
+            await mail.adopt(content.letters, content.arrived)
+            numbers += [numbered.number for numbered in content.letters[-1:]]
+    await mail.go_on(known.epoch, max(numbers))
     for name in (*names, _STATE):
         await documents.remove(name)
 
 
-def _parse(raw: bytes | None) -> _Content | None:
-    if raw is None or xxh3_64_digest(raw[_DIGEST_BYTES:]) != raw[:_DIGEST_BYTES]:
-        return None
-    try:
-        return msgspec.msgpack.decode(raw[_DIGEST_BYTES:], type=_Content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+def _parse(raw: bytes) -> _Content:
+    """Raises `ValueError` and `RecursionError`: it is damaged."""
+    if xxh3_64_digest(raw[_DIGEST_BYTES:]) != raw[:_DIGEST_BYTES]:
+        raise ValueError("another digest")
+    return msgspec.msgpack.decode(raw[_DIGEST_BYTES:], type=_Content)
 
 
 def _parse_state(raw: bytes | None) -> _State | None:

@@ -8,7 +8,6 @@ highest one, also when its letter has gone (https://www.sqlite.org/autoinc.html)
 from __future__ import annotations
 
 import os
-import secrets
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ CREATE TABLE letters (
 );
 CREATE INDEX boxes ON letters (kind, box, number, charge);
 CREATE INDEX arrivals ON letters (arrived);
-INSERT INTO relay VALUES (1, '');
+INSERT INTO relay VALUES (1, lower(hex(randomblob(16))));
 COMMIT;
 """
 _INSERT: Final = """
@@ -88,25 +87,21 @@ class LetterDatabase:
             self._reader.close()
             self._writer.close()
 
-    def take(
-        self, requests: Sequence[Sequence[Letter]], arrived: float
-    ) -> list[tuple[list[Letter], WaystationError | None]]:
+    def take(self, requests: Sequence[Sequence[Letter]], arrived: float) -> list[list[Letter] | Exception]:
         """All requests in one transaction: for each its letters that were new, or why none of it was taken.
 
         Raises:
             StoreError: nothing of any request was taken.
         """
         pending: Counter[Account] = Counter()
-        taken: list[tuple[list[Letter], WaystationError | None]] = []
-        with self._telling(), self._transaction():
+        taken: list[list[Letter] | Exception] = []
+        with self._transaction():
             for letters in requests:
                 try:
-                    fresh = self._take_one(letters, arrived, pending)
-                except WaystationError as error:
-                    taken.append(([], error))
-                else:
+                    taken.append(fresh := self._take_one(letters, arrived, pending))
                     pending += charges(fresh)
-                    taken.append((fresh, None))
+                except WaystationError as error:
+                    taken.append(error)
         self.used += pending
         return taken
 
@@ -164,7 +159,7 @@ class LetterDatabase:
 
     def adopt(self, letters: Sequence[Numbered], arrived: float) -> None:
         """Take letters with the numbers that they have. Known ones stay as they are."""
-        with self._telling(), self._transaction():
+        with self._transaction():
             for numbered in letters:
                 if self._held(numbered.letter) is None:
                     self._insert(numbered.letter, arrived, numbered.number)
@@ -172,7 +167,7 @@ class LetterDatabase:
 
     def go_on(self, epoch: str, last: int = 0) -> None:
         """The epoch is `epoch` from here on, and no number up to `last` is given again."""
-        with self._telling(), self._transaction():
+        with self._transaction():
             self._writer.execute("UPDATE relay SET epoch = ?", (epoch,))
             if last > self._last(self._writer):
                 self._writer.execute("DELETE FROM sqlite_sequence WHERE name = 'letters'")
@@ -181,7 +176,7 @@ class LetterDatabase:
 
     def forgive_clock(self, now: float) -> None:
         """A clock that was ahead must not keep mail for ever."""
-        with self._telling(), self._transaction():
+        with self._transaction():
             self._writer.execute("UPDATE letters SET arrived = ? WHERE arrived > ?", (now, now))
 
     def _connect(self) -> sqlite3.Connection:
@@ -202,9 +197,6 @@ class LetterDatabase:
             raise StoreError(
                 f"{self._path} has format {format}, and this version knows 1", hint="Use the newer version"
             )
-        if not epoch:
-            epoch = secrets.token_hex(16)
-            self._writer.execute("UPDATE relay SET epoch = ?", (epoch,))
         return str(epoch)
 
     def _last(self, connection: sqlite3.Connection) -> int:
@@ -250,14 +242,10 @@ class LetterDatabase:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
+        # The connection as a context commits what was begun in it, or rolls it back.
+        with self._telling(), self._writer:
+            self._writer.execute("BEGIN IMMEDIATE")
             yield
-            self._writer.execute("COMMIT")
-        except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            raise
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -40,15 +40,12 @@ class MailLimits:
 
     def of(self, account: Account) -> int:
         """The bound of an account."""
-        match account[0]:
-            case "bytes":
-                return self.bytes
-            case "letters":
-                return self.letters
-            case "agent":
-                return self.bytes_per_agent
-            case _:
-                return self.bytes_per_deployment
+        return {
+            "bytes": self.bytes,
+            "letters": self.letters,
+            "agent": self.bytes_per_agent,
+            "deployment": self.bytes_per_deployment,
+        }[account[0]]
 
 
 class Letter(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from relay.errors import StoreError
@@ -39,20 +38,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A request on its way to the next transaction."""
-
-    letters: tuple[Letter, ...]
-    answer: asyncio.Future[messages.TakenAnswer]
-
-    @property
-    def size(self) -> int:
-        return sum(letter.charge for letter in self.letters)
-
-    def fail(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
+_Waiting = tuple[tuple[Letter, ...], asyncio.Future[messages.TakenAnswer]]
+"""A request on its way to the next transaction, and its answer."""
 
 
 class Mail:
@@ -82,13 +69,8 @@ class Mail:
         return self._database.epoch
 
     @property
-    def kept_letters(self) -> int:
-        """How many are kept."""
-        return self._database.used["letters", ""] if self._loaded else 0
-
-    @property
     def kept_bytes(self) -> int:
-        """How much they count for."""
+        """How much the kept letters count for."""
         return self._database.used["bytes", ""] if self._loaded else 0
 
     async def load(self) -> None:
@@ -126,41 +108,39 @@ class Mail:
             ConflictError: one of them has the name of another letter that is kept.
             StoreError: the medium failed, or (`full`) there is no room for them; then perhaps later.
         """
-        waiting = _Waiting(tuple(letters), asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
+        answer: asyncio.Future[messages.TakenAnswer] = asyncio.get_running_loop().create_future()
+        self._queue.append((tuple(letters), answer))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._commit_all())
-        return await waiting.answer
+        return await answer
 
     async def _commit_all(self) -> None:
         while self._queue:
             batch = self._gather()
-            try:
-                await self._commit(batch)
-            except Exception as error:
-                # Whatever it was, it belongs to those who wait, and is raised where they wait.
-                for waiting in batch:
-                    waiting.fail(error)
+            for (letters, answer), taken in zip(batch, await self._commit(batch), strict=True):
+                if isinstance(taken, Exception):
+                    if not answer.done():
+                        answer.set_exception(taken)
+                    continue
+                self.news.tell({(letter.kind, letter.box) for letter in taken})
+                if not answer.done():
+                    answer.set_result(messages.TakenAnswer(len(taken), len(letters) - len(taken)))
         self._tend()
 
     def _gather(self) -> list[_Waiting]:
-        batch = [self._queue.popleft()]
-        size = batch[0].size
+        batch: list[_Waiting] = []
+        size = 0
         while self._queue and size < COMMIT_BYTES:
             batch.append(self._queue.popleft())
-            size += batch[-1].size
+            size += sum(letter.charge for letter in batch[-1][0])
         return batch
 
-    async def _commit(self, batch: Sequence[_Waiting]) -> None:
-        requests = [waiting.letters for waiting in batch]
-        taken = await self._write(lambda: self._database.take(requests, self._clock()))
-        for waiting, (fresh, error) in zip(batch, taken, strict=True):
-            if error is not None:
-                waiting.fail(error)
-                continue
-            if not waiting.answer.done():
-                waiting.answer.set_result(messages.TakenAnswer(len(fresh), len(waiting.letters) - len(fresh)))
-            self.news.tell({(letter.kind, letter.box) for letter in fresh})
+    async def _commit(self, batch: Sequence[_Waiting]) -> list[list[Letter] | Exception]:
+        try:
+            return await self._write(lambda: self._database.take([letters for letters, _ in batch], self._clock()))
+        except Exception as error:
+            # Whatever it was, it is raised where its requests wait.
+            return [error] * len(batch)
 
     # --- reading
 
@@ -193,7 +173,7 @@ class Mail:
                 raise
             log.warning("mail: %s; it is put aside, and readers begin anew", error)
             put_aside(self._folder)
-            return LetterDatabase(self._folder, self._limits)
+            database = LetterDatabase(self._folder, self._limits)
         return database
 
     def _lose(self, numbers: Sequence[int]) -> None:

@@ -306,6 +306,11 @@ def parse_named(canonical: bytes, expected: str) -> Manifest:
     return parse(canonical)
 
 
+def parse_wire(data: bytes, base: bytes | None, expected: str) -> Manifest:
+    """As `from_wire` and `parse_named`."""
+    return parse_named(from_wire(data, base), expected)
+
+
 def to_wire(canonical: bytes, base: bytes | None = None) -> bytes:
     """The manifest as one zstd frame; with `base` (another manifest's canonical bytes) as prefix, what both say vanishes."""
     size = len(canonical) + len(base or b"")

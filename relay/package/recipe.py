@@ -25,8 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from relay.errors import ManifestError, UntrustedError
-from relay.package import manifest as manifests
-from relay.package.manifest import PACKAGE_MAX, PARTS_MAX, Manifest
+from relay.package.manifest import PACKAGE_MAX, PARTS_MAX, Manifest, from_wire
 from relay.package.zip_records import CENTRAL, END, LOCAL, MAX16, MAX32
 
 FORMAT: Final = 1
@@ -228,21 +227,17 @@ def parse_recipe(data: bytes, manifest: Manifest) -> Recipe:
     return recipe
 
 
-def to_wire(canonical: bytes, base: bytes | None = None) -> bytes:
-    """One zstd frame; with `base` (the recipe of another version, canonical) as prefix, what both say vanishes."""
-    return manifests.to_wire(canonical, base)
-
-
-def from_wire(data: bytes, base: bytes | None = None) -> bytes:
-    """The canonical bytes again, not yet checked: see `parse_recipe`.
+def parse_recipe_wire(data: bytes, base: bytes | None, manifest: Manifest) -> Recipe:
+    """A recipe that travelled as a manifest does: `to_wire`, with `base` (the recipe of another version) as prefix.
 
     Raises:
-        RecipeError: not one whole zstd frame within the bounds, or another base than it was made with.
+        RecipeError: as `parse_recipe`; not one whole zstd frame within the bounds, or another base than it was made with.
     """
     try:
-        return manifests.from_wire(data, base)
+        canonical = from_wire(data, base)
     except ManifestError as error:
         raise RecipeError(f"a recipe that does not decompress: {error}") from error
+    return parse_recipe(canonical, manifest)
 
 
 def _demand(is_so: bool, fault: str) -> None:  # noqa: FBT001 - it reads as a sentence

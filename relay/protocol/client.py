@@ -16,11 +16,10 @@ from relay.encoding.bundle import BundleDecoder, Event, NeedsBases, Tap
 from relay.encoding.codecs import ENCODINGS
 from relay.encoding.holdings import Holdings, answer, next_events
 from relay.errors import FrameError, ManifestError, NotFoundError, UnreachableError, UntrustedError
-from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
-from relay.package.manifest import Manifest
+from relay.package.manifest import Manifest, parse_wire, to_wire
 from relay.package.ranges import check, in_order
-from relay.package.recipe import Recipe, encode_recipe, from_wire, parse_recipe, to_wire
+from relay.package.recipe import Recipe, encode_recipe, parse_recipe_wire
 from relay.protocol import messages
 from relay.protocol.connection import Connection, MissingChunksError, Request
 from relay.protocol.packed_envelope import pack_envelope
@@ -122,7 +121,8 @@ class RelayClient(Connection):
             document = msgspec.msgpack.decode(body, type=messages.Document)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ManifestError(f"{self.url} answered with something that is no manifest document") from error
-        manifest = await asyncio.to_thread(_open_manifest, document.manifest, used_base, id)
+        prefix = used_base.canonical if used_base else None
+        manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
         return ManifestDocument(manifest, document.signature)
 
     # --- sending
@@ -134,7 +134,7 @@ class RelayClient(Connection):
 
         `recipe` is how to make the nupkg again, as `Recipes.pack` gives it against `base`.
         """
-        packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, base.canonical if base else None)
+        packed = await asyncio.to_thread(to_wire, manifest.canonical, base.canonical if base else None)
         document = messages.Document(
             packed, recipe=recipe, packed_signature=pack_envelope(signature, manifest) if signature else b""
         )
@@ -266,7 +266,7 @@ class RelayClient(Connection):
             body = await self.fetch(Request("GET", path, answer_max=messages.RECIPE_BODY_MAX, attempts=1))
         except NotFoundError:
             return None
-        return await asyncio.to_thread(lambda: parse_recipe(from_wire(body), manifest))
+        return await asyncio.to_thread(parse_recipe_wire, body, None, manifest)
 
     async def put_recipe(self, manifest: Manifest, recipe: Recipe) -> messages.RecipeAnswer:
         """Have the relay keep it, and learn what else it takes to make the identical nupkg there.
@@ -274,7 +274,7 @@ class RelayClient(Connection):
         Raises:
             NotFoundError: the relay does not keep the manifest.
         """
-        body = await asyncio.to_thread(lambda: to_wire(encode_recipe(recipe)))
+        body = await asyncio.to_thread(to_wire, encode_recipe(recipe))
         path = messages.REBUILD.format(hex=manifest.nupkg.sha256)
         request = Request("PUT", path, body, content_type=messages.RECIPE_TYPE, params=_of(manifest))
         return await self.ask(request, messages.RecipeAnswer)
@@ -318,10 +318,6 @@ def _against(base: Manifest | None) -> dict[str, str]:
 
 def _of(manifest: Manifest) -> dict[str, str]:
     return {"manifest": f"sha256:{manifest.id}"}
-
-
-def _open_manifest(data: bytes, base: Manifest | None, id: ManifestId) -> Manifest:
-    return manifests.parse_named(manifests.from_wire(data, base.canonical if base else None), id)
 
 
 def _pointer(answer: messages.PackageAnswer) -> PackagePointer:

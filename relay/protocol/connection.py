@@ -218,8 +218,10 @@ class Connection:
                         await self._raise_problem(response)
                     yield response
         except aiohttp.ClientConnectorCertificateError as error:
+            # The verdict alone, without the library's own framing.
+            verdict = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
             raise UntrustedError(
-                f"relay {self.url} shows a certificate that is not trusted: {_verdict(error.certificate_error)}",
+                f"relay {self.url} shows a certificate that is not trusted: {verdict}",
                 hint="Name the authority that signs it with --ca-file, or with ca_file in agent.yaml",
             ) from error
         except aiohttp.ServerDisconnectedError as error:
@@ -399,11 +401,6 @@ def _reason(error: BaseException) -> str:
             error
         )
     return str(error) or type(error).__name__
-
-
-def _verdict(error: Exception) -> str:
-    """What is wrong with a certificate, without the library's own framing."""
-    return str(getattr(error, "verify_message", "")) or str(error)
 
 
 def tls_from(ca_file: str | None) -> ssl.SSLContext | None:

@@ -12,8 +12,8 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from relay.package.manifest import Manifest
-from relay.package.recipe import Recipe, RecipeError, encode_recipe, from_wire, parse_recipe, to_wire
+from relay.package.manifest import Manifest, to_wire
+from relay.package.recipe import Recipe, RecipeError, encode_recipe, parse_recipe, parse_recipe_wire
 from relay.stores.open import Store
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Recipes:
         prefix = await self._prefix(base) if base is not None else None
         for held in (prefix, None) if prefix else (None,):
             try:
-                return await asyncio.to_thread(_read, data, held, manifest)
+                return await asyncio.to_thread(parse_recipe_wire, data, held, manifest)
             except RecipeError:
                 if base is None:
                     raise
@@ -97,10 +97,6 @@ class Recipes:
     async def _prefix(self, base: Manifest) -> bytes | None:
         recipe = await self.find(base)
         return None if recipe is None else encode_recipe(recipe)
-
-
-def _read(data: bytes, prefix: bytes | None, manifest: Manifest) -> Recipe:
-    return parse_recipe(from_wire(data, prefix), manifest)
 
 
 def _name(nupkg_sha256: str) -> str:

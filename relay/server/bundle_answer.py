@@ -87,15 +87,13 @@ async def give(
                 async for piece in pieces:
                     yield piece
         except _CannotGoOnError as error:
-            yield writer.frame(Failed(error.code))
+            yield writer.frame(Failed(str(error)))
             break
     yield writer.end()
 
 
 class _CannotGoOnError(Exception):
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
+    """With the problem's code."""
 
 
 class _NotYetError(Exception):

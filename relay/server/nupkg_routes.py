@@ -15,7 +15,7 @@ from relay.engines.engine_pool import Engines, pin_of
 from relay.errors import IdentityError
 from relay.package.identity import ManifestId, parse_digest
 from relay.package.manifest import Manifest
-from relay.package.recipe import from_wire, parse_recipe
+from relay.package.recipe import parse_recipe_wire
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.protocol.not_exact import NotExactError
@@ -81,7 +81,7 @@ class RebuildRoutes:
         if manifest.nupkg.sha256 != digest_of(request):
             raise HttpRefusal(404, "not_found")
         body = await read_body(request, self._limits, messages.RECIPE_BODY_MAX)
-        recipe = await asyncio.to_thread(lambda: parse_recipe(from_wire(body), manifest))
+        recipe = await asyncio.to_thread(parse_recipe_wire, body, None, manifest)
         await self._nupkgs.recipes.take(manifest, recipe)
         return json_answer(
             messages.RecipeAnswer(

@@ -33,10 +33,8 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
 )
-from relay.package import manifest as manifests
-from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, ManifestId, PackageRef
-from relay.package.manifest import Manifest
+from relay.package.manifest import Manifest, parse_wire, to_wire
 from relay.package.ranges import Ranges, check, count, from_indexes, indexes
 from relay.protocol import messages
 from relay.protocol.connection import MissingChunksError
@@ -120,7 +118,7 @@ class Transfer:
             UnknownManifestError: `base` is not here.
         """
         prefix = (await self.manifest(base)).canonical if base else None
-        manifest = await asyncio.to_thread(_open_document, document, prefix, id)
+        manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
         self.catalog.check_free(manifest)
         signature = document.signature
         if document.packed_signature:
@@ -193,9 +191,9 @@ class Transfer:
         return messages.BundleAnswer(landing.stored, outcome.held, tuple(outcome.refused))
 
     async def _take_events(self, events: Sequence[Event], landing: Landing, outcome: _Outcome, bases: Holdings) -> None:
-        arrived = [event.chunk for event in events if isinstance(event, Received)]
-        here = await self._store.has_many(chunk.id for chunk in arrived) if arrived else set()
-        for chunk in _each_once(arrived):
+        arrived = {event.chunk.id: event.chunk for event in events if isinstance(event, Received)}
+        here = await self._store.has_many(arrived) if arrived else set()
+        for chunk in arrived.values():
             if chunk.id in here:
                 outcome.held += 1
             else:
@@ -235,20 +233,14 @@ class Transfer:
         """A manifest for the wire, and whether it was made against `base` (where that is here too)."""
         manifest = await self.manifest(id)
         prefix = await self.catalog.manifest(base) if base and base != id else None
-        packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, prefix.canonical if prefix else None)
+        packed = await asyncio.to_thread(to_wire, manifest.canonical, prefix.canonical if prefix else None)
         return messages.Document(packed, await self.catalog.signature(id)), prefix is not None
 
     async def wanted(self, request: messages.BundleRequest) -> list[tuple[Manifest, tuple[int, ...]]]:
         """Check a request for chunks before the answer starts. Raises `UnknownManifestError`, `FrameError`."""
-        found = []
-        asked = 0
-        for want in request.want:
-            manifest = await self.manifest(ManifestId(want.manifest))
-            asked += count(check(want.ranges, len(manifest.chunks)))
-            if asked > PLACES_MAX:
-                raise FrameError(f"one request for more than {PLACES_MAX} chunks")
-            found.append((manifest, tuple(indexes(want.ranges))))
-        return found
+        found = [(await self.manifest(ManifestId(want.manifest)), want.ranges) for want in request.want]
+        _check_places(found)
+        return [(manifest, tuple(indexes(ranges))) for manifest, ranges in found]
 
     async def reader(self, request: messages.BundleRequest) -> Reader:
         """What a request says of its reader, of use here: bases that are not here, too, are passed over.
@@ -256,17 +248,11 @@ class Transfer:
         Raises:
             FrameError: ranges outside of their manifest, or too many.
         """
-        held = []
-        named = 0
-        for base in request.bases:
-            manifest = await self.catalog.manifest(ManifestId(base.manifest))
-            if manifest is None:
-                continue
-            named += count(check(base.ranges, len(manifest.chunks)))
-            if named > PLACES_MAX:
-                raise FrameError(f"one request that names more than {PLACES_MAX} chunks as bases")
-            held.append(Held(manifest, base.ranges))
-        return Reader(frozenset(request.encodings), tuple(held), request.goodput)
+        known = await self.catalog.manifests_of(ManifestId(base.manifest) for base in request.bases)
+        named = [(known[ManifestId(one.manifest)], one.ranges) for one in request.bases if one.manifest in known]
+        _check_places(named)
+        held = tuple(Held(manifest, ranges) for manifest, ranges in named)
+        return Reader(frozenset(request.encodings), held, request.goodput)
 
     def give(
         self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]], reader: Reader = ANYBODY
@@ -328,12 +314,10 @@ class Transfer:
         return from_indexes(first[id] for id in ids if id not in here)
 
 
-def _open_document(document: messages.Document, prefix: bytes | None, id: ManifestId) -> Manifest:
-    return manifests.parse_named(manifests.from_wire(document.manifest, prefix), id)
-
-
-def _each_once(chunks: Iterable[Chunk]) -> list[Chunk]:
-    return list({chunk.id: chunk for chunk in chunks}.values())
+def _check_places(named: Iterable[tuple[Manifest, Ranges]]) -> None:
+    """Raises `FrameError`: ranges outside of their manifest, or too many."""
+    if sum(count(check(ranges, len(manifest.chunks))) for manifest, ranges in named) > PLACES_MAX:
+        raise FrameError(f"one request that names more than {PLACES_MAX} chunks")
 
 
 def _refused(event: RunRefused) -> list[messages.RefusedRun]:

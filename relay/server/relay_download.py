@@ -24,9 +24,8 @@ from relay.errors import (
     UnreachableError,
     UntrustedError,
 )
-from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, PackageRef
-from relay.package.manifest import Manifest
+from relay.package.manifest import Manifest, to_wire
 from relay.package.ranges import indexes
 from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
@@ -135,7 +134,7 @@ class RelayDownload(Receiver):
         manifest = document.manifest
         if manifest.package != self._package:
             raise UntrustedError("the manifest is of another package than was named")
-        packed = await asyncio.to_thread(manifests.to_wire, manifest.canonical, None)
+        packed = await asyncio.to_thread(to_wire, manifest.canonical)
         offer = await self._transfer.offer(manifest.id, messages.Document(packed, document.signature), None)
         # Before relays below hear of the offer: so it is here when they ask for it.
         await self._take_recipe(manifest)

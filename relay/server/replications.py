@@ -202,8 +202,8 @@ class Replications:
             if running is not None:
                 await running.stop()
             flight = Flight(request, lambda state: self._bring(package, request, client, state), self._places)
-            self._flights[request.manifest] = flight
-            self._forget()
+            living = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
+            self._flights = living | {request.manifest: flight}
             return flight
 
     async def close(self) -> None:
@@ -225,9 +225,6 @@ class Replications:
         if pacer is None or pacer.rate != request.rate:
             pacer = self._pacers[request.source] = Pacer(request.rate)
         return pacer
-
-    def _forget(self) -> None:
-        self._flights = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
 
 
 def _package(request: messages.ReplicationRequest) -> PackageRef:

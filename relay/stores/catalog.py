@@ -17,9 +17,8 @@ from typing import Literal
 import msgspec
 
 from relay.errors import ConflictError, IdentityError, ManifestError, NotFoundError
-from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
-from relay.package.manifest import Manifest
+from relay.package.manifest import Manifest, parse_named
 from relay.stores.contract import Documents
 from relay.support.together import Flights
 
@@ -214,11 +213,12 @@ class Catalog:
 
     async def _load_manifest(self, id: ManifestId) -> Manifest | None:
         raw = await self._documents.read(f"manifests/{id}")
-        if raw is None:
+        try:
+            manifest = await asyncio.to_thread(parse_named, raw or b"", id)
+        except ManifestError:
+            # One that is damaged counts as absent: it can be offered again.
             return None
-        manifest = await asyncio.to_thread(_parse_kept, raw, id)
-        if manifest is not None:
-            self._remember(manifest)
+        self._remember(manifest)
         return manifest
 
     def _remember(self, manifest: Manifest) -> None:
@@ -226,14 +226,6 @@ class Catalog:
         self._parsed.move_to_end(manifest.id)
         while len(self._parsed) > 1 and sum(len(m.canonical) for m in self._parsed.values()) > _CACHED_BYTES:
             self._parsed.popitem(last=False)
-
-
-def _parse_kept(raw: bytes, id: ManifestId) -> Manifest | None:
-    """A kept manifest that is damaged counts as absent: it can be offered again."""
-    try:
-        return manifests.parse_named(raw, id)
-    except ManifestError:
-        return None
 
 
 def _in_order(pointers: Iterable[Pointer]) -> list[Pointer]:

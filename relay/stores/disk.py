@@ -19,7 +19,7 @@ import builtins
 import hashlib
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -180,10 +180,9 @@ class DiskStore(ChunkSweeper):
 
 
 def _is_digest(name: str) -> bool:
-    try:
+    with suppress(IdentityError):
         return parse_digest(name) == name
-    except IdentityError:
-        return False
+    return False
 
 
 # --- documents
@@ -252,21 +251,15 @@ class DiskDocuments(Documents):
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
-                if _is_document_folder(name):
+                if _passes(document_folder, name):
                     yield from self._walk(name)
-            elif entry.is_file(follow_symlinks=False) and _is_document(name):
+            elif entry.is_file(follow_symlinks=False) and _passes(document_name, name):
                 yield name
 
 
-def _is_document(name: str) -> bool:
+def _passes(check: Callable[[str], str], name: str) -> bool:
     with suppress(ValueError):
-        return bool(document_name(name))
-    return False
-
-
-def _is_document_folder(name: str) -> bool:
-    with suppress(ValueError):
-        return bool(document_folder(name))
+        return bool(check(name))
     return False
 
 
@@ -314,7 +307,9 @@ class DiskBlobs(Blobs):
                 pass
             self._volume.write([], also_sync={os.path.dirname(below)})
         else:
-            self._volume.write([NewFile(below, pieces)], bulk=_size(source))
+            with translated(f"read {source}"):
+                size = os.stat(source).st_size
+            self._volume.write([NewFile(below, pieces)], bulk=size)
 
     def _has(self, below: str) -> bool:
         with translated(f"read from {self._volume.root}"):
@@ -324,22 +319,12 @@ class DiskBlobs(Blobs):
         return here
 
 
-def _size(source: str) -> int:
-    try:
-        return os.stat(source).st_size
-    except OSError as error:
-        raise translate(error, f"read {source}") from error
-
-
 def _checked_pieces(sha256: str, source: str) -> Iterator[bytes]:
     """The file `source` in pieces; raises `ChunkInvalid` after the last one, if they are not what `sha256` names."""
     digest = hashlib.sha256()
-    try:
-        with open(source, "rb", buffering=0) as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                yield piece
-    except OSError as error:
-        raise translate(error, f"read {source}") from error
+    with translated(f"read {source}"), open(source, "rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            yield piece
     if digest.hexdigest() != parse_digest(sha256):
         raise ChunkInvalid(sha256, digest.hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import aiofiles
 import xxhash
@@ -166,16 +166,13 @@ class MemoryLocks:
     def __init__(self) -> None:
         self._held: set[str] = set()
 
-    def exclusive(self, name: LockName) -> AbstractContextManager[None]:
+    @contextmanager
+    def exclusive(self, name: LockName) -> Iterator[None]:
         """Hold the lock `name` until the context ends.
 
         Raises:
             LockedError: on entering, if it is held.
         """
-        return self._exclusive(name)
-
-    @contextmanager
-    def _exclusive(self, name: LockName) -> Iterator[None]:
         if name in self._held:
             raise LockedError(f"the {name} lock of this memory store is held by this process")
         self._held.add(name)

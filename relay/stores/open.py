@@ -116,11 +116,5 @@ async def open_reader(locations: str) -> ChunkReader:
         StoreError: the medium failed. A folder that is not there now fails each read until it is.
     """
     parsed = [parse_location(text) for text in locations.split("|")]
-    readers = [await _open_reader(location) for location in parsed]
+    readers = [(await open_store(str(location), read_only=True)).chunks for location in parsed]
     return readers[0] if len(readers) == 1 else Failover(readers)
-
-
-async def _open_reader(location: Location) -> ChunkReader:
-    if location.kind == "memory":
-        return MemoryChunks()
-    return DiskStore(await open_disk(location.path, read_only=True))

@@ -22,7 +22,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -31,9 +31,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
 from relay.package.identity import ChunkId, parse_digest
-from relay.stores.contract import (
-    LockName,
-)
+from relay.stores.contract import LockName
 from relay.stores.stored_form import DamageError
 
 FORMAT: Final = b"waystation-store 1\n"
@@ -285,15 +283,6 @@ class Volume:
         """Let running batches end, then give back threads and locks. Twice is once."""
         await asyncio.to_thread(self._close)
 
-    def exclusive(self, name: LockName) -> AbstractContextManager[None]:
-        """Hold the lock `name` against every other process and store object until the context ends.
-
-        Raises:
-            LockedError: on entering, if it is held; names the holder.
-            StoreError: on entering, if the file system cannot lock.
-        """
-        return self._exclusive(name)
-
     def closed_to_writes(self) -> str:
         """Why nothing is written any more until the store is opened again; empty while all is well."""
         return self._closed_to_writes
@@ -465,18 +454,23 @@ class Volume:
     # locking
 
     @contextmanager
-    def _exclusive(self, name: LockName) -> Iterator[None]:
+    def exclusive(self, name: LockName) -> Iterator[None]:
+        """Hold the lock `name` against every other process and store object until the context ends.
+
+        Raises:
+            LockedError: on entering, if it is held; names the holder.
+            StoreError: on entering, if the file system cannot lock.
+        """
         self._require_open()
         path = self.path(f"lock-{name}")
         with translated(f"lock {path}"):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LockedError(f"{self.root} is locked for {name} by {_holder(fd)}") from error
-            except OSError as error:
-                raise translate(error, f"lock {path}") from error
+            with translated(f"lock {path}"):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise LockedError(f"{self.root} is locked for {name} by {_holder(fd)}") from error
             _sign(fd, f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
             yield
             _sign(fd, "")

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
@@ -159,7 +159,8 @@ class TokenSet:
         same = hmac.compare_digest(_hash(match[3]), record.sha256 if record else _NO_HASH)
         if not (record and same and now < record.expires):
             raise UnauthenticatedError
-        return Identity(record.id, _with_implied(record.scopes), record.name)
+        implied = (_IMPLIED.get(scope, frozenset()) for scope in record.scopes)
+        return Identity(record.id, frozenset(record.scopes).union(*implied), record.name)
 
 
 def authenticate(request: web.BaseRequest, tokens: TokenSet, now: datetime | None = None) -> Identity | None:
@@ -188,10 +189,6 @@ def _hash(secret: str) -> str:
 
 def _with_checksum(text: str) -> str:
     return f"{text}_{zlib.crc32(text.encode('ascii')):08x}"
-
-
-def _with_implied(scopes: Sequence[Scope]) -> frozenset[str]:
-    return frozenset(scopes).union(*(_IMPLIED.get(scope, frozenset()) for scope in scopes))
 
 
 # --- relay.yaml
@@ -225,7 +222,7 @@ def append_token(path: str, record: TokenRecord) -> None:
 
     try:
         old = _read(path)
-        document, entry = _load(path, old), msgspec.to_builtins(record)
+        document, entry = _load(path, old), msgspec.json.decode(msgspec.json.encode(record))
         wanted = document | {"tokens": [*document.get("tokens", []), entry]}
         new = _appended(old, entry)
         with contextlib.suppress(yaml.YAMLError):

@@ -38,6 +38,7 @@ from relay.engines.encoders import EncoderDiedError, EncoderMissingError, Encode
 from relay.errors import ArchiveError
 from relay.package.chunk import Chunk
 from relay.package.identity import NuGetVersion, PackageId
+from relay.package.manifest import to_wire
 from relay.package.pack import pack
 from relay.package.part_reader import parts_of_chunks
 from relay.package.recipe import (
@@ -52,7 +53,6 @@ from relay.package.recipe import (
     opaque,
     parse_recipe,
     shares,
-    to_wire,
 )
 from relay.rebuild import find_recipe as finding
 from relay.rebuild.find_recipe import find_recipe

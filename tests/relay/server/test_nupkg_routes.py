@@ -25,8 +25,8 @@ from orchestrator.replication.send import package_to_send, send_to, shipping_fro
 from relay.config import Peer
 from relay.errors import NotFoundError, RefusedError, UnreachableError, UntrustedError
 from relay.package import manifest as manifests
-from relay.package.manifest import Manifest
-from relay.package.recipe import VERBATIM, Canonical, Opaque, Recipe, opaque, shares, to_wire
+from relay.package.manifest import Manifest, to_wire
+from relay.package.recipe import VERBATIM, Canonical, Opaque, Recipe, opaque, shares
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.protocol.not_exact import NotExactError

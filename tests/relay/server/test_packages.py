@@ -36,8 +36,9 @@ from relay.package.chunk import CHUNK_MAX
 from relay.package.identity import chunk_id
 from relay.package.ranges import from_indexes, indexes
 from relay.protocol import messages
+from relay.protocol.connection import MissingChunksError
 from relay.server import packages as transferring
-from relay.server.packages import ChunksMissingError, Transfer, UnknownManifestError
+from relay.server.packages import Transfer, UnknownManifestError
 from relay.stores.catalog import Catalog
 from relay.stores.memory import MemoryChunks
 from relay.stores.open import Store, open_store
@@ -443,7 +444,7 @@ async def test_an_offer_with_a_base_holds_that_too(transfer):
 async def test_a_package_is_listed_only_when_all_its_chunks_are_here(transfer):
     lease = (await offered(transfer)).lease
     await send(transfer, lease, range(COUNT - 2))
-    with pytest.raises(ChunksMissingError) as caught:
+    with pytest.raises(MissingChunksError) as caught:
         await publish(transfer)
     assert caught.value.missing == ((COUNT - 2, COUNT),)
     assert transfer.catalog.all() == []

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from relay.errors import NotFoundError
 from relay.package.identity import parse_digest
-from relay.server.http.access import DRAINING, OPEN, Access, add, guarded_app, identity_of, iter_routes, long_poll
+from relay.server.http.access import DRAINING, IDENTITY, OPEN, Access, add, guarded_app, iter_routes, long_poll
 from relay.server.http.bodies import body_pieces, read_json, write_guarded
 from relay.server.http.connection import Limits
 from relay.server.http.listen import Running, start_guarded
@@ -93,7 +93,7 @@ def tiny_app(limits: Limits, tokens: TokenSet, seen: Seen) -> web.Application:
         raise NotFoundError(f"no chunk {parse_digest(request.match_info['hex'])}")
 
     async def health(request: web.Request) -> web.Response:
-        identity = identity_of(request)
+        identity = request.get(IDENTITY)
         seen.identities.append(identity.id if identity else None)
         return web.json_response({"remote": request.remote})
 
