@@ -47,13 +47,13 @@ from orchestrator.depot.depot import Added, open_depot
 from orchestrator.trust.keyring import load_signer
 from relay.config import RelayConfig
 from relay.encoding.bundle import Data
+from relay.encoding.planner import LINES
 from relay.errors import UnreachableError, UntrustedError, WaystationError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.protocol.connection import ClientLimits
 from relay.server.app import RelayApp
 from relay.server.http.listen import Running, start_guarded
 from relay.server.packages import Transfer
-from relay.transfer.download import SEGMENT_BYTES
 
 LIMITS = ClientLimits(connect_seconds=3, answer_seconds=3, window_seconds=1.5, window_bytes=2000, attempts=1)
 STALL = 1.0
@@ -168,7 +168,7 @@ def test_the_attacks_have_names_of_their_own() -> None:
 
 def test_the_package_comes_in_one_request() -> None:
     """So that an attack on a bundle meets all the chunks that it needs."""
-    assert sum(map(len, FILES.values())) < SEGMENT_BYTES
+    assert sum(map(len, FILES.values())) < min(line.segment for line in LINES)
 
 
 async def test_without_an_attack_this_relay_is_a_good_one(stage: Stage) -> None:
