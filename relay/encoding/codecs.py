@@ -129,12 +129,10 @@ class Decoder(Protocol):
 
     def feed(self, data: memoryview) -> Iterator[bytes | memoryview]:
         """Raises `FrameError`: the payload breaks its format, or holds more than the run."""
-        ...
 
     @property
     def is_whole(self) -> bool:
         """Whether the payload may end here."""
-        ...
 
 
 def decoder_for(encoding: Encoding, size: int, base: bytes | bytearray = b"") -> Decoder:

@@ -10,17 +10,14 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-from xml.etree.ElementTree import ParseError
+from typing import Final
+from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from relay.errors import IdentityError, MetadataError
 from relay.package.identity import NuGetVersion, PackageId
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 NUSPEC_MAX: Final = 1 << 20
 """Bytes of a nuspec."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, groupby, repeat
+from itertools import accumulate, chain, groupby, pairwise, repeat
 from typing import BinaryIO, Final, cast
 
 from relay.package.manifest import Manifest
@@ -181,7 +181,9 @@ def _read_directory(tail: bytes, entries: Sequence[Entry]) -> Canonical | None:
             names.append((place, name))
     if not all(name for _, name in names):
         return None
-    return Canonical(_differences(_runs(times)), tuple(_runs(made_by)), tuple(_runs(attributes)), tuple(names))
+    runs = list(_runs(times))
+    steps_of_times = zip(_steps(time for time, _ in runs), (count for _, count in runs), strict=True)
+    return Canonical(tuple(steps_of_times), tuple(_runs(made_by)), tuple(_runs(attributes)), tuple(names))
 
 
 def _gives(canonical: Canonical, gaps: list[bytes], entries: Sequence[Entry], manifest: Manifest) -> bool:
@@ -199,18 +201,11 @@ def _runs(values: Iterable[int]) -> Iterator[tuple[int, int]]:
     return ((value, len(list(group))) for value, group in groupby(values))
 
 
-def _differences(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    before, found = 0, []
-    for value, count in runs:
-        found.append((value - before, count))
-        before = value
-    return tuple(found)
+def _steps(values: Iterable[int]) -> list[int]:
+    """From 0 to the first value, and from each to the next."""
+    return [after - before for before, after in pairwise([0, *values])]
 
 
 def _order(entries: Sequence[Entry], manifest: Manifest) -> tuple[tuple[int, int], ...]:
     place = {manifest.parts[index].path: at for at, index in enumerate(by_path(manifest), start=1)}
-    before, found = 0, []
-    for entry in entries:
-        found.append(place[entry.path] - before)
-        before = place[entry.path]
-    return tuple(_runs(found))
+    return tuple(_runs(_steps(place[entry.path] for entry in entries)))

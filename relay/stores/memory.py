@@ -66,21 +66,15 @@ class MemoryChunks(ChunkSweeper):
         self.stored: dict[ChunkId, bytes] = {}
 
     async def get(self, id: ChunkId) -> Chunk:
-        try:
-            return decode_stored(id, self._held(id))
-        except ChunkInvalid:
-            self.stored.pop(id, None)
-            raise
+        with self._judging(id) as stored:
+            return decode_stored(id, stored)
 
     async def has_many(self, ids: Iterable[ChunkId]) -> set[ChunkId]:
         return {id for id in ids if ChunkId(parse_digest(id)) in self.stored}
 
     async def open(self, id: ChunkId) -> StoredChunk:
-        try:
-            return StoredBytes(id, self._held(id))
-        except ChunkInvalid:
-            self.stored.pop(id, None)
-            raise
+        with self._judging(id) as stored:
+            return StoredBytes(id, stored)
 
     async def put_many(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -94,11 +88,17 @@ class MemoryChunks(ChunkSweeper):
     async def remove(self, id: ChunkId) -> None:
         self.stored.pop(ChunkId(parse_digest(id)), None)
 
-    def _held(self, id: ChunkId) -> bytes:
+    @contextmanager
+    def _judging(self, id: ChunkId) -> Iterator[bytes]:
+        """What is held under this name; damage found inside the context takes it away."""
         stored = self.stored.get(ChunkId(parse_digest(id)))
         if stored is None:
             raise ChunkMissing(id)
-        return stored
+        try:
+            yield stored
+        except ChunkInvalid:
+            self.stored.pop(id, None)
+            raise
 
 
 class MemoryDocuments(Documents):

@@ -594,13 +594,12 @@ class Volume:
         try:
             yield
         except SyncError as error:
-            self._count_sync_failure(error)
+            if error.errno not in _FULL:
+                self._count_sync_failure(error)
             raise
         self._sync_failures = 0
 
     def _count_sync_failure(self, error: SyncError) -> None:
-        if error.errno in _FULL:
-            return
         with self._health:
             self._sync_failures += 1
             failures = self._sync_failures

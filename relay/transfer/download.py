@@ -63,7 +63,6 @@ class ChunkSource(Protocol):
     @property
     def name(self) -> str:
         """For people."""
-        ...
 
     def stream(
         self,
@@ -87,7 +86,6 @@ class ChunkSource(Protocol):
             UntrustedError, UnreachableError, RefusedError: the source's fault, the line's, or its rule.
             StoreError: a base cannot be read here.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +119,8 @@ class SourceTally:
         self.chunks += 1
         self.bytes += size
         self.payload_bytes += payload_bytes
-        before = self.encodings.get(encoding) or EncodedBytes(encoding, 0, 0, 0)
-        self.encodings[encoding] = EncodedBytes(
-            encoding, before.chunks + 1, before.stream_bytes + size, before.payload_bytes + payload_bytes
-        )
+        known = [self.encodings[encoding]] if encoding in self.encodings else []
+        (self.encodings[encoding],) = summed([*known, EncodedBytes(encoding, 1, size, payload_bytes)])
 
 
 def sum_encodings(tallies: Iterable[SourceTally]) -> list[EncodedBytes]:

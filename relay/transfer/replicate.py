@@ -29,8 +29,6 @@ from relay.transfer.link_history import Lines, Meter, Remembered
 from relay.transfer.probe import Explained, Survey, confirm, explain, explained, guess, line_of, survey
 from relay.transfer.sender import Sender
 
-__all__ = ["PATIENCE", "PERSISTENCE", "ReplicationResult", "Shipping", "plan", "replicate"]
-
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
 PERSISTENCE = Persistence(first_pause=0.2, failures=4, patience=PATIENCE)

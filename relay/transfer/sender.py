@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from relay.encoding import bundle
-from relay.encoding.bundle import BundleWriter, Span
+from relay.encoding.bundle import BundleWriter, Span, data_header
 from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding
 from relay.errors import RefusedError, UnreachableError, WaystationError, first_of
@@ -218,14 +217,17 @@ class Sender:
         head = writer.start()
         while ahead is not None:
             flying.runs.append(ahead)
-            is_first, asked = True, time.monotonic()
+            goes_on, asked = False, time.monotonic()
+            span, planned = Span.of(self._manifest.id, ahead.planned.run.indexes), ahead.planned
             async for stretch, more in self._stretches(ahead):
                 flying.waited += time.monotonic() - asked
-                header = self._header(ahead.planned, stretch, more=more, is_first=is_first)
+                header = data_header(
+                    (span,), planned.coding.encoding, stretch, bases=planned.bases, more=more, goes_on=goes_on
+                )
                 async for piece in self._paced(head + writer.frame(header), stretch, flying):
                     yield piece
                 flying.payload += len(stretch)
-                head, is_first = b"", False
+                head, goes_on = b"", True
                 self._tell()
                 asked = time.monotonic()
             self._finished(ahead)
@@ -233,12 +235,6 @@ class Sender:
             ahead = await self._next_soon() if flying.payload < flying.limit else None
             flying.waited += time.monotonic() - asked
         yield writer.end()
-
-    def _header(self, planned: PlannedRun, stretch: bytes, *, more: bool, is_first: bool) -> bundle.Data | bundle.More:
-        if not is_first:
-            return bundle.more_header(stretch, more=more)
-        span = Span.of(self._manifest.id, planned.run.indexes)
-        return bundle.data_header((span,), planned.coding.encoding, stretch, bases=planned.bases, more=more)
 
     async def _stretches(self, ahead: RunAhead) -> AsyncIterator[tuple[bytes, bool]]:
         try:
