@@ -33,9 +33,9 @@ from orchestrator.depot.depot import Depot, open_depot
 from orchestrator.trust.keyring import init_trust, load_signer
 from relay.engines.encoders import Encoders
 from relay.package.chunk import Chunk
-from relay.package.manifest import Manifest
+from relay.package.manifest import Manifest, to_wire
 from relay.package.part_reader import parts_of_chunks
-from relay.package.recipe import STORED_AS_IS, VERBATIM, Recipe, encode_recipe, opaque, shares, to_wire
+from relay.package.recipe import STORED_AS_IS, VERBATIM, Recipe, encode_recipe, opaque, shares
 from relay.rebuild.rebuilder import rebuild
 from relay.stores.catalog import Provenance
 from relay.support.console import run, table

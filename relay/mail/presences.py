@@ -78,10 +78,8 @@ class Presences:
             return
         self._forget(now)
         absent = sorted((seen.left, other) for other, seen in self._seen.items() if not seen.polls and other != name)
-        for _, other in absent:
-            if self._fits(name, size):
-                return
-            self._remove(other)
+        while absent and not self._fits(name, size):
+            self._remove(absent.pop(0)[1])
         if not self._fits(name, size):
             raise UnreachableError("too many agents are at this relay")
 

@@ -26,9 +26,19 @@ from relay.package.recipe import (
     values,
 )
 from relay.package.zip_reader import Entry
-from relay.package.zip_records import CENTRAL, CENTRAL_MARK, DEFLATED, END, END_MARK, LOCAL, LOCAL_MARK, MAX16, STORED
+from relay.package.zip_records import (
+    CENTRAL,
+    CENTRAL_MARK,
+    DEFLATED,
+    END,
+    END_MARK,
+    LOCAL,
+    LOCAL_MARK,
+    MAX16,
+    STORED,
+    VERSION_NEEDED,
+)
 
-_VERSION_NEEDED: Final = 20
 _RECORDS_MAX: Final = 32 << 20
 """Bytes of records that are looked at. More than any zip without zip64 has, whose names are not absurd."""
 
@@ -62,7 +72,7 @@ class Layout:
         name = self._names.get(place) or canonical_name(path)
         method = STORED if step.encoder == STORED_AS_IS else DEFLATED
         time = next(self._times)
-        form = (_VERSION_NEEDED, 0, method, time & MAX16, time >> 16, crc32, compressed, size, len(name))
+        form = (VERSION_NEEDED, 0, method, time & MAX16, time >> 16, crc32, compressed, size, len(name))
         record = LOCAL.pack(LOCAL_MARK, *form, 0) + name
         tail = (0, 0, 0, 0, next(self._attributes), self._offset)
         self._directory += CENTRAL.pack(CENTRAL_MARK, next(self._made_by), *form, *tail) + name

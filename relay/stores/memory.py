@@ -47,10 +47,7 @@ class StoredBytes(StoredChunk):
             check_stored(id, header, self._frame, xxhash.xxh3_64_intdigest(self._frame))
         except DamageError as damage:
             raise ChunkInvalid(id, damage.found) from damage
-        self.id = id
-        self.size = header.size
-        self.length = len(self._frame)
-        self.xxh3 = header.xxh3
+        super().__init__(id, header.size, len(self._frame), header.xxh3)
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         for piece in _cut(self._frame):

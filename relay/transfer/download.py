@@ -384,24 +384,25 @@ class _Download:
     def _heed(self, request: _Request, event: Event, *, had_bases: bool) -> None:
         """What an event means that brings no chunk. Raises what cannot be borne in this request."""
         name = request.asked.name
-        if isinstance(event, RunRefused) and not isinstance(event.error, CutShortError):
-            if not (had_bases and request.is_delta(event)):
-                raise event.error
-            request.asked.tally.fallbacks += 1
-            self._plainly.update(request.excuse(event))
-        elif isinstance(event, Aborted):
-            # Busy: what it was sending came from elsewhere, and may be there in a moment.
-            raise UnreachableError(
-                f"{name} broke off ({event.code})", retry_after=0.0 if event.code == "busy" else None
-            )
-        elif isinstance(event, NotSent):
-            if event.reason != "arriving":
-                raise ChunksAbsentError(f"{name} lacks {len(event.run)} chunks of {self._manifest.package}")
-            if not request.asked.bearing.has_patience:
-                seconds = self._limits.persistence.patience
-                raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
-            request.is_steady = False
-            request.excuse(event)
+        match event:
+            case RunRefused(error=CutShortError()):
+                return
+            case RunRefused():
+                if not (had_bases and request.is_delta(event)):
+                    raise event.error
+                request.asked.tally.fallbacks += 1
+                self._plainly.update(request.excuse(event))
+            case Aborted(code=code):
+                # Busy: what it was sending came from elsewhere, and may be there in a moment.
+                raise UnreachableError(f"{name} broke off ({code})", retry_after=0.0 if code == "busy" else None)
+            case NotSent():
+                if event.reason != "arriving":
+                    raise ChunksAbsentError(f"{name} lacks {len(event.run)} chunks of {self._manifest.package}")
+                if not request.asked.bearing.has_patience:
+                    seconds = self._limits.persistence.patience
+                    raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
+                request.is_steady = False
+                request.excuse(event)
 
 
 class _Request:

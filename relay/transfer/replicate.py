@@ -222,7 +222,7 @@ class _Replication:
         def may_help(error: Exception) -> bool:
             # A relay that was never there is a wrong address, not an interruption: said at once.
             is_lost = isinstance(error, UnreachableError | LeaseLostError)
-            return is_lost and self._reached and not sender.source_failed
+            return is_lost and self._reached and not sender.queue.source_failed
 
         persistence = replace(PERSISTENCE, longest_asked=self._patience, patience=self._patience)
         # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.
