@@ -65,10 +65,7 @@ def main() -> NoReturn:
     try:
         result: Any = waystation.main(standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
-    except click.exceptions.Abort:
-        click.echo("cancelled", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("cancelled", err=True)
         sys.exit(130)
     except click.ClickException as error:
@@ -82,17 +79,12 @@ def main() -> NoReturn:
 
 
 def _tell(error: WaystationError) -> None:
-    kind = (
-        "refused" if isinstance(error, RefusedError) else "unreachable" if isinstance(error, UnreachableError) else ""
-    )
+    kinds = {" (refused)": RefusedError, " (unreachable)": UnreachableError}
+    kind = next((name for name, kind in kinds.items() if isinstance(error, kind)), "")
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     head = click.style("error", fg="red", bold=True) if colour else "error"
-    first, *others = error.lines
-    click.echo(f"{head}{f' ({kind})' if kind else ''}: {printable(first)}", err=True)
-    for line in others:
-        click.echo(f"  {printable(line)}", err=True)
-    if error.hint:
-        click.echo(f"  {printable(error.hint)}", err=True)
+    first, *others = (printable(line) for line in (*error.lines, error.hint))
+    click.echo("\n  ".join([f"{head}{kind}: {first}", *filter(None, others)]), err=True)
 
 
 if __name__ == "__main__":

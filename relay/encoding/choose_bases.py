@@ -198,17 +198,13 @@ class _Chooser:
         self._ids: set[str] = set()
         self._taken: dict[ManifestId, set[int]] = defaultdict(set)
 
-    def take(self, manifest: Manifest, index: int) -> bool:
-        """Whether this chunk is among the bases now; False where there is no room for it."""
+    def take(self, manifest: Manifest, index: int) -> None:
+        """This chunk too, once, if there is room for it."""
         entry = manifest.chunks[index]
-        if entry.id in self._ids:
-            return True
-        if entry.size > self._left:
-            return False
-        self._left -= entry.size
-        self._ids.add(entry.id)
-        self._taken[manifest.id].add(index)
-        return True
+        if entry.id not in self._ids and entry.size <= self._left:
+            self._left -= entry.size
+            self._ids.add(entry.id)
+            self._taken[manifest.id].add(index)
 
     def keep_within(self, most: int) -> None:
         """From here on, take nothing that makes more than `most` bytes in all."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, cast, get_args
 
 from relay.encoding import deltas
-from relay.encoding.deltas import PatchDecoder, encode_patch
 from relay.encoding.zstd_stream import Inflater, prefix_of, window_log
 from relay.errors import FrameError, UsageError
 from relay.support.zstd import zstd
@@ -93,12 +92,15 @@ def encode(coding: Coding, run: bytes, base: bytes = b"") -> Iterator[bytes]:
     Raises:
         deltas.DeltaUnavailableError: `hdiff` cannot be made here; told before the first piece. `can_encode` tells it earlier.
     """
-    if coding.encoding == "raw":
-        yield run
-    elif coding.encoding == "hdiff":
-        yield from encode_patch(base, run, level=coding.level)
-    else:
-        yield from _compress(run, base if coding.encoding == "zstd-prefix" else b"", coding.level)
+    match coding.encoding:
+        case "raw":
+            yield run
+        case "zstd":
+            yield from _compress(run, b"", coding.level)
+        case "zstd-prefix":
+            yield from _compress(run, base, coding.level)
+        case "hdiff":
+            yield from deltas.encode_patch(base, run, level=coding.level)
 
 
 def _compress(run: bytes, base: bytes, level: int) -> Iterator[bytes]:
@@ -129,12 +131,10 @@ class Decoder(Protocol):
 
     def feed(self, data: memoryview) -> Iterator[bytes | memoryview]:
         """Raises `FrameError`: the payload breaks its format, or holds more than the run."""
-        ...
 
     @property
     def is_whole(self) -> bool:
         """Whether the payload may end here."""
-        ...
 
 
 def decoder_for(encoding: Encoding, size: int, base: bytes | bytearray = b"") -> Decoder:
@@ -143,13 +143,15 @@ def decoder_for(encoding: Encoding, size: int, base: bytes | bytearray = b"") ->
     Memory beyond the base and what is handed out: a zstd window of at most the next power of two above run and base, of
     which no more is used than the run is long; for `zstd-prefix` a second base; for `hdiff` the list of covers.
     """
-    if encoding == "raw":
-        return _RawDecoder(size)
-    if encoding == "hdiff":
-        return PatchDecoder(base, size)
-    if encoding == "zstd":
-        return Inflater(size, window=window_log(size))
-    return Inflater(size, window=window_log(size + len(base)), base=base)
+    match encoding:
+        case "raw":
+            return _RawDecoder(size)
+        case "zstd":
+            return Inflater(size, window=window_log(size))
+        case "zstd-prefix":
+            return Inflater(size, window=window_log(size + len(base)), base=base)
+        case "hdiff":
+            return deltas.PatchDecoder(base, size)
 
 
 class _RawDecoder:

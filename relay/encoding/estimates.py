@@ -85,25 +85,29 @@ class Rates:
     def encode_seconds(self, coding: Coding, size: int, base_size: int, *, prefix_ratio: float = 0.15) -> float:
         """Of one core. `prefix_ratio`: what a prefix leaves of the run; where that is much, differences are dense."""
         loaded = (size + base_size) / self.load
-        if coding.encoding == "raw":
-            return loaded
-        if coding.encoding == "zstd":
-            return loaded + size / self._level(coding.level)
-        if coding.encoding == "zstd-prefix":
-            return loaded + _at(_PREFIX_COST, coding.level) * (base_size + size) / self.prefix
-        dense = min(1.0, _DIFFERENCES + 2.5 * prefix_ratio)
-        return self.start_seconds(coding, size, base_size) + dense * size / self._level(coding.level)
+        match coding.encoding:
+            case "raw":
+                return loaded
+            case "zstd":
+                return loaded + size / self._level(coding.level)
+            case "zstd-prefix":
+                return loaded + _at(_PREFIX_COST, coding.level) * (base_size + size) / self.prefix
+            case "hdiff":
+                dense = min(1.0, _DIFFERENCES + 2.5 * prefix_ratio)
+                return self.start_seconds(coding, size, base_size) + dense * size / self._level(coding.level)
 
     def start_seconds(self, coding: Coding, size: int, base_size: int) -> float:
         """Until the first byte."""
         loaded = (size + base_size) / self.load
-        if coding.encoding == "hdiff":
-            return loaded + (size + base_size) / self.hdiff
-        if coding.encoding == "zstd-prefix":
-            return loaded + _at(_PREFIX_COST, coding.level) * base_size / self.prefix
-        if coding.encoding == "raw":
-            return loaded
-        return loaded + (size if coding.level <= AT_ONCE else min(size, 1 << 20)) / self._level(coding.level)
+        match coding.encoding:
+            case "raw":
+                return loaded
+            case "zstd":
+                return loaded + (size if coding.level <= AT_ONCE else min(size, 1 << 20)) / self._level(coding.level)
+            case "zstd-prefix":
+                return loaded + _at(_PREFIX_COST, coding.level) * base_size / self.prefix
+            case "hdiff":
+                return loaded + (size + base_size) / self.hdiff
 
     def decode_seconds(self, coding: Coding, size: int, base_size: int) -> float:
         if coding.encoding == "raw":
@@ -146,18 +150,20 @@ class Ratios:
         """What to expect of `coding`: what was seen, or what follows from level 3 of the same kind."""
         if coding in self.seen:
             return self.seen[coding]
-        if coding.encoding == "raw":
-            return 1.0
-        if coding.encoding == "zstd":
-            plain = self.seen.get(PLAIN, _TYPICAL_RATIO["zstd"])
-            # What does not shrink at level 3 does not at 19 either.
-            return plain * _gain(_at(_OF_ZSTD_3, coding.level), plain)
+        plain = self.seen.get(PLAIN, _TYPICAL_RATIO["zstd"])
         prefix = self.seen.get(PREFIX, _TYPICAL_RATIO["zstd-prefix"])
-        if coding.encoding == "zstd-prefix" and coding.level > 9 and PREFIX_HARDER in self.seen:
-            return self.seen[PREFIX_HARDER] * _at(_OF_PREFIX_3, coding.level) / _OF_PREFIX_3[9]
-        if coding.encoding == "zstd-prefix":
-            return prefix * _gain(_at(_OF_PREFIX_3, coding.level), prefix)
-        return prefix * self._hdiff_gain(prefix) * _at(_OF_HDIFF_19, coding.level)
+        match coding.encoding:
+            case "raw":
+                return 1.0
+            case "zstd":
+                # What does not shrink at level 3 does not at 19 either.
+                return plain * _gain(_at(_OF_ZSTD_3, coding.level), plain)
+            case "zstd-prefix" if coding.level > 9 and PREFIX_HARDER in self.seen:
+                return self.seen[PREFIX_HARDER] * _at(_OF_PREFIX_3, coding.level) / _OF_PREFIX_3[9]
+            case "zstd-prefix":
+                return prefix * _gain(_at(_OF_PREFIX_3, coding.level), prefix)
+            case "hdiff":
+                return prefix * self._hdiff_gain(prefix) * _at(_OF_HDIFF_19, coding.level)
 
     def _hdiff_gain(self, prefix: float) -> float:
         """Of `hdiff:19` against a prefix: where trying harder gains, differences gain much more.
@@ -166,15 +172,12 @@ class Ratios:
         """
         harder = self.seen.get(PREFIX_HARDER)
         if harder is None or not prefix:
-            return _TYPICAL_HDIFF_GAIN
+            return 0.5  # typical
         return min(0.95, max(0.1, (harder / prefix) ** 4))
 
     def with_seen(self, coding: Coding, ratio: float) -> Ratios:
         """What was seen last counts: parts of a package shrink very differently."""
         return Ratios({**self.seen, coding: ratio})
-
-
-_TYPICAL_HDIFF_GAIN: Final = 0.5
 
 
 def _at(factors: Mapping[int, float], level: int) -> float:

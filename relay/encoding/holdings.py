@@ -33,7 +33,6 @@ class Holdings(Protocol):
     @property
     def held(self) -> Sequence[Held]:
         """The best bases first."""
-        ...
 
     async def load(self, places: Places) -> list[bytes]:
         """The chunks at `places`, in that order, each as its name says.
@@ -43,7 +42,6 @@ class Holdings(Protocol):
             ChunkInvalid: one has other bytes by now.
             StoreError: the medium failed.
         """
-        ...
 
 
 class StoreHoldings:

@@ -14,7 +14,6 @@ and is left out with a reason if that comes out otherwise: a Python may be linke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import glob
 import hashlib
 import os
@@ -23,7 +22,7 @@ import struct
 import sys
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -135,7 +134,7 @@ def _customary() -> Iterator[str]:
 
 
 def _read(path: str) -> bytes:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:
         library = file.read(ENGINE_MAX + 1)
         return library if len(library) <= ENGINE_MAX else b""
     return b""
@@ -390,7 +389,7 @@ class _Worker:
 
     async def end(self) -> None:
         self.stop_waiting()
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
 

@@ -62,7 +62,7 @@ class Presences:
     def all(self) -> tuple[messages.AgentSeen, ...]:
         """By name."""
         now = self._clock()
-        self._forget(lambda seen: now - seen.left > FORGET_SECONDS)
+        self._forget(now)
         return tuple(
             messages.AgentSeen(
                 name=name,
@@ -76,12 +76,10 @@ class Presences:
     def _make_room(self, name: str, size: int, now: float) -> None:
         if self._fits(name, size):
             return
-        self._forget(lambda seen: now - seen.left > FORGET_SECONDS)
+        self._forget(now)
         absent = sorted((seen.left, other) for other, seen in self._seen.items() if not seen.polls and other != name)
-        for _, other in absent:
-            if self._fits(name, size):
-                return
-            self._remove(other)
+        while absent and not self._fits(name, size):
+            self._remove(absent.pop(0)[1])
         if not self._fits(name, size):
             raise UnreachableError("too many agents are at this relay")
 
@@ -90,8 +88,9 @@ class Presences:
         more = size - (len(before.presence) if before else 0)
         return len(self._seen) + (before is None) <= self._most and self._bytes + more <= PRESENCE_BYTES
 
-    def _forget(self, over: Callable[[_Seen], bool]) -> None:
-        for name in [name for name, seen in self._seen.items() if not seen.polls and over(seen)]:
+    def _forget(self, now: float) -> None:
+        absent = {name: seen.left for name, seen in self._seen.items() if not seen.polls}
+        for name in [name for name, left in absent.items() if now - left > FORGET_SECONDS]:
             self._remove(name)
 
     def _remove(self, name: str) -> None:

@@ -53,9 +53,8 @@ def is_container(path: str) -> bool:
     The same paths that NuGet leaves out when it installs (`PackageHelper.ExcludePaths`), the root nuspec and the signature.
     """
     lowered = path.lower()
-    if lowered.startswith(_CONTAINER_FOLDERS) or lowered in _CONTAINER_FILES:
-        return True
-    return "/" not in lowered and lowered.endswith(".nuspec")
+    is_root_nuspec = "/" not in lowered and lowered.endswith(".nuspec")
+    return is_root_nuspec or lowered.startswith(_CONTAINER_FOLDERS) or lowered in _CONTAINER_FILES
 
 
 def stream_key(path: str) -> tuple[bool, str, str, str]:

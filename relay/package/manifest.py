@@ -192,9 +192,6 @@ def encode(body: ManifestBody) -> bytes:
     return msgspec.json.encode(body, order="sorted")
 
 
-_decoder = msgspec.json.Decoder(ManifestBody)
-
-
 def parse(canonical: bytes) -> Manifest:
     """Take a manifest from outside.
 
@@ -205,7 +202,7 @@ def parse(canonical: bytes) -> Manifest:
         raise ManifestError(f"manifest of {len(canonical)} bytes: expected at most {MANIFEST_MAX}")
     try:
         check_depth(canonical, DEPTH_MAX)
-        body = _decoder.decode(canonical)
+        body = msgspec.json.decode(canonical, type=ManifestBody)
     except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
         raise ManifestError(f"not a manifest: {error}") from error
     if body.format != chunking.FORMAT:

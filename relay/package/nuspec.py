@@ -10,17 +10,14 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-from xml.etree.ElementTree import ParseError
+from typing import Final
+from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from relay.errors import IdentityError, MetadataError
 from relay.package.identity import NuGetVersion, PackageId
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 NUSPEC_MAX: Final = 1 << 20
 """Bytes of a nuspec."""
@@ -77,8 +74,7 @@ def parse_nuspec(data: bytes) -> Nuspec:
         MetadataError: too large, not such a document, without valid id or version, or with a value out of bounds.
     """
     root = _parse(data)
-    if _name(root) != "package":
-        raise MetadataError("the nuspec's root element is not <package>")
+    _demand(_name(root) == "package", "the nuspec's root element is not <package>")
     metadata = _children(root).get("metadata")
     if metadata is None:
         raise MetadataError("the nuspec has no <metadata>")
@@ -90,13 +86,17 @@ def parse_nuspec(data: bytes) -> Nuspec:
         raise MetadataError(f"the nuspec says: {error.message}") from error
 
 
+def _demand(is_so: bool, fault: str) -> None:  # noqa: FBT001 - it reads as a sentence
+    if not is_so:
+        raise MetadataError(fault)
+
+
 # --- XML to elements
 
 
 def _parse(data: bytes) -> Element:
     """Parse step by step, so that depth and counts are checked before a tree of any size stands in memory."""
-    if len(data) > NUSPEC_MAX:
-        raise MetadataError(f"the nuspec has {len(data)} bytes, more than {NUSPEC_MAX}")
+    _demand(len(data) <= NUSPEC_MAX, f"the nuspec has {len(data)} bytes, more than {NUSPEC_MAX}")
     _check_encoding(data)
     depth = elements = 0
     root: Element | None = None
@@ -128,8 +128,8 @@ def _check_encoding(data: bytes) -> None:
     except UnicodeDecodeError as error:
         raise MetadataError("the nuspec is not UTF-8") from error
     said = _ENCODING.match(text)
-    if "\0" in text or (said and said[1].lower() not in {"utf-8", "us-ascii"}):
-        raise MetadataError("the nuspec is not UTF-8 or says that it is not")
+    says_so = said is None or said[1].lower() in {"utf-8", "us-ascii"}
+    _demand("\0" not in text and says_so, "the nuspec is not UTF-8 or says that it is not")
 
 
 def _name(element: Element) -> str:
@@ -146,8 +146,7 @@ def _children(element: Element) -> dict[str, Element]:
     found: dict[str, Element] = {}
     for child in element:
         name = _name(child)
-        if name and found.setdefault(name, child) is not child:
-            raise MetadataError(f"the nuspec has <{name[:100]}> twice")
+        _demand(not name or found.setdefault(name, child) is child, f"the nuspec has <{name[:100]}> twice")
     return found
 
 
@@ -159,15 +158,13 @@ def _named(element: Element, name: str) -> Iterator[Element]:
 
 
 def _bounded(name: str, text: str) -> str:
-    if len(text) > TEXT_MAX:
-        raise MetadataError(f"the nuspec's {name} has {len(text)} characters, more than {TEXT_MAX}")
+    _demand(len(text) <= TEXT_MAX, f"the nuspec's {name} has {len(text)} characters, more than {TEXT_MAX}")
     return text
 
 
 def _identity(children: dict[str, Element], name: str) -> str:
     """Id or version exactly as written: what a path will be made of is not tidied up."""
-    if name not in children:
-        raise MetadataError(f"the nuspec has no <{name}>")
+    _demand(name in children, f"the nuspec has no <{name}>")
     return _text(children[name], strip=False)
 
 
@@ -201,8 +198,8 @@ def _metadata(element: Element, children: dict[str, Element]) -> dict[str, objec
 
 def _flag(element: Element) -> bool:
     text = _text(element)
-    if text.lower() not in _BOOLEANS:
-        raise MetadataError(f"the nuspec's <{_name(element)}> is {text[:40]!r}, neither true nor false")
+    known = text.lower() in _BOOLEANS
+    _demand(known, f"the nuspec's <{_name(element)}> is {text[:40]!r}, neither true nor false")
     return _BOOLEANS[text.lower()]
 
 
@@ -213,15 +210,14 @@ def _tags(element: Element) -> list[str]:
 
 def _license(element: Element) -> dict[str, object]:
     kind = element.get("type", "")
-    if kind not in {"expression", "file"}:
-        raise MetadataError(f"the nuspec's <license> is of type {kind[:40]!r}, neither 'expression' nor 'file'")
+    fault = f"the nuspec's <license> is of type {kind[:40]!r}, neither 'expression' nor 'file'"
+    _demand(kind in {"expression", "file"}, fault)
     return {"type": kind, "value": _text(element)}
 
 
 def _package_types(element: Element) -> list[dict[str, object]]:
     types = [_attributes(child, "name", "version") for child in _named(element, "packageType")]
-    if not all("name" in kind for kind in types):
-        raise MetadataError("the nuspec has a <packageType> without a name")
+    _demand(all("name" in kind for kind in types), "the nuspec has a <packageType> without a name")
     return types
 
 
@@ -229,8 +225,7 @@ def _dependency_groups(element: Element) -> list[dict[str, object]]:
     """Groups in their order; dependencies outside of any (the form before groups) are one group for all frameworks."""
     groups = list(_named(element, "group"))
     loose = _dependencies(element)
-    if groups and loose:
-        raise MetadataError("the nuspec's <dependencies> mixes groups and single dependencies")
+    _demand(not (groups and loose), "the nuspec's <dependencies> mixes groups and single dependencies")
     if loose:
         return [{"dependencies": loose}]
     return [_attributes(group, "targetFramework") | {"dependencies": _dependencies(group)} for group in groups]

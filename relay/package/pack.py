@@ -20,7 +20,7 @@ from urllib.parse import quote
 from relay.errors import ArchiveError, MetadataError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
 from relay.package.nuspec import NUSPEC_MAX, parse_nuspec
-from relay.package.recipe import canonical_name
+from relay.package.recipe import CONTENT_TYPES, canonical_name
 from relay.package.zip_reader import DEFAULT_LIMITS, WalkLimits, check_collisions, is_root_nuspec, path_fault
 from relay.package.zip_records import (
     CENTRAL,
@@ -38,6 +38,7 @@ from relay.package.zip_records import (
     MAX32,
     REPARSE_POINT,
     STORED,
+    VERSION_NEEDED,
     Directory,
 )
 
@@ -45,10 +46,6 @@ _COPY: Final = 256 << 10
 _DOS_DATE: Final = 1 << 5 | 1
 """1980-01-01, the first day a zip knows."""
 _MADE_BY_UNIX: Final = 3 << 8 | 20
-_VERSION_NEEDED: Final = 20
-_LEVEL: Final = 6
-_CONTENT_TYPES: Final = "[Content_Types].xml"
-_RELATIONSHIPS: Final = "_rels/.rels"
 _CONTAINER: Final = re.compile(
     r"\[content_types\]\.xml|\.signature\.p7s|(_rels|package)(/.*)?", re.IGNORECASE | re.DOTALL
 )
@@ -94,8 +91,8 @@ def pack(
     parts = [nuspec, *(source for source in files if source.path != nuspec.path)]
     _check_names(parts, DEFAULT_LIMITS)
     skeleton = [
-        _Source.made(_CONTENT_TYPES, _content_types(source.path for source in parts)),
-        _Source.made(_RELATIONSHIPS, _relationships(nuspec.path)),
+        _Source.made(CONTENT_TYPES, _content_types(source.path for source in parts)),
+        _Source.made("_rels/.rels", _relationships(nuspec.path)),
     ]
     _check_amount(skeleton + parts, DEFAULT_LIMITS)
     _write_zip(skeleton + parts, output)
@@ -245,7 +242,7 @@ def _write_part(source: _Source, name: bytes, output: BinaryIO) -> _Form:
         compressed = output.tell() - data
         if size <= DEFAULT_LIMITS.ratio_total * compressed:
             break
-    form = (_VERSION_NEEDED, 0, method, 0, _DOS_DATE, crc, compressed, size)
+    form = (VERSION_NEEDED, 0, method, 0, _DOS_DATE, crc, compressed, size)
     end = output.tell()
     output.seek(header)
     output.write(LOCAL.pack(LOCAL_MARK, *form, len(name), 0) + name)
@@ -259,7 +256,7 @@ def _write_data(source: _Source, method: int, output: BinaryIO) -> tuple[int, in
     Raises:
         UsageError: a file has another size than when the folder was read.
     """
-    engine = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 8)
+    engine = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 8)
     encode, finish = (engine.compress, engine.flush) if method == DEFLATED else (bytes, bytes)
     size = crc = 0
     for piece in _pieces(source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from relay.errors import FrameError
@@ -16,16 +16,10 @@ RANGES_MAX = 100_000
 
 def from_indexes(indexes: Iterable[int]) -> Ranges:
     """The canonical ranges that cover exactly `indexes`."""
-    pairs: list[tuple[int, int]] = []
-    for index in sorted(set(indexes)):
-        if pairs and pairs[-1][1] == index:
-            pairs[-1] = (pairs[-1][0], index + 1)
-        else:
-            pairs.append((index, index + 1))
-    return tuple(pairs)
+    return in_order(sorted(set(indexes)))
 
 
-def in_order(indexes: Sequence[int]) -> Ranges:
+def in_order(indexes: Iterable[int]) -> Ranges:
     """The shortest ranges that name `indexes` in just this order."""
     pairs: list[tuple[int, int]] = []
     for index in indexes:

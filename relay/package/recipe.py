@@ -34,7 +34,7 @@ RECIPE_MAX: Final = 4 << 20
 STORED_AS_IS: Final = "stored"
 VERBATIM: Final = "verbatim"
 _USES_MAX: Final = 64
-_CONTENT_TYPES: Final = "[Content_Types].xml"
+CONTENT_TYPES: Final = "[Content_Types].xml"
 
 Feeding = Literal["", "whole", "sync", "sync-1024", "sync-6143"]
 """How the content enters an encoder. `whole`: in one write, then the end. `sync`: a sync flush before the end.
@@ -188,7 +188,7 @@ def fits_canonical(manifest: Manifest) -> bool:
 
 def canonical_name(path: str) -> bytes:
     """A part's name in the zip as NuGet escapes it: `Uri.EscapeDataString` per segment, in `PackageBuilder`."""
-    return (path if path == _CONTENT_TYPES else quote(path, safe="/")).encode()
+    return (path if path == CONTENT_TYPES else quote(path, safe="/")).encode()
 
 
 def opaque(manifest: Manifest) -> Recipe:
@@ -198,9 +198,6 @@ def opaque(manifest: Manifest) -> Recipe:
 
 
 # --- the wire
-
-
-_decoder = msgspec.msgpack.Decoder(Recipe)
 
 
 def encode_recipe(recipe: Recipe) -> bytes:
@@ -218,7 +215,7 @@ def parse_recipe(data: bytes, manifest: Manifest) -> Recipe:
     """
     _demand(len(data) <= RECIPE_MAX, f"{len(data)} bytes, more than {RECIPE_MAX}")
     try:
-        recipe = _decoder.decode(data)
+        recipe = msgspec.msgpack.decode(data, type=Recipe)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"not a recipe: {error}") from error
     _demand(recipe.format == FORMAT, f"format {recipe.format}, this version understands format {FORMAT}")

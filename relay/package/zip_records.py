@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 STORED: Final = 0
 DEFLATED: Final = 8
+VERSION_NEEDED: Final = 20
 
 LOCAL: Final = struct.Struct("<4s5H3L2H")
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")

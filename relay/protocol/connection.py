@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -33,7 +33,6 @@ from relay.errors import (
 )
 from relay.package.ranges import Ranges
 from relay.protocol import messages
-from relay.protocol.http_bytes import Traffic, chunked_bytes, header_bytes
 from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.persistence import Persistence
@@ -100,6 +99,34 @@ class LeaseLostError(RefusedError):
 
 class TooSlowError(UnreachableError):
     """The relay sends, but below the minimum rate."""
+
+
+# --- counting what crosses the line, as the ledger needs it: bodies and the headers around them
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of HTTP in both directions, TLS and TCP not counted."""
+
+    sent: int = 0
+    received: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.sent + self.received
+
+
+def header_bytes(first_line: str, headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """What a request's or response's head takes on the wire: each line ends in CR LF, an empty one closes it."""
+    return len(first_line) + 2 + sum(len(name) + len(value) + 4 for name, value in headers) + 2
+
+
+def chunked_bytes(size: int) -> int:
+    """What a piece of a body without a length takes on the wire (RFC 9112, 7.1); 0 bytes end the body."""
+    return len(f"{size:x}") + 2 + size + 2
+
+
+# --- the connection
 
 
 class Connection:
@@ -307,32 +334,33 @@ class Connection:
 
     async def _raise_problem(self, response: aiohttp.ClientResponse) -> None:
         problem = _parse_problem(await self.body(response, 1 << 20))
-        code, status = problem.code, response.status
         where = f"relay {self.url}"
-        if code == "unknown_peer":
-            raise UnknownPeerError(
-                f"{where} may not fetch from there", hint="Name the other relay under peers: in its relay.yaml"
-            )
-        if status in (401, 403):
-            raise TokenRefusedError(
-                f"{where} refuses this token" if status == 403 else f"{where} wants a token",
-                hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
-            )
-        if code == "not_exact":
-            raise NotExactError(f"{where} cannot give the identical nupkg", problem.lacks or messages.ExactLacks())
-        if status == 404 and code == "unknown_lease":
-            raise LeaseLostError(f"{where} does not know the lease")
-        if status == 404:
-            raise NotFoundError(f"not at {where}")
-        if status == 409 and problem.missing:
-            raise MissingChunksError(problem.missing)
-        if status == 409:
-            raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
-        if status in (408, 429) or status >= 500:
-            retry_after = _retry_after(response.headers.get("Retry-After"))
-            trouble = "has no space left" if status == 507 else "cannot serve now"
-            raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
-        raise RefusedError(f"{where} refuses the request ({status} {code})")
+        match response.status, problem.code:
+            case _, "unknown_peer":
+                raise UnknownPeerError(
+                    f"{where} may not fetch from there", hint="Name the other relay under peers: in its relay.yaml"
+                )
+            case (401 | 403) as status, _:
+                raise TokenRefusedError(
+                    f"{where} refuses this token" if status == 403 else f"{where} wants a token",
+                    hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
+                )
+            case _, "not_exact":
+                raise NotExactError(f"{where} cannot give the identical nupkg", problem.lacks or messages.ExactLacks())
+            case 404, "unknown_lease":
+                raise LeaseLostError(f"{where} does not know the lease")
+            case 404, _:
+                raise NotFoundError(f"not at {where}")
+            case 409, _ if problem.missing:
+                raise MissingChunksError(problem.missing)
+            case 409, _:
+                raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
+            case status, code if status in {408, 429} or status >= 500:
+                retry_after = _retry_after(response.headers.get("Retry-After"))
+                trouble = "has no space left" if status == 507 else "cannot serve now"
+                raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
+            case status, code:
+                raise RefusedError(f"{where} refuses the request ({status} {code})")
 
 
 def _split_url(url: str) -> SplitResult:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import BinaryIO, Final, TypeVar
 
 from relay.engines.encoders import PIECE, EncoderDiedError, Encoders
@@ -175,7 +174,7 @@ def _raw_end(path: str | os.PathLike[str], entry: Entry) -> bytes:
 async def _fits(path: str | os.PathLike[str], entry: Entry, name: str, feeding: Feeding, encoders: Encoders) -> bool:
     """Whether the encoder makes just the entry's bytes. One that dies over them twice does not."""
     for _ in range(2):
-        with contextlib.suppress(EncoderDiedError):
+        with suppress(EncoderDiedError):
             return await _makes(path, entry, name, feeding, encoders)
     return False
 

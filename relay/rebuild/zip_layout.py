@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, groupby, repeat
+from itertools import accumulate, chain, groupby, pairwise, repeat
 from typing import BinaryIO, Final, cast
 
 from relay.package.manifest import Manifest
@@ -26,9 +26,19 @@ from relay.package.recipe import (
     values,
 )
 from relay.package.zip_reader import Entry
-from relay.package.zip_records import CENTRAL, CENTRAL_MARK, DEFLATED, END, END_MARK, LOCAL, LOCAL_MARK, MAX16, STORED
+from relay.package.zip_records import (
+    CENTRAL,
+    CENTRAL_MARK,
+    DEFLATED,
+    END,
+    END_MARK,
+    LOCAL,
+    LOCAL_MARK,
+    MAX16,
+    STORED,
+    VERSION_NEEDED,
+)
 
-_VERSION_NEEDED: Final = 20
 _RECORDS_MAX: Final = 32 << 20
 """Bytes of records that are looked at. More than any zip without zip64 has, whose names are not absurd."""
 
@@ -62,7 +72,7 @@ class Layout:
         name = self._names.get(place) or canonical_name(path)
         method = STORED if step.encoder == STORED_AS_IS else DEFLATED
         time = next(self._times)
-        form = (_VERSION_NEEDED, 0, method, time & MAX16, time >> 16, crc32, compressed, size, len(name))
+        form = (VERSION_NEEDED, 0, method, time & MAX16, time >> 16, crc32, compressed, size, len(name))
         record = LOCAL.pack(LOCAL_MARK, *form, 0) + name
         tail = (0, 0, 0, 0, next(self._attributes), self._offset)
         self._directory += CENTRAL.pack(CENTRAL_MARK, next(self._made_by), *form, *tail) + name
@@ -181,7 +191,9 @@ def _read_directory(tail: bytes, entries: Sequence[Entry]) -> Canonical | None:
             names.append((place, name))
     if not all(name for _, name in names):
         return None
-    return Canonical(_differences(_runs(times)), tuple(_runs(made_by)), tuple(_runs(attributes)), tuple(names))
+    runs = list(_runs(times))
+    steps_of_times = zip(_steps(time for time, _ in runs), (count for _, count in runs), strict=True)
+    return Canonical(tuple(steps_of_times), tuple(_runs(made_by)), tuple(_runs(attributes)), tuple(names))
 
 
 def _gives(canonical: Canonical, gaps: list[bytes], entries: Sequence[Entry], manifest: Manifest) -> bool:
@@ -199,18 +211,11 @@ def _runs(values: Iterable[int]) -> Iterator[tuple[int, int]]:
     return ((value, len(list(group))) for value, group in groupby(values))
 
 
-def _differences(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    before, found = 0, []
-    for value, count in runs:
-        found.append((value - before, count))
-        before = value
-    return tuple(found)
+def _steps(values: Iterable[int]) -> list[int]:
+    """From 0 to the first value, and from each to the next."""
+    return [after - before for before, after in pairwise([0, *values])]
 
 
 def _order(entries: Sequence[Entry], manifest: Manifest) -> tuple[tuple[int, int], ...]:
     place = {manifest.parts[index].path: at for at, index in enumerate(by_path(manifest), start=1)}
-    before, found = 0, []
-    for entry in entries:
-        found.append(place[entry.path] - before)
-        before = place[entry.path]
-    return tuple(_runs(found))
+    return tuple(_runs(_steps(place[entry.path] for entry in entries)))

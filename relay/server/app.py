@@ -135,9 +135,8 @@ class RelayApp:
         return json_answer(await self._transfer.offer(ManifestId(digest_of(request)), document, _base(request)))
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
-        return json_answer(
-            await self._transfer.missing(await read_json(request, self._limits, messages.MissingRequest))
-        )
+        body = await read_json(request, self._limits, messages.MissingRequest)
+        return json_answer(await self._transfer.missing(body))
 
     async def take_bundle(self, request: web.Request) -> web.StreamResponse:
         check_media_type(request, messages.BUNDLE_TYPE)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Self
 
 from relay.encoding.bundle import Places, Sink, Tap
@@ -101,12 +103,8 @@ class Landing:
                 self._changed.notify_all()
 
     def _next_batch(self) -> list[Chunk]:
-        size, count = 0, 0
-        for chunk in self._gathered:
-            if count and size + chunk.size > BATCH_BYTES:
-                break
-            size += chunk.size
-            count += 1
+        ends = list(accumulate(chunk.size for chunk in self._gathered))
+        count = max(1, bisect_right(ends, BATCH_BYTES))
         batch, self._gathered = self._gathered[:count], self._gathered[count:]
         return batch
 

@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import Final
 
 from relay.encoding import planner
-from relay.encoding.bundle import BundleWriter, Data, Failed, Missing, Span, data_header, more_header
+from relay.encoding.bundle import BundleWriter, Data, Failed, Missing, Span, data_header
 from relay.encoding.choose_bases import Held, choose_bases
 from relay.encoding.estimates import Rates
 from relay.encoding.planner import Choice, Line, Made, RunFacts, Schedule
@@ -291,20 +291,15 @@ class _Giving:
 
     async def _encoded(self, run: _Encoded) -> AsyncGenerator[bytes, None]:
         writer, begun = self._writer, False
-        spans = (Span.of(self._manifest.id, run.indexes),)
+        spans, encoding = (Span.of(self._manifest.id, run.indexes),), run.spec.coding.encoding
         try:
             async for stretch, more in run.payload.stretches(1, self._ground.patience):
-                if begun:
-                    head = writer.frame(more_header(stretch, more=more))
-                else:
-                    head = writer.frame(
-                        data_header(spans, run.spec.coding.encoding, stretch, bases=run.bases, more=more)
-                    )
+                header = data_header(spans, encoding, stretch, bases=run.bases, more=more, goes_on=begun)
                 if not begun:
                     metrics.PAYLOADS.labels("kept" if run.is_kept else "encoded").inc()
                 begun = True
-                metrics.sent(run.spec.coding.encoding, len(stretch), 0 if more else run.spec.size)
-                yield head + stretch
+                metrics.sent(encoding, len(stretch), 0 if more else run.spec.size)
+                yield writer.frame(header) + stretch
         except (ChunkMissing, ChunkInvalid, StoreError, TimeoutError) as error:
             log.warning("payload: %s", str(error) or "it stands still")
             if begun:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.mail.letters import Box, Letter, MailLimits, Numbered
+from relay.mail.letters import Box, Kind, Letter, MailLimits, Numbered
 from relay.mail.mailbox import Mail
 from relay.mail.presences import Presences
 from relay.protocol import messages
@@ -121,22 +121,19 @@ class MailRoutes:
         return json_answer(messages.AgentsAnswer(self._presences.all()))
 
     async def reports(self, request: web.Request) -> web.StreamResponse:
-        query = _query(request)
-        found = await self._wait(request, ("report", query.deployment), _cursor(query), query.wait)
-        reports = tuple(
-            messages.NumberedReport(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
-            for n in found
-        )
+        reports = tuple([messages.NumberedReport(*found) for found in await self._read(request, "report")])
         return json_answer(messages.ReportsAnswer(self._mail.epoch, reports))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
-        query = _query(request)
-        found = await self._wait(request, ("log", query.deployment), _cursor(query), query.wait)
-        pieces = tuple(
-            messages.NumberedPiece(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data)
-            for n in found
-        )
+        pieces = tuple([messages.NumberedPiece(*found) for found in await self._read(request, "log")])
         return json_answer(messages.LogsAnswer(self._mail.epoch, pieces))
+
+    async def _read(self, request: web.Request, kind: Kind) -> list[tuple[int, str, str, int, bytes]]:
+        """Number, agent, operation, part and data of what was asked for."""
+        query = _query(request)
+        after = messages.Cursor(query.epoch, query.after)
+        found = await self._wait(request, (kind, query.deployment), after, query.wait)
+        return [(n.number, n.letter.agent, n.letter.operation, n.letter.part, n.letter.data) for n in found]
 
     async def _wait(
         self, request: web.Request, box: Box, after: messages.Cursor | None, seconds: float
@@ -190,10 +187,6 @@ def _query(request: web.Request) -> messages.ReadQuery:
         return msgspec.convert(words, messages.ReadQuery, strict=False)
     except msgspec.ValidationError as error:
         raise HttpRefusal(400, "bad_request") from error
-
-
-def _cursor(query: messages.ReadQuery) -> messages.Cursor:
-    return messages.Cursor(query.epoch, query.after)
 
 
 def _check_operations(deployment: str, letters: Sequence[messages.ReportLetter | messages.LogPiece]) -> None:

@@ -199,15 +199,16 @@ class Transfer:
             else:
                 await landing.add(chunk)
         for event in events:
-            if isinstance(event, RunRefused):
-                log.warning("bundle: run refused: %s", event.error)
-                outcome.incoming.refused(event)
-                outcome.refused.extend(_refused(event))
-            elif isinstance(event, NeedsBases):
-                if not await answer(event, bases):
-                    log.warning("bundle: the bases of a run cannot be given")
-            elif isinstance(event, NotSent | Aborted):
-                raise FrameError("a sender's bundle holds data frames only")
+            match event:
+                case RunRefused():
+                    log.warning("bundle: run refused: %s", event.error)
+                    outcome.incoming.refused(event)
+                    outcome.refused.extend(_refused(event))
+                case NeedsBases():
+                    if not await answer(event, bases):
+                        log.warning("bundle: the bases of a run cannot be given")
+                case NotSent() | Aborted():
+                    raise FrameError("a sender's bundle holds data frames only")
 
     async def publish(self, ref: PackageRef, request: messages.PublishRequest) -> Pointer:
         """List the package, now that all its chunks are here. Idempotent.

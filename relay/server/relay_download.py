@@ -48,6 +48,7 @@ from relay.transfer.download import (
     sum_encodings,
 )
 from relay.transfer.link_history import Lines, Meter
+from relay.transfer.probe import line_of
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +119,7 @@ class RelayDownload(Receiver):
             ConflictError: another nupkg is listed here under this id and version.
             StoreError: our own medium failed.
         """
-        remembered = await self._lines.recall(self._source.url)
-        if remembered is not None:
-            self._meter.line = Line(remembered.goodput, remembered.round_trip)
+        self._meter.line = line_of(await self._lines.recall(self._source.url))
         try:
             with self._transfer.room.place() as place:
                 await self._bring(place)

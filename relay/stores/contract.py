@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from relay.package.chunk import Chunk
@@ -59,6 +60,7 @@ def document_folder(prefix: str) -> str:
     return prefix
 
 
+@dataclass(eq=False)
 class StoredChunk(ABC):
     """One chunk in its stored form (a zstd frame), to be sent without decoding it.
 

@@ -21,6 +21,7 @@ import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import aiofiles
@@ -64,23 +65,18 @@ from relay.stores.volume import (
 # --- chunks
 
 
+@dataclass(eq=False)
 class DiskChunk(StoredChunk):
-    """A stored chunk that was checked; it is read again, piece by piece, when it is sent."""
+    """A stored chunk that was checked; it is read again, piece by piece, when it is sent. `DiskStore.open` makes it."""
 
-    def __init__(self, id: ChunkId, size: int, length: int, xxh3: int, path: str, seen: os.stat_result) -> None:
-        """Use `DiskStore.open`."""
-        self.id = id
-        self.size = size
-        self.length = length
-        self.xxh3 = xxh3
-        self._path = path
-        self._seen = seen
+    path: str
+    seen: os.stat_result
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         look = Look()
         try:
-            async with aiofiles.open(self._path, "rb", buffering=0, opener=look) as file:
-                if look.seen is None or not is_same(look.seen, self._seen):
+            async with aiofiles.open(self.path, "rb", buffering=0, opener=look) as file:
+                if look.seen is None or not is_same(look.seen, self.seen):
                     raise StoreError(f"chunk {self.id[:16]}… changed since it was checked")
                 await file.seek(HEADER_SIZE)
                 left = self.length
@@ -96,13 +92,16 @@ class DiskChunk(StoredChunk):
             raise StoreError(f"chunk {self.id[:16]}… changed since it was checked") from error
 
 
-class DiskStore(ChunkSweeper):
-    """The chunks of a volume."""
+class _OnVolume:
+    """One face of a volume."""
 
     def __init__(self, volume: Volume) -> None:
-        """Chunks in `volume`; closing this closes the volume."""
         self._volume = volume
         self.name = f"disk:{volume.root}"
+
+
+class DiskStore(_OnVolume, ChunkSweeper):
+    """The chunks of a volume. Closing this closes the volume."""
 
     async def get(self, id: ChunkId) -> Chunk:
         return await asyncio.to_thread(self._get, id)
@@ -188,12 +187,8 @@ def _is_digest(name: str) -> bool:
 # --- documents
 
 
-class DiskDocuments(Documents):
+class DiskDocuments(_OnVolume, Documents):
     """The documents of a volume, each a file under its own name."""
-
-    def __init__(self, volume: Volume) -> None:
-        """Documents in `volume`."""
-        self._volume = volume
 
     async def read(self, name: str) -> bytes | None:
         return await asyncio.to_thread(self._read, document_name(name))
@@ -266,12 +261,8 @@ def _passes(check: Callable[[str], str], name: str) -> bool:
 # --- blobs
 
 
-class DiskBlobs(Blobs):
+class DiskBlobs(_OnVolume, Blobs):
     """The whole files of a volume."""
-
-    def __init__(self, volume: Volume) -> None:
-        """Blobs in `volume`."""
-        self._volume = volume
 
     async def put_file(self, sha256: str, path: str) -> None:
         await self._volume.run(self._put_file, sha256, path)

@@ -47,10 +47,7 @@ class StoredBytes(StoredChunk):
             check_stored(id, header, self._frame, xxhash.xxh3_64_intdigest(self._frame))
         except DamageError as damage:
             raise ChunkInvalid(id, damage.found) from damage
-        self.id = id
-        self.size = header.size
-        self.length = len(self._frame)
-        self.xxh3 = header.xxh3
+        super().__init__(id, header.size, len(self._frame), header.xxh3)
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         for piece in _cut(self._frame):
@@ -66,21 +63,15 @@ class MemoryChunks(ChunkSweeper):
         self.stored: dict[ChunkId, bytes] = {}
 
     async def get(self, id: ChunkId) -> Chunk:
-        try:
-            return decode_stored(id, self._held(id))
-        except ChunkInvalid:
-            self.stored.pop(id, None)
-            raise
+        with self._judging(id) as stored:
+            return decode_stored(id, stored)
 
     async def has_many(self, ids: Iterable[ChunkId]) -> set[ChunkId]:
         return {id for id in ids if ChunkId(parse_digest(id)) in self.stored}
 
     async def open(self, id: ChunkId) -> StoredChunk:
-        try:
-            return StoredBytes(id, self._held(id))
-        except ChunkInvalid:
-            self.stored.pop(id, None)
-            raise
+        with self._judging(id) as stored:
+            return StoredBytes(id, stored)
 
     async def put_many(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -94,11 +85,17 @@ class MemoryChunks(ChunkSweeper):
     async def remove(self, id: ChunkId) -> None:
         self.stored.pop(ChunkId(parse_digest(id)), None)
 
-    def _held(self, id: ChunkId) -> bytes:
+    @contextmanager
+    def _judging(self, id: ChunkId) -> Iterator[bytes]:
+        """What is held under this name; damage found inside the context takes it away."""
         stored = self.stored.get(ChunkId(parse_digest(id)))
         if stored is None:
             raise ChunkMissing(id)
-        return stored
+        try:
+            yield stored
+        except ChunkInvalid:
+            self.stored.pop(id, None)
+            raise
 
 
 class MemoryDocuments(Documents):

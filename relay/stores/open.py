@@ -72,14 +72,15 @@ def parse_location(text: str) -> Location:
     parsed = _SCHEME.fullmatch(text)
     if parsed is None:
         return Location("disk", os.path.abspath(os.path.expanduser(text)))
-    scheme, rest = parsed.groups()
-    if scheme == "disk" and rest.startswith("/"):
-        return Location("disk", os.path.abspath(rest))
-    if scheme == "memory" and not rest:
-        return Location("memory")
-    if scheme == "s3":
-        raise UsageError(f"{text!r}: this version has no S3 store", hint=_EXPECTED)
-    raise UsageError(f"{text!r} is no store location", hint=_EXPECTED)
+    match parsed.groups():
+        case "disk", rest if rest.startswith("/"):
+            return Location("disk", os.path.abspath(rest))
+        case "memory", "":
+            return Location("memory")
+        case "s3", _:
+            raise UsageError(f"{text!r}: this version has no S3 store", hint=_EXPECTED)
+        case _:
+            raise UsageError(f"{text!r} is no store location", hint=_EXPECTED)
 
 
 async def open_store(location: str, *, free_floor: int | None = None, read_only: bool = False) -> Store:

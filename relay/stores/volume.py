@@ -154,10 +154,6 @@ class _Temp:
             os.unlink(self.path)
 
 
-def _rename(temp: str, path: str) -> None:
-    os.replace(temp, path)
-
-
 def link_new(temp: str, path: str) -> None:
     """Give it a name that nobody has; the temporary name goes later. Raises `NameTakenError`."""
     try:
@@ -299,7 +295,7 @@ class Volume:
         self,
         files: Sequence[NewFile],
         *,
-        place: Callable[[str, str], None] = _rename,
+        place: Callable[[str, str], None] = os.replace,
         undo: bool = True,
         bulk: int = 0,
         also_sync: Iterable[str] = (),
@@ -308,7 +304,7 @@ class Volume:
 
         Args:
             files: What to write.
-            place: Gives a finished file its name: `_rename`, or `link_new` where none may be yet.
+            place: Gives a finished file its name: `os.replace`, or `link_new` where none may be yet.
             undo: The names are new ones: take them away again if their folder cannot be synced.
             bulk: Bytes that must fit above the floor.
             also_sync: Folders below the root whose entries, made by somebody else, are acknowledged too.
@@ -594,13 +590,12 @@ class Volume:
         try:
             yield
         except SyncError as error:
-            self._count_sync_failure(error)
+            if error.errno not in _FULL:
+                self._count_sync_failure(error)
             raise
         self._sync_failures = 0
 
     def _count_sync_failure(self, error: SyncError) -> None:
-        if error.errno in _FULL:
-            return
         with self._health:
             self._sync_failures += 1
             failures = self._sync_failures

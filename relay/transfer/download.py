@@ -63,7 +63,6 @@ class ChunkSource(Protocol):
     @property
     def name(self) -> str:
         """For people."""
-        ...
 
     def stream(
         self,
@@ -87,7 +86,6 @@ class ChunkSource(Protocol):
             UntrustedError, UnreachableError, RefusedError: the source's fault, the line's, or its rule.
             StoreError: a base cannot be read here.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +119,8 @@ class SourceTally:
         self.chunks += 1
         self.bytes += size
         self.payload_bytes += payload_bytes
-        before = self.encodings.get(encoding) or EncodedBytes(encoding, 0, 0, 0)
-        self.encodings[encoding] = EncodedBytes(
-            encoding, before.chunks + 1, before.stream_bytes + size, before.payload_bytes + payload_bytes
-        )
+        known = [self.encodings[encoding]] if encoding in self.encodings else []
+        (self.encodings[encoding],) = summed([*known, EncodedBytes(encoding, 1, size, payload_bytes)])
 
 
 def sum_encodings(tallies: Iterable[SourceTally]) -> list[EncodedBytes]:
@@ -388,24 +384,25 @@ class _Download:
     def _heed(self, request: _Request, event: Event, *, had_bases: bool) -> None:
         """What an event means that brings no chunk. Raises what cannot be borne in this request."""
         name = request.asked.name
-        if isinstance(event, RunRefused) and not isinstance(event.error, CutShortError):
-            if not (had_bases and request.is_delta(event)):
-                raise event.error
-            request.asked.tally.fallbacks += 1
-            self._plainly.update(request.excuse(event))
-        elif isinstance(event, Aborted):
-            # Busy: what it was sending came from elsewhere, and may be there in a moment.
-            raise UnreachableError(
-                f"{name} broke off ({event.code})", retry_after=0.0 if event.code == "busy" else None
-            )
-        elif isinstance(event, NotSent):
-            if event.reason != "arriving":
-                raise ChunksAbsentError(f"{name} lacks {len(event.run)} chunks of {self._manifest.package}")
-            if not request.asked.bearing.has_patience:
-                seconds = self._limits.persistence.patience
-                raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
-            request.is_steady = False
-            request.excuse(event)
+        match event:
+            case RunRefused(error=CutShortError()):
+                return
+            case RunRefused():
+                if not (had_bases and request.is_delta(event)):
+                    raise event.error
+                request.asked.tally.fallbacks += 1
+                self._plainly.update(request.excuse(event))
+            case Aborted(code=code):
+                # Busy: what it was sending came from elsewhere, and may be there in a moment.
+                raise UnreachableError(f"{name} broke off ({code})", retry_after=0.0 if code == "busy" else None)
+            case NotSent():
+                if event.reason != "arriving":
+                    raise ChunksAbsentError(f"{name} lacks {len(event.run)} chunks of {self._manifest.package}")
+                if not request.asked.bearing.has_patience:
+                    seconds = self._limits.persistence.patience
+                    raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
+                request.is_steady = False
+                request.excuse(event)
 
 
 class _Request:

@@ -86,12 +86,13 @@ def working_bytes(spec: PayloadSpec) -> int:
     its window (as large as run and prefix) 1.1 to 1.2 times, and the tables of its level.
     """
     size, base_size, coding = spec.size, spec.base_size, spec.coding
-    if coding.encoding == "raw":
-        tables = 0
-    elif coding.encoding == "hdiff":
-        tables = max(41 * base_size // 10, _zstd_bytes(coding.level, size)) + size
-    else:
-        tables = _zstd_bytes(coding.level, size + base_size)
+    match coding.encoding:
+        case "raw":
+            tables = 0
+        case "hdiff":
+            tables = max(41 * base_size // 10, _zstd_bytes(coding.level, size)) + size
+        case _:
+            tables = _zstd_bytes(coding.level, size + base_size)
     return size + base_size + tables + expected_payload(spec)
 
 
@@ -334,11 +335,6 @@ class Payloads:
         """Whether a new payload would have to wait long: a reader that can do with stored chunks should take them."""
         return self._budget.waiting > 0
 
-    @property
-    def memory(self) -> int:
-        """Bytes that encoders and payloads count for now."""
-        return self._budget.used
-
     async def close(self) -> None:
         """Stop all encoders, forget everything. Twice is once."""
         self._closed = True
@@ -524,10 +520,6 @@ def _encode_into(payload: _Payload, run: bytes, base: bytes, loop: asyncio.Abstr
 
 
 def _recut(data: bytes) -> Iterator[bytes]:
-    if len(data) <= PIECE:
-        if data:
-            yield bytes(data)
-        return
     view = memoryview(data)
     for start in range(0, len(view), PIECE):
         yield bytes(view[start : start + PIECE])

@@ -29,8 +29,6 @@ from relay.transfer.link_history import Lines, Meter, Remembered
 from relay.transfer.probe import Explained, Survey, confirm, explain, explained, guess, line_of, survey
 from relay.transfer.sender import Sender
 
-__all__ = ["PATIENCE", "PERSISTENCE", "ReplicationResult", "Shipping", "plan", "replicate"]
-
 PATIENCE = 60.0
 """Seconds that a relay may be away before its replication is given up."""
 PERSISTENCE = Persistence(first_pause=0.2, failures=4, patience=PATIENCE)
@@ -224,7 +222,7 @@ class _Replication:
         def may_help(error: Exception) -> bool:
             # A relay that was never there is a wrong address, not an interruption: said at once.
             is_lost = isinstance(error, UnreachableError | LeaseLostError)
-            return is_lost and self._reached and not sender.source_failed
+            return is_lost and self._reached and not sender.queue.source_failed
 
         persistence = replace(PERSISTENCE, longest_asked=self._patience, patience=self._patience)
         # What was sent is no measure: a relay without room takes bundle after bundle and keeps nothing.

@@ -125,6 +125,7 @@ class RunQueue:
         self.alive: list[RunAhead] = []
         """Begun, and not whole at the relay yet as far as the sender says."""
         self.source_failed = False
+        """Whether it was the source that could not be read."""
         self._payloads = payloads
         self._meter = meter
         self._connections = connections

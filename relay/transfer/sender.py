@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from relay.encoding import bundle
-from relay.encoding.bundle import BundleWriter, Span
+from relay.encoding.bundle import BundleWriter, Span, data_header
 from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding
 from relay.errors import RefusedError, UnreachableError, WaystationError, first_of
@@ -93,13 +92,8 @@ class Sender:
         self._meter = meter
         self._pacer = pacer
         self._progress = progress
-        self._queue = RunQueue(manifest, payloads, meter, self.connections, force=force, explains=explains)
+        self.queue = RunQueue(manifest, payloads, meter, self.connections, force=force, explains=explains)
         self._there = self._told = self._open = 0
-
-    @property
-    def source_failed(self) -> bool:
-        """Whether it was the source that could not be read."""
-        return self._queue.source_failed
 
     # --- progress
 
@@ -113,7 +107,7 @@ class Sender:
     def _tell(self) -> None:
         """Bytes of runs that are on the line stand for themselves; what was told is never taken back."""
         whole = self._manifest.stream_size
-        underway = sum(ahead.underway for ahead in self._queue.alive)
+        underway = sum(ahead.underway for ahead in self.queue.alive)
         self._told = max(self._told, min(self._there + underway, whole))
         if self._progress:
             self._progress(self._told, whole)
@@ -122,7 +116,7 @@ class Sender:
 
     async def send(self, lease: str, missing: Ranges, held: Sequence[Held] = ()) -> None:
         """Everything in `missing`, in tree order, building on `held`; or the first error."""
-        self._queue.begin(missing, held)
+        self.queue.begin(missing, held)
         self.report(missing)
         self._open = 0
         try:
@@ -131,18 +125,18 @@ class Sender:
         except BaseExceptionGroup as errors:
             raise first_of(errors) from None
         finally:
-            self._queue.close()
+            self.queue.close()
 
     def _open_connections(self, group: asyncio.TaskGroup, lease: str, there: int) -> None:
         for number in range(there, self.connections.number):
-            if self._queue.has_more:
+            if self.queue.has_more:
                 group.create_task(self._connection(group, lease, number))
 
     async def _connection(self, group: asyncio.TaskGroup, lease: str, number: int) -> None:
         """One bundle after another. `number` counts the connections: those beyond what the line bears end."""
         self._open += 1
         is_first = True
-        while number < self.connections.number and (ahead := await self._queue.next()) is not None:
+        while number < self.connections.number and (ahead := await self.queue.next()) is not None:
             is_known = self._meter.is_sure
             # The first bundle measures the line, and not the encoder that is slower than most.
             await (ahead.payload.ready() if is_known else ahead.payload.ready(math.inf))
@@ -150,7 +144,7 @@ class Sender:
             try:
                 answer = await self._carry(lease, ahead, flying, is_first=is_first)
             except UnreachableError as error:
-                if error.retry_after is None or self._open == 1 or self.source_failed:
+                if error.retry_after is None or self._open == 1 or self.queue.source_failed:
                     raise
                 # Too many at a time for this relay; the others go on.
                 self._take_back(flying)
@@ -160,7 +154,7 @@ class Sender:
             is_first = False
             self._check_taken(answer, flying)
             if not is_known:
-                await self._queue.plan_anew()
+                await self.queue.plan_anew()
             if self._meter.is_open:
                 # How fast the line is, the next one will say: this one had to find its pace.
                 continue
@@ -182,9 +176,9 @@ class Sender:
     def _take_back(self, flying: _Flying) -> None:
         """The relay took nothing of this bundle: its runs go with another one, from their beginning."""
         for ahead in reversed(flying.runs):
-            if ahead not in self._queue.alive:
+            if ahead not in self.queue.alive:
                 self._there -= ahead.size
-            self._queue.again(ahead)
+            self.queue.again(ahead)
 
     def _bundle_bytes(self) -> int:
         """Payload after which the bundle ends. On a line that is not known, after its first run."""
@@ -202,7 +196,7 @@ class Sender:
             lost = [index for index in ahead.planned.run.indexes if index in refused]
             if lost and ahead.planned.coding.needs_bases:
                 self.sent.fallbacks += 1
-                self._queue.plainly(lost)
+                self.queue.plainly(lost)
                 self._there -= self._manifest.size_of(lost)
                 refused.difference_update(lost)
         if refused:
@@ -218,14 +212,17 @@ class Sender:
         head = writer.start()
         while ahead is not None:
             flying.runs.append(ahead)
-            is_first, asked = True, time.monotonic()
+            goes_on, asked = False, time.monotonic()
+            span, planned = Span.of(self._manifest.id, ahead.planned.run.indexes), ahead.planned
             async for stretch, more in self._stretches(ahead):
                 flying.waited += time.monotonic() - asked
-                header = self._header(ahead.planned, stretch, more=more, is_first=is_first)
+                header = data_header(
+                    (span,), planned.coding.encoding, stretch, bases=planned.bases, more=more, goes_on=goes_on
+                )
                 async for piece in self._paced(head + writer.frame(header), stretch, flying):
                     yield piece
                 flying.payload += len(stretch)
-                head, is_first = b"", False
+                head, goes_on = b"", True
                 self._tell()
                 asked = time.monotonic()
             self._finished(ahead)
@@ -234,18 +231,12 @@ class Sender:
             flying.waited += time.monotonic() - asked
         yield writer.end()
 
-    def _header(self, planned: PlannedRun, stretch: bytes, *, more: bool, is_first: bool) -> bundle.Data | bundle.More:
-        if not is_first:
-            return bundle.more_header(stretch, more=more)
-        span = Span.of(self._manifest.id, planned.run.indexes)
-        return bundle.data_header((span,), planned.coding.encoding, stretch, bases=planned.bases, more=more)
-
     async def _stretches(self, ahead: RunAhead) -> AsyncIterator[tuple[bytes, bool]]:
         try:
             async for found in ahead.payload.stretches():
                 yield found
         except WaystationError:
-            self._queue.source_failed = True
+            self.queue.source_failed = True
             raise
 
     async def _paced(self, head: bytes, payload: bytes, flying: _Flying) -> AsyncIterator[bytes]:
@@ -260,20 +251,20 @@ class Sender:
             head = b""
 
     def _finished(self, ahead: RunAhead) -> None:
-        self._queue.finished(ahead)
+        self.queue.finished(ahead)
         self._there += ahead.size
         self.sent.runs.append((ahead.planned, ahead.payload.taken))
         self._tell()
 
     async def _next_soon(self) -> RunAhead | None:
         """The next run, where it has something to send soon; None also where the bundle had better end."""
-        ahead = await self._queue.next()
+        ahead = await self.queue.next()
         if ahead is None:
             return None
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 await ahead.payload.ready()
         except TimeoutError:
-            self._queue.put_back(ahead)
+            self.queue.put_back(ahead)
             return None
         return ahead

@@ -143,7 +143,6 @@ class Routed(Protocol):
 
     def routes(self) -> Routes:
         """Every route with the scope that it asks for."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -62,22 +62,22 @@ async def body_pieces(request: web.Request, limits: Limits, cap: int) -> AsyncGe
     clock, window = asyncio.get_running_loop().time, limits.body_window_seconds
     received = 0
     judged_from = clock()
-    with _ledger_of(request, limits).meter(peer) as meter:
-        while True:
-            piece = await _next_piece(request, window / 8)
-            now = clock()
-            if piece is not None:
-                received += len(piece)
-                meter.add(now, len(piece))
-            if received > cap:
-                raise HttpRefusal(413, "too_large")
-            if piece == b"":
-                return
-            if now - judged_from >= window and meter.total(now) < rate * window:
-                raise HttpRefusal(408, "too_slow")
-            if piece is not None:
-                yield piece
-                judged_from += clock() - now
+    meter = _ledger_of(request, limits).meter(peer)
+    while True:
+        piece = await _next_piece(request, window / 8)
+        now = clock()
+        if piece is not None:
+            received += len(piece)
+            meter.add(now, len(piece))
+        if received > cap:
+            raise HttpRefusal(413, "too_large")
+        if piece == b"":
+            return
+        if now - judged_from >= window and meter.total(now) < rate * window:
+            raise HttpRefusal(408, "too_slow")
+        if piece is not None:
+            yield piece
+            judged_from += clock() - now
 
 
 async def _next_piece(request: web.Request, patience: float) -> bytes | None:

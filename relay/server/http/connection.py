@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, cast
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -89,7 +90,6 @@ class Meter:
     def __init__(self, window: float) -> None:
         self._window = window
         self._parts: deque[tuple[float, int]] = deque()
-        self.users = 0
 
     def add(self, now: float, size: int) -> None:
         if self._parts and now - self._parts[-1][0] < self._window / 10:
@@ -125,9 +125,9 @@ class Ticket:
             return
         if self._ledger.by_identity[id] >= self._ledger.limits.connections_per_identity:
             raise HttpRefusal(429, "too_many_connections", retry_after=2.0)
-        self._ledger.leave(self)
+        self._ledger.count(self, -1)
         self.identity = id
-        self._ledger.enter(self)
+        self._ledger.count(self, 1)
 
     @contextlib.contextmanager
     def long_poll(self) -> Iterator[None]:
@@ -147,14 +147,14 @@ class Ticket:
     def release(self) -> None:
         """The connection is gone. Twice is once."""
         if not self.released:
-            self._ledger.leave(self)
+            self._ledger.count(self, -1)
             self.released = True
 
     def _move(self, *, polling: bool) -> None:
         if not self.released:
-            self._ledger.leave(self)
+            self._ledger.count(self, -1)
             self.polling = polling
-            self._ledger.enter(self)
+            self._ledger.count(self, 1)
 
 
 class Ledger:
@@ -169,7 +169,8 @@ class Ledger:
         self.by_identity: Counter[str] = Counter()
         self.handshakes: set[GuardedHandler] = set()
         """Connections whose TLS handshake is not done."""
-        self._meters: dict[str, Meter] = {}
+        # Weak: a meter is forgotten with the last body that it counts.
+        self._meters: WeakValueDictionary[str, Meter] = WeakValueDictionary()
 
     def admit(self, address: str) -> Ticket | None:
         """A place for a new connection, or None where there is none left."""
@@ -177,16 +178,11 @@ class Ledger:
         if self.total >= self.limits.connections or self.by_address[key] >= self.limits.connections_per_address:
             return None
         ticket = Ticket(self, key)
-        self.enter(ticket)
+        self.count(ticket, 1)
         return ticket
 
-    def enter(self, ticket: Ticket) -> None:
-        self._count(ticket, 1)
-
-    def leave(self, ticket: Ticket) -> None:
-        self._count(ticket, -1)
-
-    def _count(self, ticket: Ticket, step: int) -> None:
+    def count(self, ticket: Ticket, step: int) -> None:
+        """As what `ticket` stands for now: one more, or one less."""
         if ticket.polling:
             self.polling += step
             return
@@ -198,17 +194,9 @@ class Ledger:
         if not counter[key]:
             del counter[key]
 
-    @contextlib.contextmanager
-    def meter(self, peer: str) -> Iterator[Meter]:
+    def meter(self, peer: str) -> Meter:
         """The meter of everything that `peer` is sending now."""
-        meter = self._meters.setdefault(peer, Meter(self.limits.body_window_seconds))
-        meter.users += 1
-        try:
-            yield meter
-        finally:
-            meter.users -= 1
-            if not meter.users:
-                self._meters.pop(peer, None)
+        return self._meters.setdefault(peer, Meter(self.limits.body_window_seconds))
 
 
 def address_key(address: str) -> str:

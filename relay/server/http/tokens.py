@@ -18,10 +18,11 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, get_args
 from urllib.parse import unquote_plus
 
 import msgspec
+from msgspec import Meta
 
 from relay.errors import RefusedError, UsageError
 from relay.support.durable import write_durably
@@ -80,25 +81,12 @@ class MisplacedTokenError(TokenError):
 class TokenRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One entry under `tokens:` in relay.yaml. `sha256` is that of the token's secret part, in hex."""
 
-    id: str
-    scopes: tuple[Scope, ...]
-    sha256: str
-    created: datetime
-    expires: datetime
+    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{8}\Z")]
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    created: Annotated[datetime, Meta(tz=True)]
+    expires: Annotated[datetime, Meta(tz=True)]
     name: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse what `make_token` would not have written.
-
-        Raises:
-            ValueError: a time without a zone, no scope, or an id or hash that is none.
-        """
-        if not re.fullmatch(r"[0-9a-f]{8}", self.id) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ValueError("a token record needs an id of 8 and a sha256 of 64 lower-case hex digits")
-        if not self.scopes:
-            raise ValueError("a token record needs a scope")
-        if self.created.tzinfo is None or self.expires.tzinfo is None:
-            raise ValueError("a token record's times need a zone, for example Z")
 
 
 @dataclass(frozen=True)

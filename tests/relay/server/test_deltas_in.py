@@ -11,7 +11,7 @@ from harness.packages import cut_package, encode_run, noise
 from harness.process import eventually
 
 from relay.encoding import holdings
-from relay.encoding.bundle import BundleDecoder, BundleWriter, Received, Span, data_header, more_header
+from relay.encoding.bundle import BundleDecoder, BundleWriter, Received, Span, data_header
 from relay.errors import FrameError, StoreError
 from relay.package import manifest as manifests
 from relay.package.ranges import indexes
@@ -254,7 +254,8 @@ async def test_a_run_is_handed_on_before_its_end_has_come_and_byte_for_byte(tran
         writer = BundleWriter()
         yield writer.start() + writer.frame(head) + stretches[0]
         for at, stretch in enumerate(stretches[1:], 1):
-            yield writer.frame(more_header(stretch, more=at + 1 < len(stretches))) + stretch
+            more = at + 1 < len(stretches)
+            yield writer.frame(data_header((), encoding, stretch, more=more, goes_on=True)) + stretch
             if at == len(stretches) - 2:
                 # All but the last stretch was sent, nothing of it is durable, and the reader holds most of it.
                 await eventually(lambda: sum(isinstance(event, Received) for event in got) >= 4)

@@ -256,7 +256,7 @@ async def test_an_encoder_stops_when_its_last_reader_leaves_and_not_before(encod
         encoder.allow(100)
         await encoder.has_ended()
         assert encoder.gave <= 3, "it went on for nobody"
-        await until(lambda: payloads.memory == 0)
+        await until(lambda: payloads._budget.used == 0)
         assert payloads.made(spec) is None
         encoder.allow(100)
         assert len(await whole(payloads, spec)) == 100_000
@@ -284,11 +284,11 @@ async def test_a_reader_that_leaves_while_chunks_are_read_stops_that(encoder: En
     async with opened(shelf) as payloads:
         reader = asyncio.create_task(whole(payloads, spec))
         await until(lambda: shelf.at_once == 2)
-        assert payloads.memory > 0
+        assert payloads._budget.used > 0
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
-        await until(lambda: payloads.memory == 0 and shelf.at_once == 0)
+        await until(lambda: payloads._budget.used == 0 and shelf.at_once == 0)
         shelf.gate.set()
         encoder.allow(4)
         assert await whole(payloads, spec) == b"p" * 4000
@@ -306,7 +306,7 @@ async def test_an_error_of_the_store_reaches_every_reader_and_the_next_request_t
         answers = await asyncio.gather(*(whole(payloads, spec) for _ in range(3)), return_exceptions=True)
         assert [str(answer) for answer in answers] == ["the disk is gone"] * 3
         assert shelf.reads == 1
-        assert payloads.memory == 0
+        assert payloads._budget.used == 0
         shelf.error = None
         assert await whole(payloads, spec) == b"run"
 
@@ -318,7 +318,7 @@ async def test_a_missing_base_is_said_to_be_missing():
         with pytest.raises(ChunkMissing) as caught:
             await whole(payloads, PayloadSpec(ids, (absent,), Coding("hdiff", 3), 3, 6))
         assert caught.value.id == absent
-        assert payloads.memory == 0
+        assert payloads._budget.used == 0
 
 
 async def test_an_encoder_that_breaks_in_the_middle_never_looks_like_one_that_finished(monkeypatch: pytest.MonkeyPatch):
@@ -405,9 +405,9 @@ async def test_the_memory_of_a_stopped_encoder_is_free_only_when_it_ended(encode
         await until(lambda: encoder.running == 1)
         reader.cancel()
         await asyncio.wait([reader])
-        assert payloads.memory == working_bytes(spec), "a thread cannot be cut off: it still holds its run"
+        assert payloads._budget.used == working_bytes(spec), "a thread cannot be cut off: it still holds its run"
         encoder.allow(1)
-        await until(lambda: payloads.memory == 0)
+        await until(lambda: payloads._budget.used == 0)
 
 
 async def test_finished_payloads_are_kept_the_latest_used_longest():
@@ -421,7 +421,7 @@ async def test_finished_payloads_are_kept_the_latest_used_longest():
         assert shelf.reads == 3
         found = [payloads.find(spec.chunks, (), ["raw"]) == spec for spec in specs]
         assert found == [True, False, True]
-        assert payloads.memory == 2000
+        assert payloads._budget.used == 2000
 
 
 async def test_a_slow_reader_gets_all_of_a_payload_that_is_too_large_to_keep():
@@ -433,10 +433,10 @@ async def test_a_slow_reader_gets_all_of_a_payload_that_is_too_large_to_keep():
         slow = stretches(payloads, spec)
         pieces = [await anext(slow)]
         assert await whole(payloads, spec_of(ids[1], size=5, coding=RAW)) == b"other"
-        assert payloads.memory == len(data), "what is being read counts"
+        assert payloads._budget.used == len(data), "what is being read counts"
         pieces += [stretch async for stretch in slow]
         assert b"".join(pieces) == data
-        assert payloads.memory == 0
+        assert payloads._budget.used == 0
 
 
 async def test_kept_payloads_give_way_to_encoders(encoder: Encoder):
@@ -446,7 +446,7 @@ async def test_kept_payloads_give_way_to_encoders(encoder: Encoder):
     async with opened(shelf, memory_bytes=working_bytes(large)) as payloads:
         encoder.allow(8)
         await whole(payloads, small)
-        assert payloads.memory == 4000
+        assert payloads._budget.used == 4000
         await whole(payloads, large)
         assert payloads.find(small.chunks, (), ["zstd"]) is None
         assert payloads.find(large.chunks, (), ["zstd"]) == large
@@ -515,7 +515,7 @@ async def test_readers_of_a_payload_that_breaks_off_are_told(how: str):
         with pytest.raises(StoreError, match="broke off"):
             await anext(reader)
         assert payloads.find(spec.chunks, (), ["zstd"]) is None
-        assert payloads.memory == 0
+        assert payloads._budget.used == 0
         anew = await whole(payloads, spec)
         assert b"".join(bytes(piece) for piece in decoder_for("zstd", 1000).feed(memoryview(anew))) == data
 
@@ -578,7 +578,7 @@ async def test_an_arriving_payload_that_outgrows_the_memory_is_let_go():
         growing.add(b"x" * 2 * PIECE)
         with pytest.raises(StoreError, match="no memory"):
             [stretch async for stretch in reader]
-        assert payloads.memory == 0
+        assert payloads._budget.used == 0
 
 
 # --- finding
@@ -641,7 +641,7 @@ async def test_closing_stops_encoders_and_tells_readers(encoder: Encoder):
     await payloads.close()
     assert encoder.running == 0
     assert len(encoder.calls) == 1, "what waited for the thread began for nobody"
-    assert payloads.memory == 0
+    assert payloads._budget.used == 0
     growing.add(b"late")
     growing.finish()
     with pytest.raises(StoreError):
