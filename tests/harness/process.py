@@ -48,7 +48,8 @@ class Warm:
             listener.bind(self._address)
             listener.listen(128)
             self._process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("warm.py"), str(listener.fileno())],
+                # -P: the folder of this file, in which a `dns` lies, is none to import from.
+                [sys.executable, "-P", Path(__file__).with_name("warm.py"), str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
                 cwd=ROOT,
