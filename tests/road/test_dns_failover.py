@@ -242,7 +242,7 @@ async def test_a_relay_named_by_hand_makes_an_agent_forget_nothing(town: Town) -
         await town.pull()
         before = load_state(Path(town.home) / "relays.json")
         other = town.waystation("agent", "relays", "--relay", town.generic.url)
-        assert other.returncode == 0, other.stderr
+        assert other.code == 0, other.err
     after = load_state(Path(town.home) / "relays.json")
 
     assert after.last_answers == before.last_answers
@@ -275,16 +275,16 @@ async def test_pulls_of_separate_processes_move_on_and_come_back(town: Town) -> 
         return ["agent", "pull", "Acme.Web", "1.0.0", "--root", str(town.folder / root), "--json"]
 
     gone = await _run(town, *words("r1"))
-    assert gone.returncode == 0, gone.stderr
-    assert json.loads(gone.stdout)["from_relays"].keys() == {town.generic_url}
-    assert json.loads(gone.stdout)["failed"].keys() == {town.site_url}
+    assert gone.code == 0, gone.err
+    assert json.loads(gone.out)["from_relays"].keys() == {town.generic_url}
+    assert json.loads(gone.out)["failed"].keys() == {town.site_url}
 
     for record in AgentState(town.home).trees():
         os.unlink(os.path.join(town.home, "trees", f"{record.ulid}.json"))
     async with town.site_relay():
         back = await _run(town, *words("r2"))
 
-    assert json.loads(back.stdout)["from_relays"].keys() == {town.site_url}
+    assert json.loads(back.out)["from_relays"].keys() == {town.site_url}
 
 
 async def test_agent_relays_shows_the_order_and_why(town: Town) -> None:
