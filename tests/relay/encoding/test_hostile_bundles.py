@@ -354,7 +354,8 @@ BIG = Pack([b"x"], "Acme.Big")
 def large(count, size):
     entry = msgspec.structs.replace(BIG.manifest.chunks[0], size=size)
     pack = Pack([b"x"], f"Acme.Big{count}")
-    pack.manifest.body = msgspec.structs.replace(pack.manifest.body, chunks=(entry,) * count)
+    pack.manifest.chunks = (entry,) * count
+    pack.manifest.body = msgspec.structs.replace(pack.manifest.body, chunks=pack.manifest.chunks)
     return pack
 
 
