@@ -40,7 +40,7 @@ from relay.rebuild.nupkgs import Nupkgs
 from relay.server.app import RelayApp
 from relay.server.http.access import iter_routes
 from relay.server.http.connection import Limits
-from relay.server.http.problems import TITLES, verdict_of
+from relay.server.http.problems import _BY_ERROR, TITLES, verdict_of
 from relay.server.http.tokens import ForbiddenError, MisplacedTokenError, UnauthenticatedError, parse_tokens
 from relay.server.packages import Transfer, _reason
 from relay.server.peers import Peers
@@ -397,7 +397,9 @@ def _answered() -> set[tuple[int, str]]:
             status, code = (getattr(arg, "value", None) for arg in node.args[:2])
             if isinstance(status, int) and code in TITLES:
                 found.add((status, str(code)))
-    return found | {(type.status, type.code) for type in (ForbiddenError, MisplacedTokenError, UnauthenticatedError)}
+    by_error = {(status, code) for _, status, code in _BY_ERROR}
+    tokens = {(type.status, type.code) for type in (ForbiddenError, MisplacedTokenError, UnauthenticatedError)}
+    return found | by_error | tokens
 
 
 def test_every_problem_code_is_told_with_its_title_and_no_other_is() -> None:

@@ -355,6 +355,7 @@ def large(count, size):
     entry = msgspec.structs.replace(BIG.manifest.chunks[0], size=size)
     pack = Pack([b"x"], f"Acme.Big{count}")
     pack.manifest.chunks = (entry,) * count
+    pack.manifest.body = msgspec.structs.replace(pack.manifest.body, chunks=pack.manifest.chunks)
     return pack
 
 

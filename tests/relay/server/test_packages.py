@@ -536,7 +536,7 @@ async def test_a_package_is_read_while_it_still_arrives(transfer, monkeypatch):
     monkeypatch.setattr(transfer, "_arriving_seconds", PATIENCE)
     lease = (await offered(transfer)).lease
     readers = [asyncio.create_task(take(transfer)) for _ in range(5)]
-    await eventually(lambda: len(transfer._arrivals._waiting) == 1)
+    await eventually(lambda: len(transfer.arrivals._events) == 1)
     await transfer.take_bundle(lease, many_runs())
     await publish(transfer)
     for reader in readers:
