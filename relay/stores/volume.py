@@ -154,6 +154,10 @@ class _Temp:
             os.unlink(self.path)
 
 
+def _rename(temp: str, path: str) -> None:
+    os.replace(temp, path)
+
+
 def link_new(temp: str, path: str) -> None:
     """Give it a name that nobody has; the temporary name goes later. Raises `NameTakenError`."""
     try:
@@ -295,7 +299,7 @@ class Volume:
         self,
         files: Sequence[NewFile],
         *,
-        place: Callable[[str, str], None] = os.replace,
+        place: Callable[[str, str], None] = _rename,
         undo: bool = True,
         bulk: int = 0,
         also_sync: Iterable[str] = (),
@@ -304,7 +308,7 @@ class Volume:
 
         Args:
             files: What to write.
-            place: Gives a finished file its name: `os.replace`, or `link_new` where none may be yet.
+            place: Gives a finished file its name: `_rename`, or `link_new` where none may be yet.
             undo: The names are new ones: take them away again if their folder cannot be synced.
             bulk: Bytes that must fit above the floor.
             also_sync: Folders below the root whose entries, made by somebody else, are acknowledged too.
