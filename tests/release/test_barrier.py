@@ -178,7 +178,7 @@ def test_no_step_begins_anywhere_before_the_slowest_machine_has_verified_its_pac
 
 
 def test_chunks_that_a_relay_lost_stop_everything_before_the_first_step(barrier: Barrier) -> None:
-    size = 40 << 20  # of which a relay has a few runs in memory, and not all
+    size = 80 << 20  # more than one request of a machine whose line is not known: a relay has all of that in memory
     barrier.prepare("2.0.0", size, stall="3s", deadline="40s")
     barrier.farm.do("package", "replicate", "Acme.Web", "2.0.0", "--relay", barrier.farm.urls["ams"])
     before, already = barrier.currents(), barrier.line.counts.down
