@@ -65,7 +65,10 @@ def gather(name: str, folder: Path) -> tuple[Nupkg, Nupkg]:
     folders = [folder / f"{id}-{version}" for version in versions]
     installed_files(str(folders[0]), PACKED_BYTES, sysconfig.get_path("stdlib" if name == "web" else "purelib"))
     shutil.copytree(folders[0], folders[1])
-    changed = max(folders[1].rglob("*.py"), key=lambda path: path.stat().st_size)
+    files = [path for path in folders[1].rglob("*") if path.is_file()]
+    # Where extensions fill the whole, there is no source among them.
+    sources = [path for path in files if path.suffix == ".py"]
+    changed = max(sources or files, key=lambda path: path.stat().st_size)
     with changed.open("ab") as file:
         file.write(b"# The next version.\n")
     first, second = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from harness.packages import make_nupkg, noise
 from harness.seed import SOAK
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "demo.py"
@@ -182,8 +183,15 @@ def test_a_demo_that_is_stopped_leaves_nothing(folder: Path, tmp_path: Path, num
 
 
 @needs_programs
-def test_a_demo_that_is_stopped_in_the_middle_of_a_roll_leaves_no_application_behind(folder: Path):
-    with running(folder) as process:
+def test_a_demo_that_is_stopped_in_the_middle_of_a_roll_leaves_no_application_behind(folder: Path, tmp_path: Path):
+    files = {f"lib/part{n}.dll": noise(n, 300_000) for n in range(8)}
+    for id, versions in {
+        "Shop.Web": ("1.0.0", "1.0.1"),
+        "Microsoft.AspNetCore.App.Runtime.linux-x64": ("10.0.13", "10.0.14"),
+    }.items():
+        for version in versions:
+            make_nupkg(tmp_path, files | {"lib/changed.dll": noise(version, 300_000)}, id=id, version=version)
+    with running(folder, "--packages", str(tmp_path)) as process:
         read_until(process, "Version 2.0.0 follows under load")
         read_until(process, ": out of web")
         assert any("webshop" in command_of(id) for id in processes_of(folder)), "the shop runs"
