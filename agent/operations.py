@@ -55,6 +55,7 @@ from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, 
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.messages import EncodedBytes
+from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ _log = logging.getLogger(__name__)
 
 Output = Callable[[int, bytes, str], None]
 """Called with new output: (offset, bytes, path of the file that it is in)."""
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes of the whole)."""
 
 
 class NotRunError(WaystationError):

@@ -7,7 +7,6 @@ a local file system.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
@@ -19,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from relay.errors import StoreError
-from relay.support.durable import sync_folder
+from relay.support.private_files import make_private_file
 
 BUSY_SECONDS: Final = 30.0
 """How long a transaction waits for those of other processes."""
@@ -44,7 +43,8 @@ class Database:
         event.listen(self._engine, "connect", _on_connect)
         event.listen(self._engine, "begin", _on_begin)
         self._readers = self._engine.execution_options(**{_READS: True})
-        _make_file(path)
+        # Plans are for this user's eyes.
+        make_private_file(path)
         try:
             self._use_wal()
         except BaseException:
@@ -151,16 +151,3 @@ def _patiently(act: Callable[[], object]) -> None:
 def _code(error: BaseException | None) -> int:
     """SQLite's primary result code; 0 where the error is not SQLite's."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _make_file(path: str) -> None:
-    # SQLite's other files take this one's mode: plans are for this user's eyes.
-    folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        sync_folder(folder)
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise StoreError(f"{path} cannot be made: {error.strerror}") from error

@@ -270,11 +270,6 @@ Tap = Callable[[Places, Places, Encoding], Sink | None]
 """Asked with (run, bases, encoding) when a run begins: who wants its payload as it came?"""
 
 
-def _demand(is_so: bool, fault: str) -> None:  # noqa: FBT001 - it reads as a sentence
-    if not is_so:
-        raise FrameError(fault)
-
-
 def _encoding(name: str) -> Encoding:
     if name not in ENCODINGS:
         raise FrameError(f"encoding {name[:20]!r}: expected one of {', '.join(ENCODINGS)}")
@@ -349,7 +344,8 @@ class BundleDecoder:
 
     def _read(self) -> Iterator[Event | None]:
         magic = yield from self._take(len(MAGIC))
-        _demand(magic == MAGIC, f"not a bundle: it starts with {magic!r}")
+        if magic != MAGIC:
+            raise FrameError(f"not a bundle: it starts with {magic!r}")
         while not self.ended:
             match (yield from self._read_header()):
                 case Data() as header:
@@ -375,7 +371,8 @@ class BundleDecoder:
             size += entry.size
             if size > RUN_MAX:
                 raise FrameError(f"a run of more than {RUN_MAX} bytes")
-        _demand(bool(targets), "a data frame with an empty run")
+        if not targets:
+            raise FrameError("a data frame with an empty run")
         self._run = run = _RunDecoder(targets, size)
         run.begin_stretch(header)
         yield from self._begin_run(run, header, encoding, size)
@@ -423,7 +420,8 @@ class BundleDecoder:
 
     def _read_header(self) -> Generator[None, None, Header]:
         (length,) = _LENGTH.unpack((yield from self._take(_LENGTH.size)))
-        _demand(0 < length <= HEADER_MAX, f"frame header of {length} bytes: expected 1 to {HEADER_MAX}")
+        if not 0 < length <= HEADER_MAX:
+            raise FrameError(f"frame header of {length} bytes: expected 1 to {HEADER_MAX}")
         packed = yield from self._take(length)
         try:
             header = _header_decoder.decode(packed)
@@ -449,39 +447,42 @@ class BundleDecoder:
 
     def _not_sent(self, header: Missing) -> NotSent:
         run = tuple(self._walk(header.run))
-        _demand(bool(run), "a missing frame with an empty run")
+        if not run:
+            raise FrameError("a missing frame with an empty run")
         return NotSent(run, header.reason)
 
     def _end(self, header: End) -> Whole:
-        is_whole = (header.frames, header.sha256) == (self._frames, self._headers.digest())
-        _demand(is_whole, "the end frame does not match the frames before it")
+        if (header.frames, header.sha256) != (self._frames, self._headers.digest()):
+            raise FrameError("the end frame does not match the frames before it")
         self.ended = True
         return Whole(self._frames)
 
     def _bases(self, header: Data, size: int) -> tuple[Places, int]:
         """The bases of a run of `size` bytes, and their bytes."""
         if header.encoding not in DELTAS:
-            _demand(not header.bases, f"encoding {header.encoding[:20]} takes no bases")
+            if header.bases:
+                raise FrameError(f"encoding {header.encoding[:20]} takes no bases")
             return (), 0
         bases: list[tuple[ManifestId, int]] = []
         base_size = 0
         for span in header.bases:
             manifest = self._span_manifest(span)
-            most = PLACES_MAX - len(bases)
-            _demand(rg.count(span.ranges) <= most, f"a run that names more than {PLACES_MAX} bases")
+            if len(bases) + rg.count(span.ranges) > PLACES_MAX:
+                raise FrameError(f"a run that names more than {PLACES_MAX} bases")
             for index in rg.indexes(span.ranges):
                 base_size += manifest.chunks[index].size
                 if size + base_size > RUN_AND_BASES_MAX:
                     raise FrameError(f"a run and bases of more than {RUN_AND_BASES_MAX} bytes")
                 bases.append((manifest.id, index))
-        _demand(bool(bases), f"encoding {header.encoding} without bases")
+        if not bases:
+            raise FrameError(f"encoding {header.encoding} without bases")
         return tuple(bases), base_size
 
     def _walk(self, run: tuple[Span, ...]) -> Iterator[tuple[ManifestId, int]]:
         for span in run:
             manifest = self._span_manifest(span)
-            most = PLACES_MAX - len(self._named)
-            _demand(rg.count(span.ranges) <= most, f"a bundle that names more than {PLACES_MAX} chunks")
+            if len(self._named) + rg.count(span.ranges) > PLACES_MAX:
+                raise FrameError(f"a bundle that names more than {PLACES_MAX} chunks")
             for index in rg.indexes(span.ranges):
                 place = (manifest.id, index)
                 if not self._wanted(*place):
@@ -492,7 +493,8 @@ class BundleDecoder:
                 yield place
 
     def _span_manifest(self, span: Span) -> Manifest:
-        _demand(len(span.manifest) == 32, "a manifest digest that is not 32 bytes")
+        if len(span.manifest) != 32:
+            raise FrameError("a manifest digest that is not 32 bytes")
         manifest = self._manifest(span.manifest_id)
         rg.check(span.ranges, len(manifest.chunks))
         return manifest
@@ -532,10 +534,11 @@ class _RunDecoder:
 
     def begin_stretch(self, header: Data | More) -> None:
         """Raises `FrameError`: the payload is empty, or longer than its run can need."""
-        _demand(0 < header.length <= PAYLOAD_MAX, f"payload of {header.length} bytes: expected 1 to {PAYLOAD_MAX}")
+        if not 0 < header.length <= PAYLOAD_MAX:
+            raise FrameError(f"payload of {header.length} bytes: expected 1 to {PAYLOAD_MAX}")
         self._announced += header.length
-        fits = self._announced <= self._payload_max
-        _demand(fits, f"payload of {self._announced} bytes for a run of {self._size}")
+        if self._announced > self._payload_max:
+            raise FrameError(f"payload of {self._announced} bytes for a run of {self._size}")
         self._said = header.xxh3
         self._xxh3.reset()
 

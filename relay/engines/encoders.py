@@ -29,12 +29,11 @@ from typing import Final, Self
 from relay.engines import engine_process
 from relay.errors import UnreachableError
 from relay.package.manifest import Manifest
+from relay.package.part_reader import PIECE
 from relay.package.recipe import Feeding
 
 ORDER: Final = ("dotnet-10", "dotnet-9", "zlib")
 """All there are, as they are tried: most bytes of packages are made by the first."""
-PIECE: Final = 256 << 10
-"""Bytes of content that go to an engine at once."""
 ENGINE_MAX: Final = 8 << 20
 """Bytes of an engine file. Real ones have 1 MiB."""
 _LIBRARY: Final = "libSystem.IO.Compression.Native.so"

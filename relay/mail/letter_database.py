@@ -18,6 +18,7 @@ from relay.errors import ConflictError, StoreError, WaystationError
 from relay.mail.letters import Account, Box, Letter, MailLimits, Numbered, accounts, charges, check_room
 from relay.protocol import messages
 from relay.support.durable import sync_folder
+from relay.support.private_files import make_private_file
 
 FILE: Final = "letters.db"
 DAMAGED: Final = "damaged"
@@ -70,7 +71,8 @@ class LetterDatabase:
         self.used: Counter[Account] = Counter()
         """What is kept, by account."""
         if folder:
-            _make_file(folder, self._path)
+            # Letters are for those who have a token.
+            make_private_file(self._path)
         with self._telling():
             self._writer = self._connect()
             self._reader = self._connect() if folder else self._writer
@@ -272,15 +274,3 @@ def put_aside(folder: str) -> None:
         sync_folder(folder)
     except OSError as error:
         raise StoreError(f"the damaged mail in {folder} cannot be put aside: {error.strerror}") from error
-
-
-def _make_file(folder: str, path: str) -> None:
-    # SQLite's other files take this one's mode: letters are for those who have a token.
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        sync_folder(folder)
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise StoreError(f"{path} cannot be made: {error.strerror}") from error

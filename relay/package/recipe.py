@@ -313,7 +313,8 @@ def _check_canonical(records: Canonical, recipe: Recipe, manifest: Manifest) -> 
     for place, part in enumerate(_parts_in_order(recipe, manifest)):
         path = manifest.parts[part].path
         name = names.get(place)
-        _demand(name is None or _is_other_name(name, path), f"a name that is not that of {path[:100]!r}")
+        if name is not None and not _is_other_name(name, path):
+            raise RecipeError(f"refused recipe: a name that is not that of {path[:100]!r}")
         size += LOCAL.size + CENTRAL.size + 2 * len(name or canonical_name(path))
     return size
 

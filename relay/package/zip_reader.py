@@ -118,7 +118,8 @@ def _demand(is_so: bool, rule: str, detail: str, member: str = "") -> None:  # n
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     data = file.read(size)
-    _demand(len(data) == size, "truncated", f"the file ends inside a record at byte {offset}")
+    if len(data) != size:
+        _refuse("truncated", f"the file ends inside a record at byte {offset}")
     return data
 
 

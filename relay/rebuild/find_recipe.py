@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from typing import BinaryIO, Final, TypeVar
 
-from relay.engines.encoders import PIECE, EncoderDiedError, Encoders
+from relay.engines.encoders import EncoderDiedError, Encoders
 from relay.package.manifest import Manifest
+from relay.package.part_reader import PIECE
 from relay.package.recipe import (
     ENCODER_FEEDINGS,
     RECIPE_MAX,

@@ -17,10 +17,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from typing import BinaryIO, Final, NamedTuple, cast
 
-from relay.engines.encoders import PIECE, EncoderDiedError, EncoderMissingError, Encoders
+from relay.engines.encoders import EncoderDiedError, EncoderMissingError, Encoders
 from relay.errors import UntrustedError
 from relay.package.manifest import Manifest
-from relay.package.part_reader import PartReader
+from relay.package.part_reader import PIECE, PartReader
 from relay.package.recipe import STORED_AS_IS, VERBATIM, Opaque, Recipe, Step, steps
 from relay.rebuild.zip_layout import Layout
 from relay.support.progress import Progress

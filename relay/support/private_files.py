@@ -9,7 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from relay.errors import NotFoundError, RefusedError, UsageError
+from relay.errors import NotFoundError, RefusedError, StoreError, UsageError
 from relay.support.durable import sync_folder
 
 if TYPE_CHECKING:
@@ -38,6 +38,25 @@ def make_private_folder(folder: str) -> None:
             f"the folder {folder} is open to others (mode {stat.S_IMODE(mode):04o})",
             hint=f"run 'chmod 700 {folder}', or name a new folder",
         )
+
+
+def make_private_file(path: str) -> None:
+    """An empty file with mode 0600, and its folder, durable on return; one that is there stays as it is.
+
+    SQLite's other files take the mode of their database.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        sync_folder(folder)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made: {error.strerror}") from error
 
 
 def write_new_file(path: str, data: bytes, *, mode: int) -> None:
