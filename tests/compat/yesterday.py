@@ -106,11 +106,10 @@ class Yesterday:
     # --- releases
 
     def release(self, version: str, web1: Agent, web2: Agent) -> Any:
-        """Build a version of the application and release it by yesterday's process; the deployment's status in the end.
+        """Release a version that was built, by yesterday's process; the deployment's status in the end.
 
         web1 stands in the site fra, web2 in iad, each with one relay: its agent's. Both are to serve already.
         """
-        self._build(version)
         process = self.folder / "project" / "release.yaml"
         process.write_text(self._here(process.read_text()))
         words = ("--process", process, "--environment", self._write_environment(fra=web1, iad=web2))
@@ -126,7 +125,7 @@ class Yesterday:
         path.write_text(yaml.safe_dump(document, sort_keys=False))
         return path
 
-    def _build(self, version: str) -> None:
+    def build(self, version: str) -> None:
         """Take a new version of the application into the depot: the last one, but for the file that names it."""
         tree = self.folder / "build"
         tree.mkdir()
