@@ -202,7 +202,7 @@ class _Giving:
         if self._reader.takes_stored or first in self._as_stored:
             return (first,)
         line = self._reader.line
-        most = planner.run_bytes(line, self._whole, self._begun, has_bases=bool(self._bases.held))
+        most = planner.run_bytes(line, self._whole, self._begun, has_bases=bool(self._bases.held), to_reader=True)
         run = await self._here(most)
         size = self._manifest.size_of(run)
         if self._arrives and (kept := await self._kept()) is not None:

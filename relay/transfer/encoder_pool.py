@@ -37,8 +37,8 @@ zstd level 19 at once, so that a thin line waits for no encoder."""
 
 _STRETCH_MIN: Final = 128 << 10
 """Bytes of payload under one header, at least, of a sender; but for the last one."""
-_STRETCH: Final = 1 << 20
-"""The same, at most."""
+_STRETCH: Final = 256 << 10
+"""The same, at most: each of many readers holds one twice."""
 _READS: Final = 2
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096

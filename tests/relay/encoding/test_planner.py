@@ -318,6 +318,11 @@ def test_runs_grow_as_what_is_ahead_does() -> None:
     assert run_bytes(Line(), 64 * MIB) == MIB, "but one that is not known may be a fast one"
 
 
+def test_a_relay_encodes_short_runs_for_its_many_readers_where_bytes_are_not_all_that_counts() -> None:
+    longest = [run_bytes(Line(rate), 64 * MIB, 64 * MIB, to_reader=True) // MIB for rate in (100e3, 500e3, 2e6, 20e6)]
+    assert longest == [16, 16, 4, 4]
+
+
 def test_a_few_bytes_before_a_long_chunk_are_no_run() -> None:
     assert run_length([1000, 5 * MIB, 10], 4 * MIB) == 2
     assert run_length([3 * MIB, 2 * MIB], 4 * MIB) == 1
