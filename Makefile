@@ -2,6 +2,8 @@
 
 PYTHON := .venv/bin/python
 export PATH := $(PATH):/usr/sbin:/sbin
+# Tests and demo start Python hundreds of times: what it compiled is kept, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check test-latest test-newest test-oldest soak lint types docs bench lock clean
 
@@ -20,7 +22,7 @@ test:
 # The inner loop: all that starts no process and is quick.
 check:
 	@deploy/setup.sh
-	@$(PYTHON) -m pytest -q $(PARALLEL) -m 'not processes and not long'
+	@$(PYTHON) -m pytest -q -n $$(nproc) --dist loadfile -m 'not processes and not long'
 
 # The suite on the newest of every library, then on the oldest that pyproject.toml allows. `make -k` runs both in any case.
 test-latest: test-newest test-oldest

@@ -42,6 +42,17 @@ PROCESSES = (
     "test_startup.py",
 )
 """Below tests/, what starts processes: folders and files as wholes. `make check` leaves it out."""
+LONG = (
+    "agent/trees/test_pull.py",
+    "orchestrator/fleet/test_fleet.py",
+    "orchestrator/replication/test_cascade.py",
+    "relay/server/test_mail_routes.py",
+    "relay/server/test_replications.py",
+    "relay/server/test_routes.py",
+    "relay/transfer/test_explain_agrees.py",
+    "relay/transfer/test_replicate.py",
+)
+"""The same, of what takes five seconds of processor time or more: both ends of a transfer in one process."""
 # A busy machine is no reason to fail: what must be fast is measured in benchmarks/.
 hypothesis.settings.register_profile("steady", deadline=None)
 hypothesis.settings.load_profile("steady")
@@ -64,8 +75,11 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(PROCESSES):
+        path = item.nodeid.removeprefix("tests/")
+        if path.startswith(PROCESSES):
             item.add_marker(pytest.mark.processes)
+        if path.startswith(LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.hookimpl(tryfirst=True)
