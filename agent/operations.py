@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,9 +52,10 @@ from agent.runs.scripts import base_environment, command_for
 from agent.trees import pull as story
 from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
-from relay.errors import SignatureError, StoreError, UsageError, WaystationError
+from relay.errors import NotFoundError, SignatureError, StoreError, UnreachableError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.messages import EncodedBytes
+from relay.support.persistence import Bearing, Persistence
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
 
@@ -66,6 +67,8 @@ SCRIPTS_KEPT = 20
 _REASON_CHARS = 2000
 _TEXT_CHARS = 400
 """Of one check's words: those of 64 checks must fit into a report."""
+_PERSISTENCE = Persistence(first_pause=0.5, longest_pause=5.0, spread=0.5)
+"""With relays of which none can give a tree now: those that lost one relay do not come back to it at once."""
 _log = logging.getLogger(__name__)
 
 Output = Callable[[int, bytes, str], None]
@@ -220,21 +223,38 @@ class Operations:
         )
 
     async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
+        """One tree. Where no relay can be reached, or has it yet, they are asked again until nothing came for `stall`."""
+        most = 0
+
+        def heard(done: int, whole: int) -> None:
+            nonlocal most
+            most = max(most, done)
+            job.on_progress(before + done, before + whole)
+
         result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
-        if result is None:
-            path = Path(self.state.home) / "relays.json"
-            given = (*self.relays, *job.order.relays) if self.relays else ()
-            config = msgspec.structs.replace(self.config, relays=(*self.config.relays, *job.order.relays))
-            async with Sources(config, path, relays=given, token_file=self.token_file) as sources:
-                result = await story.pull(
-                    request,
-                    self.state,
-                    sources,
-                    self.pins,
-                    progress=lambda done, whole: job.on_progress(before + done, before + whole),
-                    stall_seconds=action.stall,
-                )
+        bearing = Bearing(replace(_PERSISTENCE, patience=action.stall), gained=lambda: most)
+        while result is None:
+            try:
+                result = await self._pull_once(request, action, job, heard)
+            except (UnreachableError, NotFoundError) as error:
+                pause = bearing.pause_after(error)
+                if (
+                    isinstance(error, StoreError)
+                    or not story.may_come(error)
+                    or pause is None
+                    or not bearing.has_patience
+                ):
+                    raise
+                _log.warning("agent.pull_waits", extra={"reason": error.message})
+                await asyncio.sleep(pause)
         return _tree_pulled(result)
+
+    async def _pull_once(self, request: PullRequest, action: Acquire, job: Job, heard: Progress) -> Pulled:
+        path = Path(self.state.home) / "relays.json"
+        given = (*self.relays, *job.order.relays) if self.relays else ()
+        config = msgspec.structs.replace(self.config, relays=(*self.config.relays, *job.order.relays))
+        async with Sources(config, path, relays=given, token_file=self.token_file) as sources:
+            return await story.pull(request, self.state, sources, self.pins, progress=heard, stall_seconds=action.stall)
 
     def _switch(self, action: Switch) -> SwitchFacts:
         root = self._root(action.root)

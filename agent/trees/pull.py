@@ -44,6 +44,7 @@ from relay.transfer.download import (
     NoSourceLeftError,
     Receiver,
     SourceTally,
+    StalledError,
     download,
     sum_encodings,
 )
@@ -374,6 +375,14 @@ class _Build(Receiver):
 def _write_all(tree: IncomingTree, chunks: list[Chunk]) -> None:
     for chunk in chunks:
         tree.write(chunk)
+
+
+def may_come(error: WaystationError) -> bool:
+    """Whether what a pull failed with may be over in a moment: a relay that is away, or that was not offered it yet."""
+    if not isinstance(error, NoSourceLeftError):
+        return isinstance(error, UnreachableError | NotFoundError)
+    answers = (ChunksAbsentError, StalledError)
+    return any(isinstance(one, UnreachableError) and not isinstance(one, answers) for one in error.errors.values())
 
 
 def _sharpest(error: NoSourceLeftError, failed: dict[str, str], manifest: Manifest) -> WaystationError:

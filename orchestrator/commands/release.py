@@ -295,6 +295,8 @@ def _tell_end(view: DeploymentView, result: Result) -> None:
         click.echo(printable(line))
     for bracket in view.brackets:
         click.echo(f"still out: {_told(bracket)}", err=True)
+    for line in _behind(view):
+        click.echo(line, err=True)
     if result.left:
         click.echo(f"not deployed: {', '.join(result.left)}", err=True)
 
@@ -440,8 +442,19 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
         lines.append(full(view.ledger))
     lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
     lines += [f"out: {_told(bracket)}" for bracket in view.brackets]
+    lines += _behind(view)
     lines += [f"note at {time_text(note.at)}: {printable(note.text)}" for note in view.notes]
     return "\n".join(lines)
+
+
+def _behind(view: DeploymentView) -> list[str]:
+    """Each relay that lacks a package, and the command that brings it there."""
+    environment = view.summary.environment
+    return [
+        f"behind: relay {one.relay} has not got {one.package} {one.version} ({printable(one.reason)}); once it is back: "
+        f"waystation package replicate {one.package} {one.version} --environment {environment}"
+        for one in view.behind
+    ]
 
 
 def _told(bracket: OpenBracket) -> str:

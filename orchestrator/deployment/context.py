@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
+    from orchestrator.replication.fill_relays import RelayFiller
     from orchestrator.trust.secrets import SecretStore
     from relay.support.progress import Bar
 
@@ -58,6 +59,7 @@ class DeploymentContext:
     depot: Depot
     trees: ServerTrees
     notifier: Notifier
+    filler: RelayFiller
     bar: Bar
     stop: StopToken = field(default_factory=StopToken)
     out: set[str] = field(default_factory=set)

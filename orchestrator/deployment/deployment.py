@@ -54,6 +54,8 @@ class Result:
     """Machines whose turn failed, within what their step allows."""
     out: tuple[str, ...] = ()
     """Machines that are left out of their rotation."""
+    behind: tuple[str, ...] = ()
+    """Relays that have not got everything."""
 
 
 async def deploy(
@@ -127,7 +129,7 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
     if not_undone and state == "succeeded":
         return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
-    return Result(state, reason, tuple(outcome.left), tuple(sorted(context.out)))
+    return Result(state, reason, tuple(outcome.left), tuple(sorted(context.out)), tuple(sorted(context.filler.behind)))
 
 
 # --- before the first byte
@@ -266,6 +268,7 @@ async def _notify(context: DeploymentContext, event: NotificationKind, result: R
         "state": result.state,
         "reason": result.reason,
         "out": list(result.out),
+        "behind": list(result.behind),
     }
     if targets := context.notifier.targets(event):
         errors = await context.notifier.notify(news)

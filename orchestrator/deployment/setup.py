@@ -26,6 +26,7 @@ from orchestrator.journal.recorder import Recorder, Tell
 from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun
+from orchestrator.replication.fill_relays import relays_filled
 from orchestrator.replication.send import open_relay
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
@@ -97,6 +98,7 @@ async def set_up(
             depot=depot,
             trees=ServerTrees(paths.depot, pins, os.path.join(folder, "packages")),
             notifier=Notifier(plan.notify, secrets, order_signer),
+            filler=await stack.enter_async_context(relays_filled(plan, depot, recorder, bar)),
             bar=bar,
         )
         yield context, brackets

@@ -84,6 +84,7 @@ class _Flight:
     since: float
     on_progress: Callable[[Report], None] | None
     result: asyncio.Future[Report]
+    patience: float
     posting: Posting | None = None
     newest: int = 0
 
@@ -184,7 +185,12 @@ class Fleet:
         return os.path.join(self._log_folder, f"{operation.file_name}.log")
 
     async def perform(
-        self, operation: OperationId, action: Action, on_progress: Callable[[Report], None] | None = None
+        self,
+        operation: OperationId,
+        action: Action,
+        on_progress: Callable[[Report], None] | None = None,
+        *,
+        patience: float = 0.0,
     ) -> Report:
         """Order it, and wait for the final report. What was ordered before under the same id is not ordered anew: the
         same bytes are sent, and the agent answers with what became of them.
@@ -193,6 +199,7 @@ class Fleet:
             operation: its id; `who` is the machine.
             action: what to do. On a repeat after a crash the first order's counts.
             on_progress: hears the reports of a running operation.
+            patience: seconds that all relays of the machine may be away; by default as long as a machine may.
 
         Raises:
             LostError: no relay has seen the machine for too long.
@@ -202,7 +209,9 @@ class Fleet:
             UsageError: it does not fit into an order.
         """
         machine = operation.who
-        flight = await self._begin(operation, self._plan.machine(machine), action, on_progress)
+        flight = await self._begin(
+            operation, self._plan.machine(machine), action, on_progress, patience or self._limits.lost
+        )
         try:
             if not flight.result.done():
                 await self._recorder.record(Dispatched(str(operation), machine, flight.digest))
@@ -267,6 +276,7 @@ class Fleet:
         machine: PlannedMachine,
         action: Action,
         on_progress: Callable[[Report], None] | None,
+        patience: float,
     ) -> _Flight:
         if machine.name not in self._presences:
             await self.presences()
@@ -275,7 +285,14 @@ class Fleet:
             raise ValueError(f"{operation} is in flight already")
         loop = asyncio.get_running_loop()
         flight = _Flight(
-            operation, machine, envelope, order_digest(envelope), loop.time(), on_progress, loop.create_future()
+            operation,
+            machine,
+            envelope,
+            order_digest(envelope),
+            loop.time(),
+            on_progress,
+            loop.create_future(),
+            patience,
         )
         self._flights[operation] = flight
         self._in_flight.set()
@@ -311,7 +328,7 @@ class Fleet:
     async def _dispatch(self, flight: _Flight) -> None:
         """To every relay of its machine. Returns when one took it, or when the result is there already."""
         flight.posting = self._room.post(flight.machine.relays, flight.letter)
-        await flight.posting.taken(self._limits.lost, flight.result)
+        await flight.posting.taken(flight.patience, flight.result)
 
     async def _send(self, operation: OperationId, action: Action) -> None:
         """A new order of which no result is awaited; it takes the next attempt."""
@@ -478,9 +495,10 @@ class Fleet:
     def _why_given_up(self, flight: _Flight, found: Presences) -> UnreachableError | None:
         now = asyncio.get_running_loop().time()
         unseen = now - max(flight.since, self._seen.get(flight.machine.name, 0.0))
+        if all(relay in found.silent for relay in flight.machine.relays):
+            text = f"none of the relays of {flight.machine.name} has answered for {unseen:.0f} s"
+            return UnreachableError(text) if unseen >= flight.patience else None
         if unseen >= self._limits.lost:
-            if all(relay in found.silent for relay in flight.machine.relays):
-                return UnreachableError(f"none of the relays of {flight.machine.name} has answered for {unseen:.0f} s")
             return LostError(flight.machine.name, unseen)
         if not flight.newest and now - flight.since >= self._limits.accept:
             return UnreachableError(f"{flight.machine.name} is there, but says nothing of an order")

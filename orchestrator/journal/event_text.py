@@ -17,6 +17,7 @@ from orchestrator.journal.events import (
     PreAcquireEnded,
     PreAcquireStarted,
     Refused,
+    RelayBehind,
     Replicated,
     Reported,
     ServerRunEnded,
@@ -52,6 +53,8 @@ def line(event: Event) -> str:
             return "" if ok else f"undoing {name} failed: {reason}"
         case Replicated(relay=relay, package=package, version=version, wire_bytes=wire):
             return f"relay {relay} has {package} {version}" + (f" ({size(wire)} over the line)" if wire else " already")
+        case RelayBehind(relay=relay, package=package, version=version, reason=reason):
+            return f"warning: relay {relay} has not got {package} {version}: {reason}"
         case Acquired(machine=machine, facts=facts):
             fetched = sum(sum(tree.from_relays.values()) for tree in facts.trees)
             return f"{machine} has everything, verified ({size(fetched)} from relays)"

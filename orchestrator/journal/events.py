@@ -149,6 +149,15 @@ class Replicated(_Fact, frozen=True, tag="replicated"):
     fallbacks: int = 0
 
 
+class RelayBehind(_Fact, frozen=True, tag="relay_behind"):
+    """A relay has not got a package, and the deployment goes on without it; `replicated` makes it good. Since format 2."""
+
+    relay: str
+    package: str
+    version: str
+    reason: str
+
+
 class Acquired(_Fact, frozen=True, tag="acquired"):
     """Every tree of this machine is verified on its disk."""
 
@@ -305,6 +314,7 @@ Event = (
     | UndoEnded
     | Surveyed
     | Replicated
+    | RelayBehind
     | Acquired
     | Barrier
     | StepStarted

@@ -37,7 +37,7 @@ from orchestrator.journal.sqlite import Database
 from relay.config import home
 from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the tables and of the kinds of entries. A journal of a higher one is refused, never half understood."""
 FENCE_MAX: Final = (1 << 53) - 1
 """The highest fence that an order can carry (agent/orders/orders.py)."""
@@ -250,6 +250,8 @@ class Journal:
             if connection.execute(_where_is(deployment)).first() is not None:
                 raise ConflictError(f"deployment {deployment} has begun already")
             connection.execute(sa.insert(tables.deployments), row)
+            # From here on there may be entries of kinds that an older Waystation does not know.
+            connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
             return self._add(connection, deployment, (started,))
 
     def append(self, deployment: str, *events: Event) -> int:

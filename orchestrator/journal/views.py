@@ -150,6 +150,16 @@ class RefusalView(View, frozen=True):
     operation: str = ""
 
 
+class BehindView(View, frozen=True):
+    """A relay that has not got a package, since `at`; the deployment went on without it."""
+
+    at: float
+    relay: str
+    package: str
+    version: str
+    reason: str
+
+
 class DecisionView(View, frozen=True):
     at: float
     operator: str
@@ -175,6 +185,7 @@ class DeploymentView(View, frozen=True):
     machines: tuple[MachineView, ...]
     running: tuple[OperationView, ...]
     brackets: tuple[OpenBracket, ...]
+    behind: tuple[BehindView, ...]
     refusals: tuple[RefusalView, ...]
     decisions: tuple[DecisionView, ...]
     notes: tuple[NoteView, ...]
@@ -211,6 +222,7 @@ def view(
         machines=_machines(entries, plan, mine),
         running=tuple(found for found in operations(entries).values() if found.result is None),
         brackets=mine,
+        behind=behind(entries),
         refusals=tuple(
             RefusalView(entry.at, entry.event.machine, entry.event.reason, entry.event.operation)
             for entry in entries
@@ -333,6 +345,21 @@ def turns(entries: Iterable[JournalEntry]) -> dict[tuple[int, str], TurnView]:
 def undos_due(entries: Iterable[JournalEntry]) -> tuple[str, ...]:
     """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
     return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
+
+
+def behind(entries: Iterable[JournalEntry]) -> tuple[BehindView, ...]:
+    """Relays that have not got everything, each package once, with the newest reason."""
+    found: dict[tuple[str, str, str], BehindView] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.RelayBehind(relay=relay, package=package, version=version, reason=reason):
+                since = found[relay, package, version].at if (relay, package, version) in found else entry.at
+                found[relay, package, version] = BehindView(since, relay, package, version, reason)
+            case ev.Replicated(relay=relay, package=package, version=version):
+                found.pop((relay, package, version), None)
+            case _:
+                pass
+    return tuple(found.values())
 
 
 # --- the parts of a view

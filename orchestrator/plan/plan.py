@@ -13,6 +13,7 @@ import msgspec
 
 from agent.orders.orders import TimedCheck
 from orchestrator.files.values import NotificationKind
+from relay.package.identity import NuGetVersion, PackageId, PackageRef
 
 OLD_VERSION: Final = "${old.version}"
 """Stands in the checks of an old version where `${package.version}` stood in the file."""
@@ -32,6 +33,11 @@ class PlannedPackage(_Planned, frozen=True):
     nupkg_bytes: int = 0
     feed: str = ""
     """Name of the feed in the environment from which it is taken where the depot lacks it."""
+
+    @property
+    def ref(self) -> PackageRef:
+        """Raises `IdentityError`."""
+        return PackageRef(PackageId.parse(self.id), NuGetVersion.parse(self.version))
 
 
 class SecretSource(_Planned, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -88,6 +88,8 @@ class Delivered:
 
 
 OnDelivered = Callable[[Delivered], Awaitable[None]]
+OnFailed = Callable[[str, WaystationError], Awaitable[None]]
+"""Called with a relay's name and its error. What it raises ends everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,11 @@ async def replicate_all(
     heard: Heard,
     *,
     delivered: OnDelivered | None = None,
-    must: Collection[str] = (),
+    failed: OnFailed | None = None,
     patience: float = PATIENCE,
     source_url: SourceUrl = lambda above, relay: above.url,  # noqa: ARG005 - the same from everywhere
 ) -> Cascaded:
-    """Bring a package to all `relays`; one that fails leaves the others alone, but for those named in `must`.
+    """Bring a package to all `relays`; one that fails leaves the others alone.
 
     Args:
         manifest: of the package.
@@ -122,16 +124,16 @@ async def replicate_all(
         send: from here.
         heard: how far each is.
         delivered: told of each relay as soon as it lists the package.
-        must: relays whose failure ends everything.
+        failed: told of each relay as soon as it failed.
         patience: seconds that a relay may be away in the middle.
         source_url: where a relay finds the one above it.
 
     Raises:
         UsageError: relays that fetch from each other in a circle, or from one that is not among them.
-        WaystationError: what a relay of `must` failed with. Relays that fetch go on by themselves.
+        Exception: whatever `failed` raises. Relays that fetch go on by themselves.
     """
     check_upstreams({relay.name: relay.upstream or None for relay in relays})
-    work = _Cascade(manifest, relays, clients, send, heard, delivered, frozenset(must), patience, source_url)
+    work = _Cascade(manifest, relays, clients, send, heard, delivered, failed, patience, source_url)
     await together(work.bring(relay) for relay in in_order(relays))
     found = (work.delivered.get(relay.name) for relay in relays)
     return Cascaded(tuple(one for one in found if one is not None), work.failed, tuple(work.replans))
@@ -150,7 +152,7 @@ class _Cascade:
         send: Send,
         heard: Heard,
         on_delivered: OnDelivered | None,
-        must: frozenset[str],
+        on_failed: OnFailed | None,
         patience: float,
         source_url: SourceUrl,
     ) -> None:
@@ -164,7 +166,7 @@ class _Cascade:
         self._send = send
         self._heard = heard
         self._on_delivered = on_delivered
-        self._must = must
+        self._on_failed = on_failed
         self._patience = patience
         self._source_url = source_url
         self._offered: set[str] = set()
@@ -180,8 +182,8 @@ class _Cascade:
         except WaystationError as error:
             self.failed[relay.name] = error
             self._stirred[relay.name].set()
-            if relay.name in self._must:
-                raise
+            if self._on_failed:
+                await self._on_failed(relay.name, error)
             return
         done = self.delivered[relay.name] = Delivered(
             relay=relay.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from orchestrator.files.environment import EnvironmentFile
 from orchestrator.files.yaml_positions import PlanError
 from orchestrator.plan.plan import PlannedRelay, SecretSource
 from orchestrator.plan.routes import planned_relay, upstreams_of, wrong_ways
-from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, replicate_all
+from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, OnFailed, replicate_all
 from orchestrator.trust.secrets import read_secret
 from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX
 from relay.errors import RefusedError, WaystationError
@@ -108,7 +108,7 @@ async def send(
     pacers: Mapping[str, Pacer | None],
     patience: float = PATIENCE,
     delivered: OnDelivered | None = None,
-    must: Collection[str] = (),
+    failed: OnFailed | None = None,
 ) -> Cascaded:
     """To all relays at once, by the ways that they name. `clients` and `pacers` are by name; see `replicate_all`."""
 
@@ -116,7 +116,7 @@ async def send(
         return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
 
     return await replicate_all(
-        what.manifest, relays, clients, to, heard, delivered=delivered, must=must, patience=patience
+        what.manifest, relays, clients, to, heard, delivered=delivered, failed=failed, patience=patience
     )
 
 

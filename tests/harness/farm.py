@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 
 from harness.machines import Agent
 from harness.process import Done, Process, run
 from harness.relays import RelayProcess
+
+T = TypeVar("T")
 
 
 class Farm:
@@ -42,6 +44,10 @@ class Farm:
         for agent in self.agents.values():
             agent.stop()
         self._stack.close()
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """What ends with this farm."""
+        return self._stack.enter_context(context)
 
     # --- the world
 

@@ -17,9 +17,9 @@ from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, Relay, small_server
 
 from benchmarks.lines.network import CountingProxy, Line
 from orchestrator.plan.plan import PlannedRelay
-from orchestrator.replication.cascade import Cascaded, Delivered, document_of, replicate_all
+from orchestrator.replication.cascade import Cascaded, Delivered, OnFailed, document_of, replicate_all
 from relay.config import RelayConfig
-from relay.errors import UnreachableError, UsageError
+from relay.errors import UnreachableError, UsageError, WaystationError
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
 from relay.server.app import start
@@ -71,7 +71,7 @@ class Country:
         self.sites[name] = Site(Relay(running.url, running.port, location), line, stop)
         return self.sites[name]
 
-    async def cascade(self, upstreams: Mapping[str, str], *, must: Sequence[str] = ()) -> Cascaded:
+    async def cascade(self, upstreams: Mapping[str, str], *, failed: OnFailed | None = None) -> Cascaded:
         clients = {}
         relays = []
         for name, upstream in upstreams.items():
@@ -86,7 +86,14 @@ class Country:
                     proxy = CountingProxy("127.0.0.1", self.sites[above].relay.port, down=Line(rate=self.rate))
                     self.between[f"{above} → {below}"] = await self.stack.enter_async_context(proxy)
         return await replicate_all(
-            self.manifest, relays, clients, self._send, self._hear, must=must, patience=PATIENCE, source_url=self._url
+            self.manifest,
+            relays,
+            clients,
+            self._send,
+            self._hear,
+            failed=failed,
+            patience=PATIENCE,
+            source_url=self._url,
         )
 
     def _above(self, name: str, upstreams: Mapping[str, str]) -> list[str]:
@@ -311,11 +318,16 @@ async def test_a_relay_without_room_fails_alone(country: Country) -> None:
     await country.check_holds("fra", "syd")
 
 
-async def test_a_relay_that_must_have_it_ends_everything_by_failing(country: Country) -> None:
+async def test_what_is_told_of_a_failed_relay_may_end_everything(country: Country) -> None:
     await country.site("fra")
     await country.site("iad", free_floor=1 << 60)
-    with pytest.raises(Exception, match="store_full"):
-        await country.cascade({"fra": "", "iad": "fra"}, must=["iad"])
+
+    async def failed(relay: str, error: WaystationError) -> None:
+        assert relay == "iad"
+        raise error
+
+    with pytest.raises(WaystationError, match="store_full"):
+        await country.cascade({"fra": "", "iad": "fra"}, failed=failed)
 
 
 async def test_an_orchestrator_that_lost_a_relay_joins_what_it_does(country: Country) -> None:
