@@ -118,9 +118,9 @@ class Acquire(Written, frozen=True):
     """Bringing every package to every machine."""
 
     deadline: Duration = "30m"
-    """Of the whole acquisition."""
+    """Of the whole acquisition. Machines wait for relays that are away until then, or until `stall`."""
     stall: Duration = "60s"
-    """A source that sends nothing for so long is left."""
+    """A source that sends nothing for so long is left; a machine that gets nothing from any relay for so long has failed."""
     per_relay: Annotated[int, Meta(ge=1, le=1000)] = 20
     """Machines of one site that pull at one time."""
     offline: Offline | None = None

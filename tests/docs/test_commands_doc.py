@@ -272,6 +272,7 @@ def _told_fields(member: str) -> set[str]:
         ("steps[].turns[]", views.TurnView),
         ("machines[]", views.MachineView),
         ("running[]", views.OperationView),
+        ("behind[]", views.BehindView),
         ("refusals[]", views.RefusalView),
         ("decisions[]", views.DecisionView),
         ("notes[]", views.NoteView),

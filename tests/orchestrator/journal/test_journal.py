@@ -47,6 +47,7 @@ ONE_OF_EACH: tuple[ev.Event, ...] = (
     ev.UndoEnded("vpn", ok=False, reason="exit 1"),
     ev.Surveyed("web1", SurveyFacts((TreeFacts("/srv/webshop", HEX, 10, installed=False),))),
     ev.Replicated("fra", "Acme.Web", "1.4.2", 1000, 200, 9, 3, 0.5, (ev.LineBytes("origin → fra", 200),), 1),
+    ev.RelayBehind("iad", "Acme.Web", "1.4.2", "it cannot be reached"),
     ev.Acquired("web1", AcquireFacts((TreePulled("Acme.Web", "1.4.2", "/p", already=False, tree_bytes=5),))),
     ev.Barrier(("web1",), {"web2": "away"}),
     ev.StepStarted(1, "web farm"),
