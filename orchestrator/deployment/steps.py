@@ -392,8 +392,6 @@ def _for_old(check: TimedCheck, facts: TreeFacts | None) -> TimedCheck:
             what = replace(what, host=filled(what.host))
         case CommandCheck():
             what = replace(what, argv=tuple(map(filled, what.argv)))
-        case _:
-            pass
     return replace(check, check=what)
 
 
