@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What adding a nupkg came to."""
+    """What adding a nupkg came to. `new` is False where the same nupkg was there already."""
 
     pointer: Pointer
     manifest: Manifest
     new: bool
-    """False where the same nupkg was there already."""
     chunks_stored: int
 
 

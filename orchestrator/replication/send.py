@@ -29,14 +29,16 @@ from relay.transfer.replicate import PATIENCE, ReplicationResult, Shipping, plan
 
 @dataclass(frozen=True, slots=True)
 class PackageToSend:
-    """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
+    """A signed package of the depot that is ready to be sent, and what may save bytes.
+
+    `known` are other versions of it, `others` are packages that may hold parts of it.
+    """
 
     ref: PackageRef
     manifest: Manifest
     signature: bytes
     known: Sequence[Manifest]
     others: Sequence[Manifest] = ()
-    """Of other packages, which may hold parts of this one."""
 
 
 async def package_to_send(depot: Depot, ref: PackageRef) -> PackageToSend:
