@@ -59,7 +59,7 @@ def _text(document: dict[str, Any]) -> str:
         ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
         ["since", document["published"]],
         ["from", f"{provenance['how']} {provenance['source']}".strip()],
-        ["vouched by", provenance["verified_by"] or "whoever added it"],
+        ["vouched by", provenance["verified_by"] or "the person who added it"],
         ["description", str(document["metadata"].get("description", ""))[:200]],
         ["made again", _summary(document["exact"])],
     ]

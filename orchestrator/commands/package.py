@@ -124,7 +124,7 @@ def add(
 
 
 class _Taken(NamedTuple):
-    """What is told of each package that was added, their manifests, and why each other file was refused."""
+    """What is shown of each package that was added, their manifests, and why each other file was refused."""
 
     documents: list[dict[str, Any]]
     manifests: list[Manifest]

@@ -128,7 +128,7 @@ class Depot:
 
         Args:
             manifest: of a listed package.
-            progress: is told of the nupkg's bytes whose encoder was looked for.
+            progress: hears of the nupkg's bytes whose encoder was looked for.
 
         Raises:
             ChunkInvalid: the depot's nupkg is damaged.

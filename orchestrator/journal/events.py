@@ -63,7 +63,7 @@ class Note(_Fact, frozen=True, tag="note"):
 
 
 class Notified(_Fact, frozen=True, tag="notified"):
-    """A receiver was told `event`; `error` says why that failed. `target` names it without its secrets."""
+    """A receiver has heard of `event`, or `error` says why not. `target` names it without its secrets."""
 
     event: str
     target: str

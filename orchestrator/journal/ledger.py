@@ -208,7 +208,7 @@ def _packages(replicated: Iterable[ev.Replicated]) -> tuple[ReplicatedView, ...]
 def _alternatives(
     replicated: Sequence[ev.Replicated], acquired: Iterable[ev.Acquired], plan: Plan | None
 ) -> AlternativesView:
-    planned = [*plan.packages.values(), *([plan.scripts] if plan.scripts else [])] if plan else []
+    planned = plan.every_package() if plan else []
     nupkgs = {(one.id.lower(), one.version.lower()): one.nupkg_bytes for one in planned}
     nupkgs |= {(sent.package.lower(), sent.version.lower()): sent.package_bytes for sent in replicated}
     brought = {(sent.relay, sent.package, sent.version): sent.package_bytes for sent in replicated if sent.wire_bytes}

@@ -425,9 +425,8 @@ def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineSta
     found: dict[str, MachineStage] = {}
     for entry in entries:
         match entry.event:
-            case ev.Surveyed(machine=machine):
-                if found.get(machine) != "acquired":
-                    found[machine] = "surveyed"
+            case ev.Surveyed(machine=machine) if found.get(machine) != "acquired":
+                found[machine] = "surveyed"
             case ev.Dispatched(machine=machine, operation=operation) if action_of(operation) == "acquire":
                 if found.get(machine) != "acquired":
                     found[machine] = "acquiring"

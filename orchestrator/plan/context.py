@@ -219,7 +219,7 @@ class Ground:
         if source.file and self.files.is_tracked(source.file):
             self.wrong(
                 place.below("file"),
-                f"git tracks {source.file}: whoever has the repository has the secret; change it, and keep it elsewhere",
+                f"git tracks {source.file}: everyone with the repository has the secret; change it, and keep it elsewhere",
             )
 
     # --- inside

@@ -143,7 +143,7 @@ def _check_version(ground: Ground, name: str, package: PlannedPackage) -> None:
 
 
 def _machines(ground: Ground, steps: Sequence[PlannedStep]) -> tuple[PlannedMachine, ...]:
-    """Those that some step has a turn on, by name. A machine without a key could be anybody."""
+    """Those that some step has a turn on, by name. A machine without a key could be any other."""
     names = sorted({turn.machine for step in steps if isinstance(step, MachineStep) for turn in step.turns})
     keys: dict[str, str] = {}
     spelled: dict[str, str] = {}

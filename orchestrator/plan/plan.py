@@ -273,6 +273,10 @@ class Plan(_Planned, frozen=True):
     deadline: float = 0.0
     notes: tuple[str, ...] = ()
 
+    def every_package(self) -> list[PlannedPackage]:
+        """Those of the release, and that of its scripts."""
+        return [*self.packages.values(), *([self.scripts] if self.scripts else [])]
+
     def machine(self, name: str) -> PlannedMachine:
         """Raises `KeyError`."""
         return {machine.name: machine for machine in self.machines}[name]

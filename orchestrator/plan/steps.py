@@ -337,7 +337,7 @@ class _Roll:
             elif not set(roles) & set(declared.available_to):
                 self._ground.wrong(
                     place.below(index),
-                    f"{shown(secret)} is available to {', '.join(declared.available_to) or 'nobody'}, and machines of "
+                    f"{shown(secret)} is available to {', '.join(declared.available_to) or 'no role'}, and machines of "
                     f"this step have other roles: add one to secrets.{secret}.available_to",
                 )
 
