@@ -327,7 +327,7 @@ class Journal:
         self._change(deployment, holder | {"state": "running", "reason": "", "ended": None}, events)
 
     def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
-        """All that was ever said of rotations, by deployment: what `history.open_brackets` folds. Raises `StoreError`."""
+        """All that was ever said of rotations, by deployment: what `orchestrator.journal.views.open_brackets` folds. Raises `StoreError`."""
         query = (
             sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
             .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)
