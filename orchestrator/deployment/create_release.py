@@ -12,7 +12,6 @@ from orchestrator.deployment.packages import (
     build_scripts_package,
     ensure_packages,
     known_packages,
-    ref_of,
     wanted_packages,
 )
 from orchestrator.deployment.releases import Release, freeze_release
@@ -115,7 +114,7 @@ async def _those_here(
         if name not in process.value.packages:
             known = ", ".join(process.value.packages)
             raise UsageError(f"--package {name}: {process.name} has no such package", hint=f"It has: {known}")
-    waiting = {n: p for n, p in packages.items() if p.feed and depot.catalog.find(ref_of(p)) is None}
+    waiting = {n: p for n, p in packages.items() if p.feed and depot.catalog.find(p.ref) is None}
     here = {name: package for name, package in packages.items() if name not in waiting}
     return waiting | await ensure_packages(depot, here, {}, SecretStore({}), signer)
 

@@ -20,7 +20,7 @@ from orchestrator.files.process import ProcessFile, package_of
 from orchestrator.files.script_files import read_script
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage
 from relay.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
+from relay.package.identity import ManifestId, parse_digest
 from relay.package.manifest import Manifest
 from relay.stores.catalog import Pointer, Provenance
 
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
 _FEED_POLICY: Final = FeedPolicy(allow_private=True)
 """A feed that the environment's file names is often one of the house. It still leads nowhere but to its own host."""
-_FEED_USER: Final = "waystation"
-
-
-def ref_of(package: PlannedPackage) -> PackageRef:
-    """Raises `IdentityError`."""
-    return PackageRef(PackageId.parse(package.id), NuGetVersion.parse(package.version))
 
 
 # --- what is meant
@@ -65,7 +59,7 @@ async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) 
     found: dict[str, PlannedPackage] = {}
     async with open_depot(location) as depot:
         for name, package in packages.items():
-            pointer = depot.catalog.find(ref_of(package))
+            pointer = depot.catalog.find(package.ref)
             if pointer is None:
                 found[name] = package
                 continue
@@ -108,7 +102,7 @@ async def ensure_packages(
         StoreError: the depot's medium failed.
     """
     await depot.catalog.load()
-    lacking = {name: package for name, package in packages.items() if depot.catalog.find(ref_of(package)) is None}
+    lacking = {name: package for name, package in packages.items() if depot.catalog.find(package.ref) is None}
     for package in lacking.values():
         if not package.feed:
             raise _not_found(package)
@@ -130,7 +124,7 @@ async def _take_from_feed(
 ) -> None:
     from orchestrator.depot.add import add_from_feed
 
-    ref = ref_of(package)
+    ref = package.ref
     credentials = _credentials(secrets.value(feed.secret).reveal()) if feed.secret else None
     progress = bar(str(ref)) if bar else None
     try:
@@ -145,7 +139,7 @@ async def _take_from_feed(
 def _credentials(secret: str) -> FeedCredentials:
     """NuGet feeds take Basic: with a token as the password, they take any user."""
     user, colon, password = secret.partition(":")
-    return FeedCredentials(user, password) if colon else FeedCredentials(_FEED_USER, secret)
+    return FeedCredentials(user, password) if colon else FeedCredentials("waystation", secret)
 
 
 def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
@@ -158,7 +152,7 @@ def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
 
 
 async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
-    manifest = await depot.manifest(depot.catalog.get(ref_of(package)))
+    manifest = await depot.manifest(depot.catalog.get(package.ref))
     if package.manifest and package.manifest != manifest.id:
         raise ConflictError(
             f"{package.id} {package.version} in the depot is not the one that was planned "
@@ -204,17 +198,12 @@ async def build_scripts_package(
         return None
     scripts = await asyncio.to_thread(_read_scripts, folder, wanted)
     digests = {path: hashlib.sha256(data).hexdigest() for path, data in scripts.items()}
-    package = PlannedPackage(scripts_id(project), _scripts_version(digests))
+    package = PlannedPackage(f"Waystation.Scripts.{project}", _scripts_version(digests))
     await depot.catalog.load()
-    there = depot.catalog.find(ref_of(package))
+    there = depot.catalog.find(package.ref)
     if there is None or not await _holds(depot, there, digests):
         await _add_scripts(depot, package, scripts, project, signer)
     return await _filled(depot, package)
-
-
-def scripts_id(project: str) -> str:
-    """The id of the package of a project's scripts."""
-    return f"Waystation.Scripts.{project}"
 
 
 def _scripts_version(digests: Mapping[str, str]) -> str:
@@ -235,12 +224,9 @@ async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> 
     manifest = await depot.catalog.manifest(pointer.manifest_id)
     if manifest is None or not await depot.catalog.signature(manifest.id):
         return False
+    files = {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
     ids = set(manifest.chunk_ids())
-    return _files_of(manifest) == dict(digests) and await depot.store.chunks.has_many(ids) == ids
-
-
-def _files_of(manifest: Manifest) -> dict[str, str]:
-    return {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
+    return files == dict(digests) and await depot.store.chunks.has_many(ids) == ids
 
 
 async def _add_scripts(
@@ -249,14 +235,14 @@ async def _add_scripts(
     with tempfile.TemporaryDirectory(prefix="waystation-scripts-") as folder:
         path = await asyncio.to_thread(_pack, folder, package, scripts, project)
         provenance = Provenance("added", f"scripts of {project}")
-        added = await depot.add(path, signer, provenance, expected=ref_of(package))
+        added = await depot.add(path, signer, provenance, expected=package.ref)
         await depot.recipe(added.manifest)
 
 
 def _pack(folder: str, package: PlannedPackage, scripts: Mapping[str, bytes], project: str) -> str:
     from relay.package.pack import pack_file
 
-    ref = ref_of(package)
+    ref = package.ref
     tree = os.path.join(folder, "tree")
     for path, data in scripts.items():
         target = Path(tree, path)
@@ -304,7 +290,7 @@ class ServerTrees:
 
         home = os.path.join(os.path.abspath(self._folder), "state")  # noqa: ASYNC240 - contacts no disk
         manifest = ManifestId(parse_digest(package.manifest))
-        request = PullRequest(ref_of(package), self._folder, manifest, signed=True)
+        request = PullRequest(package.ref, self._folder, manifest, signed=True)
         config, relays = AgentConfig(name="server"), [self._depot_location]
         async with Sources(config, Path(home, "relays.json"), relays=relays) as sources:
             return (await pull(request, AgentState(home), sources, self._pins)).tree

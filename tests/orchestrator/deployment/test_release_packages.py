@@ -12,7 +12,7 @@ from harness.feed import Server, body, running_feed
 from harness.origins import Origin, depot_with, trust_keys
 from harness.packages import make_nupkg, noise
 
-from orchestrator.deployment.packages import ServerTrees, build_scripts_package, ensure_packages, ref_of
+from orchestrator.deployment.packages import ServerTrees, build_scripts_package, ensure_packages
 from orchestrator.files.script_files import ScriptPathError
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage, SecretSource
 from orchestrator.trust.secrets import SecretStore
@@ -66,7 +66,7 @@ async def test_what_the_depot_lacks_is_taken_from_its_feed_and_signed(origin: Or
         assert asked
         assert await ensure(origin, planned, {"corp": PlannedFeed(feed.index)}) == found
         assert len(feed.asked) == asked, "what the depot has is not asked for again"
-    pointer = origin.depot.catalog.get(ref_of(planned["db"]))
+    pointer = origin.depot.catalog.get(planned["db"].ref)
     statement = verify_package(await origin.depot.catalog.signature(pointer.manifest_id), origin.keys.pins)
     assert statement.manifest == found["db"].manifest == pointer.manifest
     assert pointer.provenance.source.startswith(feed.base)
@@ -197,7 +197,7 @@ async def test_the_same_scripts_are_the_same_package_though_the_depot_lost_some_
 ) -> None:
     package = await build(origin, project)
     assert package is not None
-    manifest = await origin.depot.manifest(origin.depot.catalog.get(ref_of(package)))
+    manifest = await origin.depot.manifest(origin.depot.catalog.get(package.ref))
     lost = manifest.chunk_id(0)
     await origin.depot.store.chunks.remove(lost)
     assert await build(origin, project) == package
