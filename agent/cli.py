@@ -75,14 +75,14 @@ def init(
 
     from agent.config import AgentConfig
     from agent.orders.keys import make_agent_keys
-    from agent.relays.dns import discovery_of
+    from agent.relays.dns import check_discovery
     from relay.support.durable import write_durably
 
     folder = _home(home_folder)
     pins = _read_pins(trust_file) if trust_file else None
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value}
     values.setdefault("name", socket.gethostname())
-    discovery_of(msgspec.convert(values, AgentConfig))
+    check_discovery(msgspec.convert(values, AgentConfig))
     identity = make_agent_keys(folder)
     write_durably(os.path.join(folder, "agent.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
     if pins is not None:

@@ -34,15 +34,17 @@ class Average:
 
     Of logarithms, so one stall of ten seconds among answers of ten milliseconds counts as one bad sample, not as a
     thousand. The first samples are averaged plainly, so that a start at an odd moment is soon forgotten.
+
+    Attributes:
+        mean: geometric, in the samples' unit.
+        variance: of ln(sample).
+        at: clock of the newest sample.
     """
 
     mean: float
-    """Geometric, in the samples' unit."""
     variance: float
-    """Of ln(sample)."""
     count: int
     at: float
-    """Clock of the newest sample."""
 
     def __post_init__(self) -> None:
         """Refuse what no samples can have given.
@@ -71,21 +73,23 @@ class Average:
 
 @dataclass(frozen=True)
 class Health:
-    """What is known of one source. The clock is the caller's; it is kept over restarts, so it should be `time.time`."""
+    """What is known of one source. The clock is the caller's; it is kept over restarts, so it should be `time.time`.
+
+    Attributes:
+        fails, passes: in a row, up to now.
+        latency: seconds to the first byte.
+        throughput: goodput in bytes/s.
+        reason: the last failure, for people.
+    """
 
     ok: bool = True
     fails: int = 0
-    """In a row, up to now."""
     passes: int = 0
-    """In a row, up to now."""
     latency: Average | None = None
-    """Seconds to the first byte."""
     throughput: Average | None = None
-    """Goodput in bytes/s."""
     last_checked: float = 0.0
     out_since: float | None = None
     reason: str = ""
-    """The last failure, for people."""
 
     @property
     def first_byte(self) -> float | None:

@@ -23,14 +23,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """What outlives the process."""
+    """What outlives the process. `current` is the URL of the source in use, `healths` are by URL."""
 
     format: int = STATE_FORMAT
     current: str | None = None
-    """URL of the source in use."""
     healths: dict[str, Health] = field(default_factory=dict)
     last_answers: tuple[LastAnswer, ...] = ()
-    saved_at: float = 0.0
 
 
 def load_state(path: Path) -> State:

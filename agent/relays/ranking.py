@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
@@ -53,10 +53,10 @@ Ranking: TypeAlias = tuple[Ranked, ...]
 
 @dataclass(frozen=True)
 class _Estimate:
+    """Seconds for a typical pull, and the standard error of their logarithm."""
+
     seconds: float
-    """For a typical pull."""
     error: float
-    """Standard error of ln(seconds)."""
 
 
 def rank(
@@ -89,15 +89,6 @@ def rank(
         for source in _share(tier, seed)
     ]
     return (*front, *back)
-
-
-def order_for_pull(ranking: Ranking, exclude: Collection[str]) -> tuple[Source, ...]:
-    """The sources to ask in this pull, in order, without the URLs that failed hard in it.
-
-    The ill ones stand at the end: better an unlikely source than none. One refused connection moves this pull on at
-    once; the kept ranking changes only by `record_failure`.
-    """
-    return tuple(ranked.source for ranked in ranking if ranked.source.url not in exclude)
 
 
 def _tiers(ordered: Sequence[Source]) -> list[list[Source]]:

@@ -14,7 +14,7 @@ from typing import Self
 
 from agent.config import AgentConfig
 from agent.relays.candidates import Source
-from agent.relays.dns import TTL_MIN, DiscoveryConfig, discovery_of, find_sources
+from agent.relays.dns import TTL_MIN, check_discovery, find_sources
 from agent.relays.health import (
     FAILS_OUT,
     UNKNOWN,
@@ -28,7 +28,7 @@ from agent.relays.health import (
 )
 from agent.relays.memory import State, load_state, log_changes, save_state
 from agent.relays.probe import probe
-from agent.relays.ranking import Ranking, order_for_pull, rank
+from agent.relays.ranking import Ranking, rank
 from relay.encoding.bundle import Event, NotSent, Received, Tap
 from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
@@ -51,7 +51,6 @@ class StoreSource:
 
     def __init__(self, location: str) -> None:
         self.name = location
-        self._location = location
         self._store: Store | None = None
 
     async def package(self, id: PackageId, version: NuGetVersion) -> PackagePointer:
@@ -96,7 +95,7 @@ class StoreSource:
 
     async def _open(self) -> Store:
         if self._store is None:
-            self._store = await open_store(self._location, read_only=True)
+            self._store = await open_store(self.name, read_only=True)
         return self._store
 
     async def _catalog(self) -> Catalog:
@@ -123,7 +122,7 @@ class Sources:
         """`relays`, given by hand, stand in place of everything that the configuration says.
 
         Raises:
-            UsageError: the token cannot be read, or one of `relays` is none.
+            UsageError: the token cannot be read, or a relay or name cannot be used.
         """
         self._config = config
         self._path = state_path
@@ -133,7 +132,8 @@ class Sources:
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._clock = clock
         self._seed = config.name or socket.gethostname()
-        self._discovery = DiscoveryConfig(relays=self._only) if self._only else discovery_of(config)
+        self._discovery = AgentConfig(relays=self._only) if self._only else config
+        check_discovery(self._discovery)
         self._down: set[str] = set()
         self._kept: State = State()
         self._found: tuple[Source, ...] = ()
@@ -161,7 +161,7 @@ class Sources:
         await self._stack.aclose()
         # What may be lost is a preference; the pull itself stands.
         with suppress(StoreError):
-            await asyncio.to_thread(save_state, self._path, replace(self._kept, saved_at=self._clock()))
+            await asyncio.to_thread(save_state, self._path, self._kept)
 
     @property
     def healths(self) -> dict[str, Health]:
@@ -176,10 +176,8 @@ class Sources:
 
         Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
         """
-        ranking = self.ranking()
-        answering = order_for_pull(ranking, self._down)
-        others = (ranked.source for ranked in ranking if ranked.source.url in self._down)
-        return [self._opened(source) for source in (*answering, *others)]
+        ordered = sorted((ranked.source for ranked in self.ranking()), key=lambda source: source.url in self._down)
+        return [self._opened(source) for source in ordered]
 
     async def measure(self, *, everything: bool = False) -> dict[str, str]:
         """Ask the best few for health where their time has come; returns the failures by URL."""
@@ -200,13 +198,12 @@ class Sources:
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
 
-    def goodput(self, name: str) -> float:
+    def goodput(self, url: str) -> float:
         """Of the line to a source, bytes per second of payload, as it was measured however long ago; 0 where it was not."""
-        return self._health(self._url_of(name)).goodput or 0.0
+        return self._health(url).goodput or 0.0
 
-    def succeeded(self, name: str, timing: RequestTiming) -> None:
+    def succeeded(self, url: str, timing: RequestTiming) -> None:
         """It gave what it was asked for, and is the one in use now."""
-        url = self._url_of(name)
         known, goodput = self._health(url).goodput, timing.goodput
         if not timing.is_steady and goodput is not None and goodput <= (known or goodput):
             # It waited for something else than the line: that says nothing of a line that is known to be faster.
@@ -214,12 +211,11 @@ class Sources:
         health = record_success(self._health(url), self._clock(), timing.first_byte, goodput)
         self._keep({**self._kept.healths, url: health}, url)
 
-    def failed(self, name: str, error: WaystationError) -> None:
+    def failed(self, url: str, error: WaystationError) -> None:
         """It could not be reached, or sent other bytes: the latter puts it out at once.
 
         A relay that lies answers questions for its health all the better, so counting to three would never end.
         """
-        url = self._url_of(name)
         health = self._health(url)
         for _ in range(FAILS_OUT if isinstance(error, UntrustedError) else 1):
             health = record_failure(health, self._clock(), error.message)
@@ -265,6 +261,3 @@ class Sources:
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened
-
-    def _url_of(self, name: str) -> str:
-        return next((url for url, opened in self._open.items() if opened.name == name), name)

@@ -23,7 +23,7 @@ import msgspec
 
 from agent.config import AgentConfig
 from agent.disk import read_json, remove_folder, store_error
-from agent.relays.dns import discovery_of
+from agent.relays.dns import check_discovery
 from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
 from relay.package import manifest as manifests
@@ -78,7 +78,7 @@ class AgentState:
         path = os.path.join(self.home, "agent.yaml")
         config: AgentConfig = load_yaml(path, AgentConfig) if os.path.exists(path) else AgentConfig()
         try:
-            discovery_of(config)
+            check_discovery(config)
         except UsageError as error:
             raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
         for root in config.roots:

@@ -26,7 +26,7 @@ from agent.relays.health import (
     record_probes,
     record_success,
 )
-from agent.relays.ranking import GOODPUT_KEPT, order_for_pull, rank
+from agent.relays.ranking import GOODPUT_KEPT, rank
 from relay.errors import UsageError
 
 
@@ -384,17 +384,9 @@ def test_a_remembered_answer_says_so():
     assert "last good answer" in rank([replace(A, remembered=True)], {}, None, 0, "me")[0].why
 
 
-def test_a_hard_failure_moves_this_pull_on_and_leaves_the_ranking():
+def test_one_hard_failure_leaves_the_ranking():
     healths = {A.url: record_failure(UNKNOWN, 0, "connection refused")}
-    ranking = rank([A, LOWER, GENERIC], healths, A.url, 0, "me")
-    assert order_for_pull(ranking, set())[0] == A
-    assert order_for_pull(ranking, {A.url}) == (LOWER, GENERIC)
-    assert order_for_pull(ranking, {A.url, LOWER.url, GENERIC.url}) == ()
-
-
-def test_a_pull_still_gets_the_ill_ones_at_the_end():
-    ranking = rank([A, LOWER], {A.url: ill()}, None, 0, "me")
-    assert order_for_pull(ranking, {LOWER.url}) == (A,)
+    assert urls(rank([A, LOWER, GENERIC], healths, A.url, 0, "me")) == urls_of(A, LOWER, GENERIC)
 
 
 # --- coming back
