@@ -151,7 +151,7 @@ async def find_sources(
     rng: random.Random,
     *,
     now: float,
-    timeout: float = ROUND_SECONDS,
+    round_seconds: float = ROUND_SECONDS,
 ) -> Found:
     """Ask DNS, fall back to the last good answers where it fails, and add the static list.
 
@@ -162,10 +162,10 @@ async def find_sources(
         last: what the last call kept.
         rng: draws inside a tier.
         now: seconds since 1970.
-        timeout: seconds for a round of questions.
+        round_seconds: for a round of questions.
     """
     questions = _questions(config)
-    replies = await _ask_all(config, questions, timeout) if questions else []
+    replies = await _ask_all(config, questions, round_seconds) if questions else []
     remembered = {answer.name: answer for answer in last}
     settled = [_settle(reply, remembered.get(reply.name), now) for reply in replies]
     static = [static_source(text) for text in config.relays]
@@ -200,14 +200,14 @@ def _drawn(sources: Sequence[Source], rng: random.Random) -> tuple[Source, ...]:
     return tuple(source for tier in by_tier.values() for source in by_weight(tier, rng))
 
 
-async def _ask_all(config: AgentConfig, questions: Sequence[tuple[Origin, str]], timeout: float) -> list[_Reply]:
+async def _ask_all(config: AgentConfig, questions: Sequence[tuple[Origin, str]], seconds: float) -> list[_Reply]:
     from dns.exception import DNSException
 
     try:
         resolver = _resolver(config.resolver)
-        resolver.lifetime = timeout
+        resolver.lifetime = seconds
         # A lost datagram must leave time to ask again, or the next server.
-        resolver.timeout = timeout / 3
+        resolver.timeout = seconds / 3
     except (DNSException, OSError) as error:
         note = f"the system's resolver cannot be used: {words_of(error)}"
         return [_Reply(origin, name, None, (note,)) for origin, name in questions]

@@ -47,7 +47,7 @@ def config(resolver: str | None, **changes) -> AgentConfig:
 
 
 async def find(wanted: AgentConfig, last=(), now=0.0, timeout=2.0, seed=1):
-    return await find_sources(wanted, last, random.Random(seed), now=now, timeout=timeout)
+    return await find_sources(wanted, last, random.Random(seed), now=now, round_seconds=timeout)
 
 
 def dead_resolver() -> str:
