@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -16,10 +17,14 @@ T = TypeVar("T")
 _JSON_MAX = 1 << 20
 
 
-def store_error(error: OSError, where: str, *, full_hint: str = "") -> StoreError:
-    """A disk that failed, in a person's words; `full_hint` where it is full."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return StoreError(f"{where}: {error.strerror or error}", full=full, hint=full_hint if full else "")
+@contextmanager
+def disk_errors(where: str, *, full_hint: str = "") -> Iterator[None]:
+    """A disk that fails inside is told in a person's words, as a `StoreError`; with `full_hint` where it is full."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        raise StoreError(f"{where}: {error.strerror or error}", full=full, hint=full_hint if full else "") from error
 
 
 def read_json(path: str, type: type[T]) -> T | None:

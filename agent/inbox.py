@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge, why_barred
-from agent.orders.envelopes import order_digest
+from agent.orders.envelopes import order_digest, unverified
 from agent.orders.journal import OperationJournal
 from agent.orders.orders import Acknowledge, Order, Stop
 from agent.reporter import Reporter
@@ -46,7 +46,8 @@ class Inbox:
             self._reporter.send_final(record)
         for record in self._journal.unfinished():
             try:
-                order, envelope = self._journal.order(record), self._journal.envelope(record)
+                envelope = self._journal.envelope(record)
+                order = unverified(envelope, Order)
             except WaystationError as error:
                 _log.error("agent.operation_unreadable", extra={"operation": record.operation, "reason": str(error)})
                 continue

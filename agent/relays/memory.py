@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.disk import store_error
+from agent.disk import disk_errors
 from agent.relays.dns import LastAnswer, words_of
 from agent.relays.health import Health
 from relay.support.durable import write_durably
@@ -65,11 +65,9 @@ def save_state(path: Path, state: State) -> None:
         StoreError: it could not be written; the old file is untouched.
     """
     data = msgspec.json.format(msgspec.json.encode(state), indent=1)
-    try:
+    with disk_errors("cannot keep what is known of the relays"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(os.fspath(path), data)
-    except OSError as error:
-        raise store_error(error, "cannot keep what is known of the relays") from error
 
 
 def log_changes(before: Mapping[str, Health], after: Mapping[str, Health]) -> None:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import cached_property
 
 from agent import platform
-from agent.disk import remove_folder, store_error
+from agent.disk import disk_errors, remove_folder
 from relay.encoding.bundle import Places
 from relay.encoding.choose_bases import Held
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
@@ -62,10 +62,8 @@ class IncomingTree:
         self._lock: int | None = None
         self._map: int | None = None
         try:
-            self._open()
-        except OSError as error:
-            self.close()
-            raise store_error(error, self.releases, full_hint=_FULL_HINT) from error
+            with disk_errors(self.releases, full_hint=_FULL_HINT):
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -91,12 +89,10 @@ class IncomingTree:
         with self._writing:
             if self._map is None:
                 raise StoreError(f"the build in {self.folder} was given up")
-            try:
+            with disk_errors(self.folder, full_hint=_FULL_HINT):
                 for place in self._places[chunk.id]:
                     self._write_at(place, chunk.data)
                 os.write(self._map, _INDEX.pack(index))
-            except OSError as error:
-                raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
             self.have.add(index)
 
     def finish(self) -> str:
@@ -108,15 +104,13 @@ class IncomingTree:
         """
         assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
         final = os.path.join(self.releases, self.target)
-        try:
+        with disk_errors(self.folder, full_hint=_FULL_HINT):
             if not self.is_moved:
                 self._make_empty_parts()
                 self._set_modes()
                 platform.sync_tree(self.tree, self._files(), self._folders())
                 os.rename(self.tree, final)
             sync_folder(self.releases)
-        except OSError as error:
-            raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
         return final
 
     def clear(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from harness.orders_kit import DEPLOYMENT, OTHER, Desk, desk_in
 
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge
-from agent.orders.envelopes import order_digest, sign_report
+from agent.orders.envelopes import order_digest, sign_report, unverified
 from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, OperationJournal, OperationRecord
 from agent.orders.keys import load_report_signer
 from agent.orders.orders import SKEW_SECONDS, Order, Report, Survey
@@ -54,7 +54,7 @@ def test_what_was_accepted_is_known_to_the_next_process(desk: Desk) -> None:
 
     assert isinstance(judged(journal, desk, made), Known)
     assert [entry.operation for entry in journal.unfinished()] == [made.operation]
-    assert journal.order(journal.operations[made.operation]) == made
+    assert unverified(journal.envelope(journal.operations[made.operation]), Order) == made
     other = judged(journal, desk, msgspec.structs.replace(made, not_after=NOW + 1))
     assert isinstance(other, Refused)
     assert other.code == "altered"
@@ -73,8 +73,9 @@ def test_the_order_is_synced_with_its_folders_before_accept_returns(
     monkeypatch.setattr(os, "fsync", note)
     entry = accept(OperationJournal(desk.home), desk, order(desk))
 
-    assert os.path.join(entry.folder, "order") in synced
-    assert synced.index(entry.folder) < synced.index(os.path.dirname(entry.folder))
+    written, named, listed = synced[-3:]
+    assert written.startswith(os.path.join(entry.folder, "order"))
+    assert (named, listed) == (entry.folder, os.path.dirname(entry.folder))
 
 
 def test_an_order_that_a_crash_tore_was_never_accepted(desk: Desk) -> None:
