@@ -229,8 +229,6 @@ def pull(
     as_json: bool,
 ) -> None:
     """Bring a package from the closest relay, verified and durable, beside what runs. Again: goes on, or is done."""
-    from dataclasses import asdict
-
     from agent.trees import pull as story
     from agent.trees.installed import AgentState
 
@@ -244,7 +242,7 @@ def pull(
 
     result = run(bring())
     if as_json:
-        print_json({"format": 1} | asdict(result))
+        print_json({"format": 1} | _builtins(result))
         return
     if result.already:
         click.echo(f"{result.package} {result.version} is already at {result.tree}")

@@ -54,7 +54,6 @@ from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
-from relay.protocol.messages import EncodedBytes
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
 
@@ -412,7 +411,7 @@ def _tree_pulled(result: Pulled) -> TreePulled:
         from_disk_bytes=result.from_disk_bytes,
         resumed_bytes=result.resumed_bytes,
         from_relays={name: tally["payload_bytes"] for name, tally in result.from_relays.items()},
-        encodings=tuple(msgspec.convert(each, EncodedBytes) for each in result.encodings),
+        encodings=result.encodings,
         fallbacks=result.fallbacks,
         wire_bytes=result.wire_bytes,
         seconds=result.seconds,
@@ -437,8 +436,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 def _sha256_of(path: str) -> str:
     try:
-        descriptor = platform.open_for_reading(path)
+        with os.fdopen(platform.open_for_reading(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise NotRunError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

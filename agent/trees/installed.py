@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -188,9 +188,11 @@ class AgentState:
                 with suppress(OSError):
                     os.unlink(os.path.join(self.home, folder, manifest))
 
-    def newest_of(self, ref: PackageRef) -> list[TreeRecord]:
-        """Installed trees, those of the same package first, newest first: where to look for chunks."""
-        return sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key)
+    def newest_of(self, ref: PackageRef) -> Iterator[tuple[str, Manifest]]:
+        """Installed trees and their manifests, of the same package first, newest first: where to look for chunks."""
+        for record in sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key):
+            if manifest := self.manifest(record):
+                yield record.path, manifest
 
     def _write(self, folder: str, name: str, data: bytes) -> None:
         path = os.path.join(self.home, folder)

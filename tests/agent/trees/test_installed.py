@@ -70,7 +70,7 @@ def test_trees_of_the_same_package_are_searched_first(state: AgentState, tmp_pat
 
     found = state.newest_of(PackageRef(PackageId.parse("ACME.WEB"), NuGetVersion.parse("2.0")))
 
-    assert [(r.package, r.version) for r in found] == [
+    assert [(str(held.package.id), held.package.version.normalized) for _, held in found] == [
         ("Acme.Web", "1.1.0"),
         ("Acme.Web", "1.0.0"),
         ("Acme.Other", "1.0.0"),
