@@ -58,7 +58,7 @@ class IncomingTree:
         self.folder = _incoming(root, manifest)
         self.tree = os.path.join(self.folder, "tree")
         self.have: set[int] = set()
-        # Two threads may write; a third may close or clear while one of them still does.
+        # Two threads may write; a third may close or clear while one of them still does, or finishes.
         self._writing = threading.Lock()
         self._lock: int | None = None
         self._map: int | None = None
@@ -105,7 +105,7 @@ class IncomingTree:
         """
         assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
         final = os.path.join(self.releases, self.target)
-        with disk_errors(self.folder, full_hint=_FULL_HINT):
+        with self._writing, disk_errors(self.folder, full_hint=_FULL_HINT):
             if not self.is_moved:
                 self._make_empty_parts()
                 self._set_modes()
