@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,8 +67,8 @@ _TEXT_CHARS = 400
 """Of one check's words: those of 64 checks must fit into a report."""
 _log = logging.getLogger(__name__)
 
-Output = Callable[[int, bytes, str], None]
-"""Called with new output: (offset, bytes, path of the file that it is in)."""
+Output = Callable[[str, int], None]
+"""Called as output grows: (path of the file that it is in, bytes that it has)."""
 
 
 class NotRunError(WaystationError):
@@ -116,7 +116,7 @@ class Operations:
     config: AgentConfig
     pins: TrustPins | None
     sealing: X25519PrivateKey
-    relays: Sequence[str] = field(default=())
+    relays: Sequence[str] = ()
     token_file: str | None = None
 
     async def perform(self, job: Job) -> Ended:
@@ -376,7 +376,7 @@ async def _watch(folder: str, on_output: Output) -> Ended:
         nonlocal seen
         digest.update(piece)
         seen = offset + len(piece)
-        on_output(offset, piece, path)
+        on_output(path, seen)
 
     outcome = await runs.watch(folder, hear)
     return Ended(

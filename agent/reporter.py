@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -49,21 +50,20 @@ class Author:
     signer: CryptoSigner
 
 
+@dataclass(eq=False)
 class Reporter:
-    """Writes and signs what there is to say, and gives it to the outbox."""
+    """Writes and signs what there is to say, and gives it to the outbox. `clock` gives seconds since 1970."""
 
-    def __init__(self, author: Author, journal: OperationJournal, outbox: Outbox, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds since 1970."""
-        self.author = author
-        self._journal = journal
-        self.outbox = outbox
-        self._clock = clock
-        self._version = importlib.metadata.version("waystation")
-        self._number = 0
+    author: Author
+    journal: OperationJournal
+    outbox: Outbox
+    clock: Callable[[], float]
+    _version: str = field(default_factory=partial(importlib.metadata.version, "waystation"), init=False)
+    _number: int = field(default=0, init=False)
 
     def presence(self) -> bytes:
         """That this agent is there now, as an envelope."""
-        refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self._journal.refusals()]
+        refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self.journal.refusals()]
         presence = Presence(
             format=1,
             name=self.author.name,
@@ -72,8 +72,8 @@ class Reporter:
             version=self._version,
             system=platform.system_name(),
             site=self.author.site,
-            time=self._clock(),
-            fences=dict(self._journal.fences),
+            time=self.clock(),
+            fences=dict(self.journal.fences),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
         )
         return sign_presence(presence, self.author.signer)
@@ -98,7 +98,7 @@ class Reporter:
         report = self._report(record.operation, record.digest, self._next_number(), ended)
         envelope = self._letter(report).envelope
         try:
-            await asyncio.to_thread(self._journal.finish, record, report, envelope, durable=durable)
+            await asyncio.to_thread(self.journal.finish, record, report, envelope, durable=durable)
         except StoreError as error:
             _log.error("agent.report_not_kept", extra={"operation": record.operation, "reason": str(error)})
         self.send_final(record)
@@ -120,7 +120,7 @@ class Reporter:
             return
         if not record.acknowledged:
             self.outbox.again(record.operation, relay)
-        elif envelope := self._journal.report(record):
+        elif envelope := self.journal.report(record):
             letter = messages.ReportLetter(operation=record.operation, number=record.report.number, envelope=envelope)
             self.outbox.note(record.deployment, letter, "again")
 
@@ -130,7 +130,7 @@ class Reporter:
         report = msgspec.structs.replace(record.report, number=self._next_number(record.report.number))
         letter = self._letter(report)
         with suppress(StoreError):
-            self._journal.finish(record, report, letter.envelope, durable=False)
+            self.journal.finish(record, report, letter.envelope, durable=False)
         return letter
 
     # --- of orders and relays
@@ -139,13 +139,13 @@ class Reporter:
         """Note that an order was not obeyed, and tell it. `claimed` is the operation that the relay named with it."""
         operation = claimed if refused.order is None else refused.order.operation
         is_new = await asyncio.to_thread(
-            self._journal.refuse,
+            self.journal.refuse,
             refused.code,
             refused.text,
             operation=operation,
             digest=refused.digest,
             relay=relay,
-            now=self._clock(),
+            now=self.clock(),
         )
         if is_new:
             _log.warning("agent.order_refused: %s", refused.text, extra={"operation": operation, "relay": relay})
@@ -162,7 +162,7 @@ class Reporter:
 
     def _next_number(self, above: int = 0) -> int:
         """By the clock, so that it rises across restarts without being kept anywhere."""
-        self._number = max(self._number + 1, above + 1, int(self._clock() * 1000))
+        self._number = max(self._number + 1, above + 1, int(self.clock() * 1000))
         return self._number
 
     def _report(self, operation: str, digest: str, number: int, ended: Ended) -> Report:

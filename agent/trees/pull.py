@@ -261,7 +261,7 @@ class _Build(Receiver):
             await asyncio.to_thread(tree.clear)
             return record
         finally:
-            tree.close()
+            await asyncio.to_thread(tree.close)
 
     async def _fill(self, tree: IncomingTree, order: list[AnySource]) -> str:
         """Every chunk from wherever it is nearest: the interrupted build, trees already here, the relays."""
