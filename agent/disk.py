@@ -14,6 +14,8 @@ import msgspec
 from relay.errors import StoreError
 
 T = TypeVar("T")
+REMOVED = ".removed-"
+"""How the name of a folder begins that is being removed, and may be what a crash left."""
 _JSON_MAX = 1 << 20
 
 
@@ -44,8 +46,12 @@ def replace_file(path: str, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def remove_folder(folder: str, aside: str) -> None:
-    """In one step for every reader, by the name `aside` in the same file system: never is it seen half removed."""
+def remove_folder(folder: str) -> None:
+    """Remove it in one step for every reader: it takes another name first, so it is never seen half removed."""
+    parent, name = os.path.split(folder)
+    aside = os.path.join(parent, f"{REMOVED}{name}")
+    # A crash may have left one of the same name, and only an empty folder can be renamed over.
+    shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):
         os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)

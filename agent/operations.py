@@ -196,11 +196,11 @@ class Operations:
     # --- trees
 
     async def _acquire(self, action: Acquire, job: Job) -> Ended:
-        wanted = [(self._request(tree), tree) for tree in action.trees]
+        wanted = [self._request(tree) for tree in action.trees]
         pulled: list[TreePulled] = []
         try:
             async with asyncio.timeout(action.deadline):
-                for request, _ in wanted:
+                for request in wanted:
                     before = sum(each.tree_bytes for each in pulled)
                     pulled.append(await self._pull(request, action, job, before))
         except TimeoutError:

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -31,15 +31,14 @@ PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class MailRelays:
-    """The relays that carry mail: which of them are polled, and which just failed."""
+    """The relays that carry mail, as `sources` ranks them: which of them are polled, and which just failed."""
 
-    def __init__(self, sources: Sources) -> None:
-        """`sources` ranks them."""
-        self._sources = sources
-        self._polled: set[str] = set()
-        self._fails: dict[str, int] = {}
-        self._down_until: dict[str, float] = {}
+    sources: Sources
+    _polled: set[str] = field(default_factory=set, init=False)
+    _fails: dict[str, int] = field(default_factory=dict, init=False)
+    _down_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def for_mail(self) -> list[RelayClient]:
         """All of them: those that are polled first, those that just failed last."""
@@ -68,12 +67,12 @@ class MailRelays:
         """It is left alone for a while, longer each time in a row."""
         fails = self._fails[relay.url] = self._fails.get(relay.url, 0) + 1
         self._down_until[relay.url] = time.monotonic() + PERSISTENCE.pause(fails)
-        self._sources.failed(relay.url, error)
+        self.sources.failed(relay.url, error)
         if fails == 1:
             _log.warning("agent.poll_failed: %s", error, extra={"relay": relay.url})
 
     def _ranked(self) -> list[RelayClient]:
-        return [source for source in self._sources.in_order() if isinstance(source, RelayClient)]
+        return [source for source in self.sources.in_order() if isinstance(source, RelayClient)]
 
     def _wanted(self) -> list[RelayClient]:
         return [relay for relay in self._ranked() if not self._is_down(relay.url)][:POLLED]

@@ -99,7 +99,7 @@ class Scheduler:
         except asyncio.CancelledError:
             if not active.stopped:
                 raise  # the agent ends; the next process takes it up
-            _obeyed_cancel()
+            active.task.uncancel()  # what was meant is the operation, not this task
             ended = Ended("stopped", "it was stopped" if active.begun else "it was stopped before it began")
         finally:
             progress.cancel()
@@ -145,10 +145,3 @@ async def _stop_run(active: _ActiveOperation) -> None:
         except StoreError:
             # It is just being started: there is no folder yet.
             await asyncio.sleep(0.05)
-
-
-def _obeyed_cancel() -> None:
-    """The cancelling was meant for what this task did, not for the task."""
-    task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()

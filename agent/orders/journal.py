@@ -34,7 +34,6 @@ KEPT_SECONDS = 30 * 86400.0
 REFUSALS_MAX = 200
 _FORGOTTEN_AT_ONCE = 256
 _FILE_MAX = 16 << 20
-_GONE = ".gone-"
 
 
 @dataclass(slots=True)
@@ -108,12 +107,14 @@ class OperationJournal:
         record = _record_of(order, digest, self._folder_of(order.operation))
         try:
             with disk_errors(record.folder):
-                self._make_folder()
+                if not os.path.isdir(self._folder):
+                    os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                    sync_folder(self._home)
                 os.mkdir(record.folder, 0o700)
                 write_durably(os.path.join(record.folder, "order"), envelope, mode=0o600)
                 sync_folder(self._folder)
         except StoreError:
-            _remove(record.folder)
+            remove_folder(record.folder)
             raise
         self._remember(record, order)
         return record
@@ -182,7 +183,7 @@ class OperationJournal:
         self._save()
         for record in old:
             del self.operations[record.operation]
-            _remove(record.folder)
+            remove_folder(record.folder)
         return len(old)
 
     # --- fences
@@ -230,11 +231,6 @@ class OperationJournal:
 
     def _folder_of(self, operation: str) -> str:
         return os.path.join(self._folder, hashlib.sha256(operation.encode()).hexdigest()[:40])
-
-    def _make_folder(self) -> None:
-        if not os.path.isdir(self._folder):
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            sync_folder(self._home)
 
     def _remember(self, record: OperationRecord, order: Order) -> None:
         self.operations[record.operation] = record
@@ -319,10 +315,6 @@ def _parse_kept(data: bytes, home: str) -> _Kept:
             f"{home}/journal.json is damaged: {error}",
             hint="Restore it; or remove it, if no older orchestrator can still send orders",
         ) from error
-
-
-def _remove(folder: str) -> None:
-    remove_folder(folder, os.path.join(os.path.dirname(folder), _GONE + os.path.basename(folder)))
 
 
 def _read(path: str) -> bytes:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.relays.candidates import (
     Origin,
@@ -226,7 +226,7 @@ def _resolver(configured: str | None) -> Resolver:
 
 async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: str) -> _Reply:
     try:
-        records, ttl = await _srv(resolver, name)
+        records, ttl = await _look_up(resolver, name, "SRV")
     except _DnsFailedError as error:
         return _Reply(origin, name, None, (f"{name}: {error.message}",))
     if not records:
@@ -234,18 +234,6 @@ async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: st
     sources, notes = _read(records, origin, config.scheme, name)
     reply = _Reply(origin, name, sources, notes, ttl)
     return await _with_addresses(resolver, reply) if config.resolver is not None and sources else reply
-
-
-async def _srv(resolver: Resolver, name: str) -> tuple[list[SRV], float]:
-    """The records and their seconds to live; no records where there is no such name.
-
-    Raises:
-        _DnsFailedError: no server answered.
-    """
-    import dns.rdtypes.IN.SRV
-
-    answers, ttl = await _look_up(resolver, name, "SRV")
-    return [one for one in answers if isinstance(one, dns.rdtypes.IN.SRV.SRV)], ttl
 
 
 def _read(
@@ -300,7 +288,7 @@ async def _texts(resolver: Resolver, name: str, kind: str) -> list[str] | None:
     return [str(one) for one in answers]
 
 
-async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[object], float]:
+async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[Any], float]:
     """All records of one kind, and their seconds to live. "No such name" is an answer: no records.
 
     Raises:

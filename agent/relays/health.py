@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from agent.relays.candidates import Source
 
 FAILS_OUT = 3
 """Failures in a row after which a source looks ill."""
@@ -154,11 +152,6 @@ def record_probes(healths: Mapping[str, Health], results: Mapping[str, ProbeResu
             else record_failure(before, now, result.reason)
         )
     return after
-
-
-def known(healths: Mapping[str, Health], sources: Iterable[Source]) -> dict[str, Health]:
-    """Only the healths of these sources, so that what is kept does not grow with every relay that ever was."""
-    return {source.url: healths[source.url] for source in sources if source.url in healths}
 
 
 def next_probe(health: Health, now: float, rng: random.Random) -> float:

@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -20,7 +21,6 @@ from agent.relays.health import (
     UNKNOWN,
     Health,
     ProbeResult,
-    known,
     next_probe,
     record_failure,
     record_probes,
@@ -46,12 +46,12 @@ the others."""
 _PROBE_SECONDS = 3.0
 
 
+@dataclass(eq=False)
 class StoreSource:
-    """A store on a shared file system, read as if it were a relay. Nothing is ever written there."""
+    """The store at the location `name`, read as if it were a relay. Nothing is ever written there."""
 
-    def __init__(self, location: str) -> None:
-        self.name = location
-        self._store: Store | None = None
+    name: str
+    _store: Store | None = field(default=None, init=False)
 
     async def package(self, id: PackageId, version: NuGetVersion) -> PackagePointer:
         catalog = await self._catalog()
@@ -122,13 +122,12 @@ class Sources:
         """`relays`, given by hand, stand in place of everything that the configuration says.
 
         Raises:
-            UsageError: the token cannot be read, or a relay or name cannot be used.
+            UsageError: the token or the authority cannot be read, or a relay or name cannot be used.
         """
-        self._config = config
         self._path = state_path
         self._only = tuple(relays)
-        self._token = token_from(token_file or config.token_file)
-        self._limits = limits
+        token, tls = token_from(token_file or config.token_file), tls_from(config.ca_file or None)
+        self._relay = partial(RelayClient, token=token, limits=limits, tls=tls)
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._clock = clock
         self._seed = config.name or socket.gethostname()
@@ -153,8 +152,10 @@ class Sources:
         found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
         self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
-            # What was asked by hand once must not make an agent forget its own relays.
-            healths = known(self._kept.healths, self._found)
+            # Relays given by hand once must not make an agent forget its own. Those that are gone are forgotten: what is
+            # kept must not grow with every relay that ever was.
+            here = {source.url for source in self._found}
+            healths = {url: health for url, health in self._kept.healths.items() if url in here}
             self._kept = replace(self._kept, healths=healths, last_answers=found.last)
 
     async def __aexit__(self, *_: object) -> None:
@@ -192,8 +193,6 @@ class Sources:
         return {url: result.reason for url, result in results.items() if not result.ok}
 
     async def _probe(self, sources: Sequence[Source]) -> dict[str, ProbeResult]:
-        if not sources:
-            return {}
         results = await probe(sources, self._check, _PROBE_SECONDS)
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
@@ -204,8 +203,8 @@ class Sources:
 
     def succeeded(self, url: str, timing: RequestTiming) -> None:
         """It gave what it was asked for, and is the one in use now."""
-        known, goodput = self._health(url).goodput, timing.goodput
-        if not timing.is_steady and goodput is not None and goodput <= (known or goodput):
+        before, goodput = self._health(url).goodput, timing.goodput
+        if not timing.is_steady and goodput is not None and goodput <= (before or goodput):
             # It waited for something else than the line: that says nothing of a line that is known to be faster.
             goodput = None
         health = record_success(self._health(url), self._clock(), timing.first_byte, goodput)
@@ -248,16 +247,7 @@ class Sources:
     def _opened(self, source: Source) -> AnySource:
         opened = self._open.get(source.url)
         if opened is None:
-            if source.is_store:
-                opened = StoreSource(source.url)
-            else:
-                opened = RelayClient(
-                    source.url,
-                    token=self._token,
-                    connect_to=source.address,
-                    limits=self._limits,
-                    tls=tls_from(self._config.ca_file or None),
-                )
+            opened = StoreSource(source.url) if source.is_store else self._relay(source.url, connect_to=source.address)
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened

@@ -17,12 +17,13 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
 
 from agent.config import AgentConfig
-from agent.disk import disk_errors, read_json, remove_folder
+from agent.disk import REMOVED, disk_errors, read_json, remove_folder
 from agent.relays.dns import check_discovery
 from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
@@ -32,8 +33,6 @@ from relay.package.manifest import Manifest
 from relay.support.durable import sync_folder, write_durably
 from relay.trust.envelopes import ENVELOPE_MAX
 from relay.trust.keys import TrustPins, parse_pins
-
-_REMOVED = ".removed-"
 
 
 class TreeRecord(msgspec.Struct, frozen=True):
@@ -62,11 +61,11 @@ class Settled(msgspec.Struct, frozen=True):
     before: str = ""
 
 
+@dataclass(frozen=True)
 class AgentState:
     """Reads and writes an agent's home. Blocking, small files."""
 
-    def __init__(self, home: str) -> None:
-        self.home = home
+    home: str
 
     @property
     def scripts_root(self) -> str:
@@ -177,8 +176,7 @@ class AgentState:
             # The record first: a tree without one takes room, a record without its tree would be built upon.
             with suppress(OSError):
                 os.unlink(os.path.join(self.home, "trees", f"{record.ulid}.json"))
-                folder, name = os.path.split(record.path)
-                remove_folder(record.path, os.path.join(folder, f"{_REMOVED}{name}"))
+                remove_folder(record.path)
         self._forget_manifests({record.manifest for record in gone})
         return gone
 
@@ -211,7 +209,7 @@ def _settled_name(root: str) -> str:
 def _finish_removals(releases: str) -> None:
     """Those that a crash interrupted."""
     for name in _names(releases):
-        if name.startswith(_REMOVED):
+        if name.startswith(REMOVED):
             shutil.rmtree(os.path.join(releases, name), ignore_errors=True)
 
 

@@ -46,6 +46,7 @@ from relay.transfer.download import (
     download,
     sum_encodings,
 )
+from relay.trust.envelopes import check_manifest_signature, verify_package
 from relay.trust.keys import TrustPins
 
 _OTHERS_MAX = 8
@@ -184,8 +185,6 @@ def check_signature(manifest: Manifest, signature: bytes, pins: TrustPins | None
     Raises:
         SignatureError: none did.
     """
-    from relay.trust.envelopes import check_manifest_signature
-
     if pins is None:
         raise _no_pins()
     if not signature:
@@ -423,8 +422,6 @@ class _Finder:
             document = await self._document(source, self._request.digest)
             return self._vouched_for(document, document.signature) if self._request.signed else document.manifest
         assert self._pins is not None  # noqa: S101 - `pull` refused that before
-        from relay.trust.envelopes import verify_package
-
         ref = self._request.package
         pointer = await source.package(ref.id, ref.version)
         statement = verify_package(pointer.signature, self._pins)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import stat
 import struct
 import threading
@@ -117,7 +116,7 @@ class IncomingTree:
     def clear(self) -> None:
         """Remove what the build needed; the tree itself stands elsewhere by now. (Also gives up a build.)"""
         with self._writing:
-            _remove(self.folder)
+            remove_folder(self.folder)
             self._close()
 
     def close(self) -> None:
@@ -255,18 +254,12 @@ def clear_leftovers(root: str, manifest: Manifest) -> None:
             return
         lock = platform.lock_file(os.path.join(folder, "lock"))
         if lock is not None:
-            _remove(folder)
+            remove_folder(folder)
             os.close(lock)
 
 
 def _incoming(root: str, manifest: Manifest) -> str:
     return os.path.join(os.path.abspath(root), "releases", f".incoming-{manifest.id}")
-
-
-def _remove(folder: str) -> None:
-    aside = f"{folder}.removed"
-    shutil.rmtree(aside, ignore_errors=True)
-    remove_folder(folder, aside)
 
 
 def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:

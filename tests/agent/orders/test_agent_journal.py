@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from harness.orders_kit import DEPLOYMENT, OTHER, Desk, desk_in
 
+from agent.disk import REMOVED
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge
 from agent.orders.envelopes import order_digest, sign_report, unverified
 from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, OperationJournal, OperationRecord
@@ -252,7 +253,7 @@ def test_a_torn_line_of_refusals_costs_that_line(desk: Desk) -> None:
 def test_a_removal_that_a_crash_interrupted_leaves_no_operation(desk: Desk) -> None:
     journal = OperationJournal(desk.home)
     entry = accept(journal, desk, order(desk))
-    aside = os.path.join(os.path.dirname(entry.folder), f".gone-{os.path.basename(entry.folder)}")
+    aside = os.path.join(os.path.dirname(entry.folder), f"{REMOVED}{os.path.basename(entry.folder)}")
     shutil.move(entry.folder, aside)
 
     again = OperationJournal(desk.home)

@@ -20,7 +20,6 @@ from agent.relays.health import (
     Average,
     Health,
     ProbeResult,
-    known,
     next_probe,
     record_failure,
     record_probes,
@@ -278,10 +277,6 @@ def test_an_average_stays_between_its_samples(first, others):
     for sample in others:
         average = average.add(sample, 1)
     assert min(first, *others) * 0.999 <= average.mean <= max(first, *others) * 1.001
-
-
-def test_only_the_healths_of_known_sources_are_kept():
-    assert known({A.url: ill(), "http://gone.test:1": ill()}, [A, B]) == {A.url: ill()}
 
 
 # --- ranking
