@@ -294,9 +294,6 @@ class Operations:
         secrets = self._secrets(action, job.order.operation)
         environment = base_environment() | action.variables | secrets
         environment["WAYSTATION_OPERATION"] = job.order.operation
-        for name in environment:
-            if not name or "=" in name:
-                raise NotRunError(f"{name[:80]!r} is no name of a variable")
         root = self._root(action.root) if action.root else ""
         cwd = root if os.path.isdir(root) else job.folder
         return RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets)), environment

@@ -170,21 +170,20 @@ class OperationJournal:
             with suppress(OSError):
                 replace_file(os.path.join(record.folder, "acknowledged"), b"")
 
-    def forget(self, now: float) -> int:
-        """Remove what is over, known to the orchestrator and too old to be replayed; how many.
+    def forget(self, now: float) -> None:
+        """Remove what is over, known to the orchestrator and too old to be replayed.
 
         Raises:
             StoreError: nothing was removed.
         """
         old = [record for record in list(self.operations.values()) if _may_go(record, now)][:_FORGOTTEN_AT_ONCE]
         if not old:
-            return 0
+            return
         self._forgotten = max(self._forgotten, *(record.not_after for record in old))
         self._save()
         for record in old:
             del self.operations[record.operation]
             remove_folder(record.folder)
-        return len(old)
 
     # --- fences
 

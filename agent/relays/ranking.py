@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import TypeAlias
 
 from agent.relays.candidates import Source, by_weight, candidates
-from agent.relays.health import PASSES_IN, UNKNOWN, Health
+from agent.relays.health import PASSES_IN, UNKNOWN, Average, Health
 
 GAIN = 1.30
 """Ratio. Another source must be faster by more than this to take over from the one in use."""
@@ -151,17 +151,15 @@ def _estimates(measured: Sequence[tuple[str, Health]], now: float) -> dict[str, 
 
     Like is compared with like: goodput counts only when all of them have one, otherwise the first byte alone.
     """
-    timed = [(url, health) for url, health in measured if health.latency]
-    goodput = all(one.throughput and abs(now - one.throughput.at) <= GOODPUT_KEPT for _, one in timed)
-    return {url: _estimate(health, goodput=goodput) for url, health in timed}
+    timed = {url: (health.latency, health.throughput) for url, health in measured if health.latency}
+    all_have = all(goodput and abs(now - goodput.at) <= GOODPUT_KEPT for _, goodput in timed.values())
+    return {url: _estimate(latency, goodput if all_have else None) for url, (latency, goodput) in timed.items()}
 
 
-def _estimate(health: Health, *, goodput: bool) -> _Estimate:
-    parts = []
-    if health.latency:
-        parts.append((health.latency.mean, health.latency.error))
-    if goodput and health.throughput:
-        parts.append((TYPICAL_PULL / health.throughput.mean, health.throughput.error))
+def _estimate(latency: Average, goodput: Average | None) -> _Estimate:
+    parts = [(latency.mean, latency.error)]
+    if goodput:
+        parts.append((TYPICAL_PULL / goodput.mean, goodput.error))
     seconds = SECONDS_FLOOR + sum(part for part, _ in parts)
     # Errors of independent parts, each by its share of the sum (first-order propagation).
     return _Estimate(seconds, math.hypot(*(error * part / seconds for part, error in parts)))
