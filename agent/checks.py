@@ -120,7 +120,7 @@ class _Tester:
                         said = await self._service(check)
         except TimeoutError:
             said = Said(ok=False, text=f"no answer within {seconds:.3g} s")
-        # Whatever a try dies of, what is checked is not proven well; the reason is kept for people.
+        # A try may die of anything: what is checked is not proven well, and the reason is kept for people.
         except Exception as error:
             said = Said(ok=False, text=_one_line(str(error)) or type(error).__name__)
         return Said(said.ok, f"{name}: {said.text}")

@@ -197,7 +197,7 @@ def _clock(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _builtins(value: object) -> Any:  # noqa: ANN401 - whatever the structure holds
+def _builtins(value: object) -> Any:  # noqa: ANN401 - as many types as structures hold
     import msgspec
 
     return msgspec.to_builtins(value)

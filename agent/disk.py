@@ -21,7 +21,7 @@ _JSON_MAX = 1 << 20
 
 @contextmanager
 def disk_errors(where: str, *, full_hint: str = "") -> Iterator[None]:
-    """A disk that fails inside is told in a person's words, as a `StoreError`; with `full_hint` where it is full."""
+    """An `OSError` inside becomes a `StoreError` in a person's words, with `full_hint` where the disk is full."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What becomes of a letter with an order: it is judged, written down, and only then acted on."""
+"""What becomes of a letter with an order: it is judged, written down, and only then obeyed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Inbox:
                 order_of = verdict.order if isinstance(verdict, Accepted) else None
                 await self.reporter.refuse(Refused("disk", text, verdict.digest, order_of), letter.operation, relay)
             except Exception as error:
-                # One letter must not end the agent, whatever is wrong with it: it would be read again at every start.
+                # No letter may end the agent: it would be read again at every start.
                 _log.exception("agent.letter_failed", extra={"operation": letter.operation, "relay": relay})
                 text = f"the agent failed over it: {type(error).__name__}"
                 await self.reporter.refuse(Refused("internal", text, verdict.digest), letter.operation, relay)
@@ -98,6 +98,6 @@ class Inbox:
             self.scheduler.operations.prune_scripts()
 
     def _is_of(self, operation: str, environment: str) -> bool:
-        """Those who may order in one environment have no say about the others."""
+        """A key that may order in one environment has no say about the others."""
         record = self.journal.operations.get(operation)
         return record is not None and record.environment == environment

@@ -120,7 +120,7 @@ class Operations:
     token_file: str | None = None
 
     async def perform(self, job: Job) -> Ended:
-        """Do it. Whatever goes wrong is in what is returned; only being cancelled is not."""
+        """Do it. Every failure is in what is returned; only being cancelled is raised."""
         if job.barred and not isinstance(job.order.action, RunScript | ControlService):
             return Ended("unknown", f"this agent was restarted while it was under way, and now {job.barred}")
         try:
@@ -146,7 +146,7 @@ class Operations:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
-        # A mistake of ours must be told as the end of the operation, or the orchestrator would wait for it for ever.
+        # A mistake of ours is the end of the operation, too: the orchestrator would wait for one for ever.
         except Exception as error:
             _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])

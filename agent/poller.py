@@ -24,9 +24,9 @@ from relay.protocol.mail_client import MailClient
 from relay.support.persistence import Persistence
 
 POLLED = 2
-"""Relays polled at one time."""
+"""Relays that are polled at one time."""
 PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
-"""With a relay that failed."""
+"""Of an agent with a relay that failed."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class MailRelays:
         self._down_until.pop(relay.url, None)
 
     def failed(self, relay: RelayClient, error: WaystationError) -> None:
-        """It is left alone for a while, longer each time in a row."""
+        """Leave it alone for a while, longer each time in a row."""
         fails = self._fails[relay.url] = self._fails.get(relay.url, 0) + 1
         self._down_until[relay.url] = time.monotonic() + PERSISTENCE.pause(fails)
         self.sources.failed(relay.url, error)
@@ -82,7 +82,7 @@ class MailRelays:
 
 
 class Cursors:
-    """Up to where the mail of each relay was taken, in a file. Without it mail is read from its beginning again."""
+    """How far the mail of each relay was taken, kept in a file. Without it mail is read from its beginning again."""
 
     def __init__(self, home: str) -> None:
         """Read them; blocking."""
@@ -137,7 +137,7 @@ class Poller:
                 self.relays.let_go(relay)
 
     async def _poll_relay(self, relay: RelayClient) -> None:
-        """For as long as it answers and is among the closest. The first poll is answered at once: it proves the road."""
+        """Poll as long as it answers and is among the closest. The first poll is answered at once: it proves the road."""
         wait = 0.0
         while True:
             asked = time.monotonic()

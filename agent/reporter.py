@@ -1,4 +1,4 @@
-"""What an agent says: signed presences, progress, refusals and ends, on their way by the outbox."""
+"""What an agent says: signed presences, progress, refusals and ends. The outbox brings them on their way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """In whose name it is said."""
+    """The agent in whose name reports are signed."""
 
     name: str
     site: str
@@ -62,7 +62,7 @@ class Reporter:
     _number: int = field(default=0, init=False)
 
     def presence(self) -> bytes:
-        """That this agent is there now, as an envelope."""
+        """An envelope that says: this agent is there now."""
         refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self.journal.refusals()]
         presence = Presence(
             format=1,
@@ -81,7 +81,7 @@ class Reporter:
     # --- of one operation
 
     async def follow(self, record: OperationRecord, progress: Callable[[], tuple[int, int]]) -> None:
-        """Tell that it runs, and its (bytes done, bytes of the whole), whenever they change; until this is cancelled."""
+        """Report that it runs, and its (bytes done, bytes of the whole) whenever they change, until this is cancelled."""
         await asyncio.sleep(RUNNING_AFTER)
         told: tuple[int, int] | None = None
         while True:
@@ -94,7 +94,7 @@ class Reporter:
             await asyncio.sleep(PROGRESS_SECONDS)
 
     async def finish(self, record: OperationRecord, ended: Ended, *, durable: bool) -> None:
-        """Keep how it ended, as the journal's `finish` does, and tell it until it is acknowledged."""
+        """Keep how it ended, as the journal's `finish` does, and report it until that is acknowledged."""
         report = self._report(record.operation, record.digest, self._next_number(), ended)
         envelope = self._letter(report).envelope
         try:
@@ -104,7 +104,7 @@ class Reporter:
         self.send_final(record)
 
     def send_final(self, record: OperationRecord) -> None:
-        """Tell its end until that is acknowledged."""
+        """Report its end until that is acknowledged."""
         report, envelope = record.report, record.envelope
         if report is None or envelope is None:
             return
@@ -136,7 +136,7 @@ class Reporter:
     # --- of orders and relays
 
     async def refuse(self, refused: Refused, claimed: str, relay: str) -> None:
-        """Note that an order was not obeyed, and tell it. `claimed` is the operation that the relay named with it."""
+        """Note that an order was not obeyed, and report that. `claimed` is the operation that the relay named with it."""
         operation = claimed if refused.order is None else refused.order.operation
         is_new = await asyncio.to_thread(
             self.journal.refuse,
@@ -152,8 +152,7 @@ class Reporter:
         deployment = deployment_of(operation)
         if not (re.search(messages.OPERATION_ID, operation) and re.search(messages.DEPLOYMENT_ID, deployment)):
             return
-        # No report of the operation itself ever has such a number: a forged order must not keep the true operation from
-        # being reported.
+        # No report of the operation itself ever has such a number: a forged order must not take the place of its reports.
         number = _REFUSAL_NUMBERS | int(refused.digest[:12], 16)
         report = self._report(operation, refused.digest, number, Ended("refused", f"{refused.code}: {refused.text}"))
         self.outbox.note(deployment, self._letter(report), f"refused {refused.digest}")
@@ -188,6 +187,6 @@ class Reporter:
         try:
             envelope = sign_report(report, self.author.signer)
         except UsageError:
-            # The end must be told, also where all that was found out does not fit.
+            # The end must be reported, also where all that was found out does not fit.
             envelope = sign_report(msgspec.structs.replace(report, facts=None), self.author.signer)
         return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)

@@ -55,7 +55,7 @@ class Scheduler:
     _stops: dict[str, str] = field(default_factory=dict, init=False)
 
     def start(self, record: OperationRecord, order: Order, *, barred: str = "") -> None:
-        """Do what was accepted, and tell its end. `barred`: why it must not begin any more."""
+        """Do what was accepted, and report its end. `barred`: why it must not begin any more."""
         active = _ActiveOperation(record, order)
         active.stopped = self._stops.pop(record.operation, None) == order.environment
         self._active[record.operation] = active
@@ -75,7 +75,7 @@ class Scheduler:
             if active.order.environment == environment:
                 self._stop(active)
         elif operation not in self.journal.operations:
-            # It came before what it is to stop, by another relay.
+            # The stop came by another relay, before what it is to stop.
             self._stops[operation] = environment
             while len(self._stops) > _STOPS_KEPT:
                 del self._stops[next(iter(self._stops))]

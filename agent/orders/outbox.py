@@ -21,11 +21,11 @@ from relay.protocol.mail_client import MailClient
 from relay.support.persistence import Persistence
 
 REPEAT_SECONDS = 30.0
-"""A final report that was not acknowledged by then goes to the next relay as well."""
+"""A final report that is not acknowledged after that goes to the next relay as well."""
 PERSISTENCE = Persistence(first_pause=0.3, longest_pause=15.0, spread=2 / 3)
 """Before all relays are tried again when none takes what there is to say."""
 NOTES_MAX = 64
-"""Letters that are sent once and not kept: progress and refusals. What is more is dropped, the oldest first."""
+"""Letters that are sent once and not kept: progress and refusals. Of more than that the oldest are dropped."""
 _LOG_BATCH = 16
 """Pieces of output in one request."""
 

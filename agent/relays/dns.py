@@ -38,7 +38,7 @@ ADDRESSES_MAX = 16
 """Addresses taken for one target."""
 LOOKUPS_AT_ONCE = 16
 TTL_MIN, TTL_MAX = 30.0, 3600.0
-"""Seconds. Look again no sooner and no later, whatever the zone says."""
+"""Seconds. The next look comes no sooner and no later, though the zone may say so."""
 ROUND_SECONDS = 3.0
 """For a round of questions. There are two rounds at most: SRV, and with a resolver of our own the addresses."""
 _REASON_CHARS = 200

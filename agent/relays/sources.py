@@ -175,7 +175,7 @@ class Sources:
     def in_order(self) -> list[AnySource]:
         """Every source, the one to ask first in front, opened (which contacts none of them).
 
-        Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
+        Those that just failed to answer come last: an unlikely source is better than none.
         """
         ordered = sorted((ranked.source for ranked in self.ranking()), key=lambda source: source.url in self._down)
         return [self._opened(source) for source in ordered]

@@ -103,7 +103,7 @@ class _Run:
         self.cause = ""
 
     def begin(self) -> None:
-        """From here on the script counts as run, whatever happens to us."""
+        """From here on the script counts as run, even if this process dies at once."""
         descriptor = os.open(os.path.join(self.folder, BEGUN), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.write(descriptor, f"{self.started}\n".encode())

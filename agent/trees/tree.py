@@ -230,7 +230,7 @@ class IncomingTree:
                     pass
 
     def _set_modes(self) -> None:
-        """Whatever the umask was: who runs a service must be able to read what was installed for it."""
+        """The user of a service must be able to read what was installed for it, and the umask may forbid that."""
         for part in range(self.manifest.tree_parts):
             platform.set_mode(self._path(part), executable=self.manifest.parts[part].executable)
         for folder in self._folders():
@@ -393,7 +393,7 @@ def _make_private(folder: str) -> None:
     if not platform.is_private(folder):
         raise UntrustedError(
             f"{folder} is not a folder that only this user can write to",
-            hint="Somebody else made it: look at it, then remove it",
+            hint="Another user made it: look at it, then remove it",
         )
 
 
