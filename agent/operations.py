@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,9 +52,8 @@ from agent.runs.scripts import base_environment, command_for
 from agent.trees import pull as story
 from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
-from relay.errors import NotFoundError, SignatureError, StoreError, UnreachableError, UsageError, WaystationError
+from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
-from relay.protocol.messages import EncodedBytes
 from relay.support.persistence import Bearing, Persistence
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
@@ -71,8 +70,8 @@ _PERSISTENCE = Persistence(first_pause=0.5, longest_pause=5.0, spread=0.5)
 """With relays of which none can give a tree now: those that lost one relay do not come back to it at once."""
 _log = logging.getLogger(__name__)
 
-Output = Callable[[int, bytes, str], None]
-"""Called with new output: (offset, bytes, path of the file that it is in)."""
+Output = Callable[[str, int], None]
+"""Called as output grows: (path of the file that it is in, bytes that it has)."""
 
 
 class NotRunError(WaystationError):
@@ -120,11 +119,11 @@ class Operations:
     config: AgentConfig
     pins: TrustPins | None
     sealing: X25519PrivateKey
-    relays: Sequence[str] = field(default=())
+    relays: Sequence[str] = ()
     token_file: str | None = None
 
     async def perform(self, job: Job) -> Ended:
-        """Do it. Whatever goes wrong is in what is returned; only being cancelled is not."""
+        """Do it. Every failure is in what is returned; only being cancelled is raised."""
         if job.barred and not isinstance(job.order.action, RunScript | ControlService):
             return Ended("unknown", f"this agent was restarted while it was under way, and now {job.barred}")
         try:
@@ -150,7 +149,7 @@ class Operations:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
-        # A mistake of ours must be told as the end of the operation, or the orchestrator would wait for it for ever.
+        # A mistake of ours is the end of the operation, too: the orchestrator would wait for one for ever.
         except Exception as error:
             _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
@@ -200,11 +199,11 @@ class Operations:
     # --- trees
 
     async def _acquire(self, action: Acquire, job: Job) -> Ended:
-        wanted = [(self._request(tree), tree) for tree in action.trees]
+        wanted = [self._request(tree) for tree in action.trees]
         pulled: list[TreePulled] = []
         try:
             async with asyncio.timeout(action.deadline):
-                for request, _ in wanted:
+                for request in wanted:
                     before = sum(each.tree_bytes for each in pulled)
                     pulled.append(await self._pull(request, action, job, before))
         except TimeoutError:
@@ -236,14 +235,9 @@ class Operations:
         while result is None:
             try:
                 result = await self._pull_once(request, action, job, heard)
-            except (UnreachableError, NotFoundError) as error:
+            except WaystationError as error:
                 pause = bearing.pause_after(error)
-                if (
-                    isinstance(error, StoreError)
-                    or not story.may_come(error)
-                    or pause is None
-                    or not bearing.has_patience
-                ):
+                if pause is None or not bearing.has_patience or not story.may_come(error):
                     raise
                 _log.warning("agent.pull_waits", extra={"reason": error.message})
                 await asyncio.sleep(pause)
@@ -315,9 +309,6 @@ class Operations:
         secrets = self._secrets(action, job.order.operation)
         environment = base_environment() | action.variables | secrets
         environment["WAYSTATION_OPERATION"] = job.order.operation
-        for name in environment:
-            if not name or "=" in name:
-                raise NotRunError(f"{name[:80]!r} is no name of a variable")
         root = self._root(action.root) if action.root else ""
         cwd = root if os.path.isdir(root) else job.folder
         return RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets)), environment
@@ -397,7 +388,7 @@ async def _watch(folder: str, on_output: Output) -> Ended:
         nonlocal seen
         digest.update(piece)
         seen = offset + len(piece)
-        on_output(offset, piece, path)
+        on_output(path, seen)
 
     outcome = await runs.watch(folder, hear)
     return Ended(
@@ -432,7 +423,7 @@ def _tree_pulled(result: Pulled) -> TreePulled:
         from_disk_bytes=result.from_disk_bytes,
         resumed_bytes=result.resumed_bytes,
         from_relays={name: tally["payload_bytes"] for name, tally in result.from_relays.items()},
-        encodings=tuple(msgspec.convert(each, EncodedBytes) for each in result.encodings),
+        encodings=result.encodings,
         fallbacks=result.fallbacks,
         wire_bytes=result.wire_bytes,
         seconds=result.seconds,
@@ -457,8 +448,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 def _sha256_of(path: str) -> str:
     try:
-        descriptor = platform.open_for_reading(path)
+        with os.fdopen(platform.open_for_reading(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise NotRunError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
