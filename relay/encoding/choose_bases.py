@@ -4,14 +4,16 @@ From content.md of the design: the tree of the newest version of the package tha
 any chunk of another package that holds a part with the same SHA-256 (an application carries its libraries).
 
 Where there is no room for all of it, a chunk goes before another by its rank, and within a rank the nearest in stream
-order to what the run's own parts were. Of a part that takes several chunks, those go first that stand where the run stands
-in it, counted from its beginning or from its end:
+order to what the run's own parts were:
 
 1. it holds a part that the run holds too (the same SHA-256);
 2. it holds what a part of the run was before: at the same path, or at one that differs in numbers only;
 3. it holds a part of the same file name in another folder (the library of another framework);
 4. around those, within 8 MiB: what changed (its parts may have moved into the run), then what did not (they may resemble
    it); then what is farther away.
+
+Of a part that takes several chunks, those go before the others that stand where the run stands in it, counted from its
+beginning or from its end.
 
 What the run was before could stand first in the base, or last: measured, `hdiff` takes 0.5 % less to 1.2 % more than in
 stream order, `zstd-prefix` 0.3 to 3 % less with it last. Stream order needs the fewest ranges to say.
