@@ -13,6 +13,7 @@ from agent.orders.orders import Acknowledge, Order, Stop
 from agent.reporter import Reporter
 from agent.scheduler import Scheduler
 from relay.errors import StoreError, WaystationError
+from relay.protocol.followed import Current
 from relay.protocol.messages import NumberedOrder
 from relay.trust.keys import TrustPins
 
@@ -25,13 +26,13 @@ class Inbox:
     def __init__(
         self,
         me: Me,
-        pins: TrustPins,
+        pins: Current[TrustPins],
         journal: OperationJournal,
         scheduler: Scheduler,
         reporter: Reporter,
         clock: Callable[[], float],
     ) -> None:
-        """`clock` gives seconds since 1970."""
+        """`pins` gives the keys that are believed now, `clock` seconds since 1970."""
         self._me = me
         self._pins = pins
         self._journal = journal
@@ -50,7 +51,7 @@ class Inbox:
             except WaystationError as error:
                 _log.error("agent.operation_unreadable", extra={"operation": record.operation, "reason": str(error)})
                 continue
-            barred = why_barred(order, envelope, self._pins, self._journal.memory(), self._clock())
+            barred = why_barred(order, envelope, self._pins(), self._journal.memory(), self._clock())
             self._scheduler.start(record, order, barred=barred)
 
     async def forget(self) -> None:
@@ -61,7 +62,7 @@ class Inbox:
     async def take(self, letter: NumberedOrder, relay: str) -> None:
         """Obey, answer or refuse what this relay brought."""
         async with self._taking:
-            verdict = judge(letter.envelope, self._pins, self._me, self._journal.memory(), self._clock())
+            verdict = judge(letter.envelope, self._pins(), self._me, self._journal.memory(), self._clock())
             try:
                 match verdict:
                     case Refused():

@@ -54,6 +54,7 @@ from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
+from relay.protocol.followed import Current
 from relay.protocol.messages import EncodedBytes
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
@@ -115,7 +116,7 @@ class Operations:
 
     state: AgentState
     config: AgentConfig
-    pins: TrustPins | None
+    pins: Current[TrustPins | None]
     sealing: X25519PrivateKey
     relays: Sequence[str] = field(default=())
     token_file: str | None = None
@@ -220,7 +221,7 @@ class Operations:
         )
 
     async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
-        result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
+        result = await asyncio.to_thread(story.installed, request, self.state, self.pins())
         if result is None:
             path = Path(self.state.home) / "relays.json"
             given = (*self.relays, *job.order.relays) if self.relays else ()
@@ -230,7 +231,7 @@ class Operations:
                     request,
                     self.state,
                     sources,
-                    self.pins,
+                    self.pins(),
                     progress=lambda done, whole: job.on_progress(before + done, before + whole),
                     stall_seconds=action.stall,
                 )
@@ -317,7 +318,7 @@ class Operations:
         if record is None or manifest is None:
             raise NotRunError(f"the package sha256:{package[:16]}… is not installed here", hint="Acquire it first")
         try:
-            check_signature(manifest, self.state.signature(manifest.id), self.pins)
+            check_signature(manifest, self.state.signature(manifest.id), self.pins())
         except SignatureError as error:
             raise NotRunError(f"{manifest.package} holds the script, but {error.message}") from error
         paths = [part.path for part in manifest.parts[: manifest.tree_parts]]
