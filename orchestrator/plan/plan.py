@@ -60,6 +60,8 @@ class PlannedRelay(_Planned, frozen=True):
     """Name of the relay that it fetches packages from; empty: the origin sends them."""
     limit: float = 0.0
     """Most bytes per second of packages that come in; 0: no limit."""
+    plain_http: bool = False
+    """It is given its token over plain http, too."""
 
 
 class PlannedMachine(_Planned, frozen=True):

@@ -50,7 +50,17 @@ def planned_relay(file: EnvironmentFile, name: str, upstream: str, token: Secret
     """A relay of the file, as a plan has it."""
     relay = file.value.relays[name]
     ca_file = os.path.normpath(os.path.join(file.folder, relay.ca_file)) if relay.ca_file else ""
-    return PlannedRelay(name, relay.url, relay.site or "", relay.generic, token, ca_file, upstream, limit_of(relay))
+    return PlannedRelay(
+        name,
+        relay.url,
+        relay.site or "",
+        relay.generic,
+        token,
+        ca_file,
+        upstream,
+        limit_of(relay),
+        relay.plain_http,
+    )
 
 
 def limit_of(relay: Relay) -> float:
