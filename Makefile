@@ -41,6 +41,7 @@ soak:
 	@result=0; for chapter in $(CHAPTER); do \
 		WAYSTATION_SOAK=1 $(PYTHON) -m pytest -p no:cacheprovider $(PARALLEL) --durations=25 tests/$$chapter \
 			>tests/soak/$$chapter.txt 2>&1 || result=1; \
+		sed -i 's|$(CURDIR)|.|g' tests/soak/$$chapter.txt; \
 		tail -n 1 tests/soak/$$chapter.txt; \
 	done; exit $$result
 

@@ -40,23 +40,14 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What each check said last, in their order."""
+    """What each check said last, in their order; and what those said that did not hold."""
 
-    said: tuple[Said, ...]
+    texts: tuple[str, ...]
+    failed: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all of them held."""
-        return all(said.ok for said in self.said)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return tuple(said.text for said in self.said)
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Of those that did not hold."""
-        return tuple(said.text for said in self.said if not said.ok)
+        return not self.failed
 
 
 async def run_checks(
@@ -77,8 +68,8 @@ async def run_checks(
     """
     async with AsyncExitStack() as stack:
         tester = _Tester(stack, environment, service_command, folder)
-        results = await asyncio.gather(*(_hold(check, tester) for check in checks))
-    return CheckResult(tuple(results))
+        said = await asyncio.gather(*(_hold(check, tester) for check in checks))
+    return CheckResult(tuple(each.text for each in said), tuple(each.text for each in said if not each.ok))
 
 
 async def _hold(timed: TimedCheck, tester: _Tester) -> Said:
@@ -104,21 +95,15 @@ async def _hold(timed: TimedCheck, tester: _Tester) -> Said:
     return Said(ok=False, text=f"{said.text}; given up after {timed.deadline:g} s")
 
 
+@dataclass(eq=False)
 class _Tester:
     """Makes single tries."""
 
-    def __init__(
-        self,
-        stack: AsyncExitStack,
-        environment: Mapping[str, str] | None,
-        service_command: Sequence[str] | None,
-        folder: str | None,
-    ) -> None:
-        self._stack = stack
-        self._environment = environment
-        self._service_command = service_command
-        self._folder = folder
-        self._session: ClientSession | None = None
+    stack: AsyncExitStack
+    environment: Mapping[str, str] | None
+    service_command: Sequence[str] | None
+    folder: str | None
+    session: ClientSession | None = None
 
     async def test(self, check: HttpCheck | TcpCheck | CommandCheck | ServiceCheck, seconds: float) -> Said:
         """One try that takes at most `seconds`."""
@@ -136,7 +121,7 @@ class _Tester:
                         said = await self._service(check)
         except TimeoutError:
             said = Said(ok=False, text=f"no answer within {seconds:.3g} s")
-        # Whatever a try dies of, what is checked is not proven well; the reason is kept for people.
+        # A try may die of anything: what is checked is not proven well, and the reason is kept for people.
         except Exception as error:
             said = Said(ok=False, text=_one_line(str(error)) or type(error).__name__)
         return Said(said.ok, f"{name}: {said.text}")
@@ -156,28 +141,28 @@ class _Tester:
         return judge_body(check, bytes(body))
 
     def _http_session(self) -> ClientSession:
-        if self._session is None:
+        if self.session is None:
             import aiohttp
 
             # Each try is a visitor of its own: new connection, no cookies, no proxy, nothing remembered.
-            self._session = aiohttp.ClientSession(
+            self.session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None),
                 trust_env=False,
                 headers={"Accept-Encoding": "identity"},
             )
-            self._stack.push_async_callback(self._session.close)
-        return self._session
+            self.stack.push_async_callback(self.session.close)
+        return self.session
 
     async def _service(self, check: ServiceCheck) -> Said:
-        said = await self._command(platform.service_command("is-active", check.name, self._service_command or ()))
+        said = await self._command(platform.service_command("is-active", check.name, self.service_command or ()))
         return said if not said.ok else Said(ok=True, text="active")
 
     async def _command(self, argv: Sequence[str]) -> Said:
         from agent.runs.scripts import base_environment
 
-        environment = base_environment() if self._environment is None else dict(self._environment)
+        environment = base_environment() if self.environment is None else dict(self.environment)
         async with _output() as (output, writer):
             process = await asyncio.create_subprocess_exec(
                 *argv,
@@ -185,7 +170,7 @@ class _Tester:
                 stdout=writer,
                 stderr=writer,
                 env=environment,
-                cwd=self._folder,
+                cwd=self.folder,
                 start_new_session=True,
             )
             writer.close()

@@ -228,7 +228,7 @@ def _clock(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _builtins(value: object) -> Any:  # noqa: ANN401 - whatever the structure holds
+def _builtins(value: object) -> Any:  # noqa: ANN401 - as many types as structures hold
     import msgspec
 
     return msgspec.to_builtins(value)
@@ -260,8 +260,6 @@ def pull(
     as_json: bool,
 ) -> None:
     """Bring a package from the closest relay, verified and durable, beside what runs. Again: goes on, or is done."""
-    from dataclasses import asdict
-
     from agent.trees import pull as story
     from agent.trees.installed import AgentState
 
@@ -275,7 +273,7 @@ def pull(
 
     result = run(bring())
     if as_json:
-        print_json({"format": 1} | asdict(result))
+        print_json({"format": 1} | _builtins(result))
         return
     if result.already:
         click.echo(f"{result.package} {result.version} is already at {result.tree}")
@@ -359,21 +357,23 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
         trees.append(
             {"package": record.package, "version": record.version, "tree": record.path, "differences": differences}
         )
-    bad = [tree for tree in trees if tree["differences"]]
     if as_json:
         print_json({"format": 1, "trees": trees})
-        return 1 if bad else 0
+    else:
+        _print_trees(trees)
+    return 1 if any(tree["differences"] for tree in trees) else 0
+
+
+def _print_trees(trees: list[dict[str, Any]]) -> None:
     for tree in trees:
-        click.echo(
-            f"{'differs' if tree['differences'] else 'whole'}  {tree['package']} {tree['version']}  {tree['tree']}"
-        )
+        state = "differs" if tree["differences"] else "whole"
+        click.echo(f"{state}  {tree['package']} {tree['version']}  {tree['tree']}")
         for difference in tree["differences"]:
             click.echo(f"    {printable(difference['path'])}: {difference['problem']}")
-    if bad:
+    if any(tree["differences"] for tree in trees):
         click.echo("Pull it again: a whole tree is then built beside the one that differs", err=True)
     if not trees:
         click.echo("no tree is installed")
-    return 1 if bad else 0
 
 
 def _sources(state: AgentState, relays: tuple[str, ...], token_file: str | None) -> Sources:
@@ -403,10 +403,9 @@ def _read_pins(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             pins = file.read(1 << 20)
+        parse_pins(pins)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint=expected) from error
-    try:
-        parse_pins(pins)
     except WaystationError as error:
         raise UsageError(f"{path}: {error.message}", hint=expected) from error
     return pins

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -13,13 +14,19 @@ import msgspec
 from relay.errors import StoreError
 
 T = TypeVar("T")
+REMOVED = ".removed-"
+"""How the name of a folder begins that is being removed, and may be what a crash left."""
 _JSON_MAX = 1 << 20
 
 
-def store_error(error: OSError, where: str, *, full_hint: str = "") -> StoreError:
-    """A disk that failed, in a person's words; `full_hint` where it is full."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return StoreError(f"{where}: {error.strerror or error}", full=full, hint=full_hint if full else "")
+@contextmanager
+def disk_errors(where: str, *, full_hint: str = "") -> Iterator[None]:
+    """An `OSError` inside becomes a `StoreError` in a person's words, with `full_hint` where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        raise StoreError(f"{where}: {error.strerror or error}", full=full, hint=full_hint if full else "") from error
 
 
 def read_json(path: str, type: type[T]) -> T | None:
@@ -39,8 +46,12 @@ def replace_file(path: str, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def remove_folder(folder: str, aside: str) -> None:
-    """In one step for every reader, by the name `aside` in the same file system: never is it seen half removed."""
+def remove_folder(folder: str) -> None:
+    """Remove it in one step for every reader: it takes another name first, so it is never seen half removed."""
+    parent, name = os.path.split(folder)
+    aside = os.path.join(parent, f"{REMOVED}{name}")
+    # A crash may have left one of the same name, and only an empty folder can be renamed over.
+    shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):
         os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,6 @@ from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, 
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.followed import Current
-from relay.protocol.messages import EncodedBytes
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
 
@@ -69,8 +68,8 @@ _TEXT_CHARS = 400
 """Of one check's words: those of 64 checks must fit into a report."""
 _log = logging.getLogger(__name__)
 
-Output = Callable[[int, bytes, str], None]
-"""Called with new output: (offset, bytes, path of the file that it is in)."""
+Output = Callable[[str, int], None]
+"""Called as output grows: (path of the file that it is in, bytes that it has)."""
 
 
 class NotRunError(WaystationError):
@@ -118,11 +117,11 @@ class Operations:
     config: AgentConfig
     pins: Current[TrustPins | None]
     sealing: X25519PrivateKey
-    relays: Sequence[str] = field(default=())
+    relays: Sequence[str] = ()
     token_file: str | None = None
 
     async def perform(self, job: Job) -> Ended:
-        """Do it. Whatever goes wrong is in what is returned; only being cancelled is not."""
+        """Do it. Every failure is in what is returned; only being cancelled is raised."""
         if job.barred and not isinstance(job.order.action, RunScript | ControlService):
             return Ended("unknown", f"this agent was restarted while it was under way, and now {job.barred}")
         try:
@@ -148,7 +147,7 @@ class Operations:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
-        # A mistake of ours must be told as the end of the operation, or the orchestrator would wait for it for ever.
+        # A mistake of ours is the end of the operation, too: the orchestrator would wait for one for ever.
         except Exception as error:
             _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
@@ -198,11 +197,11 @@ class Operations:
     # --- trees
 
     async def _acquire(self, action: Acquire, job: Job) -> Ended:
-        wanted = [(self._request(tree), tree) for tree in action.trees]
+        wanted = [self._request(tree) for tree in action.trees]
         pulled: list[TreePulled] = []
         try:
             async with asyncio.timeout(action.deadline):
-                for request, _ in wanted:
+                for request in wanted:
                     before = sum(each.tree_bytes for each in pulled)
                     pulled.append(await self._pull(request, action, job, before))
         except TimeoutError:
@@ -296,9 +295,6 @@ class Operations:
         secrets = self._secrets(action, job.order.operation)
         environment = base_environment() | action.variables | secrets
         environment["WAYSTATION_OPERATION"] = job.order.operation
-        for name in environment:
-            if not name or "=" in name:
-                raise NotRunError(f"{name[:80]!r} is no name of a variable")
         root = self._root(action.root) if action.root else ""
         cwd = root if os.path.isdir(root) else job.folder
         return RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets)), environment
@@ -378,7 +374,7 @@ async def _watch(folder: str, on_output: Output) -> Ended:
         nonlocal seen
         digest.update(piece)
         seen = offset + len(piece)
-        on_output(offset, piece, path)
+        on_output(path, seen)
 
     outcome = await runs.watch(folder, hear)
     return Ended(
@@ -413,7 +409,7 @@ def _tree_pulled(result: Pulled) -> TreePulled:
         from_disk_bytes=result.from_disk_bytes,
         resumed_bytes=result.resumed_bytes,
         from_relays={name: tally["payload_bytes"] for name, tally in result.from_relays.items()},
-        encodings=tuple(msgspec.convert(each, EncodedBytes) for each in result.encodings),
+        encodings=result.encodings,
         fallbacks=result.fallbacks,
         wire_bytes=result.wire_bytes,
         seconds=result.seconds,
@@ -438,8 +434,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 def _sha256_of(path: str) -> str:
     try:
-        descriptor = platform.open_for_reading(path)
+        with os.fdopen(platform.open_for_reading(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise NotRunError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

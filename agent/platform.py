@@ -125,11 +125,8 @@ def sync_tree(root: str, files: Iterable[str], folders: Iterable[str]) -> None:
             os.close(descriptor)
         return
     for path in files:
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(path, "r+b", buffering=0) as file:
+            os.fsync(file.fileno())
     for folder in folders:
         sync_folder(folder)
 
@@ -359,10 +356,10 @@ def descendants(of: int) -> dict[int, int]:
     return found
 
 
-def end_tree(leader: int, *, at_once: bool = False) -> bool:
+def end_tree(leader: int, *, at_once: bool = False) -> None:
     """Ask the group of `leader`, and every other descendant of this process, to end (or end them `at_once`).
 
-    `leader` is a child of this process that was not waited for, or 0 if it was. False if none is left.
+    `leader` is a child of this process that was not waited for, or 0 if it was.
     """
     number = signal.SIGKILL if at_once else signal.SIGTERM
     below = descendants(os.getpid())
@@ -371,7 +368,6 @@ def end_tree(leader: int, *, at_once: bool = False) -> bool:
     for process, group in below.items():
         if group != leader or not leader:
             _send(os.kill, process, number)
-    return bool(below) or bool(leader)
 
 
 def has_tree(leader: int) -> bool:

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -23,58 +24,55 @@ from relay.protocol.mail_client import MailClient
 from relay.support.persistence import Persistence
 
 POLLED = 2
-"""Relays polled at one time."""
+"""Relays that are polled at one time."""
 PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
-"""With a relay that failed."""
+"""Of an agent with a relay that failed."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class MailRelays:
-    """The relays that carry mail: which of them are polled, and which just failed."""
+    """The relays that carry mail, as `sources` ranks them: which of them are polled, and which just failed."""
 
-    def __init__(self, sources: Sources) -> None:
-        """`sources` ranks them."""
-        self._sources = sources
-        self._polled: dict[int, str] = {}
-        self._fails: dict[str, int] = {}
-        self._down_until: dict[str, float] = {}
+    sources: Sources
+    _polled: set[str] = field(default_factory=set, init=False)
+    _fails: dict[str, int] = field(default_factory=dict, init=False)
+    _down_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def for_mail(self) -> list[RelayClient]:
         """All of them: those that are polled first, those that just failed last."""
-        polled = set(self._polled.values())
-        return sorted(self._ranked(), key=lambda relay: (relay.url not in polled, self._is_down(relay.url)))
+        return sorted(self._ranked(), key=lambda relay: (relay.url not in self._polled, self._is_down(relay.url)))
 
     def is_wanted(self, relay: RelayClient) -> bool:
         """Whether it is among the closest that did not just fail."""
         return any(relay.url == wanted.url for wanted in self._wanted())
 
-    def take(self, slot: int) -> RelayClient | None:
-        """The closest that no slot polls; from now on this one does."""
-        polled = set(self._polled.values())
-        relay = next((relay for relay in self._wanted() if relay.url not in polled), None)
+    def take(self) -> RelayClient | None:
+        """The closest that is not polled; from now on it is."""
+        relay = next((relay for relay in self._wanted() if relay.url not in self._polled), None)
         if relay is not None:
-            self._polled[slot] = relay.url
+            self._polled.add(relay.url)
         return relay
 
-    def let_go(self, slot: int) -> None:
-        """The slot polls none."""
-        self._polled.pop(slot, None)
+    def let_go(self, relay: RelayClient) -> None:
+        """It is not polled any more."""
+        self._polled.discard(relay.url)
 
     def answered(self, relay: RelayClient) -> None:
         self._fails.pop(relay.url, None)
         self._down_until.pop(relay.url, None)
 
     def failed(self, relay: RelayClient, error: WaystationError) -> None:
-        """It is left alone for a while, longer each time in a row."""
+        """Leave it alone for a while, longer each time in a row."""
         fails = self._fails[relay.url] = self._fails.get(relay.url, 0) + 1
         self._down_until[relay.url] = time.monotonic() + PERSISTENCE.pause(fails)
-        self._sources.failed(relay.url, error)
+        self.sources.failed(relay.url, error)
         if fails == 1:
             _log.warning("agent.poll_failed: %s", error, extra={"relay": relay.url})
 
     def _ranked(self) -> list[RelayClient]:
-        return [source for source in self._sources.in_order() if isinstance(source, RelayClient)]
+        return [source for source in self.sources.in_order() if isinstance(source, RelayClient)]
 
     def _wanted(self) -> list[RelayClient]:
         return [relay for relay in self._ranked() if not self._is_down(relay.url)][:POLLED]
@@ -84,7 +82,7 @@ class MailRelays:
 
 
 class Cursors:
-    """Up to where the mail of each relay was taken, in a file. Without it mail is read from its beginning again."""
+    """How far the mail of each relay was taken, kept in a file. Without it mail is read from its beginning again."""
 
     def __init__(self, home: str) -> None:
         """Read them; blocking."""
@@ -105,54 +103,49 @@ class Cursors:
                 await asyncio.to_thread(replace_file, self._path, msgspec.json.encode(self._by_url))
 
 
+@dataclass(eq=False)
 class Poller:
-    """Polls, and hands what comes to the inbox."""
+    """Polls, and hands what comes to the inbox.
 
-    def __init__(
-        self,
-        relays: MailRelays,
-        cursors: Cursors,
-        inbox: Inbox,
-        reporter: Reporter,
-        on_ready: Callable[[str], None],
-    ) -> None:
-        """`on_ready` is called with the relay's URL once, when the first poll was answered."""
-        self._relays = relays
-        self._cursors = cursors
-        self._inbox = inbox
-        self._reporter = reporter
-        self._on_ready: Callable[[str], None] | None = on_ready
+    `on_ready` is called with the relay's URL once, when the first poll was answered.
+    """
+
+    relays: MailRelays
+    cursors: Cursors
+    inbox: Inbox
+    reporter: Reporter
+    on_ready: Callable[[str], None] | None
 
     async def run(self) -> None:
         """Poll, for ever."""
         async with asyncio.TaskGroup() as slots:
-            for slot in range(POLLED):
-                slots.create_task(self._poll(slot))
+            for _ in range(POLLED):
+                slots.create_task(self._poll())
 
-    async def _poll(self, slot: int) -> None:
+    async def _poll(self) -> None:
         """Poll one relay after another."""
         while True:
-            relay = self._relays.take(slot)
+            relay = self.relays.take()
             if relay is None:
                 await asyncio.sleep(_spread(0.3, 0.9))
                 continue
             try:
                 await self._poll_relay(relay)
             except WaystationError as error:
-                self._relays.failed(relay, error)
+                self.relays.failed(relay, error)
             finally:
-                self._relays.let_go(slot)
+                self.relays.let_go(relay)
 
     async def _poll_relay(self, relay: RelayClient) -> None:
-        """For as long as it answers and is among the closest. The first poll is answered at once: it proves the road."""
+        """Poll as long as it answers and is among the closest. The first poll is answered at once: it proves the road."""
         wait = 0.0
         while True:
             asked = time.monotonic()
             answer = await self._ask(relay, wait)
             for letter in answer.orders:
-                await self._inbox.take(letter, relay.url)
-            await self._cursors.advance(relay.url, answer)
-            if not self._relays.is_wanted(relay):
+                await self.inbox.take(letter, relay.url)
+            await self.cursors.advance(relay.url, answer)
+            if not self.relays.is_wanted(relay):
                 return
             if wait and not answer.orders and time.monotonic() - asked < 1.0:
                 # Nothing, and at once: it is about to stop. The process that answers next may know nothing of before.
@@ -162,15 +155,15 @@ class Poller:
                 wait = messages.POLL_SECONDS
 
     async def _ask(self, relay: RelayClient, wait: float) -> messages.PollAnswer:
-        cursor = self._cursors.get(relay.url)
-        request = messages.PollRequest(presence=self._reporter.presence(), after=cursor, wait=wait)
-        answer = await MailClient(relay).poll(self._reporter.author.name, request)
-        self._relays.answered(relay)
-        if self._on_ready is not None:
-            self._on_ready(relay.url)
-            self._on_ready = None
+        cursor = self.cursors.get(relay.url)
+        request = messages.PollRequest(presence=self.reporter.presence(), after=cursor, wait=wait)
+        answer = await MailClient(relay).poll(self.reporter.author.name, request)
+        self.relays.answered(relay)
+        if self.on_ready is not None:
+            self.on_ready(relay.url)
+            self.on_ready = None
         if cursor is not None and cursor.epoch != answer.epoch:
-            self._reporter.outbox.lost(relay.url)
+            self.reporter.outbox.lost(relay.url)
         return answer
 
 

@@ -1,4 +1,4 @@
-"""What an agent says: signed presences, progress, refusals and ends, on their way by the outbox."""
+"""What an agent says: signed presences, progress, refusals and ends. The outbox brings them on their way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """In whose name it is said."""
+    """The agent in whose name reports are signed."""
 
     name: str
     site: str
@@ -49,21 +50,20 @@ class Author:
     signer: CryptoSigner
 
 
+@dataclass(eq=False)
 class Reporter:
-    """Writes and signs what there is to say, and gives it to the outbox."""
+    """Writes and signs what there is to say, and gives it to the outbox. `clock` gives seconds since 1970."""
 
-    def __init__(self, author: Author, journal: OperationJournal, outbox: Outbox, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds since 1970."""
-        self.author = author
-        self._journal = journal
-        self.outbox = outbox
-        self._clock = clock
-        self._version = importlib.metadata.version("waystation")
-        self._number = 0
+    author: Author
+    journal: OperationJournal
+    outbox: Outbox
+    clock: Callable[[], float]
+    _version: str = field(default_factory=partial(importlib.metadata.version, "waystation"), init=False)
+    _number: int = field(default=0, init=False)
 
     def presence(self) -> bytes:
-        """That this agent is there now, as an envelope."""
-        refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self._journal.refusals()]
+        """An envelope that says: this agent is there now."""
+        refused = [f"{each.code}: {each.operation}: {each.text}"[:200] for each in self.journal.refusals()]
         presence = Presence(
             format=1,
             name=self.author.name,
@@ -72,8 +72,8 @@ class Reporter:
             version=self._version,
             system=platform.system_name(),
             site=self.author.site,
-            time=self._clock(),
-            fences=dict(self._journal.fences),
+            time=self.clock(),
+            fences=dict(self.journal.fences),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
         )
         return sign_presence(presence, self.author.signer)
@@ -81,7 +81,7 @@ class Reporter:
     # --- of one operation
 
     async def follow(self, record: OperationRecord, progress: Callable[[], tuple[int, int]]) -> None:
-        """Tell that it runs, and its (bytes done, bytes of the whole), whenever they change; until this is cancelled."""
+        """Report that it runs, and its (bytes done, bytes of the whole) whenever they change, until this is cancelled."""
         await asyncio.sleep(RUNNING_AFTER)
         told: tuple[int, int] | None = None
         while True:
@@ -94,17 +94,17 @@ class Reporter:
             await asyncio.sleep(PROGRESS_SECONDS)
 
     async def finish(self, record: OperationRecord, ended: Ended, *, durable: bool) -> None:
-        """Keep how it ended, as the journal's `finish` does, and tell it until it is acknowledged."""
+        """Keep how it ended, as the journal's `finish` does, and report it until that is acknowledged."""
         report = self._report(record.operation, record.digest, self._next_number(), ended)
         envelope = self._letter(report).envelope
         try:
-            await asyncio.to_thread(self._journal.finish, record, report, envelope, durable=durable)
+            await asyncio.to_thread(self.journal.finish, record, report, envelope, durable=durable)
         except StoreError as error:
             _log.error("agent.report_not_kept", extra={"operation": record.operation, "reason": str(error)})
         self.send_final(record)
 
     def send_final(self, record: OperationRecord) -> None:
-        """Tell its end until that is acknowledged."""
+        """Report its end until that is acknowledged."""
         report, envelope = record.report, record.envelope
         if report is None or envelope is None:
             return
@@ -120,7 +120,7 @@ class Reporter:
             return
         if not record.acknowledged:
             self.outbox.again(record.operation, relay)
-        elif envelope := self._journal.report(record):
+        elif envelope := self.journal.report(record):
             letter = messages.ReportLetter(operation=record.operation, number=record.report.number, envelope=envelope)
             self.outbox.note(record.deployment, letter, "again")
 
@@ -130,30 +130,29 @@ class Reporter:
         report = msgspec.structs.replace(record.report, number=self._next_number(record.report.number))
         letter = self._letter(report)
         with suppress(StoreError):
-            self._journal.finish(record, report, letter.envelope, durable=False)
+            self.journal.finish(record, report, letter.envelope, durable=False)
         return letter
 
     # --- of orders and relays
 
     async def refuse(self, refused: Refused, claimed: str, relay: str) -> None:
-        """Note that an order was not obeyed, and tell it. `claimed` is the operation that the relay named with it."""
+        """Note that an order was not obeyed, and report that. `claimed` is the operation that the relay named with it."""
         operation = claimed if refused.order is None else refused.order.operation
         is_new = await asyncio.to_thread(
-            self._journal.refuse,
+            self.journal.refuse,
             refused.code,
             refused.text,
             operation=operation,
             digest=refused.digest,
             relay=relay,
-            now=self._clock(),
+            now=self.clock(),
         )
         if is_new:
             _log.warning("agent.order_refused: %s", refused.text, extra={"operation": operation, "relay": relay})
         deployment = deployment_of(operation)
         if not (re.search(messages.OPERATION_ID, operation) and re.search(messages.DEPLOYMENT_ID, deployment)):
             return
-        # No report of the operation itself ever has such a number: a forged order must not keep the true operation from
-        # being reported.
+        # No report of the operation itself ever has such a number: a forged order must not take the place of its reports.
         number = _REFUSAL_NUMBERS | int(refused.digest[:12], 16)
         report = self._report(operation, refused.digest, number, Ended("refused", f"{refused.code}: {refused.text}"))
         self.outbox.note(deployment, self._letter(report), f"refused {refused.digest}")
@@ -162,7 +161,7 @@ class Reporter:
 
     def _next_number(self, above: int = 0) -> int:
         """By the clock, so that it rises across restarts without being kept anywhere."""
-        self._number = max(self._number + 1, above + 1, int(self._clock() * 1000))
+        self._number = max(self._number + 1, above + 1, int(self.clock() * 1000))
         return self._number
 
     def _report(self, operation: str, digest: str, number: int, ended: Ended) -> Report:
@@ -188,6 +187,6 @@ class Reporter:
         try:
             envelope = sign_report(report, self.author.signer)
         except UsageError:
-            # The end must be told, also where all that was found out does not fit.
+            # The end must be reported, also where all that was found out does not fit.
             envelope = sign_report(msgspec.structs.replace(report, facts=None), self.author.signer)
         return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)

@@ -1,4 +1,4 @@
-"""Operations under way: which may begin now, how they are stopped, and that their ends are told.
+"""Operations under way: which may begin now, and how they are stopped; their ends go to the reporter.
 
 What changes the machine (scripts, services, switching, settling) is done one after another; looking and pulling goes on
 beside it.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from agent.operations import Ended, Job, Operations, last_run
 from agent.orders.acceptance import fenced_off
@@ -34,49 +35,36 @@ class _ActiveOperation:
     begun: bool = False
     stopped: bool = False
     progress: tuple[int, int] = (0, 0)
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] = field(init=False)
 
     def set_progress(self, done: int, whole: int) -> None:
         self.progress = (done, whole)
 
 
+@dataclass(eq=False)
 class Scheduler:
-    """Starts and stops operations, each in a task of its own."""
+    """Starts and stops operations, each in a task of its own. `clock` gives seconds since 1970."""
 
-    def __init__(
-        self,
-        operations: Operations,
-        journal: OperationJournal,
-        reporter: Reporter,
-        tasks: asyncio.TaskGroup,
-        clock: Callable[[], float],
-    ) -> None:
-        """`clock` gives seconds since 1970."""
-        self._operations = operations
-        self._journal = journal
-        self._reporter = reporter
-        self._tasks = tasks
-        self._clock = clock
-        self._turn = asyncio.Lock()
-        self._active: dict[str, _ActiveOperation] = {}
-        self._stops: dict[str, str] = {}
+    operations: Operations
+    journal: OperationJournal
+    reporter: Reporter
+    tasks: asyncio.TaskGroup
+    clock: Callable[[], float]
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _active: dict[str, _ActiveOperation] = field(default_factory=dict, init=False)
+    _stops: dict[str, str] = field(default_factory=dict, init=False)
 
     def start(self, record: OperationRecord, order: Order, *, barred: str = "") -> None:
-        """Do what was accepted, and tell its end. `barred`: why it must not begin any more."""
+        """Do what was accepted, and report its end. `barred`: why it must not begin any more."""
         active = _ActiveOperation(record, order)
         active.stopped = self._stops.pop(record.operation, None) == order.environment
         self._active[record.operation] = active
-        active.task = self._tasks.create_task(self._operate(active, barred))
+        active.task = self.tasks.create_task(self._operate(active, barred))
 
     def leave(self) -> None:
         """The agent ends. Runners go on by themselves, and the next process collects their results."""
         for active in self._active.values():
-            if active.task is not None:
-                active.task.cancel()
-
-    def deployment_ended(self) -> None:
-        """Remove what only it needed; blocking."""
-        self._operations.prune_scripts()
+            active.task.cancel()
 
     # --- stopping
 
@@ -86,8 +74,8 @@ class Scheduler:
         if active is not None:
             if active.order.environment == environment:
                 self._stop(active)
-        elif operation not in self._journal.operations:
-            # It came before what it is to stop, by another relay.
+        elif operation not in self.journal.operations:
+            # The stop came by another relay, before what it is to stop.
             self._stops[operation] = environment
             while len(self._stops) > _STOPS_KEPT:
                 del self._stops[next(iter(self._stops))]
@@ -97,27 +85,27 @@ class Scheduler:
             return
         active.stopped = True
         if isinstance(active.order.action, _RUNS) and active.begun:
-            self._tasks.create_task(_stop_run(active))
-        elif active.task is not None and not (isinstance(active.order.action, _SETTLED_ACTIONS) and active.begun):
+            self.tasks.create_task(_stop_run(active))
+        elif not (isinstance(active.order.action, _SETTLED_ACTIONS) and active.begun):
             active.task.cancel()
 
     # --- one operation
 
     async def _operate(self, active: _ActiveOperation, barred: str) -> None:
-        began = self._clock()
-        progress = self._tasks.create_task(self._reporter.follow(active.record, lambda: active.progress))
+        began = self.clock()
+        progress = self.tasks.create_task(self.reporter.follow(active.record, lambda: active.progress))
         try:
             ended = await self._perform(active, barred)
         except asyncio.CancelledError:
             if not active.stopped:
                 raise  # the agent ends; the next process takes it up
-            _obeyed_cancel()
+            active.task.uncancel()  # what was meant is the operation, not this task
             ended = Ended("stopped", "it was stopped" if active.begun else "it was stopped before it began")
         finally:
             progress.cancel()
         del self._active[active.record.operation]
-        ended = replace(ended, started=ended.started or began, ended=ended.ended or self._clock())
-        await self._reporter.finish(active.record, ended, durable=isinstance(active.order.action, _SETTLED_ACTIONS))
+        ended = replace(ended, started=ended.started or began, ended=ended.ended or self.clock())
+        await self.reporter.finish(active.record, ended, durable=isinstance(active.order.action, _SETTLED_ACTIONS))
 
     async def _perform(self, active: _ActiveOperation, barred: str) -> Ended:
         if active.stopped:
@@ -126,25 +114,23 @@ class Scheduler:
         job = Job(
             active.order,
             record.folder,
-            on_output=lambda offset, data, path: self._reporter.outbox.log(
-                record.deployment, record.operation, path, offset + len(data)
-            ),
+            on_output=partial(self.reporter.outbox.log, record.deployment, record.operation),
             on_progress=active.set_progress,
             barred=barred,
         )
         if not isinstance(active.order.action, _ONE_AT_A_TIME):
             active.begun = True
-            return await self._operations.perform(job)
+            return await self.operations.perform(job)
         async with self._turn:
             if await self._may_begin(active):
                 active.begun = True
-                return await self._operations.perform(job)
-        why = fenced_off(active.order, self._journal.fences)
+                return await self.operations.perform(job)
+        why = fenced_off(active.order, self.journal.fences)
         return Ended("refused", "fenced_off: " + (why[1] if why else ""))
 
     async def _may_begin(self, active: _ActiveOperation) -> bool:
         """Whether it still may, now that its turn has come; what runs already is only followed."""
-        if fenced_off(active.order, self._journal.fences) is None:
+        if fenced_off(active.order, self.journal.fences) is None:
             return True
         if not isinstance(active.order.action, _RUNS):
             return False
@@ -152,17 +138,10 @@ class Scheduler:
 
 
 async def _stop_run(active: _ActiveOperation) -> None:
-    while active.task is not None and not active.task.done():
+    while not active.task.done():
         try:
             await asyncio.to_thread(runs.stop, last_run(active.record.folder))
             return
         except StoreError:
             # It is just being started: there is no folder yet.
             await asyncio.sleep(0.05)
-
-
-def _obeyed_cancel() -> None:
-    """The cancelling was meant for what this task did, not for the task."""
-    task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()

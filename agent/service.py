@@ -1,7 +1,7 @@
 """`waystation agent serve`: be there, accept orders, act on them once, and say what became of them.
 
-An operation is written down before anything acts, and what comes under its id later is answered, not repeated. So being
-killed at any moment costs nothing: runners live on by themselves, and the journal says what was begun.
+An operation is written down before anything acts, and what comes under its id later is answered, not repeated. The agent
+may be killed at any moment: runners live on by themselves, and the journal says what was begun.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from relay.protocol.connection import ClientLimits
 from relay.protocol.credentials import EndingsTold
 
 LIMITS = ClientLimits(connect_seconds=5.0, answer_seconds=15.0, attempts=1)
-"""Of letters: what one relay does not take soon, another does."""
+"""Of connections that carry letters: what one relay does not take soon, another does."""
 TEND_SECONDS = 60.0
 STOP_SECONDS = 1.0
-"""For letters on their way, when the agent is stopped."""
+"""Letters on their way have so long when the agent is stopped."""
 
 _log = logging.getLogger(__name__)
 

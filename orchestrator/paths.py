@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Folders and files of one orchestrator."""
+    """Folders and files of one orchestrator. `depot` is the location of the store, `trust` the folder of the keys."""
 
     home: str
     depot: str
-    """Location of the store."""
     trust: str
-    """Folder of the keys."""
     journal: str
 
     def deployment(self, ulid: str) -> str:

@@ -7,17 +7,17 @@ import random
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import dns.zone
+import msgspec
 import pytest
 from harness.dns import dns_server
 
 from agent import platform
 from agent.config import AgentConfig
 from agent.relays.candidates import Source
-from agent.relays.dns import discovery_of, find_sources
+from agent.relays.dns import find_sources
 from agent.runs.scripts import command_for
 from orchestrator.files.environment import load_environment
 from orchestrator.files.process import load_process, package_of
@@ -101,8 +101,8 @@ async def test_the_example_agent_finds_the_example_relays_at_a_real_dnsmasq_clos
     lines = (EXAMPLES / "dnsmasq.conf").read_text().splitlines()
     settings = [line for line in lines if line and not line.startswith("#")]
     with dns_server(options=[f"--{setting}" for setting in settings]) as server:
-        config = replace(discovery_of(agent_config()), resolver=server.resolver)
-        found = await find_sources(config, (), random.Random(1))
+        config = msgspec.structs.replace(agent_config(), resolver=server.resolver)
+        found = await find_sources(config, (), random.Random(1), now=0.0)
         assert server.was_asked("SRV", "_waystation._tcp.fra._sites.example.net")
     assert [tier(source) for source in found.sources] == sorted(tier(source) for source in found.sources)
     assert {source.url: source.address for source in found.sources} == {

@@ -29,7 +29,6 @@ Code = Literal[
     "clock",
     "too_early",
     "expired",
-    "no_pins",
     "disk",
     "internal",
 ]
@@ -91,11 +90,9 @@ class Refused:
 Verdict = Accepted | Known | Refused
 
 
-def judge(envelope: bytes, pins: TrustPins | None, me: Me, memory: Memory, now: float) -> Verdict:
+def judge(envelope: bytes, pins: TrustPins, me: Me, memory: Memory, now: float) -> Verdict:
     """What to do with `envelope`, which came from anywhere, at `now` (seconds since 1970)."""
     digest = order_digest(envelope)
-    if pins is None:
-        return Refused("no_pins", "this agent has no trust.json, so it believes no key", digest)
     try:
         order = verify_order(envelope, pins)
     except ScopeError as error:

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
-from agent.orders.keys import fingerprint_of
+from agent.orders.keys import AgentIdentity, fingerprint_of
 from agent.orders.orders import ORDER_TYPE, PRESENCE_TYPE, REPORT_TYPE, Order, Presence, Report
 from relay.errors import SignatureError, UsageError
 from relay.trust.envelopes import ENVELOPE_MAX, sign_document, verify_document
-from relay.trust.keys import public_key
+from relay.trust.keys import TrustPins, public_key
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
     from cryptography.hazmat.primitives.hpke import Suite
     from securesystemslib.signer import Signer
-
-    from agent.orders.keys import AgentIdentity
-    from relay.trust.keys import TrustPins
 
 T = TypeVar("T")
 
@@ -62,7 +59,7 @@ def verify_order(envelope: bytes, pins: TrustPins) -> Order:
         MalformedError: it is no order as this version knows them.
     """
     payload, keyid = verify_document(envelope, pins.order, ORDER_TYPE)
-    if _canonical(_decode(envelope, _Envelope)) != envelope:
+    if _encode(_decode(envelope, _Envelope)) != envelope:
         raise MalformedError("the envelope is not in the one form that orders have")
     order = _decode(payload, Order)
     if all(key.keyid != keyid for key in pins.order_keys(order.environment)):
@@ -79,10 +76,6 @@ class _Envelope(msgspec.Struct, frozen=True):
     payload: bytes
     payload_type: str = msgspec.field(name="payloadType")
     signatures: Annotated[tuple[_Signature, ...], msgspec.Meta(min_length=1, max_length=1)]
-
-
-def _canonical(envelope: _Envelope) -> bytes:
-    return msgspec.json.encode(envelope, order="sorted")
 
 
 # --- reports
@@ -195,7 +188,8 @@ def _suite() -> Suite:
 # --- JSON
 
 
-def _encode(document: Order | Report | Presence) -> bytes:
+def _encode(document: msgspec.Struct) -> bytes:
+    """In canonical form."""
     return msgspec.json.encode(document, order="sorted")
 
 

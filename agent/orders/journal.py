@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agent.disk import remove_folder, replace_file, store_error
+from agent.disk import disk_errors, remove_folder, replace_file
 from agent.orders.acceptance import Code, Memory
 from agent.orders.envelopes import MalformedError, order_digest, unverified
 from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report
@@ -34,7 +34,6 @@ KEPT_SECONDS = 30 * 86400.0
 REFUSALS_MAX = 200
 _FORGOTTEN_AT_ONCE = 256
 _FILE_MAX = 16 << 20
-_GONE = ".gone-"
 
 
 @dataclass(slots=True)
@@ -87,17 +86,15 @@ class OperationJournal:
         self._folder = os.path.join(home, "operations")
         self.operations: dict[str, OperationRecord] = {}
         self.fences: dict[str, FenceSeen] = {}
-        self._known: dict[str, str] = {}
         self._newest = self._forgotten = 0.0
         self._refused: dict[str, Refusal] = {}
-        try:
+        with disk_errors(home):
             self._load()
-        except OSError as error:
-            raise store_error(error, home) from error
 
     def memory(self) -> Memory:
-        """What judging the next order needs; it goes with the journal."""
-        return Memory(self._known, self.fences, self._newest, self._forgotten)
+        """What judging the next order needs."""
+        known = {record.operation: record.digest for record in self.operations.values()}
+        return Memory(known, self.fences, self._newest, self._forgotten)
 
     # --- operations
 
@@ -109,27 +106,23 @@ class OperationJournal:
         """
         record = _record_of(order, digest, self._folder_of(order.operation))
         try:
-            self._make_folder()
-            os.mkdir(record.folder, 0o700)
-            _write_synced(os.path.join(record.folder, "order"), envelope)
-            sync_folder(record.folder)
-            sync_folder(self._folder)
-        except OSError as error:
-            _remove(record.folder)
-            raise store_error(error, record.folder) from error
+            with disk_errors(record.folder):
+                if not os.path.isdir(self._folder):
+                    os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                    sync_folder(self._home)
+                os.mkdir(record.folder, 0o700)
+                write_durably(os.path.join(record.folder, "order"), envelope, mode=0o600)
+                sync_folder(self._folder)
+        except StoreError:
+            remove_folder(record.folder)
+            raise
         self._remember(record, order)
         return record
 
-    def order(self, record: OperationRecord) -> Order:
-        """The order again, as it was accepted. Raises `StoreError`."""
-        return unverified(self.envelope(record), Order)
-
     def envelope(self, record: OperationRecord) -> bytes:
         """The order's envelope. Raises `StoreError`."""
-        try:
+        with disk_errors(record.folder):
             return _read(os.path.join(record.folder, "order"))
-        except OSError as error:
-            raise store_error(error, record.folder) from error
 
     def report(self, record: OperationRecord) -> bytes:
         """The final report's envelope; empty where it cannot be read."""
@@ -146,13 +139,11 @@ class OperationJournal:
         """
         record.report, record.envelope = report, envelope
         path = os.path.join(record.folder, "report")
-        try:
+        with disk_errors(record.folder):
             if durable:
                 write_durably(path, envelope, mode=0o600)
             else:
                 replace_file(path, envelope)
-        except OSError as error:
-            raise store_error(error, record.folder) from error
 
     def newest(self, count: int) -> list[OperationRecord]:
         """The last ones, the newest first."""
@@ -179,22 +170,20 @@ class OperationJournal:
             with suppress(OSError):
                 replace_file(os.path.join(record.folder, "acknowledged"), b"")
 
-    def forget(self, now: float) -> int:
-        """Remove what is over, known to the orchestrator and too old to be replayed; how many.
+    def forget(self, now: float) -> None:
+        """Remove what is over, known to the orchestrator and too old to be replayed.
 
         Raises:
             StoreError: nothing was removed.
         """
         old = [record for record in list(self.operations.values()) if _may_go(record, now)][:_FORGOTTEN_AT_ONCE]
         if not old:
-            return 0
+            return
         self._forgotten = max(self._forgotten, *(record.not_after for record in old))
         self._save()
         for record in old:
             del self.operations[record.operation]
-            del self._known[record.operation]
-            _remove(record.folder)
-        return len(old)
+            remove_folder(record.folder)
 
     # --- fences
 
@@ -242,14 +231,8 @@ class OperationJournal:
     def _folder_of(self, operation: str) -> str:
         return os.path.join(self._folder, hashlib.sha256(operation.encode()).hexdigest()[:40])
 
-    def _make_folder(self) -> None:
-        if not os.path.isdir(self._folder):
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            sync_folder(self._home)
-
     def _remember(self, record: OperationRecord, order: Order) -> None:
         self.operations[record.operation] = record
-        self._known[record.operation] = record.digest
         self._newest = max(self._newest, record.not_before)
         # Not saved: the order itself says it, for as long as it is kept.
         self._raise_fence(order)
@@ -263,10 +246,8 @@ class OperationJournal:
 
     def _save(self) -> None:
         kept = _Kept(newest=self._newest, forgotten=self._forgotten, fences=self.fences)
-        try:
+        with disk_errors(self._home):
             write_durably(os.path.join(self._home, "journal.json"), msgspec.json.encode(kept), mode=0o600)
-        except OSError as error:
-            raise store_error(error, self._home) from error
 
     def _load(self) -> None:
         with suppress(FileNotFoundError):
@@ -333,23 +314,6 @@ def _parse_kept(data: bytes, home: str) -> _Kept:
             f"{home}/journal.json is damaged: {error}",
             hint="Restore it; or remove it, if no older orchestrator can still send orders",
         ) from error
-
-
-def _write_synced(path: str, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path)
-        raise
-
-
-def _remove(folder: str) -> None:
-    remove_folder(folder, os.path.join(os.path.dirname(folder), _GONE + os.path.basename(folder)))
 
 
 def _read(path: str) -> bytes:

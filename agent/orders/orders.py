@@ -157,13 +157,15 @@ Check = HttpCheck | TcpCheck | CommandCheck | ServiceCheck
 
 
 class TimedCheck(_Said, frozen=True):
-    """`check` must hold for `lasting` seconds without a break, and that before `deadline` seconds have passed."""
+    """`check` must hold for `lasting` seconds without a break, and that before `deadline` seconds have passed.
+
+    One try takes at most `timeout` seconds.
+    """
 
     check: Check
     lasting: _Seconds = 0.0
     deadline: _Seconds = 60.0
     timeout: _Seconds = 10.0
-    """Of one try."""
 
 
 class Verify(_Said, frozen=True, tag="verify"):
@@ -236,6 +238,7 @@ class TreeFacts(_Said, frozen=True):
     Attributes:
         free_bytes: room on its file system.
         installed: the asked tree is here, and whole by its record and the sizes of its files.
+        file_system: equal for roots that share their room.
         current_manifest, current_version, current_path: what `current` names; empty where nothing that we installed.
         settled: the fingerprint that the current tree was settled with; empty where it never was.
     """
@@ -245,7 +248,6 @@ class TreeFacts(_Said, frozen=True):
     free_bytes: int
     installed: bool
     file_system: str = ""
-    """Equal for roots that share their room."""
     current_manifest: str = ""
     current_package: str = ""
     current_version: str = ""
@@ -258,7 +260,13 @@ class SurveyFacts(_Said, frozen=True, tag="survey"):
 
 
 class TreePulled(_Said, frozen=True):
-    """How a tree came: bytes by where they came from."""
+    """How a tree came: bytes by where they came from.
+
+    Attributes:
+        from_relays: payload bytes by relay.
+        encodings: the same by encoding.
+        fallbacks: differences that failed and were asked for again plainly.
+    """
 
     package: str
     version: str
@@ -268,11 +276,8 @@ class TreePulled(_Said, frozen=True):
     from_disk_bytes: int = 0
     resumed_bytes: int = 0
     from_relays: dict[str, int] = {}
-    """Payload bytes by relay."""
     encodings: tuple[EncodedBytes, ...] = ()
-    """The same by encoding."""
     fallbacks: int = 0
-    """Differences that failed and were asked for again plainly."""
     wire_bytes: int = 0
     seconds: float = 0.0
 
@@ -346,8 +351,10 @@ class FenceSeen(_Said, frozen=True):
 class Presence(_Said, frozen=True):
     """An agent that is there, signed by itself.
 
-    `signing` and `sealing` are its public keys (hex); their fingerprint is what the environment names. `time` is its
-    clock, seconds since 1970.
+    Attributes:
+        signing, sealing: its public keys, hex; their fingerprint is what the environment names.
+        time: its clock, seconds since 1970.
+        refused: the newest refusals of letters that could not be answered by a report, for `status`; at most 8.
     """
 
     format: Literal[1]
@@ -360,4 +367,3 @@ class Presence(_Said, frozen=True):
     time: float
     fences: dict[str, FenceSeen] = {}
     refused: tuple[str, ...] = ()
-    """The newest refusals of letters that could not be answered by a report, for `status`; at most 8."""

@@ -21,11 +21,11 @@ from relay.protocol.mail_client import MailClient
 from relay.support.persistence import Persistence
 
 REPEAT_SECONDS = 30.0
-"""A final report that was not acknowledged by then goes to the next relay as well."""
+"""A final report that is not acknowledged after that goes to the next relay as well."""
 PERSISTENCE = Persistence(first_pause=0.3, longest_pause=15.0, spread=2 / 3)
 """Before all relays are tried again when none takes what there is to say."""
 NOTES_MAX = 64
-"""Letters that are sent once and not kept: progress and refusals. What is more is dropped, the oldest first."""
+"""Letters that are sent once and not kept: progress and refusals. Of more than that the oldest are dropped."""
 _LOG_BATCH = 16
 """Pieces of output in one request."""
 
@@ -34,7 +34,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Kept:
-    """A final report on its way, and how much of the output each relay has."""
+    """A final report on its way, and how much of the output each relay has.
+
+    Attributes:
+        logged_to: bytes from the beginning that a relay has, by its URL.
+        numbered: makes the final report anew, under another number.
+    """
 
     deployment: str
     operation: str
@@ -44,9 +49,7 @@ class _Kept:
     log: str = ""
     log_size: int = 0
     logged_to: dict[str, int] = field(default_factory=dict)
-    """Bytes from the beginning that a relay has, by its URL."""
     numbered: Callable[[], messages.ReportLetter] | None = None
-    """Makes the final report anew, under another number."""
 
 
 _Addressed = tuple[str, messages.ReportLetter]
@@ -55,17 +58,16 @@ Relays = Callable[[], Sequence[Connection]]
 """The relays to give mail to, the one to ask first in front."""
 
 
+@dataclass(eq=False)
 class Outbox:
-    """Sends, in two tasks of its own: reports never wait behind output."""
+    """Sends as the agent `name`, in two tasks of its own: reports never wait behind output."""
 
-    def __init__(self, name: str, relays: Relays) -> None:
-        """As the agent `name`."""
-        self._name = name
-        self._relays = relays
-        self._kept: dict[str, _Kept] = {}
-        self._notes: dict[tuple[str, str], _Addressed] = {}
-        self._reports_wait = asyncio.Event()
-        self._logs_wait = asyncio.Event()
+    name: str
+    relays: Relays
+    _kept: dict[str, _Kept] = field(default_factory=dict, init=False)
+    _notes: dict[tuple[str, str], _Addressed] = field(default_factory=dict, init=False)
+    _reports_wait: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _logs_wait: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     # --- what is said
 
@@ -114,10 +116,6 @@ class Outbox:
     def _of(self, deployment: str, operation: str) -> _Kept:
         return self._kept.setdefault(operation, _Kept(deployment, operation))
 
-    @property
-    def _is_empty(self) -> bool:
-        return not self._unsent() and not any(self._log_lags(kept) for kept in self._kept.values())
-
     # --- sending
 
     async def run(self) -> None:
@@ -143,14 +141,14 @@ class Outbox:
         """Wait until everything that was said stands at some relay, or the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self._is_empty:  # noqa: ASYNC110 - a look now and then, for a moment
+                while self._unsent() or self._logs_lag():  # noqa: ASYNC110 - a look now and then, for a moment
                     await asyncio.sleep(0.02)
 
     # --- reports
 
     async def _send_reports(self) -> bool:
         """Whether there is nothing left that no relay has."""
-        for relay in self._relays():
+        for relay in self.relays():
             if await self._give_reports(relay, self._unsent()) and not self._unsent():
                 return await self._repeat()
         return not self._unsent()
@@ -163,7 +161,7 @@ class Outbox:
     async def _repeat(self) -> bool:
         """Give what was not acknowledged for a while to one more relay."""
         since = time.monotonic() - REPEAT_SECONDS
-        for relay in self._relays():
+        for relay in self.relays():
             late = [
                 (kept.deployment, kept.letter)
                 for kept in self._kept.values()
@@ -184,7 +182,7 @@ class Outbox:
             part = letters[start : start + _LOG_BATCH]
             try:
                 await MailClient(relay).post_reports(
-                    self._name, messages.ReportsRequest(deployment=deployment, reports=tuple(part))
+                    self.name, messages.ReportsRequest(deployment=deployment, reports=tuple(part))
                 )
             except ConflictError:
                 if len(part) == 1:
@@ -223,13 +221,16 @@ class Outbox:
     def _log_lags(self, kept: _Kept) -> bool:
         return kept.log_size > max(kept.logged_to.values(), default=0)
 
+    def _logs_lag(self) -> bool:
+        return any(self._log_lags(kept) for kept in self._kept.values())
+
     async def _send_logs(self) -> bool:
         """Whether there is nothing left that no relay has."""
-        for relay in self._relays():
+        for relay in self.relays():
             for kept in list(self._kept.values()):
                 if not await self._give_log(relay, kept):
                     break
-        return not any(self._log_lags(kept) for kept in self._kept.values())
+        return not self._logs_lag()
 
     async def _give_log(self, relay: Connection, kept: _Kept) -> bool:
         while self._wants_log(relay.url, kept):
@@ -240,7 +241,7 @@ class Outbox:
                 return True
             try:
                 await MailClient(relay).post_logs(
-                    self._name, messages.LogsRequest(deployment=kept.deployment, pieces=tuple(pieces))
+                    self.name, messages.LogsRequest(deployment=kept.deployment, pieces=tuple(pieces))
                 )
             except ConflictError:
                 # The output of a first run that was lost, where an operation was repeated: it stays as it is there.

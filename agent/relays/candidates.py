@@ -44,22 +44,22 @@ def _is_ip(text: str, version: int | None = None) -> bool:
 class Source:
     """One place to fetch from: a relay, or a store that stands in for one (`disk:`, `s3://`).
 
-    `url` names it (`https://fra1.example.net:7400`, always with host name and port) and is what TLS and the Host header
-    go by.
+    Attributes:
+        url: names it (`https://fra1.example.net:7400`, always with host name and port); TLS and the Host header go by it.
+        priority: of the SRV record, lower comes first; 0 in the static list, which is one tier.
+        weight: of the SRV record, the share inside the tier.
+        target: host name or literal address; empty for a store.
+        address: where to connect instead of asking the system's resolver for `target`.
+        remembered: DNS did not answer this time; this is from the last good answer.
     """
 
     url: str
     origin: Origin
     priority: int
-    """SRV priority: lower comes first. 0 in the static list, which is one tier."""
     weight: int
-    """SRV weight: the share inside the tier."""
     target: str
-    """Host name or literal address; empty for a store."""
     address: str | None = None
-    """Where to connect instead of asking the system's resolver for `target`."""
     remembered: bool = False
-    """DNS did not answer this time; this is from the last good answer."""
 
     def __post_init__(self) -> None:
         """Hold no source that cannot be asked, wherever it came from.

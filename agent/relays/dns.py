@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.relays.candidates import (
     Origin,
@@ -40,84 +39,53 @@ ADDRESSES_MAX = 16
 """Addresses taken for one target."""
 LOOKUPS_AT_ONCE = 16
 TTL_MIN, TTL_MAX = 5.0, 3600.0
-"""Seconds. SRV records are asked for again no sooner and no later, whatever the zone says."""
+"""Seconds. SRV records are asked for again no sooner and no later, though the zone may say so."""
 TTL_NONE = 30.0
 """Seconds after which to ask again where no answer came, or the answer is that there is nothing, whatever the zone says:
 an agent without relays must not wait for an hour.
 """
+ROUND_SECONDS = 3.0
+"""For a round of questions. There are two rounds at most: SRV, and with a resolver of our own the addresses."""
 _REASON_CHARS = 200
 
 
 # --- configuration
 
 
-@dataclass(frozen=True)
-class DiscoveryConfig:
-    """Where to look. Names are templates over `{site}` and `{domain}`; one that needs what is not set is not asked."""
+def check_discovery(config: AgentConfig) -> None:
+    """Refuse at the edge what could only fail later.
 
-    site: str | None = None
-    domain: str | None = None
-    resolver: str | None = None
-    """`IP:port` (or `[IPv6]:port`) of a name server, asked instead of the system's, also for the targets' addresses."""
-    scheme: Scheme = "https"
-    site_name: str = "_waystation._tcp.{site}._sites.{domain}"
-    generic_name: str = "_waystation._tcp.{domain}"
-    relays: tuple[str, ...] = ()
-    """URLs (`https://HOST:PORT`) or store locations (`disk:`, `s3://`), behind whatever DNS says."""
-    timeout: float = 3.0
-    """Seconds for a round of questions. There are two rounds at most: SRV, and with `resolver` the addresses."""
-
-    def __post_init__(self) -> None:
-        """Refuse at the edge what could only fail later.
-
-        Raises:
-            UsageError: a name, URL, resolver, scheme or timeout that cannot be used.
-        """
-        if self.scheme not in {"https", "http"}:
-            raise UsageError(f"scheme: expected https or http, not {self.scheme!r}")
-        if not self.timeout > 0:
-            raise UsageError("timeout: expected seconds above 0")
-        for relay in self.relays:
-            static_source(relay)
-        if self.resolver is not None:
-            _parse_resolver(self.resolver)
-        self.questions()
-
-    def questions(self) -> tuple[tuple[Origin, str], ...]:
-        """The SRV names to ask, with the tier that their answers belong to.
-
-        Raises:
-            UsageError: a template does not give a DNS name.
-        """
-        wanted: tuple[tuple[Origin, str], ...] = (("site", self.site_name), ("generic", self.generic_name))
-        filled = ((origin, self._fill(template)) for origin, template in wanted)
-        return tuple((origin, name) for origin, name in filled if name is not None)
-
-    def _fill(self, template: str) -> str | None:
-        name = template
-        for field_name, value in (("{site}", self.site), ("{domain}", self.domain)):
-            if field_name not in name:
-                continue
-            if value is None:
-                return None
-            name = name.replace(field_name, value)
-        name = name.removesuffix(".").lower()
-        if not is_host_name(name):
-            raise UsageError(f"{template!r} gives {name[:120]!r}, which is not a DNS name")
-        return name
+    Raises:
+        UsageError: a name, URL or resolver cannot be used.
+    """
+    for relay in config.relays:
+        static_source(relay)
+    if config.resolver is not None:
+        _parse_resolver(config.resolver)
+    _questions(config)
 
 
-def discovery_of(config: AgentConfig) -> DiscoveryConfig:
-    """Where agent.yaml says to look for relays. Raises `UsageError` where a value cannot be right."""
-    return DiscoveryConfig(
-        site=config.site,
-        domain=config.domain,
-        resolver=config.resolver,
-        scheme=config.scheme,
-        site_name=config.srv_site,
-        generic_name=config.srv_generic,
-        relays=config.relays,
-    )
+def _questions(config: AgentConfig) -> tuple[tuple[Origin, str], ...]:
+    """The SRV names to ask, with the tier that their answers belong to.
+
+    Raises:
+        UsageError: a template does not give a DNS name.
+    """
+    wanted: tuple[tuple[Origin, str], ...] = (("site", config.srv_site), ("generic", config.srv_generic))
+    filled = ((origin, _fill(template, config)) for origin, template in wanted)
+    return tuple((origin, name) for origin, name in filled if name is not None)
+
+
+def _fill(template: str, config: AgentConfig) -> str | None:
+    """The template over `{site}` and `{domain}` as a name; None where it needs what is not set."""
+    values = {"{site}": config.site, "{domain}": config.domain}
+    if any(field in template and value is None for field, value in values.items()):
+        return None
+    name = template.replace("{site}", config.site or "").replace("{domain}", config.domain or "")
+    name = name.removesuffix(".").lower()
+    if not is_host_name(name):
+        raise UsageError(f"{template!r} gives {name[:120]!r}, which is not a DNS name")
+    return name
 
 
 def _parse_resolver(text: str) -> tuple[str, int]:
@@ -138,25 +106,33 @@ def _parse_resolver(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class LastAnswer:
-    """The last good answer to one question; no sources where the answer was that there are none."""
+    """The last good answer to one question; no sources where the answer was that there are none.
+
+    Attributes:
+        name: the SRV name asked, so that another site's answer is never taken for this one's.
+        at: `time.time()` when it came.
+    """
 
     name: str
-    """The SRV name asked, so that another site's answer is never taken for this one's."""
     sources: tuple[Source, ...]
     at: float
-    """`time.time()` when it came."""
 
 
 @dataclass(frozen=True)
 class Found:
+    """The answer of `find_sources`.
+
+    Attributes:
+        sources: in tier order, inside a tier drawn by weight.
+        notes: what a person should know of how they were found.
+        last: to be kept, and given to the next `find_sources`.
+        ttl: seconds until it is worth asking again.
+    """
+
     sources: tuple[Source, ...]
-    """In tier order, inside a tier drawn by weight."""
     notes: tuple[str, ...]
-    """What a person should know of how they were found."""
     last: tuple[LastAnswer, ...]
-    """To be kept, and given to the next `find_sources`."""
     ttl: float
-    """Seconds until it is worth asking again."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +151,31 @@ class _DnsFailedError(UnreachableError):
 
 
 async def find_sources(
-    config: DiscoveryConfig,
+    config: AgentConfig,
     last: Sequence[LastAnswer],
     rng: random.Random,
     *,
-    now: float | None = None,
+    now: float,
+    round_seconds: float = ROUND_SECONDS,
     names: Names | None = None,
 ) -> Found:
     """Ask DNS, fall back to the last good answers where it fails, and add the static list.
 
-    `names` looks the targets up where the configuration names a resolver. Never raises for what the network does: whatever is left is what was found, down to nothing.
+    Never raises for what the network does: what is left is what was found, down to nothing.
+
+    Args:
+        config: says where to look; a name that needs what is not set is not asked.
+        last: what the last call kept.
+        rng: draws inside a tier.
+        now: seconds since 1970.
+        round_seconds: for a round of questions.
+        names: looks the targets up where the configuration names a resolver; what it knows is not asked again.
     """
-    questions = config.questions()
-    replies = await _ask_all(config, questions, names or names_of(config)) if questions else []
+    questions = _questions(config)
+    names = names or names_of(config, round_seconds)
+    replies = await _ask_all(config, questions, round_seconds, names) if questions else []
     remembered = {answer.name: answer for answer in last}
-    clock = time.time() if now is None else now
-    settled = [_settle(reply, remembered.get(reply.name), clock) for reply in replies]
+    settled = [_settle(reply, remembered.get(reply.name), now) for reply in replies]
     static = [static_source(text) for text in config.relays]
     sources = candidates([source for found, _, _ in settled for source in found] + static)
     notes = tuple(note for _, _, some in settled for note in some)
@@ -223,64 +208,51 @@ def _drawn(sources: Sequence[Source], rng: random.Random) -> tuple[Source, ...]:
     return tuple(source for tier in by_tier.values() for source in by_weight(tier, rng))
 
 
-def names_of(config: DiscoveryConfig) -> KeptNames | None:
+def names_of(config: AgentConfig, round_seconds: float = ROUND_SECONDS) -> KeptNames | None:
     """Looks relays up at the resolver that the configuration names; None where it names none."""
 
     async def look_up(host: str) -> tuple[Sequence[str], float]:
-        return await _addresses(_resolver(config), host)
+        return await _addresses(_resolver(config.resolver, round_seconds), host)
 
     return None if config.resolver is None else KeptNames(look_up)
 
 
 async def _ask_all(
-    config: DiscoveryConfig, questions: Sequence[tuple[Origin, str]], names: Names | None
+    config: AgentConfig, questions: Sequence[tuple[Origin, str]], seconds: float, names: Names | None
 ) -> list[_Reply]:
     from dns.exception import DNSException
 
     try:
-        resolver = _resolver(config)
+        resolver = _resolver(config.resolver, seconds)
     except (DNSException, OSError) as error:
         note = f"the system's resolver cannot be used: {words_of(error)}"
         return [_Reply(origin, name, None, (note,)) for origin, name in questions]
     return await asyncio.gather(*(_ask(resolver, config, origin, name, names) for origin, name in questions))
 
 
-def _resolver(config: DiscoveryConfig) -> Resolver:
+def _resolver(configured: str | None, seconds: float) -> Resolver:
     from dns.asyncresolver import Resolver
 
-    resolver = Resolver(configure=config.resolver is None)
-    if config.resolver is not None:
-        address, port = _parse_resolver(config.resolver)
+    resolver = Resolver(configure=configured is None)
+    if configured is not None:
+        address, port = _parse_resolver(configured)
         resolver.nameservers, resolver.port = [address], port
-    resolver.lifetime = config.timeout
+    resolver.lifetime = seconds
     # A lost datagram must leave time to ask again, or the next server.
-    resolver.timeout = config.timeout / 3
+    resolver.timeout = seconds / 3
     return resolver
 
 
-async def _ask(resolver: Resolver, config: DiscoveryConfig, origin: Origin, name: str, names: Names | None) -> _Reply:
+async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: str, names: Names | None) -> _Reply:
     try:
-        records, ttl = await _srv(resolver, name)
+        records, ttl = await _look_up(resolver, name, "SRV")
     except _DnsFailedError as error:
         return _Reply(origin, name, None, (f"{name}: {error.message}",))
     if not records:
         return _Reply(origin, name, (), (f"{name}: no relay has this name",), ttl)
     sources, notes = _read(records, origin, config.scheme, name)
-    if names is not None and sources:
-        return await _with_addresses(names, _Reply(origin, name, sources, notes, ttl))
-    return _Reply(origin, name, sources, notes, ttl)
-
-
-async def _srv(resolver: Resolver, name: str) -> tuple[list[SRV], float]:
-    """The records and their seconds to live; no records where there is no such name.
-
-    Raises:
-        _DnsFailedError: no server answered.
-    """
-    import dns.rdtypes.IN.SRV
-
-    answers, ttl = await _look_up(resolver, name, "SRV")
-    return [one for one in answers if isinstance(one, dns.rdtypes.IN.SRV.SRV)], ttl
+    reply = _Reply(origin, name, sources, notes, ttl)
+    return await _with_addresses(names, reply) if names is not None and sources else reply
 
 
 def _read(
@@ -347,7 +319,7 @@ async def _addresses(resolver: Resolver, target: str) -> tuple[Sequence[str], fl
     return found, min(*with_some, TTL_MAX)
 
 
-async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[object], float]:
+async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[Any], float]:
     """All records of one kind, and their seconds to live: of the whole chain, where names stand for other names. "No
     such name" is an answer: no records.
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from agent.relays.candidates import Source
 
 FAILS_OUT = 3
 """Failures in a row after which a source looks ill."""
@@ -34,15 +32,17 @@ class Average:
 
     Of logarithms, so one stall of ten seconds among answers of ten milliseconds counts as one bad sample, not as a
     thousand. The first samples are averaged plainly, so that a start at an odd moment is soon forgotten.
+
+    Attributes:
+        mean: geometric, in the samples' unit.
+        variance: of ln(sample).
+        at: clock of the newest sample.
     """
 
     mean: float
-    """Geometric, in the samples' unit."""
     variance: float
-    """Of ln(sample)."""
     count: int
     at: float
-    """Clock of the newest sample."""
 
     def __post_init__(self) -> None:
         """Refuse what no samples can have given.
@@ -71,21 +71,23 @@ class Average:
 
 @dataclass(frozen=True)
 class Health:
-    """What is known of one source. The clock is the caller's; it is kept over restarts, so it should be `time.time`."""
+    """What is known of one source. The clock is the caller's; it is kept over restarts, so it should be `time.time`.
+
+    Attributes:
+        fails, passes: in a row, up to now.
+        latency: seconds to the first byte.
+        throughput: goodput in bytes/s.
+        reason: the last failure, for people.
+    """
 
     ok: bool = True
     fails: int = 0
-    """In a row, up to now."""
     passes: int = 0
-    """In a row, up to now."""
     latency: Average | None = None
-    """Seconds to the first byte."""
     throughput: Average | None = None
-    """Goodput in bytes/s."""
     last_checked: float = 0.0
     out_since: float | None = None
     reason: str = ""
-    """The last failure, for people."""
 
     @property
     def first_byte(self) -> float | None:
@@ -155,11 +157,6 @@ def record_probes(healths: Mapping[str, Health], results: Mapping[str, ProbeResu
             else record_failure(before, now, result.reason, is_final=result.is_final)
         )
     return after
-
-
-def known(healths: Mapping[str, Health], sources: Iterable[Source]) -> dict[str, Health]:
-    """Only the healths of these sources, so that what is kept does not grow with every relay that ever was."""
-    return {source.url: healths[source.url] for source in sources if source.url in healths}
 
 
 def next_probe(health: Health, now: float, rng: random.Random) -> float:

@@ -7,30 +7,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from agent.disk import store_error
+from agent.disk import disk_errors
 from agent.relays.dns import LastAnswer, words_of
-from agent.relays.health import Health
+from agent.relays.health import UNKNOWN, Health
 from relay.support.durable import write_durably
 
 STATE_BYTES_MAX = 1 << 20
-STATE_FORMAT = 1
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class State:
-    """What outlives the process."""
+    """What outlives the process. `current` is the URL of the source in use, `healths` are by URL."""
 
-    format: int = STATE_FORMAT
+    format: Literal[1] = 1
     current: str | None = None
-    """URL of the source in use."""
     healths: dict[str, Health] = field(default_factory=dict)
     last_answers: tuple[LastAnswer, ...] = ()
-    saved_at: float = 0.0
 
 
 def load_state(path: Path) -> State:
@@ -43,14 +41,11 @@ def load_state(path: Path) -> State:
             data = file.read(STATE_BYTES_MAX + 1)
         if len(data) > STATE_BYTES_MAX:
             return _start_fresh(path, f"larger than {STATE_BYTES_MAX} bytes")
-        state = msgspec.json.decode(data, type=State)
+        return msgspec.json.decode(data, type=State)
     except FileNotFoundError:
         return State()
     except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return _start_fresh(path, words_of(error))
-    if state.format != STATE_FORMAT:
-        return _start_fresh(path, f"format {state.format}, expected {STATE_FORMAT}")
-    return state
 
 
 def _start_fresh(path: Path, reason: str) -> State:
@@ -67,17 +62,15 @@ def save_state(path: Path, state: State) -> None:
         StoreError: it could not be written; the old file is untouched.
     """
     data = msgspec.json.format(msgspec.json.encode(state), indent=1)
-    try:
+    with disk_errors("cannot keep what is known of the relays"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(os.fspath(path), data)
-    except OSError as error:
-        raise store_error(error, "cannot keep what is known of the relays") from error
 
 
 def log_changes(before: Mapping[str, Health], after: Mapping[str, Health]) -> None:
     """Log the sources whose state changed, and only those."""
     for url, health in after.items():
-        was_ok = before[url].ok if url in before else True
+        was_ok = before.get(url, UNKNOWN).ok
         if was_ok and not health.ok:
             _log.warning("agent.relay_ill", extra={"relay": url, "fails": health.fails, "reason": health.reason})
         elif health.ok and not was_ok:

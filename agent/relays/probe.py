@@ -58,6 +58,6 @@ async def _checked(source: Source, check: Check, connect_timeout: float) -> Prob
             return ProbeResult(first_byte=await check(source))
     except TimeoutError:
         return ProbeResult(None, f"no answer within {connect_timeout:g} s")
-    # Whatever a check dies of, the source could not be used; the reason is kept for people.
+    # A check may die of anything: the source could not be used, and the reason is kept for people.
     except Exception as error:
         return ProbeResult(None, words_of(error), is_final=isinstance(error, RefusedError))

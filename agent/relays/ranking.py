@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
 from agent.relays.candidates import Source, by_weight, candidates
-from agent.relays.health import PASSES_IN, UNKNOWN, Health
+from agent.relays.health import PASSES_IN, UNKNOWN, Average, Health
 
 GAIN = 1.30
 """Ratio. Another source must be faster by more than this to take over from the one in use."""
@@ -53,10 +53,10 @@ Ranking: TypeAlias = tuple[Ranked, ...]
 
 @dataclass(frozen=True)
 class _Estimate:
+    """Seconds for a typical pull, and the standard error of their logarithm."""
+
     seconds: float
-    """For a typical pull."""
     error: float
-    """Standard error of ln(seconds)."""
 
 
 def rank(
@@ -89,15 +89,6 @@ def rank(
         for source in _share(tier, seed)
     ]
     return (*front, *back)
-
-
-def order_for_pull(ranking: Ranking, exclude: Collection[str]) -> tuple[Source, ...]:
-    """The sources to ask in this pull, in order, without the URLs that failed hard in it.
-
-    The ill ones stand at the end: better an unlikely source than none. One refused connection moves this pull on at
-    once; the kept ranking changes only by `record_failure`.
-    """
-    return tuple(ranked.source for ranked in ranking if ranked.source.url not in exclude)
 
 
 def _tiers(ordered: Sequence[Source]) -> list[list[Source]]:
@@ -160,17 +151,15 @@ def _estimates(measured: Sequence[tuple[str, Health]], now: float) -> dict[str, 
 
     Like is compared with like: goodput counts only when all of them have one, otherwise the first byte alone.
     """
-    timed = [(url, health) for url, health in measured if health.latency]
-    goodput = all(one.throughput and abs(now - one.throughput.at) <= GOODPUT_KEPT for _, one in timed)
-    return {url: _estimate(health, goodput=goodput) for url, health in timed}
+    timed = {url: (health.latency, health.throughput) for url, health in measured if health.latency}
+    all_have = all(goodput and abs(now - goodput.at) <= GOODPUT_KEPT for _, goodput in timed.values())
+    return {url: _estimate(latency, goodput if all_have else None) for url, (latency, goodput) in timed.items()}
 
 
-def _estimate(health: Health, *, goodput: bool) -> _Estimate:
-    parts = []
-    if health.latency:
-        parts.append((health.latency.mean, health.latency.error))
-    if goodput and health.throughput:
-        parts.append((TYPICAL_PULL / health.throughput.mean, health.throughput.error))
+def _estimate(latency: Average, goodput: Average | None) -> _Estimate:
+    parts = [(latency.mean, latency.error)]
+    if goodput:
+        parts.append((TYPICAL_PULL / goodput.mean, goodput.error))
     seconds = SECONDS_FLOOR + sum(part for part, _ in parts)
     # Errors of independent parts, each by its share of the sum (first-order propagation).
     return _Estimate(seconds, math.hypot(*(error * part / seconds for part, error in parts)))

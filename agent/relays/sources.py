@@ -8,18 +8,18 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from agent.config import AgentConfig
 from agent.relays.candidates import Source
-from agent.relays.dns import TTL_MIN, DiscoveryConfig, discovery_of, find_sources, names_of
+from agent.relays.dns import TTL_MIN, check_discovery, find_sources, names_of
 from agent.relays.health import (
     UNKNOWN,
     Health,
     ProbeResult,
-    known,
     next_probe,
     record_failure,
     record_probes,
@@ -27,7 +27,7 @@ from agent.relays.health import (
 )
 from agent.relays.memory import State, load_state, log_changes, save_state
 from agent.relays.probe import probe
-from agent.relays.ranking import Ranking, order_for_pull, rank
+from agent.relays.ranking import Ranking, rank
 from agent.relays.tokens import Tokens, keys_of, relay_key
 from relay.encoding.bundle import Event, NotSent, Received, Tap
 from relay.encoding.holdings import Holdings
@@ -48,13 +48,12 @@ the others."""
 _PROBE_SECONDS = 3.0
 
 
+@dataclass(eq=False)
 class StoreSource:
-    """A store on a shared file system, read as if it were a relay. Nothing is ever written there."""
+    """The store at the location `name`, read as if it were a relay. Nothing is ever written there."""
 
-    def __init__(self, location: str) -> None:
-        self.name = location
-        self._location = location
-        self._store: Store | None = None
+    name: str
+    _store: Store | None = field(default=None, init=False)
 
     async def package(self, id: PackageId, version: NuGetVersion) -> PackagePointer:
         catalog = await self._catalog()
@@ -98,7 +97,7 @@ class StoreSource:
 
     async def _open(self) -> Store:
         if self._store is None:
-            self._store = await open_store(self._location, read_only=True)
+            self._store = await open_store(self.name, read_only=True)
         return self._store
 
     async def _catalog(self) -> Catalog:
@@ -125,19 +124,18 @@ class Sources:
         """`relays`, given by hand, stand in place of everything that the configuration says.
 
         Raises:
-            UsageError: the token cannot be read, or one of `relays` is none.
+            UsageError: the token or the authority cannot be read, or a relay or name cannot be used.
         """
-        self._config = config
         self._path = state_path
         self._only = tuple(relays)
         self._tokens = Tokens(token_file or config.token_file, {} if token_file else config.tokens)
         self._plain_http = {relay_key(name) for name in config.plain_http}
-        self._tls = tls_from(config.ca_file or None)
-        self._limits = limits
+        self._relay = partial(RelayClient, limits=limits, tls=tls_from(config.ca_file or None))
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._clock = clock
         self._seed = config.name or socket.gethostname()
-        self._discovery = DiscoveryConfig(relays=self._only) if self._only else discovery_of(config)
+        self._discovery = AgentConfig(relays=self._only) if self._only else config
+        check_discovery(self._discovery)
         self._names = names_of(self._discovery)
         self._down: set[str] = set()
         self._refused: dict[str, str | None] = {}
@@ -166,15 +164,17 @@ class Sources:
         )
         self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
-            # What was asked by hand once must not make an agent forget its own relays.
-            healths = known(self._kept.healths, self._found)
+            # Relays given by hand once must not make an agent forget its own. Those that are gone are forgotten: what is
+            # kept must not grow with every relay that ever was.
+            here = {source.url for source in self._found}
+            healths = {url: health for url, health in self._kept.healths.items() if url in here}
             self._kept = replace(self._kept, healths=healths, last_answers=found.last)
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
         # What may be lost is a preference; the pull itself stands.
         with suppress(StoreError):
-            await asyncio.to_thread(save_state, self._path, replace(self._kept, saved_at=self._clock()))
+            await asyncio.to_thread(save_state, self._path, self._kept)
 
     @property
     def healths(self) -> dict[str, Health]:
@@ -191,12 +191,10 @@ class Sources:
     def in_order(self) -> list[AnySource]:
         """Every source, the one to ask first in front, opened (which contacts none of them).
 
-        Those that just failed to answer come last, whatever their rank: better an unlikely source than none.
+        Those that just failed to answer come last: an unlikely source is better than none.
         """
-        ranking = self.ranking()
-        answering = order_for_pull(ranking, self._down)
-        others = (ranked.source for ranked in ranking if ranked.source.url in self._down)
-        return [self._opened(source) for source in (*answering, *others)]
+        ordered = sorted((ranked.source for ranked in self.ranking()), key=lambda source: source.url in self._down)
+        return [self._opened(source) for source in ordered]
 
     async def measure(self, *, everything: bool = False) -> dict[str, str]:
         """Ask the best few for health where their time has come; returns the failures by URL."""
@@ -211,32 +209,28 @@ class Sources:
         return {url: result.reason for url, result in results.items() if not result.ok}
 
     async def _probe(self, sources: Sequence[Source]) -> dict[str, ProbeResult]:
-        if not sources:
-            return {}
         results = await probe(sources, self._check, _PROBE_SECONDS)
         self._keep(record_probes(self._kept.healths, results, self._clock()), self._kept.current)
         return results
 
-    def goodput(self, name: str) -> float:
+    def goodput(self, url: str) -> float:
         """Of the line to a source, bytes per second of payload, as it was measured however long ago; 0 where it was not."""
-        return self._health(self._url_of(name)).goodput or 0.0
+        return self._health(url).goodput or 0.0
 
-    def succeeded(self, name: str, timing: RequestTiming) -> None:
+    def succeeded(self, url: str, timing: RequestTiming) -> None:
         """It gave what it was asked for, and is the one in use now."""
-        url = self._url_of(name)
-        known, goodput = self._health(url).goodput, timing.goodput
-        if not timing.is_steady and goodput is not None and goodput <= (known or goodput):
+        before, goodput = self._health(url).goodput, timing.goodput
+        if not timing.is_steady and goodput is not None and goodput <= (before or goodput):
             # It waited for something else than the line: that says nothing of a line that is known to be faster.
             goodput = None
         health = record_success(self._health(url), self._clock(), timing.first_byte, goodput)
         self._keep({**self._kept.healths, url: health}, url)
 
-    def failed(self, name: str, error: WaystationError) -> None:
+    def failed(self, url: str, error: WaystationError) -> None:
         """It could not be reached, or sent other bytes, or refuses our token: the latter two put it out at once.
 
         A relay that lies answers questions for its health all the better, so counting to three would never end.
         """
-        url = self._url_of(name)
         is_final = isinstance(error, UntrustedError | TokenRefusedError)
         health = record_failure(self._health(url), self._clock(), error.message, is_final=is_final)
         self._keep({**self._kept.healths, url: health}, self._kept.current)
@@ -281,20 +275,15 @@ class Sources:
     def _opened(self, source: Source) -> AnySource:
         opened = self._open.get(source.url)
         if opened is None:
-            if source.is_store:
-                opened = StoreSource(source.url)
-            else:
-                opened = RelayClient(
-                    source.url,
-                    token=self._tokens.of(source.url),
-                    names=None if source.address is None else self._names,
-                    limits=self._limits,
-                    tls=self._tls,
-                    plain_http=not self._plain_http.isdisjoint(keys_of(source.url)),
-                )
+            opened = StoreSource(source.url) if source.is_store else self._client(source)
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened
 
-    def _url_of(self, name: str) -> str:
-        return next((url for url, opened in self._open.items() if opened.name == name), name)
+    def _client(self, source: Source) -> RelayClient:
+        return self._relay(
+            source.url,
+            token=self._tokens.of(source.url),
+            names=None if source.address is None else self._names,
+            plain_http=not self._plain_http.isdisjoint(keys_of(source.url)),
+        )

@@ -165,13 +165,8 @@ class ForkServer:
     def _exchange(self, to: socket, request: bytes) -> bytes:
         """What it answers, up to the end of the line, or less where it ended before. Raises `OSError`."""
         to.sendall(len(request).to_bytes(_HEAD_BYTES, "big") + request)
-        line = b""
-        while not line.endswith(b"\n"):
-            piece = to.recv(_NAME_BYTES)
-            if not piece:
-                break
-            line += piece
-        return line
+        with to.makefile("rb") as answers:
+            return answers.readline()
 
     def _end(self) -> None:
         """Leave it. It may have stopped without an end, and must not stay as a zombie either."""

@@ -1,4 +1,4 @@
-"""Secrets are taken out of a stream of output, whatever pieces it comes in.
+"""Secrets are taken out of a stream of output, also where a piece ends in the middle of one.
 
 Pure, and cheap to import by the runner: nothing but built-in modules at the top.
 
@@ -146,7 +146,7 @@ def patterns_of(value: str) -> set[bytes]:
 
 
 def _base64(data: bytes) -> Iterator[bytes]:
-    """Every text that shows `data` in base64, also as a part of something longer: whatever stands before and after it.
+    """Every text that shows `data` in base64, also as a part of something longer.
 
     Three bytes make four characters (RFC 4648), so there are three ways to lie; the characters at either end that
     depend on the neighbours are left out. Both alphabets, with and without padding, and broken into lines.

@@ -103,7 +103,7 @@ class _Run:
         self.cause = ""
 
     def begin(self) -> None:
-        """From here on the script counts as run, whatever happens to us."""
+        """From here on the script counts as run, even if this process dies at once."""
         descriptor = os.open(os.path.join(self.folder, BEGUN), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.write(descriptor, f"{self.started}\n".encode())
@@ -211,15 +211,11 @@ class _Run:
             "ended": time.time(),
             "output_bytes": self.output.close(),
         }
-        while True:
-            try:
+        while os.path.isdir(self.folder):  # once it is removed, the end is not waited for
+            with contextlib.suppress(OSError):
                 write_durably(os.path.join(self.folder, EXIT), json.dumps(result).encode(), mode=0o600)
-            except FileNotFoundError:  # the folder was removed: the end is not waited for
                 return
-            except OSError:
-                time.sleep(1)
-            else:
-                return
+            time.sleep(1)
 
     def read_on(self) -> None:
         """Stay as long as a process may still print; that is thrown away."""

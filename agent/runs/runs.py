@@ -252,7 +252,7 @@ def _lost(folder: str) -> Outcome:
         began = float(_text(folder, BEGUN) or 0)
     except ValueError:  # the machine went down while it was written
         began = 0.0
-    reason = "it began, but its runner was lost before the end: nobody knows whether it did its work"
+    reason = "it began, but its runner was lost before the end: whether it did its work is unknown"
     return Outcome("unknown", None, reason, began, 0.0, _size(folder))
 
 

@@ -15,15 +15,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
 
 from agent.config import AgentConfig
-from agent.disk import read_json, remove_folder, store_error
-from agent.relays.dns import discovery_of
+from agent.disk import REMOVED, disk_errors, read_json, remove_folder
+from agent.relays.dns import check_discovery
 from agent.relays.tokens import relay_key
 from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
@@ -34,8 +35,6 @@ from relay.protocol.followed import Followed
 from relay.support.durable import sync_folder, write_durably
 from relay.trust.envelopes import ENVELOPE_MAX
 from relay.trust.keys import TrustPins, parse_pins
-
-_REMOVED = ".removed-"
 
 
 class TreeRecord(msgspec.Struct, frozen=True):
@@ -64,11 +63,11 @@ class Settled(msgspec.Struct, frozen=True):
     before: str = ""
 
 
+@dataclass(frozen=True)
 class AgentState:
     """Reads and writes an agent's home. Blocking, small files."""
 
-    def __init__(self, home: str) -> None:
-        self.home = home
+    home: str
 
     @property
     def scripts_root(self) -> str:
@@ -143,10 +142,7 @@ class AgentState:
 
     def keep_signature(self, manifest: ManifestId, envelope: bytes) -> None:
         """Keep the envelope that vouches for a manifest. Raises `StoreError`."""
-        try:
-            self._write("signatures", manifest, envelope)
-        except OSError as error:
-            raise store_error(error, self.home) from error
+        self._write("signatures", manifest, envelope)
 
     def record(
         self, manifest: Manifest, *, ulid: str, root: str, path: str, label: str, signature: bytes = b""
@@ -162,21 +158,15 @@ class AgentState:
             label=label,
             installed=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        try:
-            self._write("manifests", manifest.id, manifest.canonical)
-            if signature:
-                self._write("signatures", manifest.id, signature)
-            self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
-        except OSError as error:
-            raise store_error(error, self.home) from error
+        self._write("manifests", manifest.id, manifest.canonical)
+        if signature:
+            self._write("signatures", manifest.id, signature)
+        self._write("trees", f"{ulid}.json", msgspec.json.encode(record))
         return record
 
     def installed(self, root: str, manifest_id: ManifestId) -> TreeRecord | None:
         """The newest tree of this manifest under this root."""
-        for record in self.trees():
-            if record.manifest == manifest_id and record.root == root:
-                return record
-        return None
+        return next((each for each in self.trees() if each.manifest == manifest_id and each.root == root), None)
 
     def find(self, manifest: str) -> TreeRecord | None:
         """The newest tree of this manifest, wherever it is."""
@@ -184,17 +174,14 @@ class AgentState:
 
     def settled(self, root: str) -> Settled | None:
         """What was last found good under this root; None where nothing was."""
-        return read_json(self._settled_path(root), Settled)
+        return read_json(os.path.join(self.home, "settled", _settled_name(root)), Settled)
 
     def settle(self, record: TreeRecord, fingerprint: str) -> Settled:
         """Remember that this tree is good, and which was before it. Raises `StoreError`."""
         last = self.settled(record.root)
         before = "" if last is None else last.before if last.path == record.path else last.path
         settled = Settled(record.root, record.path, record.manifest, fingerprint, before)
-        try:
-            self._write("settled", os.path.basename(self._settled_path(record.root)), msgspec.json.encode(settled))
-        except OSError as error:
-            raise store_error(error, self.home) from error
+        self._write("settled", _settled_name(record.root), msgspec.json.encode(settled))
         return settled
 
     def prune(self, root: str, keep: int, spared: Collection[str]) -> list[TreeRecord]:
@@ -206,8 +193,7 @@ class AgentState:
             # The record first: a tree without one takes room, a record without its tree would be built upon.
             with suppress(OSError):
                 os.unlink(os.path.join(self.home, "trees", f"{record.ulid}.json"))
-                folder, name = os.path.split(record.path)
-                remove_folder(record.path, os.path.join(folder, f"{_REMOVED}{name}"))
+                remove_folder(record.path)
         self._forget_manifests({record.manifest for record in gone})
         return gone
 
@@ -217,25 +203,29 @@ class AgentState:
                 with suppress(OSError):
                     os.unlink(os.path.join(self.home, folder, manifest))
 
-    def _settled_path(self, root: str) -> str:
-        return os.path.join(self.home, "settled", f"{hashlib.sha256(root.encode()).hexdigest()[:40]}.json")
-
-    def newest_of(self, ref: PackageRef) -> list[TreeRecord]:
-        """Installed trees, those of the same package first, newest first: where to look for chunks."""
-        return sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key)
+    def newest_of(self, ref: PackageRef) -> Iterator[tuple[str, Manifest]]:
+        """Installed trees and their manifests, of the same package first, newest first: where to look for chunks."""
+        for record in sorted(self.trees(), key=lambda record: record.package.lower() != ref.id.key):
+            if manifest := self.manifest(record):
+                yield record.path, manifest
 
     def _write(self, folder: str, name: str, data: bytes) -> None:
         path = os.path.join(self.home, folder)
-        if not os.path.isdir(path):
-            os.makedirs(self.home, mode=0o700, exist_ok=True)
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            sync_folder(self.home)
-        write_durably(os.path.join(path, name), data, mode=0o600)
+        with disk_errors(self.home):
+            if not os.path.isdir(path):
+                os.makedirs(self.home, mode=0o700, exist_ok=True)
+                os.makedirs(path, mode=0o700, exist_ok=True)
+                sync_folder(self.home)
+            write_durably(os.path.join(path, name), data, mode=0o600)
+
+
+def _settled_name(root: str) -> str:
+    return f"{hashlib.sha256(root.encode()).hexdigest()[:40]}.json"
 
 
 def check_config(config: AgentConfig) -> None:
     """Whether relays can be looked for, and are named as they must be. Raises `UsageError`."""
-    discovery_of(config)
+    check_discovery(config)
     for relay in (*config.tokens, *config.plain_http):
         relay_key(relay)
 
@@ -243,7 +233,7 @@ def check_config(config: AgentConfig) -> None:
 def _finish_removals(releases: str) -> None:
     """Those that a crash interrupted."""
     for name in _names(releases):
-        if name.startswith(_REMOVED):
+        if name.startswith(REMOVED):
             shutil.rmtree(os.path.join(releases, name), ignore_errors=True)
 
 

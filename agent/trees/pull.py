@@ -8,9 +8,7 @@ import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import msgspec
 from ulid import ULID
 
 from agent import platform
@@ -34,6 +32,7 @@ from relay.package.chunk import Chunk
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.protocol.client import ManifestDocument, RelayClient
+from relay.protocol.messages import EncodedBytes
 from relay.support.progress import Progress
 from relay.transfer.download import (
     PERSISTENCE,
@@ -47,6 +46,7 @@ from relay.transfer.download import (
     download,
     sum_encodings,
 )
+from relay.trust.envelopes import check_manifest_signature, verify_package
 from relay.trust.keys import TrustPins
 
 _OTHERS_MAX = 8
@@ -75,7 +75,15 @@ class PullRequest:
 
 @dataclass(slots=True)
 class Pulled:
-    """How it went: where each byte of the tree came from."""
+    """How it went: where each byte of the tree came from.
+
+    Attributes:
+        from_relays: chunks, bytes of the tree and of payload, by relay.
+        encodings: the same by encoding.
+        fallbacks: differences that could not be decoded, and were asked for again plainly.
+        wire_bytes: what crossed the lines to the relays in both directions, manifest included.
+        failed: relays that were left on the way, and why.
+    """
 
     package: str
     version: str
@@ -86,14 +94,10 @@ class Pulled:
     resumed_bytes: int = 0
     from_disk_bytes: int = 0
     from_relays: dict[str, dict[str, int]] = field(default_factory=dict)
-    encodings: list[dict[str, Any]] = field(default_factory=list)
-    """The same by encoding: chunks, bytes of the tree and of payload."""
+    encodings: tuple[EncodedBytes, ...] = ()
     fallbacks: int = 0
-    """Differences that could not be decoded, and were asked for again plainly."""
     wire_bytes: int = 0
-    """Crossed the lines to the relays in both directions, manifest included."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Relays that were left on the way, and why."""
     switched: bool = False
     seconds: float = 0.0
 
@@ -119,15 +123,17 @@ async def pull(
             failed disk says it holds is not to be built upon.
     """
     started = time.monotonic()
-    root = os.path.abspath(request.root)  # noqa: ASYNC240 - contacts no disk
-    _require_trust(request, pins)
+    request = replace(request, root=os.path.abspath(request.root))  # noqa: ASYNC240 - contacts no disk
+    if pins is None and (request.signed or request.digest is None):
+        raise _no_pins()
     unwell = await sources.measure()
     finder = _Finder(request, state, sources, pins)
     manifest = await finder.manifest()
-    record = await asyncio.to_thread(_whole_tree, state, root, manifest, thorough=request.thorough)
+    record = await asyncio.to_thread(_whole_tree, state, request, manifest)
     result = _result(manifest, record, unwell | finder.failed)
     if record is None:
-        build = _Build(manifest, root, state, sources, result, progress, request.label, finder.signature, stall_seconds)
+        limits = DownloadLimits(persistence=replace(PERSISTENCE, patience=stall_seconds))
+        build = _Build(request, manifest, finder.signature, state, sources, result, progress, limits)
         record = await build.run(finder.remaining())
     else:
         await asyncio.to_thread(_tidy_up, state, record, manifest, finder.signature)
@@ -150,7 +156,10 @@ def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -
     manifest = state.manifest(record) if record is not None else None
     if record is None or manifest is None or manifest.package != request.package:
         return None
-    if request.signed and not _is_vouched_for(manifest, state.signature(manifest.id), pins):
+    try:
+        if request.signed:
+            check_signature(manifest, state.signature(manifest.id), pins)
+    except SignatureError:
         return None
     if not looks_whole(record.path, manifest):
         return None
@@ -170,22 +179,12 @@ def looks_whole(tree: str, manifest: Manifest) -> bool:
     return True
 
 
-def _is_vouched_for(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> bool:
-    try:
-        check_signature(manifest, signature, pins)
-    except SignatureError:
-        return False
-    return True
-
-
 def check_signature(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> None:
     """Check that a pinned package key signed exactly this manifest.
 
     Raises:
         SignatureError: none did.
     """
-    from relay.trust.envelopes import check_manifest_signature
-
     if pins is None:
         raise _no_pins()
     if not signature:
@@ -219,15 +218,10 @@ def _no_pins() -> SignatureError:
     )
 
 
-def _require_trust(request: PullRequest, pins: TrustPins | None) -> None:
-    if pins is None and (request.signed or request.digest is None):
-        raise _no_pins()
-
-
-def _whole_tree(state: AgentState, root: str, manifest: Manifest, *, thorough: bool) -> TreeRecord | None:
+def _whole_tree(state: AgentState, request: PullRequest, manifest: Manifest) -> TreeRecord | None:
     """The installed tree; one that was edited or damaged does not count, as far as it was looked at."""
-    record = state.installed(root, manifest.id)
-    check = is_whole if thorough else looks_whole
+    record = state.installed(request.root, manifest.id)
+    check = is_whole if request.thorough else looks_whole
     return record if record is not None and check(record.path, manifest) else None
 
 
@@ -237,52 +231,42 @@ def _tidy_up(state: AgentState, record: TreeRecord, manifest: Manifest, signatur
         state.keep_signature(manifest.id, signature)
 
 
+@dataclass(eq=False)
 class _Build(Receiver):
     """One tree on its way from sources to the disk, and the tally of it in `result`."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        root: str,
-        state: AgentState,
-        sources: Sources,
-        result: Pulled,
-        progress: Progress | None,
-        label: str | None,
-        signature: bytes,
-        stall_seconds: float,
-    ) -> None:
-        self.limits = DownloadLimits(persistence=replace(PERSISTENCE, patience=stall_seconds))
-        self._signature = signature
-        self._label = label or manifest.package.version.normalized
-        self._manifest = manifest
-        self._root = root
-        self._state = state
-        self._sources = sources
-        self._result = result
-        self._progress = progress
-        self._done = self._whole = 0
+    request: PullRequest
+    manifest: Manifest
+    signature: bytes
+    state: AgentState
+    sources: Sources
+    result: Pulled
+    progress: Progress | None
+    limits: DownloadLimits
+    done: int = 0
+    whole: int = 0
 
     async def run(self, order: list[AnySource]) -> TreeRecord:
-        tree = self._tree = await asyncio.to_thread(IncomingTree, self._root, self._manifest, f"{self._label}-{ULID()}")
+        target = f"{self.request.label or self.manifest.package.version.normalized}-{ULID()}"
+        tree = self.tree = await asyncio.to_thread(IncomingTree, self.request.root, self.manifest, target)
         try:
             path = await self._fill(tree, order)
             label, _, ulid = tree.target.rpartition("-")
             record = await asyncio.to_thread(
-                lambda: self._state.record(
-                    self._manifest, ulid=ulid, root=self._root, path=path, label=label, signature=self._signature
+                lambda: self.state.record(
+                    self.manifest, ulid=ulid, root=self.request.root, path=path, label=label, signature=self.signature
                 )
             )
             await asyncio.to_thread(tree.clear)
             return record
         finally:
-            tree.close()
+            await asyncio.to_thread(tree.close)
 
     async def _fill(self, tree: IncomingTree, order: list[AnySource]) -> str:
         """Every chunk from wherever it is nearest: the interrupted build, trees already here, the relays."""
         try:
-            self._whole = sum(self._manifest.chunks[i].size for i in tree.wanted)
-            self._result.resumed_bytes = self._done = sum(self._manifest.chunks[i].size for i in tree.have)
+            self.whole = sum(self.manifest.chunks[i].size for i in tree.wanted)
+            self.result.resumed_bytes = self.done = sum(self.manifest.chunks[i].size for i in tree.have)
             await asyncio.to_thread(self._take_installed, tree)
             await self._download(order)
             return await asyncio.to_thread(tree.finish)
@@ -292,83 +276,77 @@ class _Build(Receiver):
 
     def _take_installed(self, tree: IncomingTree) -> None:
         """Chunks that an installed tree still has, hashed as they are read."""
-        wanted = {self._manifest.chunk_id(i) for i in tree.missing}
-        for record in self._state.newest_of(self._manifest.package):
+        wanted = {self.manifest.chunk_id(i) for i in tree.missing}
+        for path, held in self.state.newest_of(self.manifest.package):
             if not wanted:
                 return
-            held = self._state.manifest(record)
-            if held is None:
-                continue
-            for chunk in take_from(record.path, held, wanted):
+            for chunk in take_from(path, held, wanted):
                 tree.write(chunk)
                 wanted.discard(chunk.id)
-                self._result.from_disk_bytes += chunk.size
+                self.result.from_disk_bytes += chunk.size
                 self._tell(chunk.size)
 
     async def _download(self, order: list[AnySource]) -> None:
         try:
-            tallies = await download(self._manifest, self._tree.missing, order, self)
+            tallies = await download(self.manifest, self.tree.missing, order, self)
         except NoSourceLeftError as error:
-            raise _sharpest(error, self._result.failed, self._manifest) from error
+            raise _sharpest(error, self.result.failed, self.manifest) from error
         for name, tally in tallies.items():
             self._count(name, tally)
-        self._result.encodings = [msgspec.to_builtins(each) for each in sum_encodings(tallies.values())]
-        self._result.fallbacks = sum(tally.fallbacks for tally in tallies.values())
+        self.result.encodings = tuple(sum_encodings(tallies.values()))
+        self.result.fallbacks = sum(tally.fallbacks for tally in tallies.values())
 
     # --- as the receiver of the download
 
     async def take(self, batch: Sequence[Received]) -> None:
         """As `Receiver`: into the tree."""
-        await asyncio.to_thread(_write_all, self._tree, [received.chunk for received in batch])
+        await asyncio.to_thread(_write_all, self.tree, [received.chunk for received in batch])
         self._tell(sum(received.chunk.size for received in batch))
 
     async def left(self, source: ChunkSource, error: WaystationError) -> None:
         """As `Receiver`."""
-        self._result.failed[source.name] = error.message
+        self.result.failed[source.name] = error.message
         if not isinstance(error, ChunksAbsentError):
-            self._sources.failed(source.name, error)
+            self.sources.failed(source.name, error)
 
     def goodput(self, source: str) -> float:
         """As `Receiver`."""
-        return self._sources.goodput(source)
+        return self.sources.goodput(source)
 
     async def bases(self) -> Holdings | None:
         """As `Receiver`."""
-        return await asyncio.to_thread(self._find_bases, self._tree.missing)
+        return await asyncio.to_thread(self._find_bases, self.tree.missing)
 
     def _find_bases(self, missing: Sequence[int]) -> Holdings | None:
         """What a relay may build on: the newest tree of the same package, and others that hold the same parts."""
         own: list[tuple[str, Manifest]] = []
         others: dict[ManifestId, tuple[str, Manifest]] = {}
-        for record in self._state.newest_of(self._manifest.package):
-            manifest = self._state.manifest(record)
-            if manifest is None:
-                continue
-            if manifest.package.id == self._manifest.package.id:
-                own.append((record.path, manifest))
+        for path, manifest in self.state.newest_of(self.manifest.package):
+            if manifest.package.id == self.manifest.package.id:
+                own.append((path, manifest))
             else:
-                others.setdefault(manifest.id, (record.path, manifest))
-        useful = worth_asking(self._manifest, missing, [manifest for _, manifest in others.values()])
+                others.setdefault(manifest.id, (path, manifest))
+        useful = worth_asking(self.manifest, missing, [manifest for _, manifest in others.values()])
         trees = own[:1] + [others[id] for id in useful[:_OTHERS_MAX]]
         return TreeHoldings(trees) if trees else None
 
     def _count(self, name: str, tally: SourceTally) -> None:
         if tally.chunks:
-            self._result.from_relays[name] = {
+            self.result.from_relays[name] = {
                 "chunks": tally.chunks,
                 "bytes": tally.bytes,
                 "payload_bytes": tally.payload_bytes,
             }
         if tally.error is None:
-            self._result.failed.pop(name, None)
+            self.result.failed.pop(name, None)
             # What went well before a source failed must not wash the failure away.
             for timing in tally.timings:
-                self._sources.succeeded(name, timing)
+                self.sources.succeeded(name, timing)
 
     def _tell(self, size: int) -> None:
-        self._done += size
-        if self._progress:
-            self._progress(self._done, self._whole)
+        self.done += size
+        if self.progress:
+            self.progress(self.done, self.whole)
 
 
 def _write_all(tree: IncomingTree, chunks: list[Chunk]) -> None:
@@ -406,7 +384,7 @@ def switch_to(record: TreeRecord) -> bool:
 
 
 class _Finder:
-    """Finds the manifest that is meant, and who has it; leaves behind every source that cannot help."""
+    """Finds the manifest that is meant, and the sources that have it; leaves every source that cannot help."""
 
     def __init__(self, request: PullRequest, state: AgentState, sources: Sources, pins: TrustPins | None) -> None:
         self._request = request
@@ -443,9 +421,7 @@ class _Finder:
         if self._request.digest is not None:
             document = await self._document(source, self._request.digest)
             return self._vouched_for(document, document.signature) if self._request.signed else document.manifest
-        assert self._pins is not None  # noqa: S101 - `_require_trust` was asked first
-        from relay.trust.envelopes import verify_package
-
+        assert self._pins is not None  # noqa: S101 - `pull` refused that before
         ref = self._request.package
         pointer = await source.package(ref.id, ref.version)
         statement = verify_package(pointer.signature, self._pins)
@@ -467,10 +443,8 @@ class _Finder:
 
     def _base(self) -> Manifest | None:
         """The manifest of the newest installed tree of the same package: against it, the new one costs little."""
-        for record in self._state.newest_of(self._request.package):
-            if record.package.lower() == self._request.package.id.key:
-                return self._state.manifest(record)
-        return None
+        _, newest = next(self._state.newest_of(self._request.package), ("", None))
+        return newest if newest is not None and newest.package.id == self._request.package.id else None
 
     def _verdict(self, errors: list[WaystationError]) -> WaystationError:
         told = "; ".join(f"{name}: {why}" for name, why in self.failed.items())

@@ -11,17 +11,17 @@ when a build is taken up again, each chunk that it names is read back and hashed
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
-import shutil
 import stat
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 from agent import platform
-from agent.disk import remove_folder, store_error
+from agent.disk import disk_errors, remove_folder
 from relay.encoding.bundle import Places
 from relay.encoding.choose_bases import Held
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
@@ -57,15 +57,13 @@ class IncomingTree:
         self.folder = _incoming(root, manifest)
         self.tree = os.path.join(self.folder, "tree")
         self.have: set[int] = set()
-        # Two threads may write; a third may close or clear while one of them still does.
+        # Two threads may write; a third may close or clear while one of them still does, or finishes.
         self._writing = threading.Lock()
         self._lock: int | None = None
         self._map: int | None = None
         try:
-            self._open()
-        except OSError as error:
-            self.close()
-            raise store_error(error, self.releases, full_hint=_FULL_HINT) from error
+            with disk_errors(self.releases, full_hint=_FULL_HINT):
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -91,12 +89,10 @@ class IncomingTree:
         with self._writing:
             if self._map is None:
                 raise StoreError(f"the build in {self.folder} was given up")
-            try:
+            with disk_errors(self.folder, full_hint=_FULL_HINT):
                 for place in self._places[chunk.id]:
                     self._write_at(place, chunk.data)
                 os.write(self._map, _INDEX.pack(index))
-            except OSError as error:
-                raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
             self.have.add(index)
 
     def finish(self) -> str:
@@ -108,21 +104,19 @@ class IncomingTree:
         """
         assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
         final = os.path.join(self.releases, self.target)
-        try:
+        with self._writing, disk_errors(self.folder, full_hint=_FULL_HINT):
             if not self.is_moved:
                 self._make_empty_parts()
                 self._set_modes()
                 platform.sync_tree(self.tree, self._files(), self._folders())
                 os.rename(self.tree, final)
             sync_folder(self.releases)
-        except OSError as error:
-            raise store_error(error, self.folder, full_hint=_FULL_HINT) from error
         return final
 
     def clear(self) -> None:
         """Remove what the build needed; the tree itself stands elsewhere by now. (Also gives up a build.)"""
         with self._writing:
-            _remove(self.folder)
+            remove_folder(self.folder)
             self._close()
 
     def close(self) -> None:
@@ -206,14 +200,13 @@ class IncomingTree:
     def _write_at(self, place: int, data: bytes) -> None:
         view = memoryview(data)
         for extent in self.manifest.extents[place]:
-            descriptor = self._open_part(extent.part)
-            try:
+            with self._open_part(extent.part) as descriptor:
                 platform.write_at(descriptor, view[: extent.length], extent.offset)
-            finally:
-                os.close(descriptor)
             view = view[extent.length :]
 
-    def _open_part(self, part: int) -> int:
+    @contextmanager
+    def _open_part(self, part: int) -> Iterator[int]:
+        """A descriptor of the part's file, which is made, with its whole size, where it is not there."""
         path = self._path(part)
         try:
             descriptor = platform.open_for_writing(path)
@@ -224,20 +217,20 @@ class IncomingTree:
             size = self.manifest.parts[part].size
             if os.fstat(descriptor).st_size != size:
                 os.ftruncate(descriptor, size)
-        except BaseException:
+            yield descriptor
+        finally:
             os.close(descriptor)
-            raise
-        return descriptor
 
     # --- finishing
 
     def _make_empty_parts(self) -> None:
         for part in range(self.manifest.tree_parts):
             if self.manifest.parts[part].size == 0:
-                os.close(self._open_part(part))
+                with self._open_part(part):
+                    pass
 
     def _set_modes(self) -> None:
-        """Whatever the umask was: who runs a service must be able to read what was installed for it."""
+        """The user of a service must be able to read what was installed for it, and the umask may forbid that."""
         for part in range(self.manifest.tree_parts):
             platform.set_mode(self._path(part), executable=self.manifest.parts[part].executable)
         for folder in self._folders():
@@ -261,7 +254,7 @@ def clear_leftovers(root: str, manifest: Manifest) -> None:
             return
         lock = platform.lock_file(os.path.join(folder, "lock"))
         if lock is not None:
-            _remove(folder)
+            remove_folder(folder)
             os.close(lock)
 
 
@@ -269,35 +262,22 @@ def _incoming(root: str, manifest: Manifest) -> str:
     return os.path.join(os.path.abspath(root), "releases", f".incoming-{manifest.id}")
 
 
-def _remove(folder: str) -> None:
-    aside = f"{folder}.removed"
-    shutil.rmtree(aside, ignore_errors=True)
-    remove_folder(folder, aside)
-
-
 def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
     """The bytes of one chunk out of a tree of `manifest`, not verified; None where the files are not as they should be."""
-    pieces = []
-    for extent in manifest.extents[index]:
-        piece = _read_extent(os.path.join(tree, manifest.parts[extent.part].path), extent)
-        if piece is None:
-            return None
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _read_extent(path: str, extent: Extent) -> bytes | None:
     try:
-        descriptor = platform.open_for_reading(path)
+        return b"".join(_read_extent(tree, manifest, extent) for extent in manifest.extents[index])
     except OSError:
         return None
-    try:
-        piece = platform.read_at(descriptor, extent.length, extent.offset)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return piece if len(piece) == extent.length else None
+
+
+def _read_extent(tree: str, manifest: Manifest, extent: Extent) -> bytes:
+    """Raises `OSError`, also where the file ends before."""
+    path = os.path.join(tree, manifest.parts[extent.part].path)
+    with os.fdopen(platform.open_for_reading(path), "rb", buffering=0) as file:
+        piece = platform.read_at(file.fileno(), extent.length, extent.offset)
+    if len(piece) != extent.length:
+        raise OSError(f"{path} is shorter than it was")
+    return piece
 
 
 def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk]:
@@ -354,11 +334,8 @@ def _good_chunks(tree: str, manifest: Manifest) -> Iterator[int]:
 def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Compare an installed tree with its manifest, every byte: (path, what is wrong) for each difference."""
     expected = {part.path for part in manifest.parts[: manifest.tree_parts]}
-    bad_chunks: set[str] = set()
-    for index in range(manifest.tree_chunks):
-        data = read_chunk(tree, manifest, index)
-        if data is None or chunk_id(data) != manifest.chunk_id(index):
-            bad_chunks.update(_blame(tree, manifest, index))
+    bad_chunks = set(range(manifest.tree_chunks)).difference(_good_chunks(tree, manifest))
+    bad_parts = {path for index in bad_chunks for path in _blame(tree, manifest, index)}
     for part in manifest.parts[: manifest.tree_parts]:
         path = os.path.join(tree, part.path)
         try:
@@ -370,7 +347,7 @@ def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield part.path, "not a regular file"
         elif found.st_size != part.size:
             yield part.path, f"{found.st_size} bytes, expected {part.size}"
-        elif part.path in bad_chunks:
+        elif part.path in bad_parts:
             yield part.path, "other content"
         elif bool(found.st_mode & 0o111) != part.executable:
             yield part.path, "not executable" if part.executable else "executable"
@@ -386,16 +363,16 @@ def is_whole(tree: str, manifest: Manifest) -> bool:
 
 def _blame(tree: str, manifest: Manifest, index: int) -> Iterable[str]:
     """Which parts of a bad chunk are bad: by their own digests, where the chunk gathers several."""
-    from hashlib import sha256
-
     for extent in manifest.extents[index]:
         part = manifest.parts[extent.part]
         if len(manifest.extents[index]) == 1:
             yield part.path
             continue
-        data = _read_extent(os.path.join(tree, part.path), Extent(extent.part, 0, part.size))
-        if data is None or sha256(data).hexdigest() != manifest.part_sha256(extent.part):
-            yield part.path
+        with suppress(OSError):
+            whole = _read_extent(tree, manifest, Extent(extent.part, 0, part.size))
+            if hashlib.sha256(whole).hexdigest() == manifest.part_sha256(extent.part):
+                continue
+        yield part.path
 
 
 def _files_below(tree: str) -> Iterator[str]:
@@ -416,7 +393,7 @@ def _make_private(folder: str) -> None:
     if not platform.is_private(folder):
         raise UntrustedError(
             f"{folder} is not a folder that only this user can write to",
-            hint="Somebody else made it: look at it, then remove it",
+            hint="Another user made it: look at it, then remove it",
         )
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from orchestrator.commands.options import depot_location, depot_option, package_ref
+from orchestrator.commands.options import answer, depot_location, depot_option, package_ref
 from relay.errors import UsageError
-from relay.support.console import json_option, print_json, printable, progress_bars, size, table
+from relay.support.console import json_option, printable, progress_bars, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _CODINGS: Final = "zstd:3,zstd:19,zstd-prefix,hdiff"
 _SHOWN: Final = 20
 """Parts that are listed where not all are asked for."""
-_DIFF_HINT = "For example: waystation package diff Acme.Web 1.4.1 1.4.2, or two .nupkg files"
-_LINT_HINT = "For example: waystation package lint Acme.Web.1.4.2.nupkg, or: waystation package lint Acme.Web 1.4.2"
 
 
 # --- diff
@@ -69,12 +67,10 @@ def diff(names: tuple[str, ...], with_parts: bool, codings_text: str, depot: str
     with progress_bars() as bar, opened_packages(named, depot_location(depot), bar) as (old, new):
         found = compare(old, new, codings, bar("comparing"), with_parts=with_parts)
         document = _diff_document(old, new, found)
-    if as_json:
-        print_json(document)
-        return
-    click.echo(_diff_text(document, found.changes))
+    text = _diff_text(document, found.changes)
     if not with_parts and len(found.changes) > _SHOWN:
-        click.echo(f"and {len(found.changes) - _SHOWN} more parts: --parts lists all, and what each takes")
+        text += f"\nand {len(found.changes) - _SHOWN} more parts: --parts lists all, and what each takes"
+    answer(document, text, as_json=as_json)
 
 
 def _diff_document(old: OpenedPackage, new: OpenedPackage, found: Comparison) -> dict[str, Any]:
@@ -98,7 +94,8 @@ def _pair_named(names: tuple[str, ...]) -> list[NamedPackage]:
     if len(names) == 2:
         return [_file_named(name) for name in names]
     if len(names) != 3:
-        raise UsageError(f"{len(names)} names: expected ID OLD NEW, or two files", hint=_DIFF_HINT)
+        hint = "For example: waystation package diff Acme.Web 1.4.1 1.4.2, or two .nupkg files"
+        raise UsageError(f"{len(names)} names: expected ID OLD NEW, or two files", hint=hint)
     id, old, new = names
     return [_depot_named(id, old), _depot_named(id, new)]
 
@@ -211,10 +208,8 @@ def lint(names: tuple[str, ...], against: str | None, strict: bool, depot: str |
             watch = bar(f"looking into {each.name}")
             found = lint.lint_pair(others[0], package, watch) if others else lint.lint_alone(package, watch)
             results.append((package, others[0] if others else None, found))
-    if as_json:
-        print_json({"format": 1, "packages": [_lint_document(*result) for result in results]})
-    else:
-        click.echo("\n\n".join(_lint_text(*result) for result in results))
+    document = {"format": 1, "packages": [_lint_document(*result) for result in results]}
+    answer(document, "\n\n".join(_lint_text(*result) for result in results), as_json=as_json)
     return int(strict and any(found.can_be_mended for *_, found in results))
 
 
@@ -224,7 +219,8 @@ def _named_for_lint(names: tuple[str, ...]) -> list[NamedPackage]:
         return [_depot_named(*names)]
     if not all(are_files):
         odd = names[are_files.index(False)]
-        raise UsageError(f"{odd!r} is no file: expected .nupkg files, or ID VERSION", hint=_LINT_HINT)
+        hint = "For example: waystation package lint Acme.Web.1.4.2.nupkg, or: waystation package lint Acme.Web 1.4.2"
+        raise UsageError(f"{odd!r} is no file: expected .nupkg files, or ID VERSION", hint=hint)
     return [_file_named(name) for name in names]
 
 
@@ -248,11 +244,12 @@ def _lint_text(package: OpenedPackage, other: OpenedPackage | None, found: Lint)
     if not found.findings:
         lines = [f"{head}: nothing that differs from build to build"]
     else:
+        notes = sum(finding.is_note for finding in found.findings)
         headers = ["", "rule", "ours", "zip", "what"]
         rows = [_finding_row(finding) for finding in found.findings]
         how = "measured between the two" if other else "tried, as if all of it were built again"
         lines = [
-            f"{head}: {_number(found)}",
+            f"{head}: {len(found.findings) - notes} to mend, {notes} to note",
             table(headers, rows, right=frozenset({2, 3})),
             f"ours: bytes for each site as we send it ({how}); zip: where the zip's own bytes are compared (rsync, Octodiff)",
         ]
@@ -265,11 +262,6 @@ def _lint_text(package: OpenedPackage, other: OpenedPackage | None, found: Lint)
     if found.other_parts:
         lines.append(f"{found.other_parts} parts differ in more than that: see 'waystation package diff --parts'")
     return "\n".join(lines)
-
-
-def _number(found: Lint) -> str:
-    notes = sum(finding.is_note for finding in found.findings)
-    return f"{len(found.findings) - notes} to mend, {notes} to note"
 
 
 def _finding_row(finding: Finding) -> list[str]:

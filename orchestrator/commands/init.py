@@ -6,7 +6,8 @@ import os
 
 import click
 
-from relay.support.console import json_option, print_json
+from orchestrator.commands.options import answer
+from relay.support.console import json_option
 
 
 @click.command(epilog="Example: waystation init")
@@ -17,9 +18,7 @@ def init(folder: str, as_json: bool) -> None:
     from orchestrator.files.scaffold import write_scaffold
 
     written = write_scaffold(folder)
-    if as_json:
-        print_json({"format": 1, "folder": os.path.abspath(folder), "written": written})
-        return
-    for path in written:
-        click.echo(f"wrote {path}")
-    click.echo("Edit them, then: waystation release plan --environment production --package web=1.0.0")
+    lines = [f"wrote {path}" for path in written]
+    lines.append("Edit them, then: waystation release plan --environment production --package web=1.0.0")
+    document = {"format": 1, "folder": os.path.abspath(folder), "written": written}
+    answer(document, "\n".join(lines), as_json=as_json)

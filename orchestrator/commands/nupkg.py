@@ -9,6 +9,7 @@ import click
 
 from orchestrator.commands import options
 from orchestrator.commands.options import (
+    answer,
     depot_location,
     depot_option,
     in_depot,
@@ -20,7 +21,6 @@ from relay.errors import UsageError
 from relay.support.console import (
     ca_file_option,
     json_option,
-    print_json,
     printable,
     progress_bars,
     run,
@@ -47,10 +47,10 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
     """
     ref = package_ref(id, version)
     document = _document(in_depot(depot, lambda opened: opened.details(ref)))
-    if as_json:
-        print_json({"format": 1} | document)
-        return
-    click.echo(f"{document['id']} {document['version']}")
+    answer({"format": 1} | document, _text(document), as_json=as_json)
+
+
+def _text(document: dict[str, Any]) -> str:
     provenance = document["provenance"]
     rows = [
         ["manifest", document["manifest"]],
@@ -59,14 +59,12 @@ def show(id: str, version: str, depot: str | None, as_json: bool) -> None:
         ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
         ["since", document["published"]],
         ["from", f"{provenance['how']} {provenance['source']}".strip()],
-        ["vouched by", provenance["verified_by"] or "whoever added it"],
+        ["vouched by", provenance["verified_by"] or "the person who added it"],
         ["description", str(document["metadata"].get("description", ""))[:200]],
         ["made again", _summary(document["exact"])],
     ]
-    for name, value in rows:
-        click.echo(f"  {name:12} {printable(value)}")
-    if document["exact"]:
-        click.echo(_shares(document["exact"]))
+    lines = [f"{document['id']} {document['version']}", *(f"  {name:12} {printable(value)}" for name, value in rows)]
+    return "\n".join([*lines, _shares(document["exact"])] if document["exact"] else lines)
 
 
 def _document(details: PackageDetails) -> dict[str, Any]:
@@ -178,9 +176,7 @@ def fetch(
             relay = RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file))
             fetched = run(fetch_from_relay(relay, ref, pins, path, bar(str(ref))))
     nupkg = fetched.manifest.nupkg
-    if as_json:
-        digests = {"size": nupkg.size, "sha256": nupkg.sha256, "sha512": nupkg.sha512}
-        print_json({"format": 1, "file": fetched.path, "new": fetched.new} | digests)
-    else:
-        what = "fetched" if fetched.new else "was there"
-        click.echo(printable(f"{what}  {fetched.path}  {size(nupkg.size)}  sha256:{nupkg.sha256}"))
+    digests = {"size": nupkg.size, "sha256": nupkg.sha256, "sha512": nupkg.sha512}
+    what = "fetched" if fetched.new else "was there"
+    text = printable(f"{what}  {fetched.path}  {size(nupkg.size)}  sha256:{nupkg.sha256}")
+    answer({"format": 1, "file": fetched.path, "new": fetched.new} | digests, text, as_json=as_json)

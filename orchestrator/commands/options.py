@@ -11,7 +11,7 @@ import click
 
 from relay.config import home
 from relay.errors import IdentityError, UsageError
-from relay.support.console import run
+from relay.support.console import print_json, run
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -89,6 +89,14 @@ def open_journal(paths: Paths) -> Journal:
     from orchestrator.journal.journal import Journal
 
     return Journal.open(paths.journal)
+
+
+def answer(document: object, text: str, *, as_json: bool) -> None:
+    """Print what a command found, as one JSON document or as text."""
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(text)
 
 
 def time_text(seconds: float) -> str:

@@ -10,7 +10,7 @@ import click
 from orchestrator.commands import options
 from orchestrator.commands.compare import diff, lint
 from orchestrator.commands.nupkg import fetch, show
-from orchestrator.commands.options import depot_option, in_depot, package_ref, pointer_document, trust_option
+from orchestrator.commands.options import answer, depot_option, in_depot, package_ref, pointer_document, trust_option
 from orchestrator.commands.replicate import replicate
 from relay.errors import UsageError, WaystationError
 from relay.support.console import json_option, print_json, printable, progress_bars, size, table
@@ -47,10 +47,8 @@ def pack(
         pack_file(folder, target, id=ref.id, version=ref.version, authors=authors, description=description)
     except OSError as error:
         raise UsageError(f"cannot pack: {error.filename or target}: {error.strerror}") from error
-    if as_json:
-        print_json({"format": 1, "file": target, "size": os.path.getsize(target)})
-    else:
-        click.echo(f"{target} ({size(os.path.getsize(target))})")
+    count = os.path.getsize(target)
+    answer({"format": 1, "file": target, "size": count}, f"{target} ({size(count)})", as_json=as_json)
 
 
 @package.command(
@@ -126,7 +124,7 @@ def add(
 
 
 class _Taken(NamedTuple):
-    """What is told of each package that was added, their manifests, and why each other file was refused."""
+    """What is shown of each package that was added, their manifests, and why each other file was refused."""
 
     documents: list[dict[str, Any]]
     manifests: list[Manifest]
@@ -163,13 +161,11 @@ def list_(depot: str | None, as_json: bool) -> None:
         return [pointer_document(pointer) for pointer in opened.catalog.all()]
 
     packages = in_depot(depot, listed)
-    if as_json:
-        print_json({"format": 1, "packages": packages})
-    elif packages:
-        rows = [[p["id"], p["version"], size(p["size"]), p["published"], p["provenance"]["source"]] for p in packages]
-        click.echo(table(["package", "version", "size", "since", "from"], rows, right=frozenset({2})))
-    else:
-        click.echo("the depot is empty: add a package with 'waystation package add FILE'")
+    rows = [[p["id"], p["version"], size(p["size"]), p["published"], p["provenance"]["source"]] for p in packages]
+    text = "the depot is empty: add a package with 'waystation package add FILE'"
+    if rows:
+        text = table(["package", "version", "size", "since", "from"], rows, right=frozenset({2}))
+    answer({"format": 1, "packages": packages}, text, as_json=as_json)
 
 
 @package.command(epilog="Example: waystation package remove Acme.Web 1.4.2")
@@ -181,10 +177,8 @@ def remove(id: str, version: str, depot: str | None, as_json: bool) -> None:
     """Take a package out of the depot. Relays and machines keep what they have."""
     ref = package_ref(id, version)
     removed = pointer_document(in_depot(depot, lambda opened: opened.remove(ref)))
-    if as_json:
-        print_json({"format": 1, "removed": removed})
-    else:
-        click.echo(f"removed {removed['id']} {removed['version']} from the depot")
+    text = f"removed {removed['id']} {removed['version']} from the depot"
+    answer({"format": 1, "removed": removed}, text, as_json=as_json)
 
 
 package.add_command(diff)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from orchestrator.commands.options import (
     DONE,
     FAILED,
     WITH_EXCLUSIONS,
+    answer,
     check_installed,
     depot_option,
     journal_option,
@@ -39,6 +41,22 @@ if TYPE_CHECKING:
     from orchestrator.plan.plan import Plan
     from relay.support.progress import Bar
 
+
+def _pairs(example: str, _context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE, as often as it was typed."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UsageError(
+                f"{option.opts[0]} {text!r} is not NAME=VALUE", hint=f"For example {option.opts[0]} {example}"
+            )
+        if name in pairs:
+            raise UsageError(f"{option.opts[0]}: {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
 _process_option = click.option(
     "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
 )
@@ -52,15 +70,17 @@ _environment_option = click.option(
 )
 _package_option = click.option(
     "--package",
-    "packages",
+    "versions",
     multiple=True,
+    callback=functools.partial(_pairs, "web=1.4.2"),
     metavar="NAME=VERSION",
     help="A version of a package of the process; once for each.",
 )
 _variable_option = click.option(
     "--variable",
-    "variables",
+    "prompts",
     multiple=True,
+    callback=functools.partial(_pairs, "change=CHG123456"),
     metavar="NAME=VALUE",
     help="An answer that the process asks for; may be repeated.",
 )
@@ -85,8 +105,8 @@ def release() -> None:
 def plan(
     label: str | None,
     environment: str,
-    packages: tuple[str, ...],
-    variables: tuple[str, ...],
+    versions: dict[str, str],
+    prompts: dict[str, str],
     process_path: str,
     depot: str | None,
     as_json: bool,
@@ -97,13 +117,9 @@ def plan(
     from orchestrator.plan.forecast import describe, document
 
     process, where = load_both(process_path, environment_path(environment))
-    versions, prompts = _versions(packages), _prompts(variables)
     label = label or next(iter(versions.values()), "0")
     made = run(plan_release(options.depot_location(depot), process, where, label, versions, prompts))
-    if as_json:
-        print_json(document(made))
-    else:
-        click.echo(describe(made))
+    answer(document(made), describe(made), as_json=as_json)
 
 
 @release.command(epilog="Example: waystation release create 1.4.2 --package web=1.4.2")
@@ -123,10 +139,10 @@ def plan(
 @json_option
 def create(
     label: str,
-    packages: tuple[str, ...],
+    versions: dict[str, str],
     process_path: str,
     environment: str | None,
-    variables: tuple[str, ...],
+    prompts: dict[str, str],
     depot: str | None,
     trust_folder: str | None,
     journal: str | None,
@@ -143,34 +159,15 @@ def create(
     where = None if environment is None else load_environment(environment_path(environment))
     with open_journal(paths) as opened, progress_bars() as bar:
         made, new = run(
-            create_release(
-                paths,
-                opened,
-                label,
-                process,
-                _versions(packages),
-                environment=where,
-                prompts=_prompts(variables),
-                bar=bar,
-            )
+            create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar)
         )
-    if as_json:
-        print_json(
-            {
-                "format": 1,
-                "project": made.project,
-                "label": made.label,
-                "new": new,
-                "packages": {
-                    n: {"id": p.id, "version": p.version, "manifest": p.manifest} for n, p in made.packages.items()
-                },
-            }
-        )
-        return
-    click.echo(f"release {made.label} of {made.project}" + ("" if new else " was there already, the same"))
+    packages = {n: {"id": p.id, "version": p.version, "manifest": p.manifest} for n, p in made.packages.items()}
+    document = {"format": 1, "project": made.project, "label": made.label, "new": new, "packages": packages}
+    lines = [f"release {made.label} of {made.project}" + ("" if new else " was there already, the same")]
     for name, package in made.packages.items():
         there = "" if package.manifest else f"  (from feed {package.feed} when it is deployed)"
-        click.echo(f"  {name}: {package.id} {package.version}{there}")
+        lines.append(f"  {name}: {package.id} {package.version}{there}")
+    answer(document, "\n".join(lines), as_json=as_json)
 
 
 @release.command(epilog="Example: waystation release schema process > release.schema.json")
@@ -205,8 +202,8 @@ def schema(kind: str) -> None:
 def deploy(
     label: str,
     environment: str,
-    packages: tuple[str, ...],
-    variables: tuple[str, ...],
+    versions: dict[str, str],
+    prompts: dict[str, str],
     process_path: str,
     project: str | None,
     adopt: bool,
@@ -229,11 +226,9 @@ def deploy(
 
     paths = paths_of(depot, trust_folder, journal)
     where = load_environment(environment_path(environment))
-    prompts = _prompts(variables)
-    process = load_process(process_path) if packages or os.path.exists(process_path) else None
+    process = load_process(process_path) if versions or os.path.exists(process_path) else None
     with open_journal(paths) as opened, progress_bars() as bar:
-        if packages and process is not None:
-            versions = _versions(packages)
+        if versions and process is not None:
             run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
         project = project or (process.value.project if process else None)
         request = DeployRequest(label, project, where, prompts, adopt)
@@ -334,10 +329,7 @@ def status(
                 click.echo(_shown(view, with_ledger=ledger))
             time.sleep(1.0)
             view = deployment_view(opened, ulid)
-        if as_json:
-            print_json(view)
-        else:
-            click.echo(_shown(view, with_ledger=ledger))
+        answer(view, _shown(view, with_ledger=ledger), as_json=as_json)
 
 
 @release.command(epilog="Example: waystation release history --environment production")
@@ -352,15 +344,13 @@ def history(environment: str | None, limit: int, journal: str | None, as_json: b
 
     with open_journal(paths_of(journal=journal)) as opened:
         found = summaries(opened, environment, limit)
-    if as_json:
-        print_json({"format": 1, "deployments": found})
-        return
     rows = [
         [s.deployment, time_text(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator]
         for s in found
     ]
     heads = ["deployment", "started", "environment", "release", "state", "by"]
-    click.echo(table(heads, rows) if rows else "nothing was deployed yet")
+    shown = table(heads, rows) if rows else "nothing was deployed yet"
+    answer({"format": 1, "deployments": found}, shown, as_json=as_json)
 
 
 @release.command(epilog="Example: waystation release log web1")
@@ -400,27 +390,7 @@ def log(
             time.sleep(0.3)
 
 
-# --- what was typed, and what is shown
-
-
-def _versions(given: tuple[str, ...]) -> dict[str, str]:
-    return _pairs(given, "--package", "web=1.4.2")
-
-
-def _prompts(given: tuple[str, ...]) -> dict[str, str]:
-    return _pairs(given, "--variable", "change=CHG123456")
-
-
-def _pairs(given: tuple[str, ...], option: str, example: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise UsageError(f"{option} {text!r} is not NAME=VALUE", hint=f"For example {option} {example}")
-        if name in pairs:
-            raise UsageError(f"{option}: {name} is given twice")
-        pairs[name] = value
-    return pairs
+# --- what is shown
 
 
 def _shown(view: DeploymentView, *, with_ledger: bool) -> str:

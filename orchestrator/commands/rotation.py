@@ -7,6 +7,7 @@ import click
 from orchestrator.commands.options import (
     DONE,
     FAILED,
+    answer,
     check_installed,
     journal_option,
     open_journal,
@@ -31,12 +32,9 @@ def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
 
     with open_journal(paths_of(journal=journal)) as opened:
         found = open_brackets(opened.brackets(environment))
-    if as_json:
-        print_json({"format": 1, "open": found})
-        return
     rows = [[b.machine, b.rotation, b.environment, time_text(b.since), b.label, b.owner] for b in found]
     heads = ["machine", "rotation", "environment", "out since", "opened by", "deployment"]
-    click.echo(table(heads, rows) if rows else "no machine is out")
+    answer({"format": 1, "open": found}, table(heads, rows) if rows else "no machine is out", as_json=as_json)
 
 
 @rotation.command(epilog="Example: waystation rotation close web2 --environment production")

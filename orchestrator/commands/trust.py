@@ -7,8 +7,8 @@ import os
 import click
 
 from orchestrator.commands import options
-from orchestrator.commands.options import trust_option
-from relay.support.console import json_option, print_json
+from orchestrator.commands.options import answer, trust_option
+from relay.support.console import json_option
 
 
 @click.group()
@@ -26,16 +26,15 @@ def init(trust_folder: str | None, as_json: bool) -> None:
     folder = options.trust_folder(trust_folder)
     pins = init_trust(folder)
     path = os.path.join(folder, PINS_FILE)
-    if as_json:
-        print_json(
-            {
-                "format": 1,
-                "trust": path,
-                "package": [key.fingerprint for key in pins.package],
-                "order": [key.fingerprint for key in pins.order],
-            }
-        )
-        return
-    click.echo(f"package key  {pins.package[0].fingerprint}")
-    click.echo(f"order key    {pins.order[0].fingerprint}")
-    click.echo(f"give {path} to every agent: waystation agent init --trust trust.json")
+    document = {
+        "format": 1,
+        "trust": path,
+        "package": [key.fingerprint for key in pins.package],
+        "order": [key.fingerprint for key in pins.order],
+    }
+    text = (
+        f"package key  {pins.package[0].fingerprint}\n"
+        f"order key    {pins.order[0].fingerprint}\n"
+        f"give {path} to every agent: waystation agent init --trust trust.json"
+    )
+    answer(document, text, as_json=as_json)

@@ -167,7 +167,7 @@ def lint_alone(package: OpenedPackage, progress: Progress | None = None) -> Lint
     for part in package.manifest.parts:
         done += part.size
         data = _worth_reading(package, part.path)
-        zipped = _compressed(package, part.path)
+        zipped = package.zip_part[part.path].compressed_size
         if (assembly := read_assembly(data)) is not None:
             if not assembly.deterministic:
                 cost = delta_bytes(data, rebuilt(data, assembly, _OF_A_BUILD))
@@ -243,10 +243,6 @@ def _worth_reading(package: OpenedPackage, path: str) -> bytes:
         return package.part(path) if size <= _NUSPEC_MAX else b""
     is_executable = size <= ASSEMBLY_MAX and package.part(path, 0, 2) == b"MZ"
     return package.part(path) if is_executable else b""
-
-
-def _compressed(package: OpenedPackage, path: str) -> int:
-    return package.zip_part[path].compressed_size
 
 
 def _certificate(data: bytes, assembly: Assembly) -> bytes:

@@ -244,7 +244,7 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         await context.recorder.record(Acquired(name, report.facts))
         return ""
 
-    # All answers are awaited before one is told: the reasons of all machines belong into one sentence.
+    # All answers are awaited first: the reasons of all machines belong into one sentence.
     reasons = [why for why in await together([pull(machine.name) for machine in context.plan.machines]) if why]
     if reasons:
         raise DeploymentFailedError(f"not every machine has everything, so no step began: {'; '.join(reasons)}")

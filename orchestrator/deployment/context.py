@@ -28,12 +28,15 @@ class DeploymentFailedError(WaystationError):
 
 @dataclass
 class StopToken:
-    """Whether anything new may start. What is in flight comes to its end in any case."""
+    """Whether anything new may start. What is in flight comes to its end in any case.
+
+    Attributes:
+        reason: why nothing may; empty while all goes on.
+        by_person: whether a person stopped it.
+    """
 
     reason: str = ""
-    """Why nothing may; empty while all goes on."""
     by_person: bool = False
-    """Whether a person stopped it."""
     _requested: asyncio.Event = field(default_factory=asyncio.Event)
 
     def request(self, reason: str, *, by_person: bool = False) -> None:
@@ -48,7 +51,13 @@ class StopToken:
 
 @dataclass
 class DeploymentContext:
-    """One deployment while it runs."""
+    """One deployment while it runs.
+
+    Attributes:
+        out: machines whose bracket is open.
+        refused_before: what agents had refused, by their own word, before any order of this deployment left; None until
+            all were met.
+    """
 
     plan: Plan
     recorder: Recorder
@@ -61,9 +70,7 @@ class DeploymentContext:
     bar: Bar
     stop: StopToken = field(default_factory=StopToken)
     out: set[str] = field(default_factory=set)
-    """Machines whose bracket is open."""
     refused_before: dict[str, tuple[str, ...]] | None = None
-    """What agents had refused, by their own word, before any order of this deployment left; None until all were met."""
 
     def operation(self, step: int, who: str, action: str, attempt: int = 1) -> OperationId:
         return OperationId.of(self.recorder.deployment, step, who, action, attempt)

@@ -47,14 +47,17 @@ ACKNOWLEDGE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How it ended."""
+    """How it ended.
+
+    Attributes:
+        left: machines whose turn failed, within what their step allows.
+        out: machines that are left out of their rotation.
+    """
 
     state: FinalState
     reason: str = ""
     left: tuple[str, ...] = ()
-    """Machines whose turn failed, within what their step allows."""
     out: tuple[str, ...] = ()
-    """Machines that are left out of their rotation."""
 
 
 async def deploy(

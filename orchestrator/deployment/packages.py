@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _FEED_POLICY: Final = FeedPolicy(allow_private=True)
 """A feed that the environment's file names is often one of the house. It still leads nowhere but to its own host."""
-_FEED_USER: Final = "waystation"
 
 
 def ref_of(package: PlannedPackage) -> PackageRef:
@@ -145,7 +144,7 @@ async def _take_from_feed(
 def _credentials(secret: str) -> FeedCredentials:
     """NuGet feeds take Basic: with a token as the password, they take any user."""
     user, colon, password = secret.partition(":")
-    return FeedCredentials(user, password) if colon else FeedCredentials(_FEED_USER, secret)
+    return FeedCredentials(user, password) if colon else FeedCredentials("waystation", secret)
 
 
 def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
@@ -204,17 +203,12 @@ async def build_scripts_package(
         return None
     scripts = await asyncio.to_thread(_read_scripts, folder, wanted)
     digests = {path: hashlib.sha256(data).hexdigest() for path, data in scripts.items()}
-    package = PlannedPackage(scripts_id(project), _scripts_version(digests))
+    package = PlannedPackage(f"Waystation.Scripts.{project}", _scripts_version(digests))
     await depot.catalog.load()
     there = depot.catalog.find(ref_of(package))
     if there is None or not await _holds(depot, there, digests):
         await _add_scripts(depot, package, scripts, project, signer)
     return await _filled(depot, package)
-
-
-def scripts_id(project: str) -> str:
-    """The id of the package of a project's scripts."""
-    return f"Waystation.Scripts.{project}"
 
 
 def _scripts_version(digests: Mapping[str, str]) -> str:
@@ -235,12 +229,9 @@ async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> 
     manifest = await depot.catalog.manifest(pointer.manifest_id)
     if manifest is None or not await depot.catalog.signature(manifest.id):
         return False
+    files = {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
     ids = set(manifest.chunk_ids())
-    return _files_of(manifest) == dict(digests) and await depot.store.chunks.has_many(ids) == ids
-
-
-def _files_of(manifest: Manifest) -> dict[str, str]:
-    return {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
+    return files == dict(digests) and await depot.store.chunks.has_many(ids) == ids
 
 
 async def _add_scripts(

@@ -168,11 +168,6 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     scripts: PlannedPackage | None = None
     files: tuple[ReleaseFile, ...] = ()
 
-    @property
-    def sha256_of(self) -> dict[str, str]:
-        """SHA-256 (hex) of each file, by its path."""
-        return {file.path: file.sha256 for file in self.files}
-
 
 @dataclass(frozen=True, slots=True)
 class FrozenRelease:
@@ -265,7 +260,8 @@ def open_release(document: bytes, envelope: bytes, keys: Sequence[PublicKey]) ->
         raise SignatureError(f"the signed document is no release: {error}") from error
     if (release.project, release.label) != (statement.project, statement.label):
         raise SignatureError(f"the release {release.label!r} is signed as {statement.label!r}")
-    if not all(map(_is_plain, (release.process_name, *release.sha256_of))) or "/" in release.process_name:
+    paths = [release.process_name, *(file.path for file in release.files)]
+    if not all(map(_is_plain, paths)) or "/" in release.process_name:
         raise SignatureError(f"the release {release.label!r} names files outside of its own folder")
     return release
 

@@ -15,8 +15,8 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -40,10 +40,7 @@ if TYPE_CHECKING:
 PROBE: Final = "probe"
 """Action of a look at a rotation. It changes nothing, so it is not recorded."""
 
-EndState = Literal["done", "failed", "stopped", "unknown"]
-
 _LOOK_SECONDS: Final = 0.05
-_KEY_DIGITS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +60,8 @@ class RunResult:
     exit_status: int | None
     reason: str
     log_path: str
-    state: EndState
+    state: Literal["done", "failed", "stopped", "unknown"]
     operation: OperationId
-
-
-@dataclass(eq=False)
-class _Mine:
-    """A run that this process waits for."""
-
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ServerRuns:
@@ -86,17 +75,13 @@ class ServerRuns:
         self._folder = os.path.abspath(folder)
         self._secrets = secrets
         self._recorder = recorder
-        self._mine: set[_Mine] = set()
 
     # --- scripts
 
-    def freeze(self, files: Iterable[FrozenFile]) -> list[str]:
+    def freeze(self, files: Iterable[FrozenFile]) -> None:
         """Copy each script and what stands beside it: from here on nothing that is edited there changes what runs.
 
-        What was copied before (the deployment is taken up again) stays as it is. Blocking.
-
-        Returns:
-            A sentence for each script that was edited since it was copied.
+        What was copied before stays as it is. Blocking.
 
         Raises:
             FileChangedError: a script is not the one that was planned.
@@ -106,20 +91,16 @@ class ServerRuns:
         by_folder: dict[str, list[FrozenFile]] = {}
         for file in files:
             by_folder.setdefault(self._snapshot(file), []).append(file)
-        notes = []
         for snapshot, together in by_folder.items():
-            if os.path.isdir(snapshot):
-                notes += [note for file in together for note in _edited(file)]
-            else:
+            if not os.path.isdir(snapshot):
                 self._copy(together, snapshot)
             for file in together:
                 self._frozen(file)
-        return notes
 
     def _snapshot(self, file: FrozenFile) -> str:
         """One for all scripts of a folder, as they may use each other and what else is there."""
         source = os.path.dirname(os.path.join(file.folder, file.path))
-        key = hashlib.sha256(os.fsencode(source)).hexdigest()[:_KEY_DIGITS]
+        key = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
         return os.path.join(self._folder, "scripts", key)
 
     def _copy(self, files: Iterable[FrozenFile], snapshot: str) -> None:
@@ -165,60 +146,31 @@ class ServerRuns:
         Raises:
             StoreError: our own folder or the journal cannot be written.
         """
-        with self._waiting() as mine:
-            made = 0
-            while True:
-                made += 1
-                await self._end_of_last(operation)
-                attempt = await asyncio.to_thread(self._next_attempt, operation)
-                await self._record(attempt, ServerRunDispatched(str(attempt), attempt.action, attempt.machine))
-                result = await self._attempt(run, attempt, extra, mine, made)
-                if made >= run.attempts or not _may_repeat(run, result) or await _stopped_within(mine, run.delay):
-                    return result
+        made = 0
+        while True:
+            made += 1
+            await self._end_of_last(operation)
+            attempt = await asyncio.to_thread(self._next_attempt, operation)
+            await self._record(attempt, ServerRunDispatched(str(attempt), attempt.action, attempt.machine))
+            result = await self._attempt(run, attempt, extra, made)
+            if made >= run.attempts or not _may_repeat(run, result):
+                return result
+            await asyncio.sleep(run.delay)
 
     async def take_up(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> RunResult | None:
         """What became of the last attempt that was begun, awaiting its end; None where there was none.
 
-        For a deployment that is taken up again. Nothing is begun a second time; of commands, those that never began are.
+        For what a dead process left. Nothing is begun a second time; of commands, those that never began are.
         The end is recorded (again, where the crash came right after it). Raises as `run` does.
         """
         attempts = await asyncio.to_thread(self._attempts, operation)
         if not attempts:
             return None
-        with self._waiting() as mine:
-            return await self._attempt(run, replace(operation, attempt=attempts[-1]), extra, mine, 1)
+        return await self._attempt(run, replace(operation, attempt=attempts[-1]), extra, 1)
 
-    async def stop_all(self) -> None:
-        """End everything that runs, also what an earlier process left; returns when it has ended.
-
-        A run that is awaited then returns "stopped", and makes no other attempt. What is begun later is not concerned.
-        """
-        mine = list(self._mine)
-        for each in mine:
-            each.stopping.set()
-        folders = await asyncio.to_thread(self._running)
-        for folder in folders:
-            await asyncio.to_thread(runs.stop, folder)
-        for each in mine:
-            await each.ended.wait()
-        for folder in folders:
-            await _until_ended(folder)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[_Mine]:
-        mine = _Mine()
-        self._mine.add(mine)
-        try:
-            yield mine
-        finally:
-            self._mine.discard(mine)
-            mine.ended.set()
-
-    async def _attempt(
-        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], mine: _Mine, made: int
-    ) -> RunResult:
-        log = self._log_path(operation)
-        outcome = await self._follow(run, operation, extra, log, mine)
+    async def _attempt(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int) -> RunResult:
+        log = os.path.join(self._folder, "logs", f"{operation.file_name}.log")
+        outcome = await self._follow(run, operation, extra, log)
         await self._record(
             operation,
             ServerRunEnded(
@@ -246,9 +198,7 @@ class ServerRuns:
         if operation.action != PROBE:
             await self._recorder.record(event)
 
-    async def _follow(
-        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], log: str, mine: _Mine
-    ) -> Outcome:
+    async def _follow(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], log: str) -> Outcome:
         """Start what did not begin yet of an attempt, and see all of it through."""
         folder = self.run_folder(operation)
         try:
@@ -260,10 +210,8 @@ class ServerRuns:
         spent, printed, output = 0.0, 0, self._open_log(log)
         outcome = Outcome("done", 0, "", 0.0, 0.0, 0)
         for number, (place, cwd, argv) in enumerate(series, 1):
-            if mine.stopping.is_set():
-                return Outcome("stopped", None, "it was stopped before it started", 0.0, 0.0, printed)
             spec = RunSpec(argv=argv, cwd=cwd, timeout=max(run.timeout - spent, 0.001), secret_names=names)
-            outcome = await _see_through(place, spec, environment, output, printed, mine)
+            outcome = await _see_through(place, spec, environment, output, printed)
             spent += max(outcome.ended - outcome.started, 0.0)
             printed += outcome.output_bytes
             if outcome.state != "done":
@@ -290,9 +238,6 @@ class ServerRuns:
     def run_folder(self, operation: OperationId) -> str:
         """Of one attempt."""
         return os.path.join(self._folder, "runs", operation.file_name)
-
-    def _log_path(self, operation: OperationId) -> str:
-        return os.path.join(self._folder, "logs", f"{operation.file_name}.log")
 
     def _open_log(self, path: str) -> LogFile:
         try:
@@ -326,12 +271,6 @@ class ServerRuns:
         except OSError as error:
             raise StoreError(f"cannot begin {operation}: {error.strerror}") from error
 
-    def _running(self) -> list[str]:
-        """Every runner's folder whose run has no end yet."""
-        base = os.path.join(self._folder, "runs")
-        found = (folder for name in _names(base) for folder in _runners(os.path.join(base, name)))
-        return [folder for folder in found if runs.state_of(folder) != "ended"]
-
     async def _end_of_last(self, operation: OperationId) -> None:
         """Nothing of the last attempt runs any more: what has a runner is awaited, what lost its runner is ended."""
         for number in (await asyncio.to_thread(self._attempts, operation))[-1:]:
@@ -341,7 +280,7 @@ class ServerRuns:
 
 
 async def _see_through(
-    folder: str, spec: RunSpec, environment: Mapping[str, str], output: LogFile, base: int, mine: _Mine
+    folder: str, spec: RunSpec, environment: Mapping[str, str], output: LogFile, base: int
 ) -> Outcome:
     """One process from its start (or from where it is) to its end."""
 
@@ -353,8 +292,6 @@ async def _see_through(
     try:
         # Harmless where it has begun.
         await asyncio.to_thread(runs.launch, folder, spec, environment)
-        if mine.stopping.is_set():
-            await asyncio.to_thread(runs.stop, folder)
         return await runs.watch(folder, take)
     except (UsageError, StoreError) as error:
         return Outcome("failed", None, str(error), 0.0, 0.0, 0)
@@ -366,13 +303,6 @@ async def _until_ended(folder: str) -> runs.RunState:
     return state
 
 
-async def _stopped_within(mine: _Mine, seconds: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await mine.stopping.wait()
-    return mine.stopping.is_set()
-
-
 def _may_repeat(run: ServerRun, result: RunResult) -> bool:
     return result.state == "failed" or (result.state == "unknown" and run.idempotent)
 
@@ -381,14 +311,6 @@ def _reason(run: ServerRun, outcome: Outcome, made: int, log: str) -> str:
     of = f" (attempt {made} of {run.attempts})" if run.attempts > 1 else ""
     see = f"; see {log}" if outcome.output_bytes else ""
     return f"{run.name!r} on the server{of}: {outcome.reason}{see}"
-
-
-def _edited(file: FrozenFile) -> list[str]:
-    try:
-        read_beside(file)
-    except WaystationError as error:
-        return [f"{error.message}; the deployment goes on with the copy that it began with"]
-    return []
 
 
 def _runners(attempt: str) -> list[str]:

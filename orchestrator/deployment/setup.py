@@ -109,7 +109,7 @@ def _plan(release: Release, journal: Journal, request: DeployRequest, folder: st
     """Unpack the release into the deployment's folder, and plan with what it holds."""
     make_private_folder(os.path.dirname(folder))
     make_private_folder(folder)
-    files = {sha256: journal.release_file(sha256) for sha256 in set(release.sha256_of.values())}
+    files = {sha256: journal.release_file(sha256) for sha256 in {file.sha256 for file in release.files}}
     process = unpack_release(release, files, os.path.join(folder, "process"))
     return make_plan(
         load_process(process),

@@ -7,7 +7,7 @@ stands what then happens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -58,12 +58,10 @@ _LOOK_AGAIN = 1.0
 
 @dataclass(slots=True)
 class StepsOutcome:
-    """How the steps went."""
+    """How the steps went: why steps `failed`, in order; `left` are machines whose turn failed within what their step allows."""
 
     failed: list[str] = field(default_factory=list)
-    """Why steps failed, in order."""
     left: list[str] = field(default_factory=list)
-    """Machines whose turn failed within what their step allows."""
 
 
 async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]) -> StepsOutcome:
@@ -113,15 +111,8 @@ async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
 async def _on_machines(
     context: DeploymentContext, step: MachineStep, facts: Mapping[str, SurveyFacts], outcome: StepsOutcome
 ) -> str:
-    """Start turns as the window allows until all are through. Why the step failed; empty where it did not."""
-    rolling_step = RollingStep(context, step, facts)
-    try:
-        roll = await rolling_step.run()
-    except asyncio.CancelledError:
-        rolling_step.leave()
-        raise
-    finally:
-        await rolling_step.wait_for_all()
+    """Why the step failed; empty where it did not."""
+    roll = await RollingStep(context, step, facts).run()
     if roll.stopped:
         return roll.stopped
     outcome.left += roll.failed
@@ -138,6 +129,22 @@ class RollingStep:
         self._running: dict[asyncio.Task[TurnOutcome], str] = {}
 
     async def run(self) -> Roll:
+        """Start turns as the window allows until all are through.
+
+        No turn is left behind, whatever ends the step: each comes to its own end, or to where it was left.
+        """
+        try:
+            return await self._roll()
+        except asyncio.CancelledError:
+            # What runs runs on, and what is open stays listed as open.
+            for task in self._running:
+                task.cancel()
+            raise
+        finally:
+            if self._running:
+                await asyncio.wait(self._running)
+
+    async def _roll(self) -> Roll:
         roll = await self._pass_current(rolling.begin(self._step))
         stuck_since: float | None = None
         clock = asyncio.get_running_loop().time
@@ -159,16 +166,6 @@ class RollingStep:
                     roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
         return roll
-
-    def leave(self) -> None:
-        """Wait no longer: what runs runs on, and what is open stays listed as open."""
-        for task in self._running:
-            task.cancel()
-
-    async def wait_for_all(self) -> None:
-        """No turn is left behind, whatever ended the step: each comes to its own end, or to where it was left."""
-        if self._running:
-            await asyncio.wait(self._running)
 
     async def _pass_current(self, roll: Roll) -> Roll:
         """Machines on which all of this was done before have no turn."""
@@ -217,16 +214,13 @@ class MachineTurnRunner:
         self._turn = planned
         self._facts = _facts_of(context, step, planned, facts)
         self.shape = turn.shape_of(step, planned, self._facts, is_out=planned.machine in context.out)
-
-    @property
-    def variables(self) -> dict[str, str]:
-        return {**self._turn.variables, "DEPLOYMENT": self._context.recorder.deployment}
+        self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
 
     async def run(self) -> TurnOutcome:
         machine, number = self._turn.machine, self._step.number
         await self._context.recorder.record(TurnStarted(machine, number))
         state = turn.begin(self.shape)
-        while not isinstance(do := turn.next_do(state), End):
+        while not isinstance(do := state.do, End):
             state = turn.did(state, await self._do(do))
         result = do.result
         await self._context.recorder.record(
@@ -296,16 +290,13 @@ class MachineTurnRunner:
         attempts, delay = (1, 0.0) if isinstance(action, SwitchAction) else (action.attempts, action.delay)
         name = f"{index + 1}-{action.name}"
         for attempt in range(1, attempts + 1):
-            report = await self._perform(name, attempt, action)
+            operation = self._operation(name, attempt)
+            report = await self._context.fleet.perform(operation, self._order(action, operation))
             again = report.state == "failed" or (report.state == "unknown" and _may_repeat(action))
             if not again or attempt == attempts:
                 return _done_by(report)
             await asyncio.sleep(delay)
         raise AssertionError("unreachable")
-
-    async def _perform(self, name: str, attempt: int, action: ApplyAction) -> Report:
-        operation = self._operation(name, attempt)
-        return await self._context.fleet.perform(operation, self._order(action, operation))
 
     def _operation(self, name: str, attempt: int = 1) -> OperationId:
         return self._context.operation(self._step.number, self._turn.machine, name, attempt)
@@ -319,20 +310,17 @@ class MachineTurnRunner:
             case ScriptAction():
                 scripts = self._context.plan.scripts
                 assert scripts is not None  # noqa: S101 - made with the release wherever a machine runs a script
+                # Only this machine can open the secrets, and only in this operation.
+                sealing = self._context.fleet.presence(self._turn.machine).sealing
                 return RunScript(
                     package=scripts.manifest,
                     path=action.path,
                     variables={**self.variables, **action.variables, "ATTEMPT": str(operation.attempt)},
-                    secrets=self._sealed(action.secrets, operation),
+                    secrets=self._context.secrets.sealed(action.secrets, sealing, str(operation)),
                     root=self._turn.root,
                     timeout=action.timeout,
                     idempotent=action.idempotent,
                 )
-
-    def _sealed(self, names: Collection[str], operation: OperationId) -> dict[str, bytes]:
-        """Secrets as only this machine can open them, and only in this operation."""
-        sealing = self._context.fleet.presence(self._turn.machine).sealing
-        return self._context.secrets.sealed(names, sealing, str(operation))
 
     async def _settle(self) -> Done:
         manifest = self._context.plan.packages[self._step.package].manifest
@@ -392,8 +380,6 @@ def _for_old(check: TimedCheck, facts: TreeFacts | None) -> TimedCheck:
             what = replace(what, host=filled(what.host))
         case CommandCheck():
             what = replace(what, argv=tuple(map(filled, what.argv)))
-        case _:
-            pass
     return replace(check, check=what)
 
 

@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What adding a nupkg came to."""
+    """What adding a nupkg came to. `new` is False where the same nupkg was there already."""
 
     pointer: Pointer
     manifest: Manifest
     new: bool
-    """False where the same nupkg was there already."""
     chunks_stored: int
 
 
@@ -129,7 +128,7 @@ class Depot:
 
         Args:
             manifest: of a listed package.
-            progress: is told of the nupkg's bytes whose encoder was looked for.
+            progress: hears of the nupkg's bytes whose encoder was looked for.
 
         Raises:
             ChunkInvalid: the depot's nupkg is damaged.

@@ -43,7 +43,6 @@ class FeedPolicy:
         allow_hosts: `host` (at its scheme's own port) or `host:port`, beside the feed's own.
         allow_http: a feed may be plain http beyond loopback.
         allow_private: names may resolve to private addresses (RFC 1918, unique local, shared), not to link-local ones.
-        trust_env: use the proxies of the environment; what a proxy connects to is then the proxy's to check.
         connect_seconds: to a connection, TLS included.
         answer_seconds: from the request to the head of its answer, redirects apart.
         window_seconds: a body must bring `window_bytes` in every such stretch of time.
@@ -58,7 +57,6 @@ class FeedPolicy:
     allow_hosts: tuple[str, ...] = ()
     allow_http: bool = False
     allow_private: bool = False
-    trust_env: bool = False
     connect_seconds: float = 15.0
     answer_seconds: float = 60.0
     window_seconds: float = 30.0

@@ -14,12 +14,10 @@ import hashlib
 import os
 import re
 import socket
-import urllib.request
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import aiohttp
 import msgspec
@@ -38,25 +36,6 @@ from relay.errors import (
 )
 from relay.package.identity import NuGetVersion, PackageId
 from relay.support.json_bounds import check_depth
-
-__all__ = [
-    "DownloadProgress",
-    "FeedCredentials",
-    "FeedDocumentError",
-    "FeedDownload",
-    "FeedIntegrityError",
-    "FeedPolicy",
-    "FeedPolicyError",
-    "FeedTooSlowError",
-    "VerifiedBy",
-    "download",
-    "parse_sha512",
-]
-
-DownloadProgress = Callable[[int, int | None], None]
-"""Called with the bytes received so far, and those announced."""
-
-VerifiedBy = Literal["feed", "given", "transport"]
 
 _T = TypeVar("_T")
 
@@ -86,20 +65,12 @@ class FeedDownload:
     """A nupkg that has arrived.
 
     Attributes:
-        path: the file.
-        size: bytes.
-        sha256: hex.
-        sha512: base64, as NuGet writes it.
         verified_by: `given`, by the SHA-512 that the caller gave; `feed`, by the one that the feed states;
             `transport`, by nothing but the connection.
         source_url: where it was asked for, without query.
     """
 
-    path: str
-    size: int
-    sha256: str
-    sha512: str
-    verified_by: VerifiedBy
+    verified_by: Literal["feed", "given", "transport"]
     source_url: str
 
 
@@ -112,7 +83,6 @@ async def download(
     sha512: str | None = None,
     policy: FeedPolicy | None = None,
     credentials: FeedCredentials | None = None,
-    progress: DownloadProgress | None = None,
     resolver: AbstractResolver | None = None,
 ) -> FeedDownload:
     """Fetch one nupkg into the new file `destination`, which is removed again if anything is wrong.
@@ -125,7 +95,6 @@ async def download(
         sha512: hex or base64; then the feed's own word is not asked for.
         policy: where to go and how long to bear with the feed.
         credentials: sent to the feed's own origin, and to no other.
-        progress: told after each piece.
         resolver: looks names up, by default the system's; what it answers is judged by the policy.
 
     Raises:
@@ -141,8 +110,9 @@ async def download(
     gate = FeedGate(feed_url, policy)
     given = None if sha512 is None else parse_sha512(sha512)
     try:
-        async with asyncio.timeout(policy.total_seconds), _Feed(gate, policy, credentials, resolver) as feed:
-            return await _download(feed, id, version, destination, given, progress)
+        async with asyncio.timeout(policy.total_seconds), _session(gate, policy, resolver) as session:
+            feed = _Feed(gate, policy, credentials, session)
+            return await _download(feed, id, version, destination, given)
     except TimeoutError as error:
         raise FeedTooSlowError(f"{gate.feed.host} took more than {policy.total_seconds:g} s in all") from error
 
@@ -153,24 +123,20 @@ def parse_sha512(text: str) -> bytes:
     Raises:
         UsageError: neither.
     """
-    digest = _decode_sha512(text)
-    if digest is None:
-        raise UsageError(
-            f"{text[:100]!r} is not a SHA-512", hint="expected 128 hex digits, or base64 as NuGet writes it"
-        )
-    return digest
+    if re.fullmatch(r"[0-9a-fA-F]{128}", text):
+        return bytes.fromhex(text)
+    with contextlib.suppress(ValueError):
+        digest = base64.b64decode(text, validate=True)
+        if len(digest) == 64:
+            return digest
+    raise UsageError(f"{text[:100]!r} is not a SHA-512", hint="expected 128 hex digits, or base64 as NuGet writes it")
 
 
 # --- the steps
 
 
 async def _download(
-    feed: _Feed,
-    id: PackageId,
-    version: NuGetVersion,
-    destination: str,
-    given: bytes | None,
-    progress: DownloadProgress | None,
+    feed: _Feed, id: PackageId, version: NuGetVersion, destination: str, given: bytes | None
 ) -> FeedDownload:
     resources = await _resources(feed)
     base = _find(resources, _PACKAGE_BASE)
@@ -181,7 +147,7 @@ async def _download(
     url = base / id.key / version.url / f"{id.key}.{version.url}.nupkg"
     sink = _Sink(destination)
     try:
-        await _fetch_nupkg(feed, url, sink, f"{id} {version}", progress)
+        await _fetch_nupkg(feed, url, sink, f"{id} {version}")
         found = await asyncio.to_thread(sink.finish)
         if expected is not None and found != expected:
             raise FeedIntegrityError(
@@ -190,14 +156,7 @@ async def _download(
     except BaseException:
         sink.discard()
         raise
-    return FeedDownload(
-        path=destination,
-        size=sink.size,
-        sha256=sink.sha256.hexdigest(),
-        sha512=base64.b64encode(found).decode(),
-        verified_by="given" if given else "feed" if expected else "transport",
-        source_url=_shown(url),
-    )
+    return FeedDownload("given" if given else "feed" if expected else "transport", _shown(url))
 
 
 async def _resources(feed: _Feed) -> list[_Resource]:
@@ -250,7 +209,7 @@ async def _catalog_entry(feed: _Feed, index: URL, version: NuGetVersion) -> _Ent
     return None
 
 
-async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: DownloadProgress | None) -> None:
+async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str) -> None:
     try:
         async with feed.get(url, accept_encoding="identity") as response:
             announced = response.content_length
@@ -260,8 +219,6 @@ async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: 
                 raise FeedDocumentError(f"the feed sends {name} in a content coding, which alters its bytes")
             async for piece in feed.body(response, feed.policy.nupkg_max):
                 await asyncio.to_thread(sink.write, piece)
-                if progress is not None:
-                    progress(sink.size, announced)
     except NotFoundError as error:
         raise NotFoundError(f"the feed {_shown(feed.gate.feed)} has no {name}") from error
     if not sink.head.startswith(_LOCAL_FILE_HEADER):
@@ -275,56 +232,42 @@ async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: 
 class _GuardedResolver(AbstractResolver):
     """Looks names up and lets the gate judge each answer; aiohttp then connects to these addresses, none other."""
 
-    def __init__(self, gate: FeedGate, inner: AbstractResolver, trusted: frozenset[str]) -> None:
+    def __init__(self, gate: FeedGate, inner: AbstractResolver) -> None:
         self._gate = gate
         self._inner = inner
-        self._trusted = trusted
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await self._inner.resolve(host, port, family)
-        if host not in self._trusted:
-            for each in found:
-                self._gate.check_address(host, each["host"])
+        for each in found:
+            self._gate.check_address(host, each["host"])
         return found
 
     async def close(self) -> None:
         await self._inner.close()
 
 
+def _session(gate: FeedGate, policy: FeedPolicy, resolver: AbstractResolver | None) -> aiohttp.ClientSession:
+    guarded = _GuardedResolver(gate, resolver or aiohttp.ThreadedResolver())
+    return aiohttp.ClientSession(
+        # No cache: a name is judged each time that it is used.
+        connector=aiohttp.TCPConnector(resolver=guarded, use_dns_cache=False),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        timeout=aiohttp.ClientTimeout(total=None, connect=policy.connect_seconds),
+        headers={"User-Agent": "waystation"},
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Feed:
     """Requests to one feed, every one of them through the gate."""
 
-    def __init__(
-        self,
-        gate: FeedGate,
-        policy: FeedPolicy,
-        credentials: FeedCredentials | None,
-        resolver: AbstractResolver | None,
-    ) -> None:
-        self.gate = gate
-        self.policy = policy
-        self._credentials = credentials
-        self._proxies = _proxies() if policy.trust_env else {}
-        trusted = frozenset(proxy.raw_host for proxy in self._proxies.values() if proxy.raw_host)
-        guarded = _GuardedResolver(gate, resolver or aiohttp.ThreadedResolver(), trusted)
-        self._session = aiohttp.ClientSession(
-            # No cache: a name is judged each time that it is used.
-            connector=aiohttp.TCPConnector(resolver=guarded, use_dns_cache=False),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=policy.connect_seconds),
-            headers={"User-Agent": "waystation"},
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._session.close()
+    gate: FeedGate
+    policy: FeedPolicy
+    credentials: FeedCredentials | None
+    session: aiohttp.ClientSession
 
     @contextlib.asynccontextmanager
     async def get(self, url: URL, *, accept_encoding: str) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -384,27 +327,17 @@ class _Feed:
 
     async def _request(self, url: URL, accept_encoding: str) -> aiohttp.ClientResponse:
         headers = {"Accept-Encoding": accept_encoding}
-        if self._credentials is not None and self.gate.is_own(url):
-            headers["Authorization"] = self._credentials.header
+        if self.credentials is not None and self.gate.is_own(url):
+            headers["Authorization"] = self.credentials.header
         try:
             async with asyncio.timeout(self.policy.connect_seconds + self.policy.answer_seconds):
-                return await self._session.get(url, headers=headers, allow_redirects=False, proxy=self._proxy(url))
+                return await self.session.get(url, headers=headers, allow_redirects=False)
         except TimeoutError as error:
             raise UnreachableError(f"{url.host} did not answer in time") from error
         except aiohttp.InvalidURL as error:
             raise FeedPolicyError(f"the feed names an unusable URL on {url.host}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise UnreachableError(f"cannot reach {url.host}: {error}") from error
-
-    def _proxy(self, url: URL) -> URL | None:
-        if url.scheme not in self._proxies or urllib.request.proxy_bypass(f"{url.host}:{url.port}"):
-            return None
-        return self._proxies[url.scheme]
-
-
-def _proxies() -> dict[str, URL]:
-    found = urllib.request.getproxies()
-    return {scheme: URL(found[scheme]) for scheme in ("http", "https") if scheme in found}
 
 
 def _redirect(url: URL, response: aiohttp.ClientResponse) -> URL:
@@ -465,17 +398,13 @@ class _Sink:
             raise RefusedError(f"cannot make the file {path}: {error.strerror}") from error
         self._path = path
         self._sha512 = hashlib.sha512()
-        self.sha256 = hashlib.sha256()
-        self.size = 0
         self.head = b""
 
     def write(self, piece: bytes) -> None:
         self.head = self.head or piece[:4]
         with _translated(self._path):
             self._file.write(piece)
-        self.sha256.update(piece)
         self._sha512.update(piece)
-        self.size += len(piece)
 
     def finish(self) -> bytes:
         """Close the file and return its SHA-512."""
@@ -524,10 +453,10 @@ class _Hashed(msgspec.Struct, frozen=True):
     def sha512(self) -> bytes | None:
         if not self.hash or (self.algorithm or "").upper() != "SHA512":
             return None
-        digest = _decode_sha512(self.hash)
-        if digest is None:
-            raise FeedDocumentError(f"the feed states {self.hash[:100]!r} as a SHA-512")
-        return digest
+        try:
+            return parse_sha512(self.hash)
+        except UsageError as error:
+            raise FeedDocumentError(f"the feed states {self.hash[:100]!r} as a SHA-512") from error
 
 
 class _Entry(_Hashed, frozen=True, kw_only=True):
@@ -571,13 +500,3 @@ def _parse_version(text: str) -> NuGetVersion | None:
         return NuGetVersion.parse(text)
     except IdentityError:  # Old feeds list versions that no client can ask for.
         return None
-
-
-def _decode_sha512(text: str) -> bytes | None:
-    if re.fullmatch(r"[0-9a-fA-F]{128}", text):
-        return bytes.fromhex(text)
-    try:
-        digest = base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-    return digest if len(digest) == 64 else None

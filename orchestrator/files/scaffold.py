@@ -110,12 +110,12 @@ _IN: Final = _ROTATION.format(
 _STATE: Final = _ROTATION.format(
     what="Say whether the machine is in service, and change nothing.",
     more="",
-    end="Ends with 0 where it is in service, with 1 where it is not, with anything else where nobody can tell.",
+    end="Ends with 0 where it is in service, with 1 where it is not, with anything else where it cannot tell.",
     example='# For example: show stat, and look at the status of web/MACHINE. "Cannot tell" is what this file says so far.',
     path="lb/state.py",
 ).replace(
     'sys.exit(f"lb/state.py is not written yet: nothing was done for {machine}")',
-    'print(f"lb/state.py is not written yet: nobody asked for {machine}", file=sys.stderr)\nsys.exit(2)',
+    'print(f"lb/state.py is not written yet: nothing was asked for {machine}", file=sys.stderr)\nsys.exit(2)',
 )
 
 _SHELL: Final = """\

@@ -54,22 +54,23 @@ class LostError(UnreachableError):
 
     def __init__(self, machine: str, seconds: float) -> None:
         super().__init__(f"{machine} is lost: no relay has seen it for {seconds:.0f} s")
-        self.machine = machine
-        self.seconds = seconds
 
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
-    """Seconds."""
+    """Seconds.
+
+    Attributes:
+        lost: without a relay that has seen a machine, or that takes its order.
+        look: between two looks at who is there, while something is in flight.
+        accept: for an agent that is there to say the first word about an order.
+        logs: for the rest of the output, after the last result.
+    """
 
     lost: float = LOST_SECONDS
-    """Without a relay that has seen a machine, or that takes its order."""
     look: float = 5.0
-    """Between two looks at who is there, while something is in flight."""
     accept: float = ACCEPT_SECONDS + SKEW_SECONDS
-    """For an agent that is there to say the first word about an order."""
     logs: float = 5.0
-    """For the rest of the output, after the last result."""
     pauses: Pauses = field(default_factory=Pauses)
 
 
@@ -152,7 +153,7 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         await self._room.__aenter__()
-        self._room.spawn(self._watch)
+        self._room.spawn(self._watch())
         return self
 
     async def __aexit__(
@@ -206,7 +207,9 @@ class Fleet:
         try:
             if not flight.result.done():
                 await self._recorder.record(Dispatched(str(operation), machine, flight.digest))
-                await self._dispatch(flight)
+                # To every relay of its machine. One that took it is enough, and so is a result that is there already.
+                flight.posting = self._room.post(flight.machine.relays, flight.letter)
+                await flight.posting.taken(self._limits.lost, flight.result)
             report = await flight.result
         finally:
             self._end(flight)
@@ -307,11 +310,6 @@ class Fleet:
         envelope = sign_order(order, self._signer)
         await self._book.keep(operation, envelope)
         return envelope
-
-    async def _dispatch(self, flight: _Flight) -> None:
-        """To every relay of its machine. Returns when one took it, or when the result is there already."""
-        flight.posting = self._room.post(flight.machine.relays, flight.letter)
-        await flight.posting.taken(self._limits.lost, flight.result)
 
     async def _send(self, operation: OperationId, action: Action) -> None:
         """A new order of which no result is awaited; it takes the next attempt."""

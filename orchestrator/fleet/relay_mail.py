@@ -7,7 +7,7 @@ to be believed, is the reader's (`orchestrator/fleet/fleet.py`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -37,15 +37,18 @@ class MailReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """Seconds."""
+    """Seconds.
+
+    Attributes:
+        first: after a relay failed; it doubles up to `longest`.
+        ask: for one relay to say who is there.
+        close: for letters on their way, when the room is closed.
+    """
 
     first: float = 0.2
-    """After a relay failed; it doubles up to `longest`."""
     longest: float = 5.0
     ask: float = 10.0
-    """For one relay to say who is there."""
     close: float = 1.0
-    """For letters on their way, when the room is closed."""
 
 
 class Posting:
@@ -105,8 +108,8 @@ class Mailroom:
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
         for name in self._relays:
-            self._reading.append(self._group.create_task(self._read_reports(name)))
-            self._reading.append(self._group.create_task(self._read_pieces(name)))
+            self.spawn(self._read_reports(name))
+            self.spawn(self._read_pieces(name))
         return self
 
     async def __aexit__(
@@ -118,13 +121,9 @@ class Mailroom:
             task.cancel()
         await self._group.__aexit__(kind, error, trace)
 
-    def spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+    def spawn(self, task: Coroutine[Any, Any, None]) -> None:
         """Let `task` run for as long as the room is open."""
-
-        async def run() -> None:
-            await task()
-
-        self._reading.append(self._group.create_task(run()))
+        self._reading.append(self._group.create_task(task))
 
     async def agents(self) -> Answers:
         """Ask every relay at once who is there; a relay that does not answer in time is answered for."""

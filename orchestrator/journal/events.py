@@ -30,10 +30,6 @@ class _Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         """The tag, as it stands in the journal's column `kind`."""
         return str(cls.__struct_config__.tag)
 
-    def encode(self) -> bytes:
-        """As JSON, the tag among its fields."""
-        return msgspec.json.encode(self)
-
 
 # --- the deployment
 
@@ -67,7 +63,7 @@ class Note(_Fact, frozen=True, tag="note"):
 
 
 class Notified(_Fact, frozen=True, tag="notified"):
-    """A receiver was told `event`; `error` says why that failed. `target` names it without its secrets."""
+    """A receiver has heard of `event`, or `error` says why not. `target` names it without its secrets."""
 
     event: str
     target: str
@@ -329,10 +325,12 @@ WrittenState = Literal["running", "succeeded", "failed", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class DeploymentRecord:
-    """A deployment as the journal lists it. Times are seconds since 1970; `ended` is None while it is running."""
+    """A deployment as the journal lists it.
+
+    `deployment` is its ULID. Times are seconds since 1970; `ended` is None while it is running.
+    """
 
     deployment: str
-    """Its ULID."""
     project: str
     label: str
     environment: str
@@ -361,7 +359,7 @@ _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def decode(data: bytes | str) -> Event:
-    """Read what `encode` wrote.
+    """Read an entry's JSON.
 
     Raises:
         StoreError: it is no event that this version knows.

@@ -34,7 +34,6 @@ from orchestrator.journal.events import (
     decode,
 )
 from orchestrator.journal.sqlite import Database
-from relay.config import home
 from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
 FORMAT: Final = 1
@@ -53,11 +52,11 @@ class StoredRelease:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a person told a running deployment (`deployment` None: any of the environment). `at` is seconds since 1970."""
+    """What a person told a running deployment. `at` is seconds since 1970."""
 
     number: int
     environment: str
-    deployment: str | None
+    deployment: str
     at: float
     operator: str
     kind: str
@@ -70,22 +69,23 @@ _LISTED = tuple(column for column in tables.deployments.c if column.name not in 
 class Journal:
     """An open journal. Made by `open`; a context manager.
 
-    Every method but `close` raises `StoreError` where the file cannot be read or written (`full`: no space left) or is
+    `path` is that of its file, absolute. `id` has 32 hex digits and is made with the file: orders carry it, so that agents
+    tell two orchestrators apart. Every method but `close` raises `StoreError` where the file cannot be read or written (`full`: no space left) or is
     damaged; nothing was written then.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self.database = database
+        self.path = database.path
         self.id = ""
-        """32 hex digits, made with the file: orders carry it, so that agents tell two orchestrators apart."""
         self._clock = clock
 
     @classmethod
-    def open(cls, location: str | None = None, *, clock: Callable[[], float] = time.time) -> Journal:
+    def open(cls, location: str, *, clock: Callable[[], float] = time.time) -> Journal:
         """Open the journal, making it where there is none.
 
         Args:
-            location: path of the file, or a `sqlite:///` URL; None: `journal.db` in Waystation's home.
+            location: path of the file, or a `sqlite:///` URL.
             clock: seconds since 1970.
 
         Raises:
@@ -110,11 +110,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def path(self) -> str:
-        """Of the file, absolute."""
-        return self.database.path
 
     # --- releases
 
@@ -282,12 +277,11 @@ class Journal:
             row = connection.execute(sa.select(*_LISTED).where(tables.deployments.c.deployment == deployment)).first()
         if row is None:
             raise NotFoundError(f"there is no deployment {deployment}")
-        return _record(row)
+        return DeploymentRecord(*row)
 
     def deployments(
         self,
         environment: str | None = None,
-        project: str | None = None,
         *,
         state: WrittenState | None = None,
         limit: int | None = 50,
@@ -296,12 +290,10 @@ class Journal:
         query = sa.select(*_LISTED).order_by(tables.deployments.c.number.desc()).limit(limit)
         if environment is not None:
             query = query.where(tables.deployments.c.environment == environment)
-        if project is not None:
-            query = query.where(tables.deployments.c.project == project)
         if state is not None:
             query = query.where(tables.deployments.c.state == state)
         with self.database.reading() as connection:
-            return [_record(row) for row in connection.execute(query)]
+            return [DeploymentRecord(*row) for row in connection.execute(query)]
 
     def plan(self, deployment: str) -> bytes:
         """The plan as it was frozen. Raises `NotFoundError`, `StoreError`."""
@@ -335,7 +327,7 @@ class Journal:
         self._change(deployment, holder | {"state": "running", "reason": "", "ended": None}, events)
 
     def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
-        """All that was ever said of rotations, by deployment: what `history.open_brackets` folds. Raises `StoreError`."""
+        """All that was ever said of rotations, by deployment: what `orchestrator.journal.views.open_brackets` folds. Raises `StoreError`."""
         query = (
             sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
             .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)
@@ -355,9 +347,7 @@ class Journal:
 
     # --- decisions
 
-    def decide(
-        self, environment: str, deployment: str | None, kind: str, data: Mapping[str, Any], operator: str
-    ) -> int:
+    def decide(self, environment: str, deployment: str, kind: str, data: Mapping[str, Any], operator: str) -> int:
         """Leave a decision for a deployment; gives its number. `data` is JSON.
 
         Raises:
@@ -367,32 +357,23 @@ class Journal:
         row = {"environment": environment, "deployment": deployment, "kind": kind, "operator": operator}
         text = msgspec.json.encode(dict(data)).decode()
         with self.database.writing() as connection:
-            if deployment is not None and connection.execute(_where_is(deployment)).first() is None:
+            if connection.execute(_where_is(deployment)).first() is None:
                 raise NotFoundError(f"there is no deployment {deployment}")
             done = connection.execute(sa.insert(tables.decisions), row | {"data": text, "at": self._clock()})
             return _key_of(done)
 
-    def pending_decisions(self, environment: str | None = None, deployment: str | None = None) -> list[Decision]:
-        """Decisions that were not taken up yet, oldest first.
-
-        With a deployment: those for it, and those for its environment as a whole where that is named too.
-        Raises `StoreError`.
-        """
+    def pending_decisions(self, deployment: str) -> list[Decision]:
+        """Decisions for this deployment that were not taken up yet, oldest first. Raises `StoreError`."""
         column = tables.decisions.c
-        query = sa.select(tables.decisions).where(column.taken.is_(None)).order_by(column.number)
-        if environment is not None:
-            query = query.where(column.environment == environment)
-        if deployment is not None:
-            general = column.deployment.is_(None) if environment is not None else sa.false()
-            query = query.where((column.deployment == deployment) | general)
+        query = sa.select(tables.decisions).where(column.taken.is_(None), column.deployment == deployment)
         with self.database.reading() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(query.order_by(column.number)).all()
         return [_decision(row) for row in rows]
 
-    def take_decision(self, number: int, deployment: str | None = None) -> bool:
+    def take_decision(self, number: int) -> bool:
         """Take a decision up, once: it is marked, and its deployment gets the entry `decision_taken`, in one commit.
 
-        `deployment` takes it, where the decision named none. False where it was taken before.
+        False where it was taken before.
 
         Raises:
             NotFoundError: there is no such decision.
@@ -406,11 +387,9 @@ class Journal:
             if row.taken is not None:
                 return False
             connection.execute(sa.update(tables.decisions).where(this).values(taken=self._clock()))
-            taker = row.deployment or deployment
-            if taker is not None:
-                decision = _decision(row)
-                taken = DecisionTaken(number, decision.operator, decision.kind, decision.data)
-                self._add(connection, taker, (taken,))
+            decision = _decision(row)
+            taken = DecisionTaken(number, decision.operator, decision.kind, decision.data)
+            self._add(connection, decision.deployment, (taken,))
         return True
 
     # --- inside
@@ -426,7 +405,12 @@ class Journal:
     def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
         number, at = 0, self._clock()
         for event in events:
-            row = {"deployment": deployment, "at": at, "kind": event.kind(), "data": event.encode().decode()}
+            row = {
+                "deployment": deployment,
+                "at": at,
+                "kind": event.kind(),
+                "data": msgspec.json.encode(event).decode(),
+            }
             number = _key_of(connection.execute(sa.insert(tables.entries), row))
         return number
 
@@ -473,9 +457,7 @@ class _PlanHead(msgspec.Struct, frozen=True):
     environment: str
 
 
-def _path_of(location: str | None) -> str:
-    if location is None:
-        return os.path.join(home(), "journal.db")
+def _path_of(location: str) -> str:
     if "://" not in location:
         return os.path.abspath(location)
     path = location.removeprefix("sqlite:///")
@@ -496,10 +478,6 @@ def _key_of(result: sa.CursorResult[Any]) -> int:
     if key is None:
         raise StoreError("the database gave no number")
     return int(key[0])
-
-
-def _record(row: sa.Row[Any]) -> DeploymentRecord:
-    return DeploymentRecord(*tuple(row))
 
 
 def _entry(row: sa.Row[Any]) -> JournalEntry:

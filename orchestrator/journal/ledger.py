@@ -6,8 +6,8 @@ counts as there before (`resumed_bytes` on machines). Sizes are bytes; a field i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -22,11 +22,7 @@ ARROW: Final = line_name(ORIGIN, "").removeprefix("origin")
 """Between the two ends in the name of a line."""
 
 
-class View(msgspec.Struct, frozen=True):
-    """A part of what is printed."""
-
-
-class ReplicatedView(View, frozen=True):
+class ReplicatedView(msgspec.Struct, frozen=True):
     """A package at a relay. `wire_bytes` is what that took, over all tries; 0 where no chunk was sent."""
 
     relay: str
@@ -36,7 +32,7 @@ class ReplicatedView(View, frozen=True):
     wire_bytes: int
 
 
-class LineView(View, frozen=True):
+class LineView(msgspec.Struct, frozen=True):
     """What crossed one line, such as `origin → fra` or `fra → web1`, questions and answers included.
 
     `overhead_bytes` is what is not payload, 0 where an old entry does not tell; `encodings`: the payload, by encoding.
@@ -50,7 +46,7 @@ class LineView(View, frozen=True):
     encodings: tuple[EncodedBytes, ...]
 
 
-class CrossedView(View, frozen=True):
+class CrossedView(msgspec.Struct, frozen=True):
     """Many lines together. `fallbacks`: runs that were refused as differences and went plainly."""
 
     wire_bytes: int
@@ -60,7 +56,7 @@ class CrossedView(View, frozen=True):
     fallbacks: int
 
 
-class AlternativesView(View, frozen=True):
+class AlternativesView(msgspec.Struct, frozen=True):
     """What other ways of sending what was not there yet would have taken.
 
     Attributes:
@@ -74,14 +70,14 @@ class AlternativesView(View, frozen=True):
     machines: int
 
 
-class SavedView(View, frozen=True):
+class SavedView(msgspec.Struct, frozen=True):
     """The alternatives, less what crossed all lines to relays. Below 0 where they would have been cheaper."""
 
     whole_file: int
     per_machine: int
 
 
-class LedgerView(View, frozen=True):
+class LedgerView(msgspec.Struct, frozen=True):
     """Which bytes came from where, over all machines and tries.
 
     Attributes:
@@ -119,133 +115,119 @@ class LedgerView(View, frozen=True):
 
 def ledger(entries: Iterable[JournalEntry], plan: Plan | None = None) -> LedgerView:
     """What the acquisition of a deployment moved. `plan` knows the names of relays, and sizes of packages."""
-    book = _Book(plan)
-    for entry in entries:
-        match entry.event:
-            case ev.Replicated() as sent:
-                book.replicated(sent)
-            case ev.Acquired() as acquired:
-                book.acquired(acquired)
-            case _:
-                pass
-    return book.view()
+    events = [entry.event for entry in entries]
+    replicated = [event for event in events if isinstance(event, ev.Replicated)]
+    acquired = [event for event in events if isinstance(event, ev.Acquired)]
+    sent = _by_name(line for event in replicated for line in _lines_to_relay(event))
+    pulled = _by_name(line for event in acquired for line in _lines_to_machine(event, plan))
+    packages = _packages(replicated)
+    trees = [tree for event in acquired for tree in event.facts.trees]
+    # A try after the first finds trees there because we brought them.
+    first = {event.machine: event for event in reversed(acquired)}.values()
+    last = {event.machine: {tree.path: tree.tree_bytes for tree in event.facts.trees} for event in acquired}
+    others = _alternatives(replicated, acquired, plan)
+    crossed = _crossed(sent, sum(event.fallbacks for event in replicated))
+    return LedgerView(
+        replicated=packages,
+        to_relays=_total((one.relay, one.wire_bytes) for one in packages),
+        from_relays=_total(item for tree in trees for item in tree.from_relays.items()),
+        from_disk_bytes=sum(tree.from_disk_bytes for tree in trees),
+        resumed_bytes=sum(tree.resumed_bytes for tree in trees),
+        wire_bytes=sum(tree.wire_bytes for tree in trees),
+        tree_bytes=sum(sum(sizes.values()) for sizes in last.values()),
+        machines=len(last),
+        already=sum(tree.already for event in first for tree in event.facts.trees),
+        lines=(*sent, *pulled),
+        sent=crossed,
+        pulled=_crossed(pulled, sum(tree.fallbacks for tree in trees)),
+        from_origin_bytes=sum(line.wire_bytes for line in sent if line.line.startswith(line_name(ORIGIN, ""))),
+        alternatives=others,
+        saved=SavedView(others.whole_file - crossed.wire_bytes, others.per_machine - crossed.wire_bytes),
+    )
 
 
-@dataclass(slots=True)
-class _Lines:
-    """Lines of one kind, and what crossed each."""
-
-    to: Literal["relay", "machine"]
-    fallbacks: int = 0
-    _found: dict[str, LineView] = field(default_factory=dict)
-
-    def add(
-        self, line: str, wire_bytes: int, payload_bytes: int, encodings: Sequence[EncodedBytes], around: int
-    ) -> None:
-        if not (wire_bytes or payload_bytes or encodings):
-            return
-        known = self._found.get(line) or LineView(line, self.to, 0, 0, 0, ())
-        self._found[line] = LineView(
-            line,
-            self.to,
-            known.wire_bytes + wire_bytes,
-            known.payload_bytes + payload_bytes,
-            known.overhead_bytes + max(0, around),
-            summed([*known.encodings, *encodings]),
-        )
-
-    @property
-    def views(self) -> tuple[LineView, ...]:
-        return tuple(self._found.values())
-
-    def together(self) -> CrossedView:
-        return CrossedView(
-            sum(line.wire_bytes for line in self.views),
-            sum(line.payload_bytes for line in self.views),
-            sum(line.overhead_bytes for line in self.views),
-            summed(encoded for line in self.views for encoded in line.encodings),
-            self.fallbacks,
-        )
+def together(name: str, lines: Sequence[LineView]) -> LineView:
+    """Several lines of one kind as one of this name."""
+    return LineView(
+        name,
+        lines[0].to,
+        sum(line.wire_bytes for line in lines),
+        sum(line.payload_bytes for line in lines),
+        sum(line.overhead_bytes for line in lines),
+        summed(encoded for line in lines for encoded in line.encodings),
+    )
 
 
-class _Book:
-    def __init__(self, plan: Plan | None) -> None:
-        packages = [*plan.packages.values(), *([plan.scripts] if plan.scripts else [])] if plan else []
-        self._nupkgs = {(one.id.lower(), one.version.lower()): one.nupkg_bytes for one in packages}
-        self._names = {relay.url.rstrip("/"): relay.name for relay in plan.relays} if plan else {}
-        self._closest = {one.name: one.relays[0] for one in plan.machines if one.relays} if plan else {}
-        self._replicated: dict[tuple[str, str, str], ReplicatedView] = {}
-        self._brought: dict[tuple[str, str, str], int] = {}
-        """Sizes of nupkgs that the relay did not hold before."""
-        self._trees: dict[str, dict[str, int]] = {}
-        self._pulled: dict[tuple[str, str], tuple[str, str]] = {}
-        """Package and version of each (machine, tree) that was not there before."""
-        self._from_relays: dict[str, int] = {}
-        self._disk = self._resumed = self._wire = self._already = 0
-        self._to_relays, self._to_machines = _Lines("relay"), _Lines("machine")
+def _lines_to_relay(sent: ev.Replicated) -> Iterator[LineView]:
+    for line in sent.lines:
+        payload = sum(encoded.payload_bytes for encoded in line.encodings)
+        around = max(0, line.wire_bytes - payload)
+        yield LineView(line.line, "relay", line.wire_bytes, payload, around, line.encodings)
+    if not sent.lines:
+        # An entry from before lines were told: all was sent from the origin, in whichever encoding.
+        yield LineView(line_name(ORIGIN, sent.relay), "relay", sent.wire_bytes, 0, 0, ())
 
-    def replicated(self, sent: ev.Replicated) -> None:
+
+def _lines_to_machine(acquired: ev.Acquired, plan: Plan | None) -> Iterator[LineView]:
+    names = {relay.url.rstrip("/"): relay.name for relay in plan.relays} if plan else {}
+    closest = {one.name: one.relays[0] for one in plan.machines if one.relays} if plan else {}
+    for tree in acquired.facts.trees:
+        sources = ", ".join(names.get(url.rstrip("/"), url) for url in tree.from_relays)
+        name = line_name(sources or closest.get(acquired.machine, "relays"), acquired.machine)
+        payload = sum(tree.from_relays.values())
+        around = max(0, tree.wire_bytes - payload)
+        yield LineView(name, "machine", tree.wire_bytes, payload, around, tree.encodings)
+
+
+def _by_name(lines: Iterable[LineView]) -> tuple[LineView, ...]:
+    """Each line that something crossed, once."""
+    found: dict[str, list[LineView]] = {}
+    for line in lines:
+        if line.wire_bytes or line.payload_bytes or line.encodings:
+            found.setdefault(line.line, []).append(line)
+    return tuple(together(name, same) for name, same in found.items())
+
+
+def _crossed(lines: Sequence[LineView], fallbacks: int) -> CrossedView:
+    if not lines:
+        return CrossedView(0, 0, 0, (), fallbacks)
+    whole = together("", lines)
+    return CrossedView(whole.wire_bytes, whole.payload_bytes, whole.overhead_bytes, whole.encodings, fallbacks)
+
+
+def _packages(replicated: Iterable[ev.Replicated]) -> tuple[ReplicatedView, ...]:
+    """Each package at each relay, with what all tries took."""
+    found: dict[tuple[str, str, str], ReplicatedView] = {}
+    for sent in replicated:
         key = (sent.relay, sent.package, sent.version)
-        before = self._replicated[key].wire_bytes if key in self._replicated else 0
-        self._replicated[key] = ReplicatedView(*key, sent.package_bytes, before + sent.wire_bytes)
-        self._nupkgs[sent.package.lower(), sent.version.lower()] = sent.package_bytes
-        if sent.wire_bytes:
-            self._brought[key] = sent.package_bytes
-        self._to_relays.fallbacks += sent.fallbacks
-        for line in sent.lines:
-            payload = sum(encoded.payload_bytes for encoded in line.encodings)
-            self._to_relays.add(line.line, line.wire_bytes, payload, line.encodings, line.wire_bytes - payload)
-        if not sent.lines:
-            # An entry from before lines were told: all was sent from the origin, in whichever encoding.
-            self._to_relays.add(line_name(ORIGIN, sent.relay), sent.wire_bytes, 0, (), 0)
+        before = found[key].wire_bytes if key in found else 0
+        found[key] = ReplicatedView(*key, sent.package_bytes, before + sent.wire_bytes)
+    return tuple(found.values())
 
-    def acquired(self, acquired: ev.Acquired) -> None:
-        machine = acquired.machine
-        first = machine not in self._trees
-        self._trees[machine] = {tree.path: tree.tree_bytes for tree in acquired.facts.trees}
-        for tree in acquired.facts.trees:
-            self._disk += tree.from_disk_bytes
-            self._resumed += tree.resumed_bytes
-            self._wire += tree.wire_bytes
-            self._already += tree.already and first  # later it is there because we brought it
-            if not tree.already:
-                self._pulled[machine, tree.path] = (tree.package.lower(), tree.version.lower())
-            for relay, count in tree.from_relays.items():
-                self._from_relays[relay] = self._from_relays.get(relay, 0) + count
-            payload = sum(tree.from_relays.values())
-            sources = [self._names.get(url.rstrip("/"), url) for url in tree.from_relays]
-            upstream = ", ".join(sources) or self._closest.get(machine, "relays")
-            around = tree.wire_bytes - payload
-            self._to_machines.add(line_name(upstream, machine), tree.wire_bytes, payload, tree.encodings, around)
-            self._to_machines.fallbacks += tree.fallbacks
 
-    def view(self) -> LedgerView:
-        to_relays: dict[str, int] = {}
-        for one in self._replicated.values():
-            to_relays[one.relay] = to_relays.get(one.relay, 0) + one.wire_bytes
-        sent, lines = self._to_relays.together(), self._to_relays.views
-        alternatives = AlternativesView(
-            whole_file=sum(self._brought.values()),
-            per_machine=sum(self._nupkgs.get(package, 0) for package in self._pulled.values()),
-            machines=len({machine for machine, _ in self._pulled}),
-        )
-        return LedgerView(
-            replicated=tuple(self._replicated.values()),
-            to_relays=to_relays,
-            from_relays=self._from_relays,
-            from_disk_bytes=self._disk,
-            resumed_bytes=self._resumed,
-            wire_bytes=self._wire,
-            tree_bytes=sum(sum(sizes.values()) for sizes in self._trees.values()),
-            machines=len(self._trees),
-            already=self._already,
-            lines=lines + self._to_machines.views,
-            sent=sent,
-            pulled=self._to_machines.together(),
-            from_origin_bytes=sum(line.wire_bytes for line in lines if line.line.startswith(line_name(ORIGIN, ""))),
-            alternatives=alternatives,
-            saved=SavedView(
-                alternatives.whole_file - sent.wire_bytes,
-                alternatives.per_machine - sent.wire_bytes,
-            ),
-        )
+def _alternatives(
+    replicated: Sequence[ev.Replicated], acquired: Iterable[ev.Acquired], plan: Plan | None
+) -> AlternativesView:
+    planned = plan.every_package() if plan else []
+    nupkgs = {(one.id.lower(), one.version.lower()): one.nupkg_bytes for one in planned}
+    nupkgs |= {(sent.package.lower(), sent.version.lower()): sent.package_bytes for sent in replicated}
+    brought = {(sent.relay, sent.package, sent.version): sent.package_bytes for sent in replicated if sent.wire_bytes}
+    pulled = {
+        (event.machine, tree.path): (tree.package.lower(), tree.version.lower())
+        for event in acquired
+        for tree in event.facts.trees
+        if not tree.already
+    }
+    return AlternativesView(
+        whole_file=sum(brought.values()),
+        per_machine=sum(nupkgs.get(package, 0) for package in pulled.values()),
+        machines=len({machine for machine, _ in pulled}),
+    )
+
+
+def _total(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The sum of each name's counts."""
+    found: Counter[str] = Counter()
+    for name, count in counts:
+        found[name] += count
+    return dict(found)

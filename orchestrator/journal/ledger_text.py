@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from orchestrator.journal.ledger import ARROW, CrossedView, LedgerView, LineView
-from relay.protocol.messages import summed
+from orchestrator.journal.ledger import ARROW, CrossedView, LedgerView, LineView, together
 from relay.support.console import size, table
-
-_HEADS = ["line", "as", "chunks", "content", "payload", "around it", "on the wire"]
 
 
 def brief(ledger: LedgerView) -> list[str]:
     """What crossed, in which encodings, and what that saved: at most four lines."""
     sent, pulled, others = ledger.sent, ledger.pulled, ledger.alternatives
-    origin = f", {size(ledger.from_origin_bytes)} of it from the origin" if _has_cascade(ledger) else ""
+    is_cascade = 0 < ledger.from_origin_bytes < sent.wire_bytes
+    origin = f", {size(ledger.from_origin_bytes)} of it from the origin" if is_cascade else ""
     lines = [
         f"to relays: {size(sent.wire_bytes)}{origin}{_made_of(sent)}",
         f"to machines: {size(pulled.wire_bytes)}{_made_of(pulled)}; {size(ledger.from_disk_bytes)} from their own disks",
@@ -35,11 +33,8 @@ def brief(ledger: LedgerView) -> list[str]:
 def full(ledger: LedgerView) -> str:
     """Each line by encoding; machines that took from the same relays are one line. Empty where nothing moved."""
     rows = [row for line in _gathered(ledger.lines) for row in _rows(line)]
-    return table(_HEADS, rows, right=frozenset(range(2, 7))) if rows else ""
-
-
-def _has_cascade(ledger: LedgerView) -> bool:
-    return 0 < ledger.from_origin_bytes < ledger.sent.wire_bytes
+    heads = ["line", "as", "chunks", "content", "payload", "around it", "on the wire"]
+    return table(heads, rows, right=frozenset(range(2, 7))) if rows else ""
 
 
 def _made_of(crossed: CrossedView) -> str:
@@ -67,14 +62,7 @@ def _gathered(lines: Sequence[LineView]) -> Iterable[LineView]:
         else:
             by_source.setdefault(line.line.rpartition(ARROW)[0], []).append(line)
     for source, same in by_source.items():
-        yield LineView(
-            same[0].line if len(same) == 1 else f"{source}{ARROW}{len(same)} machines",
-            "machine",
-            sum(line.wire_bytes for line in same),
-            sum(line.payload_bytes for line in same),
-            sum(line.overhead_bytes for line in same),
-            summed(encoded for line in same for encoded in line.encodings),
-        )
+        yield together(same[0].line if len(same) == 1 else f"{source}{ARROW}{len(same)} machines", same)
 
 
 def _rows(line: LineView) -> Iterable[list[str]]:

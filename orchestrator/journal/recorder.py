@@ -38,11 +38,11 @@ class Recorder:
 
     async def pending_decisions(self) -> list[Decision]:
         """What people decided of this deployment, and was not taken up yet."""
-        return await asyncio.to_thread(self.journal.pending_decisions, None, self.deployment)
+        return await asyncio.to_thread(self.journal.pending_decisions, self.deployment)
 
     async def take(self, decision: Decision) -> None:
         """Mark a decision as taken up; one that another process took is passed over."""
-        if await asyncio.to_thread(self.journal.take_decision, decision.number, self.deployment):
+        if await asyncio.to_thread(self.journal.take_decision, decision.number):
             self.tell(DecisionTaken(decision.number, decision.operator, decision.kind, decision.data))
 
     async def end(self, state: FinalState, reason: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,10 +17,8 @@ from agent.orders.operation_id import action_of
 from agent.orders.orders import FINAL, SwitchFacts
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import DeploymentRecord, JournalEntry
-from orchestrator.journal.ledger import LedgerView, View, ledger
+from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.plan.plan import MachineStep, Plan
-
-VIEW_FORMAT: Final = 1
 
 DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
 """`interrupted`: written as running, but no process is alive that runs it."""
@@ -30,7 +28,7 @@ UndoState = Literal["none", "due", "running", "done", "failed"]
 MachineStage = Literal["waiting", "surveyed", "acquiring", "acquired", "in flight", "through", "excluded"]
 
 
-class OpenBracket(View, frozen=True):
+class OpenBracket(msgspec.Struct, frozen=True):
     """A machine that may be out of its rotation: `before` was begun at `since`, and no `after` ended well since then.
 
     `deployment`, `label`, `step` and `number` (of the entry) are those of who opened it; `adopted_by` is the ULID of the
@@ -53,7 +51,7 @@ class OpenBracket(View, frozen=True):
         return self.adopted_by or self.deployment
 
 
-class DeploymentSummary(View, frozen=True):
+class DeploymentSummary(msgspec.Struct, frozen=True):
     """A line of a list of deployments."""
 
     deployment: str
@@ -70,7 +68,7 @@ class DeploymentSummary(View, frozen=True):
     ended: float | None
 
 
-class PreAcquireView(View, frozen=True):
+class PreAcquireView(msgspec.Struct, frozen=True):
     name: str
     state: StepState
     undo: UndoState
@@ -78,7 +76,7 @@ class PreAcquireView(View, frozen=True):
     reason: str = ""
 
 
-class TurnView(View, frozen=True):
+class TurnView(msgspec.Struct, frozen=True):
     """One machine in one step; `ended` is None while it is in flight. `begun` counts from 1."""
 
     machine: str
@@ -92,7 +90,7 @@ class TurnView(View, frozen=True):
     begun: int = 1
 
 
-class StepView(View, frozen=True):
+class StepView(msgspec.Struct, frozen=True):
     """`machines`: how many it has in all, 0 for a step on the server; `turns`: those that began, in that order."""
 
     number: int
@@ -105,7 +103,7 @@ class StepView(View, frozen=True):
     turns: tuple[TurnView, ...] = ()
 
 
-class OperationView(View, frozen=True):
+class OperationView(msgspec.Struct, frozen=True):
     """An operation of an agent (`order`: SHA-256 of its envelope) or of the server (`order` is empty).
 
     `result` is None while its end was not seen.
@@ -118,7 +116,7 @@ class OperationView(View, frozen=True):
     result: ev.Reported | ev.ServerRunEnded | None = None
 
 
-class MachineView(View, frozen=True):
+class MachineView(msgspec.Struct, frozen=True):
     """Where a machine stands.
 
     Attributes:
@@ -143,28 +141,28 @@ class MachineView(View, frozen=True):
     out_since: float | None = None
 
 
-class RefusalView(View, frozen=True):
+class RefusalView(msgspec.Struct, frozen=True):
     at: float
     machine: str
     reason: str
     operation: str = ""
 
 
-class DecisionView(View, frozen=True):
+class DecisionView(msgspec.Struct, frozen=True):
     at: float
     operator: str
     what: str
     data: dict[str, Any]
 
 
-class NoteView(View, frozen=True):
+class NoteView(msgspec.Struct, frozen=True):
     at: float
     text: str
     machine: str = ""
     step: int = 0
 
 
-class DeploymentView(View, frozen=True):
+class DeploymentView(msgspec.Struct, frozen=True):
     """All of one deployment. `last` is the number of the newest entry that it was made of."""
 
     summary: DeploymentSummary
@@ -179,7 +177,7 @@ class DeploymentView(View, frozen=True):
     decisions: tuple[DecisionView, ...]
     notes: tuple[NoteView, ...]
     last: int
-    format: int = VIEW_FORMAT
+    format: int = 1
 
 
 def view(
@@ -278,8 +276,6 @@ def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Journal
                     found[key] = msgspec.structs.replace(found[key], adopted_by=record.deployment)
             case ev.BracketClosed(machine=machine, rotation=rotation):
                 found.pop((record.environment, rotation, machine), None)
-            case _:
-                pass
     return sorted(found.values(), key=lambda bracket: bracket.number)
 
 
@@ -300,8 +296,6 @@ def operations(entries: Iterable[JournalEntry]) -> dict[str, OperationView]:
             case ev.Reported() | ev.ServerRunEnded() as result if result.state in FINAL:
                 known = found.get(result.operation) or OperationView(result.operation, result.machine, "", entry.at)
                 found[result.operation] = msgspec.structs.replace(known, result=result)
-            case _:
-                pass
     return found
 
 
@@ -325,8 +319,6 @@ def turns(entries: Iterable[JournalEntry]) -> dict[tuple[int, str], TurnView]:
                     stop_roll=end.stop_roll,
                     reason=end.reason,
                 )
-            case _:
-                pass
     return found
 
 
@@ -348,8 +340,6 @@ def _stage(record: DeploymentRecord, entries: Iterable[JournalEntry]) -> Stage:
                 stage = "acquisition"
             case ev.Barrier() | ev.StepStarted():
                 return "steps"
-            case _:
-                pass
     return stage
 
 
@@ -367,8 +357,6 @@ def _pre_acquire(entries: Iterable[JournalEntry], plan: Plan | None) -> tuple[Pr
             case ev.UndoEnded(name=name, ok=ok, reason=reason) if name in found:
                 undone: UndoState = "done" if ok else "failed"
                 found[name] = msgspec.structs.replace(found[name], undo=undone, reason=reason or found[name].reason)
-            case _:
-                pass
     return tuple(found.values())
 
 
@@ -388,8 +376,6 @@ def _steps(entries: Sequence[JournalEntry], plan: Plan | None) -> tuple[StepView
                 known = found.get(number, StepView(number, "", "waiting"))
                 state: StepState = "skipped" if skipped else _end(ok=ok)
                 found[number] = msgspec.structs.replace(known, state=state, ended=entry.at, reason=reason)
-            case _:
-                pass
     begun = turns(entries).values()
     return tuple(
         msgspec.structs.replace(step, turns=tuple(turn for turn in begun if turn.step == step.number))
@@ -439,9 +425,8 @@ def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineSta
     found: dict[str, MachineStage] = {}
     for entry in entries:
         match entry.event:
-            case ev.Surveyed(machine=machine):
-                if found.get(machine) != "acquired":
-                    found[machine] = "surveyed"
+            case ev.Surveyed(machine=machine) if found.get(machine) != "acquired":
+                found[machine] = "surveyed"
             case ev.Dispatched(machine=machine, operation=operation) if action_of(operation) == "acquire":
                 if found.get(machine) != "acquired":
                     found[machine] = "acquiring"
@@ -452,8 +437,6 @@ def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineSta
                 found[machine] = "acquired"
             case ev.Barrier(excluded=excluded):
                 found |= dict.fromkeys(excluded, "excluded")
-            case _:
-                pass
     return found
 
 
@@ -475,8 +458,6 @@ def _versions(entries: Iterable[JournalEntry]) -> dict[str, dict[str, str]]:
                 if before and root in roots:
                     of_trees.setdefault((machine, before), roots[root])
                 roots[root] = of_trees.get((machine, after), "unknown")
-            case _:
-                pass
     return current
 
 
@@ -492,8 +473,6 @@ def _notes(entries: Iterable[JournalEntry]) -> Iterable[NoteView]:
             case ev.Barrier(excluded=excluded):
                 for machine, reason in excluded.items():
                     yield NoteView(entry.at, f"excluded: {reason}", machine)
-            case _:
-                pass
 
 
 def _end(*, ok: bool) -> StepState:

@@ -5,13 +5,12 @@ Nothing here raises for a mistake: it is noted, and planning goes on with someth
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.files.environment import EnvironmentFile, Machine
-from orchestrator.files.process import ProcessFile, Prompt, Retry
+from orchestrator.files.process import PreAcquireStep, ProcessFile, Prompt, Retry, Step, Undo
 from orchestrator.files.script_files import Files, ScriptPathError
 from orchestrator.files.script_names import clashes, environment_name
 from orchestrator.files.values import DURATION_MAX, seconds
@@ -28,7 +27,12 @@ _SHELLS_TO_THE_END = frozenset({"cmd", "pwsh", "powershell"})
 
 @dataclass(slots=True)
 class Ground:
-    """See above. `packages`: versions of the release by their name in the process."""
+    """See above.
+
+    Attributes:
+        packages: versions of the release by their name in the process.
+        needed_secrets: secrets that something uses, with the place that asked first.
+    """
 
     process: ProcessFile
     environment: EnvironmentFile
@@ -39,7 +43,6 @@ class Ground:
     mistakes: list[Mistake] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     needed_secrets: dict[str, Place] = field(default_factory=dict)
-    """Secrets that something uses, with the place that asked first."""
     _layers: list[dict[str, Definition]] = field(default_factory=list)
     _asked: dict[str, Definition] = field(default_factory=dict)
     _scopes: dict[tuple[str, str], Scope] = field(default_factory=dict)
@@ -73,15 +76,24 @@ class Ground:
         facts |= {f"machine.tags.{tag}": str(value) for tag, value in machine.tags.items()}
         return self._scope(name, package, lambda: self._machine_layers(name, machine), facts | self._facts(package))
 
-    def fill(self, scope: Scope, text: str, place: Place) -> str:
-        """`text` with its variables; empty where that is a mistake."""
+    def fill(
+        self,
+        scope: Scope,
+        text: str,
+        place: Place,
+        fits: Callable[[str], object] | None = None,
+        expected: str = "",
+    ) -> str:
+        """`text` with its variables; empty where that is a mistake. It is one, too, where the result does not fit."""
         try:
-            return scope.fill(text)
-        except ElsewhereError as error:
-            self.wrong(place, error.text)
+            filled = scope.fill(text)
         except VariableError as error:
-            self.wrong(error.place or place, error.text)
-        return ""
+            # A variable that needs another place is well defined: what is wrong is to name it here.
+            self.wrong(place if isinstance(error, ElsewhereError) else error.place or place, error.text)
+            return ""
+        if fits is not None and not fits(filled):
+            self.wrong(place, f"{shown(filled)}: expected {expected}")
+        return filled
 
     def fill_command(self, scope: Scope, command: Iterable[str], place: Place) -> tuple[str, ...]:
         """An argument list with its variables. None goes into the text of a shell: there it would be program."""
@@ -149,34 +161,28 @@ class Ground:
         self,
         name: str,
         place: Place,
-        *,
-        script: str | None,
-        commands: tuple[tuple[str, ...], ...],
-        timeout: str | None,
-        retry: Retry | None,
-        idempotent: bool,
-        secrets: tuple[str, ...],
+        what: PreAcquireStep | Undo | Step,
         variables: Mapping[str, str],
         scope: Scope,
     ) -> ServerRun:
-        """A script of the process, or its commands, on the server."""
-        if (script is None) == (not commands):
-            found = "has both script and commands" if commands else "runs nothing"
+        """A script of the process, or its commands, on the server. An undo may always be run again."""
+        if (what.script is None) == (not what.commands):
+            found = "has both script and commands" if what.commands else "runs nothing"
             self.wrong(place, f"{found}: expected exactly one of the keys script, commands")
-        attempts, delay = self.retries(retry, place)
+        attempts, delay = self.retries(what.retry, place)
         return ServerRun(
             name,
-            script=None if script is None else self.frozen(self.process, script, place.below("script")),
+            script=None if what.script is None else self.frozen(self.process, what.script, place.below("script")),
             commands=tuple(
                 self.fill_command(scope, command, place.below("commands", index))
-                for index, command in enumerate(commands)
+                for index, command in enumerate(what.commands)
             ),
-            timeout=self.time_limit(timeout, place.below("timeout"), SCRIPT_SECONDS),
+            timeout=self.time_limit(what.timeout, place.below("timeout"), SCRIPT_SECONDS),
             attempts=attempts,
             delay=delay,
-            idempotent=idempotent,
+            idempotent=isinstance(what, Undo) or what.idempotent,
             variables={**variables, **self.seen_variables(scope)},
-            secrets=self.process_secrets(secrets, place.below("secrets")),
+            secrets=self.process_secrets(what.secrets, place.below("secrets")),
         )
 
     def retries(self, retry: Retry | None, place: Place) -> tuple[int, float]:
@@ -208,17 +214,13 @@ class Ground:
             self.wrong(place, f"{len(names)} secrets: expected at most {_SECRETS_MAX}")
         return tuple(dict.fromkeys(names))
 
-    def source(self, file: str | None, env: str | None, place: Place) -> SecretSource:
-        """Where a secret or token is read. A file that git tracks is no secret."""
-        if file is None:
-            return SecretSource(env=env or "")
-        path = os.path.normpath(os.path.join(self.environment.folder, file))
-        if self.files.is_tracked(path):
+    def check_source(self, source: SecretSource, place: Place) -> None:
+        """A file that git tracks is no secret."""
+        if source.file and self.files.is_tracked(source.file):
             self.wrong(
                 place.below("file"),
-                f"git tracks {path}: whoever has the repository has the secret; change it, and keep it elsewhere",
+                f"git tracks {source.file}: everyone with the repository has the secret; change it, and keep it elsewhere",
             )
-        return SecretSource(file=path)
 
     # --- inside
 
@@ -284,30 +286,25 @@ class Ground:
         return answer
 
     def _check_names(self) -> None:
-        for place, names in self._definition_places():
-            for name in names:
-                if name == "environment":
-                    self.wrong(place.below(name), "is what the environment is called: choose another name")
         every: dict[str, Place] = {}
         for place, names in self._definition_places():
             for name in names:
                 every.setdefault(name, place.below(name))
+                if name == "environment":
+                    self.wrong(place.below(name), "is what the environment is called: choose another name")
         for first, second in clashes(every):
             seen = environment_name("VAR_", first)
             self.wrong(every[second], f"scripts would see it and {shown(first)} both as {seen}: rename one")
 
-    def _definition_places(self) -> list[tuple[Place, Iterable[str]]]:
+    def _definition_places(self) -> Iterator[tuple[Place, Iterable[str]]]:
         environment = self.environment
-        found: list[tuple[Place, Iterable[str]]] = [
-            (self.process.at("variables"), self.process.value.variables),
-            (environment.at("variables"), environment.value.variables),
-        ]
+        yield self.process.at("variables"), self.process.value.variables
+        yield environment.at("variables"), environment.value.variables
         for role, value in environment.value.roles.items():
-            found.append((environment.at("roles", role, "variables"), value.variables))
+            yield environment.at("roles", role, "variables"), value.variables
         for name, machine in environment.value.machines.items():
             if isinstance(machine, Machine):
-                found.append((environment.at("machines", name, "variables"), machine.variables))
-        return found
+                yield environment.at("machines", name, "variables"), machine.variables
 
 
 def _definitions(values: Mapping[str, object], place: Place) -> dict[str, Definition]:

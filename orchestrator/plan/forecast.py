@@ -19,6 +19,7 @@ from orchestrator.plan.plan import (
     Plan,
     PlannedCheck,
     PlannedPackage,
+    PlannedPhase,
     PlannedRelay,
     ScriptAction,
     ServerRun,
@@ -160,7 +161,7 @@ def _acquisition(plan: Plan) -> Iterator[str]:
     for site in whole.sites:
         bytes_ = _bytes(site.at_most, site.unknown)
         through = f"relays {', '.join(site.relays)}" if site.relays else "generic relays"
-        yield f"  site {site.site or '(generic)'}: at most {bytes_} to {through}; {_count(site.machines, 'machine')}"
+        yield f"  site {site.site or '(generic)'}: at most {bytes_} to {through}; {counted(site.machines, 'machine')}"
     for room in whole.room:
         yield f"  {room.machine}: at most {_bytes(room.at_most, room.unknown)} under {room.root}"
 
@@ -172,8 +173,8 @@ def _server(step: ServerStep) -> Iterator[str]:
 
 def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
     deploys = f"deploys {step.package}" if step.package else "deploys nothing"
-    yield f"step {step.number} {step.name}: {deploys} on {_count(len(step.turns), 'machine')}{_conditions(step)}"
-    yield f"  {step.strategy}: {'; '.join(_phases(step))}"
+    yield f"step {step.number} {step.name}: {deploys} on {counted(len(step.turns), 'machine')}{_conditions(step)}"
+    yield f"  {step.strategy}: {'; '.join(phases_in_words(step.phases, len(step.turns)))}"
     if step.strategy == "rolling":
         yield f"  at least {step.min_in_service} in service; more than {step.max_failures} failures stop it"
     if step.rotation is not None:
@@ -187,12 +188,13 @@ def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
         yield from (f"    {line}" for line in _turn(step.turns[0]))
 
 
-def _phases(step: MachineStep) -> Iterator[str]:
-    left = len(step.turns)
-    for phase in step.phases:
+def phases_in_words(phases: Iterable[PlannedPhase], count: int) -> Iterator[str]:
+    """How `count` machines go through them."""
+    left = count
+    for phase in phases:
         machines = phase.machines or left
         left -= machines
-        yield f"{_count(machines, 'machine')}, {phase.window} at a time"
+        yield f"{counted(machines, 'machine')}, {phase.window} at a time"
 
 
 def _turn(turn: MachineTurn) -> Iterator[str]:
@@ -226,7 +228,7 @@ def _check(planned: PlannedCheck) -> str:
 
 
 def _run(run: ServerRun) -> str:
-    what = run.script.path if run.script else _count(len(run.commands), "command")
+    what = run.script.path if run.script else counted(len(run.commands), "command")
     tries = f", {run.attempts} attempts" if run.attempts > 1 else ""
     secrets = f", secrets {', '.join(run.secrets)}" if run.secrets else ""
     return f"{run.name}: {what} (at most {_seconds(run.timeout)}{tries}{secrets})"
@@ -238,7 +240,8 @@ def _conditions(step: MachineStep | ServerStep) -> str:
     )
 
 
-def _count(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """`1 machine`, `2 machines`."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

@@ -14,7 +14,7 @@ import msgspec
 from orchestrator.files.environment import EnvironmentFile, Machine
 from orchestrator.files.process import PreAcquireStep, ProcessFile, machine_scripts, package_of, undo_of
 from orchestrator.files.script_files import Files, OnDisk
-from orchestrator.files.yaml_positions import Mistake, PlanError, shown, sorted_mistakes
+from orchestrator.files.yaml_positions import PlanError, shown, sorted_mistakes
 from orchestrator.plan.context import Ground
 from orchestrator.plan.plan import (
     AcquirePlan,
@@ -28,15 +28,12 @@ from orchestrator.plan.plan import (
     PlannedStep,
     PreAcquire,
     SecretSource,
-    ServerRun,
 )
-from orchestrator.plan.routes import lineage, planned_relay, upstreams_of, wrong_ways
+from orchestrator.plan.routes import lineage, planned_relay, secret_source, upstreams_of, wrong_ways
 from orchestrator.plan.steps import is_http_url, plan_steps
 from orchestrator.plan.unsupported import not_built
 from relay.errors import IdentityError
 from relay.package.identity import NuGetVersion
-
-__all__ = ["Mistake", "PlanError", "make_plan"]
 
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
 """What may name a tree on a machine (`agent.orders.orders.PackageTree`)."""
@@ -146,7 +143,7 @@ def _check_version(ground: Ground, name: str, package: PlannedPackage) -> None:
 
 
 def _machines(ground: Ground, steps: Sequence[PlannedStep]) -> tuple[PlannedMachine, ...]:
-    """Those that some step has a turn on, by name. A machine without a key could be anybody."""
+    """Those that some step has a turn on, by name. A machine without a key could be any other."""
     names = sorted({turn.machine for step in steps if isinstance(step, MachineStep) for turn in step.turns})
     keys: dict[str, str] = {}
     spelled: dict[str, str] = {}
@@ -199,44 +196,21 @@ def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[Planned
         if relay.site is None and not relay.generic:
             ground.wrong(place, "serves nobody: expected the key site, or 'generic: true'")
         if name in used:
-            token = None
-            if relay.token is not None:
-                token = ground.source(relay.token.file, relay.token.env, place.below("token"))
-            planned.append(planned_relay(ground.environment, name, upstreams.get(name, ""), token))
+            planned.append(planned_relay(ground.environment, name, upstreams.get(name, "")))
+            if token := planned[-1].token:
+                ground.check_source(token, place.below("token"))
     return tuple(planned)
 
 
 def _pre_acquire(ground: Ground, index: int, step: PreAcquireStep) -> PreAcquire:
     place, scope = ground.process.at("pre_acquire", index), ground.server_scope()
     variables = ground.common_variables(step.name)
-    run = ground.server_run(
-        step.name,
-        place,
-        script=step.script,
-        commands=step.commands,
-        timeout=step.timeout,
-        retry=step.retry,
-        idempotent=step.idempotent,
-        secrets=step.secrets,
-        variables=variables,
-        scope=scope,
-    )
+    run = ground.server_run(step.name, place, step, variables, scope)
     undo = undo_of(step)
-    undo_run: ServerRun | None = None
-    if undo is not None:
-        undo_run = ground.server_run(
-            f"undo {step.name}",
-            place.below("undo"),
-            script=undo.script,
-            commands=undo.commands,
-            timeout=undo.timeout,
-            retry=undo.retry,
-            idempotent=True,
-            secrets=undo.secrets,
-            variables={**variables, "UNDO": "1"},
-            scope=scope,
-        )
-    return PreAcquire(run, undo_run, step.until)
+    if undo is None:
+        return PreAcquire(run, until=step.until)
+    undoing = ground.server_run(f"undo {step.name}", place.below("undo"), undo, variables | {"UNDO": "1"}, scope)
+    return PreAcquire(run, undoing, step.until)
 
 
 def _acquire(ground: Ground) -> AcquirePlan:
@@ -304,5 +278,6 @@ def _secrets(ground: Ground) -> dict[str, SecretSource]:
                 f"secret {shown(name)} has no source: say under secrets: in {ground.environment.name} where it is",
             )
         else:
-            planned[name] = ground.source(source.file, source.env, ground.environment.at("secrets", name))
+            planned[name] = secret_source(ground.environment, source)
+            ground.check_source(planned[name], ground.environment.at("secrets", name))
     return planned

@@ -88,7 +88,7 @@ def _packages_for(plan: Plan, relay: str) -> dict[tuple[str, str], PlannedPackag
 
 def short_of_room(plan: Plan, facts: Mapping[str, SurveyFacts]) -> list[str]:
     """In words, the file systems of machines that cannot take what must be pulled onto them."""
-    sizes = {package.manifest: package.tree_bytes for package in _packages(plan)}
+    sizes = {package.manifest: package.tree_bytes for package in plan.every_package()}
     short = []
     for machine, said in facts.items():
         needed: dict[str, int] = defaultdict(int)
@@ -106,7 +106,3 @@ def short_of_room(plan: Plan, facts: Mapping[str, SurveyFacts]) -> list[str]:
             if missing and missing + ROOM_TO_SPARE > free[room]
         ]
     return short
-
-
-def _packages(plan: Plan) -> list[PlannedPackage]:
-    return [*plan.packages.values(), *([plan.scripts] if plan.scripts else [])]

@@ -23,7 +23,12 @@ class _Planned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 
 class PlannedPackage(_Planned, frozen=True):
-    """A package version of the release. `manifest` is hex; empty until the package is in the depot."""
+    """A package version of the release.
+
+    Attributes:
+        manifest: hex; empty until the package is in the depot.
+        feed: name of the feed in the environment from which it is taken where the depot lacks it.
+    """
 
     id: str
     version: str
@@ -31,14 +36,12 @@ class PlannedPackage(_Planned, frozen=True):
     tree_bytes: int = 0
     nupkg_bytes: int = 0
     feed: str = ""
-    """Name of the feed in the environment from which it is taken where the depot lacks it."""
 
 
 class SecretSource(_Planned, frozen=True):
-    """Where a secret's value is read when it is needed: exactly one of the two."""
+    """Where a secret's value is read when it is needed: `file`, an absolute path, or `env`, the other one being empty."""
 
     file: str = ""
-    """Absolute path."""
     env: str = ""
 
 
@@ -48,7 +51,14 @@ class PlannedFeed(_Planned, frozen=True):
 
 
 class PlannedRelay(_Planned, frozen=True):
-    """A relay and where its token comes from. `generic`: it serves every site, after the site's own."""
+    """A relay and where its token comes from.
+
+    Attributes:
+        generic: it serves every site, after the site's own.
+        upstream: name of the relay that it fetches packages from; empty: the origin sends them.
+        limit: most bytes per second of packages that come in; 0: no limit.
+        plain_http: it is given its token over plain http, too.
+    """
 
     name: str
     url: str
@@ -57,11 +67,8 @@ class PlannedRelay(_Planned, frozen=True):
     token: SecretSource | None = None
     ca_file: str = ""
     upstream: str = ""
-    """Name of the relay that it fetches packages from; empty: the origin sends them."""
     limit: float = 0.0
-    """Most bytes per second of packages that come in; 0: no limit."""
     plain_http: bool = False
-    """It is given its token over plain http, too."""
 
 
 class PlannedMachine(_Planned, frozen=True):
@@ -111,10 +118,11 @@ class PreAcquire(_Planned, frozen=True):
 
 
 class AcquirePlan(_Planned, frozen=True):
+    """Limits of the acquisition. `per_relay`: machines of one site that pull at one time."""
+
     deadline: float = 1800.0
     stall: float = 60.0
     per_relay: int = 20
-    """Machines of one site that pull at one time."""
 
 
 class RotationPlan(_Planned, frozen=True):
@@ -169,16 +177,19 @@ class PlannedCheck(_Planned, frozen=True):
 
 
 class MachineTurn(_Planned, frozen=True):
-    """All that one step does on one machine, resolved."""
+    """All that one step does on one machine, resolved.
+
+    Attributes:
+        variables: for `before`, `after` and `probe`: MACHINE, ADDRESS, TAG_*, VAR_*, …, by the names that they see.
+        fingerprint: SHA-256 (hex) of all this: the same again on the same tree is "already current".
+    """
 
     machine: str
     root: str
     actions: tuple[ApplyAction, ...]
     verify: tuple[PlannedCheck, ...]
     variables: dict[str, str]
-    """For `before`, `after` and `probe`: MACHINE, ADDRESS, TAG_*, VAR_*, …, by the names that they see."""
     fingerprint: str
-    """SHA-256 (hex) of all this: the same again on the same tree is "already current"."""
 
 
 class PlannedPhase(_Planned, frozen=True):
@@ -189,16 +200,20 @@ class PlannedPhase(_Planned, frozen=True):
 
 
 class MachineStep(_Planned, frozen=True, tag="machines"):
-    """A step over machines. `number` counts all steps of the process from 1."""
+    """A step over machines.
+
+    Attributes:
+        number: counts all steps of the process from 1.
+        turns: in the order of names, or in the one that the file lists.
+        package: name of the deployed package among the release's; empty where nothing is deployed.
+    """
 
     number: int
     name: str
     turns: tuple[MachineTurn, ...]
-    """In the order of names, or in the one that the file lists."""
     strategy: Literal["parallel", "rolling"]
     phases: tuple[PlannedPhase, ...]
     package: str = ""
-    """Name of the deployed package among the release's; empty where nothing is deployed."""
     label: str = ""
     keep: int = 3
     min_in_service: int = 0
@@ -238,6 +253,8 @@ class Plan(_Planned, frozen=True):
         scripts: the package that holds the process's own scripts for machines, where there are any.
         secrets: where the values of all secrets come from, by name.
         machine_secrets: names that may go to machines (sealed); all others never leave the server.
+        deadline: of the whole deployment; 0: none.
+        notes: what a person should know of it: effective numbers, what the plan cannot promise.
     """
 
     format: Literal[1]
@@ -256,23 +273,19 @@ class Plan(_Planned, frozen=True):
     steps: tuple[PlannedStep, ...]
     notify: tuple[NotifyPlan, ...] = ()
     deadline: float = 0.0
-    """Of the whole deployment; 0: none."""
     notes: tuple[str, ...] = ()
-    """What a person should know of it: effective numbers, what the plan cannot promise."""
+
+    def every_package(self) -> list[PlannedPackage]:
+        """Those of the release, and that of its scripts."""
+        return [*self.packages.values(), *([self.scripts] if self.scripts else [])]
 
     def machine(self, name: str) -> PlannedMachine:
         """Raises `KeyError`."""
-        for machine in self.machines:
-            if machine.name == name:
-                return machine
-        raise KeyError(name)
+        return {machine.name: machine for machine in self.machines}[name]
 
     def relay(self, name: str) -> PlannedRelay:
         """Raises `KeyError`."""
-        for relay in self.relays:
-            if relay.name == name:
-                return relay
-        raise KeyError(name)
+        return {relay.name: relay for relay in self.relays}[name]
 
     def steps_with(self, machine: str) -> list[MachineStep]:
         """The steps in which this machine has a turn, in order."""

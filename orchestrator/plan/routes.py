@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.files.environment import Environment, EnvironmentFile, Relay
+from orchestrator.files.environment import Environment, EnvironmentFile, Relay, SecretFrom, Token
 from orchestrator.files.values import bytes_per_second
 from orchestrator.files.yaml_positions import Mistake, shown
 from orchestrator.plan.plan import PlannedRelay, SecretSource
@@ -46,9 +46,10 @@ def wrong_ways(file: EnvironmentFile) -> list[Mistake]:
     ]
 
 
-def planned_relay(file: EnvironmentFile, name: str, upstream: str, token: SecretSource | None) -> PlannedRelay:
+def planned_relay(file: EnvironmentFile, name: str, upstream: str) -> PlannedRelay:
     """A relay of the file, as a plan has it."""
     relay = file.value.relays[name]
+    token = None if relay.token is None else secret_source(file, relay.token)
     ca_file = os.path.normpath(os.path.join(file.folder, relay.ca_file)) if relay.ca_file else ""
     return PlannedRelay(
         name,
@@ -60,6 +61,13 @@ def planned_relay(file: EnvironmentFile, name: str, upstream: str, token: Secret
         upstream,
         limit_of(relay),
         relay.plain_http,
+    )
+
+
+def secret_source(file: EnvironmentFile, written: Token | SecretFrom) -> SecretSource:
+    """Where a token or secret of the file is read."""
+    return SecretSource(
+        os.path.normpath(os.path.join(file.folder, written.file)) if written.file else "", written.env or ""
     )
 
 

@@ -20,6 +20,7 @@ from orchestrator.files.values import part_of
 from orchestrator.files.variables import Scope
 from orchestrator.files.yaml_positions import Place, shown
 from orchestrator.plan.context import SCRIPT_SECONDS, Ground
+from orchestrator.plan.forecast import counted, phases_in_words
 from orchestrator.plan.plan import (
     OLD_VERSION,
     ApplyAction,
@@ -80,18 +81,8 @@ def _check_roots(ground: Ground, steps: Sequence[PlannedStep]) -> None:
 
 def _server_step(ground: Ground, number: int, step: Step, place: Place) -> ServerStep:
     package = _package(ground, step, place)
-    run = ground.server_run(
-        step.name,
-        place,
-        script=step.script,
-        commands=step.commands,
-        timeout=step.timeout,
-        retry=step.retry,
-        idempotent=step.idempotent,
-        secrets=step.secrets,
-        variables=ground.common_variables(step.name, package),
-        scope=ground.server_scope(package),
-    )
+    variables = ground.common_variables(step.name, package)
+    run = ground.server_run(step.name, place, step, variables, ground.server_scope(package))
     return ServerStep(number, step.name, run, package=package, when=step.when, required=step.required)
 
 
@@ -226,18 +217,14 @@ class _Roll:
     ) -> None:
         title, count = self._step.name, len(names)
         if rolling is None:
-            self._ground.notes.append(f"{title}: {_machines(count)}, all at once")
+            self._ground.notes.append(f"{title}: {counted(count, 'machine')}, all at once")
             if rotation and count:
                 self._ground.notes.append(f"{title}: all {count} machines leave rotation {rotation.name} together")
             return
-        left, words = count, []
-        for phase in phases:
-            machines = phase.machines or left
-            left -= machines
-            words.append(f"{_machines(machines)}, {phase.window} at a time")
+        words = ", then ".join(phases_in_words(phases, count))
         service = f"at least {rolling.min_in_service} in service" if rolling.min_in_service else "no minimum in service"
         stop = f"more than {rolling.max_failures} failures stop it"
-        self._ground.notes.append(f"{title}: {', then '.join(words)}; {service}; {stop}")
+        self._ground.notes.append(f"{title}: {words}; {service}; {stop}")
         most = count - rolling.min_in_service
         if any(phase.window > most for phase in phases) and most > 0:
             self._ground.notes.append(f"{title}: in fact at most {most} at a time, for the minimum in service")
@@ -284,15 +271,8 @@ class _Roll:
     def _root(self, scope: Scope) -> str:
         if self._step.to is None:
             return ""
-        place = self._place.below("to")
-        before = len(self._ground.mistakes)
-        root = self._ground.fill(scope, self._step.to, place)
-        parts = re.split(r"[\\/]", root)
-        absolute = (root.startswith("/") and len(root) > 1) or _WINDOWS_ROOT.fullmatch(root)
-        plain = root.isprintable() and not {".", ".."} & set(parts) and "" not in parts[1:] and len(root) <= 4096
-        if not (absolute and plain) and len(self._ground.mistakes) == before:
-            self._ground.wrong(place, f"{shown(root)}: expected an absolute folder without '..', such as /srv/app")
-        return root
+        expected = "an absolute folder without '..', such as /srv/app"
+        return self._ground.fill(scope, self._step.to, self._place.below("to"), _is_root, expected)
 
     def _variables(self, name: str, scope: Scope, root: str) -> dict[str, str]:
         machine = self._ground.machine(name)
@@ -357,7 +337,7 @@ class _Roll:
             elif not set(roles) & set(declared.available_to):
                 self._ground.wrong(
                     place.below(index),
-                    f"{shown(secret)} is available to {', '.join(declared.available_to) or 'nobody'}, and machines of "
+                    f"{shown(secret)} is available to {', '.join(declared.available_to) or 'no role'}, and machines of "
                     f"this step have other roles: add one to secrets.{secret}.available_to",
                 )
 
@@ -376,11 +356,8 @@ class _Roll:
         )
 
     def _service_name(self, scope: Scope, text: str, place: Place) -> str:
-        before = len(self._ground.mistakes)
-        service = self._ground.fill(scope, text, place)
-        if not _SERVICE.fullmatch(service) and len(self._ground.mistakes) == before:
-            self._ground.wrong(place, f"{shown(service)}: expected a service's name, such as webshop or app@1.service")
-        return service
+        expected = "a service's name, such as webshop or app@1.service"
+        return self._ground.fill(scope, text, place, _SERVICE.fullmatch, expected)
 
     # --- its checks
 
@@ -410,13 +387,9 @@ class _Roll:
 
     def _question(self, scope: Scope, check: Check, place: Place, *, judge: bool) -> OrderedCheck:
         ground = self._ground
-        before = len(ground.mistakes)
         if check.http is not None:
-            url = ground.fill(scope, check.http, place.below("http"))
-            if judge and len(ground.mistakes) == before and not is_http_url(url):
-                ground.wrong(
-                    place.below("http"), f"{shown(url)}: expected a URL such as http://${{machine.address}}:8080/health"
-                )
+            expected = "a URL such as http://${machine.address}:8080/health"
+            url = ground.fill(scope, check.http, place.below("http"), is_http_url if judge else None, expected)
             return HttpCheck(
                 url,
                 None if check.expect is None else ground.fill(scope, check.expect, place.below("expect")),
@@ -424,13 +397,9 @@ class _Roll:
                 check.status,
             )
         if check.tcp is not None:
-            text = ground.fill(scope, check.tcp, place.below("tcp"))
-            host, port = _host_and_port(text)
-            if judge and len(ground.mistakes) == before and not (host and 0 < port < 65536):
-                ground.wrong(
-                    place.below("tcp"), f"{shown(text)}: expected HOST:PORT, such as ${{machine.address}}:8080"
-                )
-            return TcpCheck(host, port)
+            expected = "HOST:PORT, such as ${machine.address}:8080"
+            text = ground.fill(scope, check.tcp, place.below("tcp"), _names_a_port if judge else None, expected)
+            return TcpCheck(*_host_and_port(text))
         if check.command is not None:
             if judge and check.from_ == "machine":
                 script = check.command[0]
@@ -500,15 +469,24 @@ def is_http_url(text: str) -> bool:
     return plain and parts.scheme in {"http", "https"} and bool(parts.hostname) and port != 0
 
 
+def _is_root(text: str) -> bool:
+    """Whether `text` is an absolute folder, of Windows or of other systems, without `.` and `..`."""
+    parts = re.split(r"[\\/]", text)
+    absolute = (text.startswith("/") and len(text) > 1) or _WINDOWS_ROOT.fullmatch(text) is not None
+    plain = text.isprintable() and not {".", ".."} & set(parts) and "" not in parts[1:] and len(text) <= 4096
+    return absolute and plain
+
+
 def _unlabelled(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name != "RELEASE"}
+
+
+def _names_a_port(text: str) -> bool:
+    host, port = _host_and_port(text)
+    return bool(host) and 0 < port < 65536
 
 
 def _host_and_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     number = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0
     return host.removeprefix("[").removesuffix("]"), number
-
-
-def _machines(count: int) -> str:
-    return "1 machine" if count == 1 else f"{count} machines"

@@ -24,14 +24,12 @@ from relay.package.manifest import Manifest
 from relay.protocol import messages
 from relay.support.persistence import Persistence
 from relay.support.together import together
+from relay.transfer.replicate import PATIENCE, ReplicationResult
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
     from relay.support.progress import Progress
-    from relay.transfer.replicate import ReplicationResult
 
-PATIENCE: Final = 60.0
-"""Seconds that a relay may be away in the middle before it is given up."""
 PERSISTENCE: Final = Persistence(first_pause=0.2, failures=4)
 """With a relay that is lost and found again: as long as it holds more each time."""
 GRACE_SECONDS: Final = 5.0
@@ -40,7 +38,7 @@ GRACE_SECONDS: Final = 5.0
 _OWN_FAULTS: Final = frozenset({"store_full", "store_failed", "conflict", "internal"})
 """Problem codes of a replication that no other source would mend."""
 
-Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable["ReplicationResult"]]
+Send = Callable[[PlannedRelay, "RelayClient", "Progress"], Awaitable[ReplicationResult]]
 """Sends the package from here to one relay. Raises as `relay.transfer.replicate.replicate`."""
 Heard = Callable[[str, int, int], None]
 """Called with (relay, bytes of the tree stream that are there, bytes of the whole), from the offer on."""
@@ -50,26 +48,29 @@ SourceUrl = Callable[[PlannedRelay, PlannedRelay], str]
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """One relay that holds and lists the package now."""
+    """One relay that holds and lists the package now.
+
+    Attributes:
+        relay: its name.
+        source: where the last of it came from: a relay's name, or `ORIGIN`.
+        package_bytes: of the nupkg.
+        chunks: of the package.
+        lines: where its bytes came over, in the order in which they were used.
+        interruptions: how often the relay was lost and found again.
+        sent: what the sender here has to say, where the last of it was sent from here.
+    """
 
     relay: str
-    """Its name."""
     url: str
     source: str
-    """Where the last of it came from: a relay's name, or `ORIGIN`."""
     package_bytes: int
-    """Bytes of the nupkg."""
     chunks: int
-    """Chunks of the package."""
     chunks_sent: int
     lines: tuple[LineBytes, ...]
-    """Where its bytes came over, in the order in which they were used."""
     fallbacks: int
     seconds: float
     interruptions: int
-    """How often the relay was lost and found again."""
     sent: ReplicationResult | None = None
-    """What the sender here has to say, where the last of it was sent from here."""
 
     @property
     def encodings(self) -> tuple[messages.EncodedBytes, ...]:
@@ -92,12 +93,13 @@ OnDelivered = Callable[[Delivered], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Cascaded:
-    """What became of one package at several relays."""
+    """What became of one package at several relays.
+
+    `delivered` is in the order of the relays that were asked for, `failed` is by the relay's name.
+    """
 
     delivered: tuple[Delivered, ...]
-    """In the order of the relays that were asked for."""
     failed: Mapping[str, WaystationError]
-    """By the relay's name."""
     replans: tuple[Replan, ...]
 
 

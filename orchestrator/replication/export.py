@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A nupkg that is the signed one, to the last byte."""
+    """A nupkg that is the signed one, to the last byte. `new` is False where the same file stood there already."""
 
     manifest: Manifest
     path: str
     new: bool
-    """False where the same file stood there already."""
 
 
 async def fetch_from_depot(location: str, ref: PackageRef, pins: TrustPins, path: str, progress: Progress) -> Fetched:

@@ -12,7 +12,7 @@ import msgspec
 from orchestrator.depot.depot import Depot, open_depot
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.replication.alternatives import Alternatives, alternatives
-from orchestrator.replication.cascade import PATIENCE, Delivered
+from orchestrator.replication.cascade import Delivered
 from orchestrator.replication.send import (
     PackageToSend,
     open_relay,
@@ -28,7 +28,7 @@ from relay.package.identity import PackageRef
 from relay.protocol.client import RelayClient
 from relay.support.progress import Bar
 from relay.transfer.probe import Explained
-from relay.transfer.replicate import Shipping
+from relay.transfer.replicate import PATIENCE, Shipping
 
 if TYPE_CHECKING:
     from ssl import SSLContext

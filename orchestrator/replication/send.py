@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from orchestrator.depot.depot import Depot
 from orchestrator.files.environment import EnvironmentFile
 from orchestrator.files.yaml_positions import PlanError
-from orchestrator.plan.plan import PlannedRelay, SecretSource
+from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import planned_relay, upstreams_of, wrong_ways
 from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, replicate_all
 from orchestrator.trust.secrets import read_secret
@@ -31,14 +30,16 @@ from relay.transfer.replicate import PATIENCE, ReplicationResult, Shipping, plan
 
 @dataclass(frozen=True, slots=True)
 class PackageToSend:
-    """A signed package of the depot that is ready to be sent, and other versions of it that may save bytes."""
+    """A signed package of the depot that is ready to be sent, and what may save bytes.
+
+    `known` are other versions of it, `others` are packages that may hold parts of it.
+    """
 
     ref: PackageRef
     manifest: Manifest
     signature: bytes
     known: Sequence[Manifest]
     others: Sequence[Manifest] = ()
-    """Of other packages, which may hold parts of this one."""
 
 
 async def package_to_send(depot: Depot, ref: PackageRef) -> PackageToSend:
@@ -162,14 +163,7 @@ def relays_of(environment: EnvironmentFile) -> list[PlannedRelay]:
     if mistakes := wrong_ways(environment):
         raise PlanError(mistakes)
     upstreams = upstreams_of(environment.value)
-    planned = []
-    for name, relay in environment.value.relays.items():
-        token = None
-        if relay.token is not None:
-            file = os.path.normpath(os.path.join(environment.folder, relay.token.file)) if relay.token.file else ""
-            token = SecretSource(file, relay.token.env or "")
-        planned.append(planned_relay(environment, name, upstreams.get(name, ""), token))
-    return planned
+    return [planned_relay(environment, name, upstreams.get(name, "")) for name in environment.value.relays]
 
 
 def open_relay(relay: PlannedRelay) -> RelayClient:

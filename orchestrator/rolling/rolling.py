@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from orchestrator.plan.forecast import counted
 from orchestrator.plan.plan import MachineStep, PlannedPhase
 
 
@@ -112,7 +113,9 @@ def ended(roll: Roll, machine: str, *, failure: bool = False, stop_roll: bool = 
     if stop_roll:
         return stop(roll, f"after {machine} the capacity is not known")
     if len(roll.failed) > roll.max_failures:
-        return stop(roll, f"{_failures(len(roll.failed))} ({', '.join(roll.failed)}), {roll.max_failures} allowed")
+        return stop(
+            roll, f"{counted(len(roll.failed), 'failure')} ({', '.join(roll.failed)}), {roll.max_failures} allowed"
+        )
     return roll
 
 
@@ -191,10 +194,6 @@ def _why_too_few(roll: Roll, service: RotationState) -> str:
     unknown = set(roll.machines) - service.inside - service.out - roll.in_flight
     told = f"; of {_names(unknown)} nobody can tell" if unknown else ""
     return f"{len(inside)} in service{told}, and min_in_service: {roll.min_in_service} must stay while one is out"
-
-
-def _failures(count: int) -> str:
-    return "1 failure" if count == 1 else f"{count} failures"
 
 
 def _names(machines: Collection[str]) -> str:

@@ -1,8 +1,8 @@
 """One machine's turn in a step: what comes next, whatever happened so far. Pure.
 
-A turn is a fold: `begin(shape)`, then `next_do(turn)` says what to do and `did(turn, done)` takes what became of it,
-until `next_do` is an `End`. Replaying the same `Done`s gives the same turn, so a resumed deployment comes to the point
-where it died. Repeats (`attempts`) are the caller's: a `Done` is the last word on one `Do`.
+A turn is a fold: `begin(shape)`, then `turn.do` says what to do and `did(turn, done)` takes what became of it, until
+`turn.do` is an `End`. The same `Done`s give the same turn. Repeats (`attempts`) are the caller's: a `Done` is the last
+word on one `Do`.
 
     what happened                       then
     before failed, timed out, unknown   verify the old version → after not_started; a failure
@@ -21,7 +21,6 @@ Where a step has no rotation there is no bracket: the same rows, without `before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, assert_never
 
@@ -165,10 +164,11 @@ DONE: Final = Done("done")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where a turn stands. `do` comes next.
+    """Where a turn stands.
 
     Attributes:
-        began: actions that began, as far as anybody knows.
+        do: comes next; an `End` when nothing is left.
+        began: actions that began, as far as it is known.
         is_open: the bracket.
         reasons: what went wrong, in order; a turn with one ends as a failure.
     """
@@ -187,13 +187,8 @@ def begin(shape: Shape) -> Turn:
     return turn if shape.rotation else _act(turn, 0)
 
 
-def next_do(turn: Turn) -> Do:
-    """What to do now; an `End` when nothing is left."""
-    return turn.do
-
-
 def did(turn: Turn, done: Done) -> Turn:
-    """The turn after `next_do(turn)` became `done`. Raises `ValueError` where the turn has ended."""
+    """The turn after its `do` became `done`. Raises `ValueError` where the turn has ended."""
     match turn.do:
         case Before():
             return _did_before(turn, done)
@@ -211,14 +206,6 @@ def did(turn: Turn, done: Done) -> Turn:
             raise ValueError("the turn has ended")
         case unexpected:
             assert_never(unexpected)
-
-
-def replay(shape: Shape, dones: Sequence[Done]) -> Turn:
-    """The turn to which `dones` led. Raises `ValueError`: they are more than the turn has."""
-    turn = begin(shape)
-    for done in dones:
-        turn = did(turn, done)
-    return turn
 
 
 # --- one step each

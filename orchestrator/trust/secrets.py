@@ -121,14 +121,14 @@ class SecretStore:
             variable_of(name): seal_for_machine(self.machine_value(name), sealing_public, operation) for name in names
         }
 
-    def check(self, names: Iterable[str] | None = None) -> None:
-        """Read every one of `names` (by default all) once, so that none is missed in the middle of a deployment.
+    def check(self) -> None:
+        """Read every secret once, so that none is missed in the middle of a deployment.
 
         Raises:
             SecretRefusedError: one or more cannot be used; the message names all of them.
         """
         wrong = []
-        for name in sorted(self._sources if names is None else set(names)):
+        for name in sorted(self._sources):
             try:
                 self.value(name)
             except WaystationError as error:

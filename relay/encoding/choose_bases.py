@@ -12,6 +12,9 @@ order to what the run's own parts were:
 4. around those, within 8 MiB: what changed (its parts may have moved into the run), then what did not (they may resemble
    it); then what is farther away.
 
+Of a part that takes several chunks, those go before the others that stand where the run stands in it, counted from its
+beginning or from its end.
+
 What the run was before could stand first in the base, or last: measured, `hdiff` takes 0.5 % less to 1.2 % more than in
 stream order, `zstd-prefix` 0.3 to 3 % less with it last. Stream order needs the fewest ranges to say.
 """
@@ -30,7 +33,7 @@ from relay.encoding.bundle import RUN_AND_BASES_MAX, Span
 from relay.package.chunking import LARGE_PART, mask, stream_key
 from relay.package.identity import ManifestId, Sha256
 from relay.package.manifest import Manifest
-from relay.package.ranges import Ranges, indexes
+from relay.package.ranges import Ranges, from_indexes, indexes
 
 OTHERS_MAX: Final = 256
 """Packages of other names, the newest first, that are looked through for parts of one that travels."""
@@ -81,7 +84,7 @@ def choose_bases(
     for tree in trees:
         sent = {*run, *missing}
         stays = {entry.id for index, entry in enumerate(manifest.chunks) if index not in sent}
-        chooser.take_tree(tree, [manifest.parts[part].path for part in parts], stays)
+        chooser.take_tree(tree, list(_stretches_of(manifest, run)), stays)
     return chooser.spans(others + trees)
 
 
@@ -112,6 +115,35 @@ def worth_asking(
         asked.append(best)
         found = {id: rest for id, shared in found.items() if (rest := shared - digests)}
     return asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """The bytes of one part that a run holds: how many of the part are `before` it, in it, and `after` it."""
+
+    path: str
+    before: int
+    size: int
+    after: int
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.before or self.after)
+
+    def counterparts(self, whole: int) -> Iterator[tuple[int, int]]:
+        """From where to where it was, where the part had `whole` bytes: what changed stands behind it, or before it."""
+        yield min(self.before, whole), min(self.before + self.size, whole)
+        yield max(0, whole - self.after - self.size), max(0, whole - self.after)
+
+
+def _stretches_of(manifest: Manifest, run: Iterable[int]) -> Iterator[_Stretch]:
+    """Of every part that has bytes in `run`, in stream order; a part in which it has a gap gives several."""
+    for first, end in from_indexes(sorted(run)):
+        begin, finish = manifest.chunk_starts[first], manifest.chunk_starts[end - 1] + manifest.chunks[end - 1].size
+        for part in _parts_of(manifest, range(first, end)):
+            start, size = manifest.part_starts[part], manifest.parts[part].size
+            low, high = max(begin, start), min(finish, start + size)
+            yield _Stretch(manifest.parts[part].path, low - start, high - low, start + size - high)
 
 
 class _View:
@@ -151,10 +183,26 @@ class _View:
 
     def chunks_of(self, part: int) -> range:
         """Where the part lies."""
-        start, size = self.part_starts[part], self.parts[part].size
-        if not size:
+        return self._chunks_at(self.part_starts[part], self.parts[part].size)
+
+    def _chunks_at(self, start: int, size: int) -> range:
+        if size <= 0:
             return range(0)
         return range(bisect_right(self.chunk_starts, start) - 1, bisect_left(self.chunk_starts, start + size))
+
+    def elsewhere(self, run: Iterable[_Stretch]) -> set[int]:
+        """Chunks of parts that the run holds a piece of, in which that piece did not stand."""
+        there: set[int] = set()
+        stood: set[int] = set()
+        for stretch in run:
+            if stretch.is_whole:
+                continue
+            exact = self.by_path.get(stretch.path)
+            for part in self.by_masked_path.get(mask(stretch.path), []) if exact is None else [exact]:
+                there.update(self.chunks_of(part))
+                for begin, end in stretch.counterparts(self.parts[part].size):
+                    stood.update(self._chunks_at(self.part_starts[part] + begin, end - begin))
+        return there - stood
 
     def chunks_of_all(self, parts: Iterable[int]) -> set[int]:
         return {chunk for part in parts for chunk in self.chunks_of(part)}
@@ -225,28 +273,31 @@ class _Chooser:
             for index in sorted(gain, key=lambda index: (-gain[index] / one.manifest.chunks[index].size, index)):
                 self.take(one.manifest, index)
 
-    def take_tree(self, tree: Held, paths: Sequence[str], stays: Collection[str]) -> None:
-        """Chunks of the version before: what stood at these paths, what has their names, what stands around them."""
+    def take_tree(self, tree: Held, run: Sequence[_Stretch], stays: Collection[str]) -> None:
+        """Chunks of the version before: what stood at the run's paths, what has their names, what stands around them."""
         manifest, view = tree.manifest, _view(tree.manifest)
         if not manifest.chunks:
             return
         there = list(indexes(tree.ranges))
+        paths = [stretch.path for stretch in run]
         known = [view.by_path[path] for path in paths if path in view.by_path]
         masked = {path: mask(path) for path in paths if path not in view.by_path}
         renamed = [part for path in {*masked.values()} for part in view.by_masked_path.get(path, ())]
         names = {mask(path.rpartition("/")[2]) for path in paths}
         same_path = view.chunks_of_all(known + renamed)
         same_name = view.chunks_of_all(part for name in names for part in view.by_masked_name.get(name, ()))
-        distances = _distances(view, view.chunks_of_all(known) | {view.place(path) for path in masked})
+        elsewhere = view.elsewhere(run)
+        places = view.chunks_of_all(known) - elsewhere | {view.place(path) for path in masked}
+        distances, within = _distances(view, places), _distances(view, (same_path | same_name) - elsewhere)
 
-        def rank(index: int) -> tuple[int, int, int]:
+        def rank(index: int) -> tuple[int, int, int, int]:
             distance = distances[index]
             if index in same_path:
-                return 0, distance, index
+                return 0, within[index], distance, index
             if index in same_name:
-                return 1, distance, index
+                return 1, within[index], distance, index
             is_far, unchanged = distance > NEIGHBOURHOOD, manifest.chunks[index].id in stays
-            return 2 + 2 * is_far + unchanged, distance, index
+            return 2 + 2 * is_far + unchanged, 0, distance, index
 
         for index in sorted(there, key=rank):
             self.take(manifest, index)

@@ -369,7 +369,7 @@ async def test_a_script_that_is_not_as_it_was_signed_does_not_run(machine: Machi
         ({"path": "Acme.Scripts.nuspec"}, ""),
         ({"package": "0" * 64}, "not installed"),
         ({"path": "deploy/plain"}, "first line"),
-        ({"variables": {"A=B": "x"}}, "no name of a variable"),
+        ({"variables": {"A=B": "x"}}, "illegal environment variable name"),
         ({"variables": {"VAR_A": "x\0y"}}, "null"),
         ({"secrets": {"SECRET_A": b"not sealed"}}, "cannot be opened"),
         ({"root": "relative"}, "absolute"),

@@ -635,14 +635,14 @@ async def test_an_agent_that_believes_nobody_does_not_start(place: Place) -> Non
 async def test_a_full_disk_refuses_the_order_and_runs_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     failed: list[str] = []
 
-    def full(path: str, data: bytes) -> None:
+    def full(path: str, data: bytes, **_: object) -> None:
         failed.append(path)
         raise OSError(28, "No space left on device")
 
     async with serving(place.service()):
         await place.acquired()
         with monkeypatch.context() as patch:
-            patch.setattr("agent.orders.journal._write_synced", full)
+            patch.setattr("agent.orders.journal.write_durably", full)
             report = await place.obey(place.script("count.sh"), "1-count", step=1)
         again = await place.obey(place.script("count.sh"), "1-count", step=1, attempt=2)
 

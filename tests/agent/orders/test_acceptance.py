@@ -156,10 +156,6 @@ def test_a_key_out_of_scope_and_a_foreign_key_are_told_apart(desk: Desk) -> None
     assert refusal(sign_order(order(), desk.keys.signer)).code == "forged"
 
 
-def test_who_has_no_pins_obeys_nobody(desk: Desk) -> None:
-    assert refusal(desk.sign(order()), pins=None).code == "no_pins"
-
-
 FIELDS: list[tuple[str, Callable[[object], object]]] = [
     ("operation", lambda _: f"{DEPLOYMENT}/0/web1/survey/2"),
     ("environment", lambda _: "production"),

@@ -20,13 +20,12 @@ from agent.relays.health import (
     Average,
     Health,
     ProbeResult,
-    known,
     next_probe,
     record_failure,
     record_probes,
     record_success,
 )
-from agent.relays.ranking import GOODPUT_KEPT, order_for_pull, rank
+from agent.relays.ranking import GOODPUT_KEPT, rank
 from relay.errors import UsageError
 
 
@@ -280,10 +279,6 @@ def test_an_average_stays_between_its_samples(first, others):
     assert min(first, *others) * 0.999 <= average.mean <= max(first, *others) * 1.001
 
 
-def test_only_the_healths_of_known_sources_are_kept():
-    assert known({A.url: ill(), "http://gone.test:1": ill()}, [A, B]) == {A.url: ill()}
-
-
 # --- ranking
 
 
@@ -384,17 +379,9 @@ def test_a_remembered_answer_says_so():
     assert "last good answer" in rank([replace(A, remembered=True)], {}, None, 0, "me")[0].why
 
 
-def test_a_hard_failure_moves_this_pull_on_and_leaves_the_ranking():
+def test_one_hard_failure_leaves_the_ranking():
     healths = {A.url: record_failure(UNKNOWN, 0, "connection refused")}
-    ranking = rank([A, LOWER, GENERIC], healths, A.url, 0, "me")
-    assert order_for_pull(ranking, set())[0] == A
-    assert order_for_pull(ranking, {A.url}) == (LOWER, GENERIC)
-    assert order_for_pull(ranking, {A.url, LOWER.url, GENERIC.url}) == ()
-
-
-def test_a_pull_still_gets_the_ill_ones_at_the_end():
-    ranking = rank([A, LOWER], {A.url: ill()}, None, 0, "me")
-    assert order_for_pull(ranking, {LOWER.url}) == (A,)
+    assert urls(rank([A, LOWER, GENERIC], healths, A.url, 0, "me")) == urls_of(A, LOWER, GENERIC)
 
 
 # --- coming back

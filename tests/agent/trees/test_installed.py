@@ -11,7 +11,7 @@ from harness.packages import Cut, cut_package, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.relays.dns import DiscoveryConfig, discovery_of
+from agent.config import AgentConfig
 from agent.trees.installed import AgentState
 from relay.errors import StoreError, UsageError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
@@ -36,7 +36,7 @@ def state(tmp_path: Path) -> AgentState:
 def test_an_agent_that_was_never_used_knows_nothing(state: AgentState) -> None:
     assert state.trees() == []
     assert state.pins() is None
-    assert discovery_of(state.config()) == DiscoveryConfig()
+    assert state.config() == AgentConfig()
     assert not os.path.exists(state.home)
 
 
@@ -70,7 +70,7 @@ def test_trees_of_the_same_package_are_searched_first(state: AgentState, tmp_pat
 
     found = state.newest_of(PackageRef(PackageId.parse("ACME.WEB"), NuGetVersion.parse("2.0")))
 
-    assert [(r.package, r.version) for r in found] == [
+    assert [(str(held.package.id), held.package.version.normalized) for _, held in found] == [
         ("Acme.Web", "1.1.0"),
         ("Acme.Web", "1.0.0"),
         ("Acme.Other", "1.0.0"),
@@ -169,13 +169,11 @@ def test_the_whole_configuration_is_read(state: AgentState) -> None:
         "srv_site: '{site}.{domain}'\nsrv_generic: '{domain}'\n",
     )
 
-    config = state.config()
-
-    assert discovery_of(config) == DiscoveryConfig(
-        site="fra", domain="example.net", resolver="127.0.0.1:53", scheme="http", site_name="{site}.{domain}",
-        generic_name="{domain}", relays=("http://10.0.0.1:7400", "disk:/mnt/dfs"),
+    assert state.config() == AgentConfig(
+        name="web7", site="fra", domain="example.net", resolver="127.0.0.1:53", scheme="http",
+        srv_site="{site}.{domain}", srv_generic="{domain}", relays=("http://10.0.0.1:7400", "disk:/mnt/dfs"),
+        token_file="/t", ca_file="/c",
     )  # fmt: skip
-    assert (config.name, config.token_file, config.ca_file) == ("web7", "/t", "/c")
 
 
 @pytest.mark.parametrize(

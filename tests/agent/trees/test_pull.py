@@ -409,7 +409,7 @@ async def far_machine(tmp_path: Path, line: Line | None) -> AsyncIterator[Far]:
 
 
 def encodings(pulled: Pulled) -> set[str]:
-    return {each["encoding"] for each in pulled.encodings}
+    return {each.encoding for each in pulled.encodings}
 
 
 async def test_on_a_thin_line_the_next_version_comes_as_a_difference_from_the_installed_one(tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ async def test_on_a_thin_line_the_next_version_comes_as_a_difference_from_the_in
     assert (second.fallbacks, second.failed) == (0, {})
     [told] = second.encodings
     [tally] = second.from_relays.values()
-    assert (told["chunks"], told["stream_bytes"], told["payload_bytes"]) == (
+    assert (told.chunks, told.stream_bytes, told.payload_bytes) == (
         tally["chunks"],
         tally["bytes"],
         tally["payload_bytes"],
@@ -439,7 +439,7 @@ async def test_at_lan_speed_the_next_version_comes_in_its_stored_form(
         await far.pull()
         second = await far.pull("1.1.0")
     assert encodings(second) == {"zstd"}
-    assert [each["chunks"] for each in second.encodings] == [len(REBUILT)]
+    assert [each.chunks for each in second.encodings] == [len(REBUILT)]
     assert content(second.tree) == REBUILT
 
 
@@ -450,7 +450,7 @@ async def test_an_edited_file_is_no_base_and_the_others_are(tmp_path: Path) -> N
         second = await far.pull("1.1.0")
     assert content(second.tree) == REBUILT
     assert second.fallbacks == 0
-    assert 300_000 < sum(each["payload_bytes"] for each in second.encodings) < 400_000
+    assert 300_000 < sum(each.payload_bytes for each in second.encodings) < 400_000
 
 
 async def test_a_base_that_changes_after_it_was_named_costs_a_plain_run_from_the_same_relay(
@@ -518,4 +518,4 @@ async def test_a_part_of_another_installed_package_is_a_base(tmp_path: Path) -> 
                 pulled.append(await pull(request, state, sources, origin.keys.pins))
     assert content(pulled[1].tree) == bundled
     assert encodings(pulled[1]) <= DELTAS
-    assert sum(each["payload_bytes"] for each in pulled[1].encodings) < 10_000
+    assert sum(each.payload_bytes for each in pulled[1].encodings) < 10_000

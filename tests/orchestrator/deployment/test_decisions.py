@@ -44,7 +44,7 @@ async def test_a_cancel_is_obeyed_recorded_and_told(journal: Journal) -> None:
         await eventually(lambda: lines == ["anna@host decided: cancel"])
     assert (stop.reason, stop.by_person) == ("cancelled by anna@host", True)
     assert isinstance(journal.entries(DEPLOYMENT)[-1].event, DecisionTaken)
-    assert journal.pending_decisions() == []
+    assert journal.pending_decisions(DEPLOYMENT) == []
 
 
 async def test_the_deadline_stops_and_is_no_persons_word(journal: Journal) -> None:

@@ -16,6 +16,7 @@ from orchestrator.deployment.releases import (
     SNAPSHOT_FILES,
     FileChangedError,
     FrozenRelease,
+    Release,
     open_release,
     read_beside,
     unpack_release,
@@ -29,6 +30,11 @@ from relay.trust.envelopes import sign_document
 PROCESS = "format: 1\nproject: webshop\n"
 PACKAGES = {"web": PlannedPackage("Acme.Web", "1.4.2", "a" * 64, 10, 20)}
 SCRIPTS = PlannedPackage("Waystation.Scripts.webshop", "1.0.0-h0123456789abcdef", "b" * 64)
+
+
+def sha256_of(release: Release) -> dict[str, str]:
+    """Of each file, by its path."""
+    return {file.path: file.sha256 for file in release.files}
 
 
 def frozen(folder: Path, path: str) -> FrozenFile:
@@ -137,9 +143,9 @@ def test_a_release_comes_back_as_it_was_frozen(project: Path, keys: Keys) -> Non
     assert (opened.project, opened.label, opened.process) == ("webshop", "1.4.2", PROCESS)
     assert opened.packages == PACKAGES
     assert opened.scripts == SCRIPTS
-    assert list(opened.sha256_of) == ["ops/common.sh", "ops/helper", "ops/up.sh"]
-    assert release.files[opened.sha256_of["ops/common.sh"]] == b"true\n"
-    assert set(release.files) == set(opened.sha256_of.values())
+    assert list(sha256_of(opened)) == ["ops/common.sh", "ops/helper", "ops/up.sh"]
+    assert release.files[sha256_of(opened)["ops/common.sh"]] == b"true\n"
+    assert set(release.files) == set(sha256_of(opened).values())
 
 
 def test_scripts_for_machines_are_frozen_without_what_stands_beside_them(project: Path, keys: Keys) -> None:
@@ -149,7 +155,7 @@ def test_scripts_for_machines_are_frozen_without_what_stands_beside_them(project
     machine_files = [frozen(project, "deploy/configure.sh"), frozen(project, "ops/up.sh")]
     release = freeze_release(project, keys, "ops/up.sh", machine_files=machine_files)
     opened = open_release(release.document, release.envelope, keys.pins.order)
-    assert list(opened.sha256_of) == ["deploy/configure.sh", "ops/common.sh", "ops/helper", "ops/up.sh"]
+    assert list(sha256_of(opened)) == ["deploy/configure.sh", "ops/common.sh", "ops/helper", "ops/up.sh"]
     (project / "deploy/configure.sh").write_text("#!/bin/sh\necho other\n")
     with pytest.raises(FileChangedError, match="configure"):
         freeze_release(project, keys, machine_files=machine_files)
@@ -237,7 +243,7 @@ def test_an_unpacked_release_has_every_file_as_it_was(project: Path, keys: Keys,
     assert Path(process).read_text() == PROCESS
     assert (target / "ops/up.sh").read_bytes() == (project / "ops/up.sh").read_bytes()
     assert os.access(target / "ops/helper", os.X_OK)
-    assert frozen(target, "ops/up.sh").sha256 == release.sha256_of["ops/up.sh"]
+    assert frozen(target, "ops/up.sh").sha256 == sha256_of(release)["ops/up.sh"]
     with pytest.raises(RefusedError):
         unpack_release(release, frozen_release.files, str(target))
 
@@ -247,7 +253,7 @@ def test_a_lost_or_altered_file_of_a_release_is_refused_before_anything_is_writt
 ) -> None:
     frozen_release = freeze_release(project, keys, "ops/up.sh")
     release = open_release(frozen_release.document, frozen_release.envelope, keys.pins.order)
-    digest = release.sha256_of["ops/common.sh"]
+    digest = sha256_of(release)["ops/common.sh"]
     for files in ({**frozen_release.files, digest: b"evil"}, {}):
         with pytest.raises(SignatureError, match="lost or altered"):
             unpack_release(release, files, str(tmp_path / "unpacked"))

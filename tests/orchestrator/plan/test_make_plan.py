@@ -19,8 +19,9 @@ from orchestrator.files.environment import load_environment
 from orchestrator.files.process import load_process
 from orchestrator.files.scaffold import write_scaffold
 from orchestrator.files.script_files import Files, ScriptPathError, check_script_path
+from orchestrator.files.yaml_positions import PlanError
 from orchestrator.plan.forecast import describe, document, forecast
-from orchestrator.plan.make_plan import PlanError, make_plan
+from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import (
     MachineStep,
     Plan,

@@ -139,14 +139,11 @@ def test_a_check_tells_everything_that_is_wrong(tmp_path: Path) -> None:
             "gone": SecretSource(file=str(tmp_path / "gone")),
         }
     )
-    store.check(["good"])
     with pytest.raises(RefusedError) as caught:
         store.check()
     for name in ("open", "short", "gone"):
         assert f"'{name}'" in str(caught.value)
     assert "'good'" not in str(caught.value)
-    with pytest.raises(RefusedError, match="no secret is named 'other'"):
-        store.check(["good", "other"])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import pytest
@@ -142,6 +142,31 @@ def test_a_part_of_several_chunks_brings_all_of_them():
     run = new.missing_beside(old)
     spans = choose_bases(new.manifest, run, [old.whole], most=10 * MIB)
     assert large in joined(spans, old)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("change", "renamed"),
+    [
+        (lambda data: data + b"one line more", False),
+        (lambda data: data + b"one line more", True),
+        (lambda data: data[: -5 * MIB] + b"a word" + data[-5 * MIB :], False),
+        (lambda data: data[MIB:-100] + bytes(100), False),
+    ],
+    ids=["at its end", "under another number", "in its middle", "at both ends"],
+)
+def test_a_piece_of_a_large_part_is_built_on_the_same_piece_of_what_the_part_was(
+    change: Callable[[bytes], bytes], renamed: bool
+):
+    large = noise("large", 30 * MIB)
+    old = Cut({"lib1.so": large})
+    new = Cut({"lib2.so" if renamed else "lib1.so": change(large)})
+    run = new.missing_beside(old)
+    assert new.manifest.size_of(run) < 10 * MIB, "most of it is held"
+    base = joined(choose_bases(new.manifest, run, [old.whole], most=16 * MIB), old)
+    lost = new.join(run)
+    samples = [lost[at : at + 32] for at in range(0, len(lost) - 32, 64 * KIB)]
+    assert sum(sample in base for sample in samples) > 0.9 * len(samples)
 
 
 def test_a_small_part_that_another_package_holds_is_built_on_it():
