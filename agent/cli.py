@@ -33,6 +33,20 @@ _relay_option = click.option(
 _A_FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
 
 
+def _tokens_of(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """`RELAY=FILE`, as agent.yaml has it."""
+    from agent.relays.tokens import relay_key
+
+    found = {}
+    for text in given:
+        relay, _, file = text.rpartition("=")
+        if not os.path.isfile(file):
+            raise click.BadParameter(f"{text!r}: expected RELAY=FILE of a file that is there")
+        relay_key(relay)
+        found[relay] = os.path.realpath(file)
+    return found
+
+
 @click.group()
 def agent() -> None:
     """A machine: its keys, the relays it finds, the trees it installs."""
@@ -58,6 +72,20 @@ def agent() -> None:
     "--token-file", type=_A_FILE, metavar="FILE", help="File with the relays' bearer token; agent.yaml names it."
 )
 @click.option(
+    "--relay-token",
+    "tokens",
+    multiple=True,
+    metavar="RELAY=FILE",
+    callback=_tokens_of,
+    help="File with the token of one relay (HOST, HOST:PORT or URL) that has others than the rest; may be repeated.",
+)
+@click.option(
+    "--plain-http",
+    multiple=True,
+    metavar="RELAY",
+    help="A relay that is given its token over plain http, too; may be repeated.",
+)
+@click.option(
     "--ca-file",
     type=_A_FILE,
     metavar="FILE",
@@ -65,7 +93,10 @@ def agent() -> None:
 )
 @json_option
 def init(
-    home_folder: str | None, trust_file: str | None, as_json: bool, **settings: str | tuple[str, ...] | None
+    home_folder: str | None,
+    trust_file: str | None,
+    as_json: bool,
+    **settings: str | tuple[str, ...] | dict[str, str] | None,
 ) -> None:
     """Make this agent's keys and its configuration; prints the fingerprint that the environment file names."""
     import socket
@@ -75,14 +106,14 @@ def init(
 
     from agent.config import AgentConfig
     from agent.orders.keys import make_agent_keys
-    from agent.relays.dns import check_discovery
+    from agent.trees.installed import check_config
     from relay.support.durable import write_durably
 
     folder = _home(home_folder)
     pins = _read_pins(trust_file) if trust_file else None
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if value}
     values.setdefault("name", socket.gethostname())
-    check_discovery(msgspec.convert(values, AgentConfig))
+    check_config(msgspec.convert(values, AgentConfig))
     identity = make_agent_keys(folder)
     write_durably(os.path.join(folder, "agent.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
     if pins is not None:
@@ -262,8 +293,11 @@ def pull(
 @json_option
 def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, as_json: bool) -> None:
     """Show the relays in the order in which this agent asks them, and why in that order."""
+    from datetime import UTC, datetime
+
     from agent.relays.health import UNKNOWN
     from agent.trees.installed import AgentState
+    from relay.protocol.credentials import words_of
 
     state = AgentState(_home(home_folder))
 
@@ -274,6 +308,7 @@ def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | N
             return {
                 "format": 1,
                 "notes": list(sources.notes),
+                "warnings": [words for one in sources.endings() if (words := words_of(one, datetime.now(UTC)))],
                 "relays": [
                     {
                         "url": ranked.source.url,
@@ -296,7 +331,7 @@ def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | N
         return
     rows = [[str(n), r["url"], r["error"] or r["why"]] for n, r in enumerate(document["relays"], 1)]
     click.echo(table(["", "relay", "why"], rows) if rows else "no relay is known")
-    for note in document["notes"]:
+    for note in (*document["notes"], *(f"warning: {words}" for words in document["warnings"])):
         click.echo(note, err=True)
 
 

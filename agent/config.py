@@ -22,7 +22,13 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relays: tuple[str, ...] = ()
     """Asked after what DNS says: URLs, or stores such as `disk:/mnt/dfs/waystation`."""
     token_file: str | None = None
-    """The relays' bearer token."""
+    """The relays' bearer token. It is read again when the file changes, as are the others."""
+    tokens: dict[str, str] = {}
+    """Files with the tokens of single relays, in place of `token_file`: `relay.iad.example.net: /etc/…`. A relay is named
+    by HOST, HOST:PORT or URL.
+    """
+    plain_http: tuple[str, ...] = ()
+    """Relays (HOST, HOST:PORT or URL) that are given their token over plain http, too. Default: those on this machine."""
     ca_file: str | None = None
     """PEM of the authority that signs the relays' certificates, where it is a private one."""
     srv_site: str = "_waystation._tcp.{site}._sites.{domain}"

@@ -14,6 +14,7 @@ from agent.orders.orders import Acknowledge, Order, Stop
 from agent.reporter import Reporter
 from agent.scheduler import Scheduler
 from relay.errors import StoreError, WaystationError
+from relay.protocol.followed import Current
 from relay.protocol.messages import NumberedOrder
 from relay.trust.keys import TrustPins
 
@@ -24,11 +25,11 @@ _log = logging.getLogger(__name__)
 class Inbox:
     """Takes letters from any relay, one after another; an order that two relays bring is one order.
 
-    `clock` gives seconds since 1970.
+    `pins` gives the keys that are believed now, `clock` seconds since 1970.
     """
 
     me: Me
-    pins: TrustPins
+    pins: Current[TrustPins]
     journal: OperationJournal
     scheduler: Scheduler
     reporter: Reporter
@@ -46,7 +47,7 @@ class Inbox:
             except WaystationError as error:
                 _log.error("agent.operation_unreadable", extra={"operation": record.operation, "reason": str(error)})
                 continue
-            barred = why_barred(order, envelope, self.pins, self.journal.memory(), self.clock())
+            barred = why_barred(order, envelope, self.pins(), self.journal.memory(), self.clock())
             self.scheduler.start(record, order, barred=barred)
 
     async def forget(self) -> None:
@@ -57,7 +58,7 @@ class Inbox:
     async def take(self, letter: NumberedOrder, relay: str) -> None:
         """Obey, answer or refuse what this relay brought."""
         async with self._taking:
-            verdict = judge(letter.envelope, self.pins, self.me, self.journal.memory(), self.clock())
+            verdict = judge(letter.envelope, self.pins(), self.me, self.journal.memory(), self.clock())
             try:
                 match verdict:
                     case Refused():

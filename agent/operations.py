@@ -54,6 +54,7 @@ from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
+from relay.protocol.followed import Current
 from relay.support.persistence import Bearing, Persistence
 from relay.support.progress import Progress
 from relay.trust.keys import TrustPins
@@ -117,7 +118,7 @@ class Operations:
 
     state: AgentState
     config: AgentConfig
-    pins: TrustPins | None
+    pins: Current[TrustPins | None]
     sealing: X25519PrivateKey
     relays: Sequence[str] = ()
     token_file: str | None = None
@@ -230,7 +231,7 @@ class Operations:
             most = max(most, done)
             job.on_progress(before + done, before + whole)
 
-        result = await asyncio.to_thread(story.installed, request, self.state, self.pins)
+        result = await asyncio.to_thread(story.installed, request, self.state, self.pins())
         bearing = Bearing(replace(_PERSISTENCE, patience=action.stall), gained=lambda: most)
         while result is None:
             try:
@@ -248,7 +249,9 @@ class Operations:
         given = (*self.relays, *job.order.relays) if self.relays else ()
         config = msgspec.structs.replace(self.config, relays=(*self.config.relays, *job.order.relays))
         async with Sources(config, path, relays=given, token_file=self.token_file) as sources:
-            return await story.pull(request, self.state, sources, self.pins, progress=heard, stall_seconds=action.stall)
+            return await story.pull(
+                request, self.state, sources, self.pins(), progress=heard, stall_seconds=action.stall
+            )
 
     def _switch(self, action: Switch) -> SwitchFacts:
         root = self._root(action.root)
@@ -328,7 +331,7 @@ class Operations:
         if record is None or manifest is None:
             raise NotRunError(f"the package sha256:{package[:16]}… is not installed here", hint="Acquire it first")
         try:
-            check_signature(manifest, self.state.signature(manifest.id), self.pins)
+            check_signature(manifest, self.state.signature(manifest.id), self.pins())
         except SignatureError as error:
             raise NotRunError(f"{manifest.package} holds the script, but {error.message}") from error
         paths = [part.path for part in manifest.parts[: manifest.tree_parts]]

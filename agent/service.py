@@ -13,6 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from agent.trees.installed import AgentState
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.protocol import messages
 from relay.protocol.connection import ClientLimits
+from relay.protocol.credentials import EndingsTold
 
 LIMITS = ClientLimits(connect_seconds=5.0, answer_seconds=15.0, attempts=1)
 """Of connections that carry letters: what one relay does not take soon, another does."""
@@ -70,12 +72,7 @@ class Service:
             RefusedError: a key file is open to others.
         """
         state = AgentState(home)
-        config, pins = state.config(), state.pins()
-        if pins is None:
-            raise UsageError(
-                f"{home} holds no trust.json, so every order would be refused",
-                hint="Put the origin's trust.json beside agent.yaml, or use 'agent init --trust FILE'",
-            )
+        config, pins = state.config(), state.followed_pins()
         self._home = home
         self._pins = pins
         self._on_ready = on_ready
@@ -118,7 +115,8 @@ class Service:
             me = Me(name, self._author.identity.fingerprint)
             inbox = Inbox(me, self._pins, journal, scheduler, reporter, self._clock)
             poller = Poller(relays, cursors, inbox, reporter, lambda url: self._on_ready(name, url))
-            standing = [tasks.create_task(each) for each in (poller.run(), outbox.run(), _tend(sources, inbox))]
+            always = (poller.run(), outbox.run(), _look_for_relays(sources), _tend(sources, inbox))
+            standing = [tasks.create_task(each) for each in always]
             if not relays.for_mail():
                 _log.warning("agent.no_relay: no relay that carries orders is known (%s)", "; ".join(sources.notes))
             inbox.take_up()
@@ -129,16 +127,21 @@ class Service:
             scheduler.leave()
 
 
+async def _look_for_relays(sources: Sources) -> None:
+    """Ask DNS again whenever its answers have come to their end."""
+    while True:
+        await asyncio.sleep(sources.ttl * random.uniform(1.0, 1.1))  # noqa: S311 - spreads load, guards nothing
+        await sources.look_again()
+
+
 async def _tend(sources: Sources, inbox: Inbox) -> None:
     """Do what is due now and then."""
-    looked = time.monotonic()
+    told = EndingsTold()
     while True:
         await asyncio.sleep(TEND_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load, guards nothing
         try:
-            if time.monotonic() - looked >= sources.ttl:
-                looked = time.monotonic()
-                await sources.look_again()
             await sources.measure()
+            told.tell(sources.endings(), datetime.now(UTC))
             await inbox.forget()
         except WaystationError as error:
             _log.warning("agent.tending_failed", extra={"reason": str(error)})

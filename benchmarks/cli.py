@@ -51,7 +51,7 @@ def line(
 async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca_file: str | None) -> LineReport:
     from benchmarks.line import measure_line
     from relay.protocol.client import RelayClient
-    from relay.protocol.connection import tls_from, token_from
+    from relay.protocol.credentials import tls_from, token_from
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         return await measure_line(client, seconds, plan, _tell)

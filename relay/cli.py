@@ -36,29 +36,44 @@ def relay() -> None:
 )
 @click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
 def serve(config_file: str | None, log_level: str, parent: str | None, **options: str | None) -> None:
-    """Serve until SIGTERM, then let running requests end.
+    """Serve until SIGTERM, then let running requests end. SIGHUP: read the configuration again.
 
     Prints one line with its URL when it is ready. Without tokens in its configuration it listens on loopback only.
     """
     import logging
+    import signal
 
+    # One that comes before there is anything to reload must not end the relay: the file is read below.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from relay.server.app import serve as serve_relay
 
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise UsageError(f"--log-level {log_level!r}: expected debug, info, warning or error")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    config: RelayConfig = load_yaml(config_file, RelayConfig) if config_file else RelayConfig()
-    values: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    values.setdefault("store", config.store or f"disk:{os.path.join(home(), 'relay')}")
+    given = {key: value for key, value in options.items() if value is not None}
+
+    def again() -> RelayConfig:
+        if config_file and not os.path.getsize(config_file):
+            # An editor's or a tool's first step: without tokens, all callers would be locked out.
+            raise UsageError(f"{config_file} is empty")
+        return _relay_config(config_file, given, parent)
+
+    first = _relay_config(config_file, given, parent)
+    run(serve_relay(first, lambda url: click.echo(f"relay ready at {url}"), again=again))
+
+
+def _relay_config(config_file: str | None, given: dict[str, Any], parent: str | None) -> RelayConfig:
+    """What the file says now, with the options that win over it. Raises `UsageError`."""
     import msgspec
 
+    config: RelayConfig = load_yaml(config_file, RelayConfig) if config_file else RelayConfig()
+    values: dict[str, Any] = {"store": config.store or f"disk:{os.path.join(home(), 'relay')}"} | given
     if parent is not None:
         # With the token and CA of the same relay, where the file names it.
         named = [peer for peer in (config.parent, *config.peers) if peer is not None and peer.url == parent]
         values["parent"] = named[0] if named else Peer(parent)
-    config = msgspec.structs.replace(config, **values)
-    run(serve_relay(config, lambda url: click.echo(f"relay ready at {url}")))
+    return msgspec.structs.replace(config, **values)
 
 
 @relay.command(
@@ -89,7 +104,7 @@ def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str
     text, record = make_token(scopes, datetime.now(UTC), days, name)
     if config_file:
         append_token(config_file, record)
-        click.echo(f"added to {config_file}; a running relay reads it at its next start", err=True)
+        click.echo(f"added to {config_file}; a running relay reads it at SIGHUP (systemctl reload)", err=True)
     else:
         click.echo("put this into relay.yaml:", err=True)
         click.echo(yaml.safe_dump({"tokens": [msgspec.to_builtins(record)]}, sort_keys=False), err=True)
@@ -110,13 +125,19 @@ def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool)
     site = f", site {document['site']}" if document["site"] else ""
     reason = f" ({document['reason']})" if document["reason"] else ""
     click.echo(printable(f"{document['relay']}: {document['status']}{reason}{site}"))
+    for words in document["warnings"]:
+        click.echo(printable(f"  warning: {words}"))
     for entry in document["packages"]:
         click.echo(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
 
 
 async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    import msgspec
+
     from relay.protocol.client import RelayClient
-    from relay.protocol.connection import tls_from, token_from
+    from relay.protocol.credentials import tls_from, token_from, words_of
 
     async with RelayClient(url, token=token_from(token_file), tls=tls_from(ca_file)) as client:
         health = await client.health()
@@ -127,6 +148,8 @@ async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict
         "status": health.status,
         "reason": health.reason,
         "site": health.site,
+        "warnings": [words for one in health.endings if (words := words_of(one, datetime.now(UTC)))],
+        "endings": [msgspec.to_builtins(one) for one in health.endings],
         "packages": [
             {
                 "id": str(p.package.id),

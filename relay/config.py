@@ -37,6 +37,8 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the scope `read`, where the peer asks for one."""
     ca_file: str = ""
     """PEM of its authority, where it is a private one."""
+    plain_http: bool = False
+    """It is given its token over plain http, too."""
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,12 +63,12 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     site: str = ""
     """What DNS calls this place."""
     tokens: list[Any] = msgspec.field(default_factory=list)
-    """Who may call, see below; read at start."""
+    """Who may call, see below."""
     tls: Tls | None = None
-    """`certificate` and `key`: PEM files. TLS 1.3; read at start."""
+    """`certificate` and `key`: PEM files. TLS 1.3. What they hold is read again when they change."""
     peers: list[Peer] = msgspec.field(default_factory=list)
-    """Relays that this one may be told to fetch packages from: `url`, `token` (`file` or `env`, scope `read`), `ca_file`.
-    On loopback, loopback needs none.
+    """Relays that this one may be told to fetch packages from: `url`, `token` (`file` or `env`, scope `read`), `ca_file`,
+    `plain_http: true` where the token may go over plain http. On loopback, loopback needs none.
     """
     parent: Peer | None = None
     """The relay to take from, once, what an identical nupkg needs and cannot be made here: as one of `peers`."""

@@ -25,6 +25,7 @@ from agent.relays.candidates import (
     static_source,
 )
 from relay.errors import UnreachableError, UsageError
+from relay.network.names import KeptNames, Names
 
 if TYPE_CHECKING:
     from dns.asyncresolver import Resolver
@@ -37,8 +38,12 @@ RECORDS_MAX = 64
 ADDRESSES_MAX = 16
 """Addresses taken for one target."""
 LOOKUPS_AT_ONCE = 16
-TTL_MIN, TTL_MAX = 30.0, 3600.0
-"""Seconds. The next look comes no sooner and no later, though the zone may say so."""
+TTL_MIN, TTL_MAX = 5.0, 3600.0
+"""Seconds. SRV records are asked for again no sooner and no later, though the zone may say so."""
+TTL_NONE = 30.0
+"""Seconds after which to ask again where no answer came, or the answer is that there is nothing, whatever the zone says:
+an agent without relays must not wait for an hour.
+"""
 ROUND_SECONDS = 3.0
 """For a round of questions. There are two rounds at most: SRV, and with a resolver of our own the addresses."""
 _REASON_CHARS = 200
@@ -138,7 +143,7 @@ class _Reply:
     name: str
     sources: tuple[Source, ...] | None
     notes: tuple[str, ...] = ()
-    ttl: float = TTL_MIN
+    ttl: float = TTL_NONE
 
 
 class _DnsFailedError(UnreachableError):
@@ -152,6 +157,7 @@ async def find_sources(
     *,
     now: float,
     round_seconds: float = ROUND_SECONDS,
+    names: Names | None = None,
 ) -> Found:
     """Ask DNS, fall back to the last good answers where it fails, and add the static list.
 
@@ -163,9 +169,11 @@ async def find_sources(
         rng: draws inside a tier.
         now: seconds since 1970.
         round_seconds: for a round of questions.
+        names: looks the targets up where the configuration names a resolver; what it knows is not asked again.
     """
     questions = _questions(config)
-    replies = await _ask_all(config, questions, round_seconds) if questions else []
+    names = names or names_of(config, round_seconds)
+    replies = await _ask_all(config, questions, round_seconds, names) if questions else []
     remembered = {answer.name: answer for answer in last}
     settled = [_settle(reply, remembered.get(reply.name), now) for reply in replies]
     static = [static_source(text) for text in config.relays]
@@ -200,31 +208,42 @@ def _drawn(sources: Sequence[Source], rng: random.Random) -> tuple[Source, ...]:
     return tuple(source for tier in by_tier.values() for source in by_weight(tier, rng))
 
 
-async def _ask_all(config: AgentConfig, questions: Sequence[tuple[Origin, str]], seconds: float) -> list[_Reply]:
+def names_of(config: AgentConfig, round_seconds: float = ROUND_SECONDS) -> KeptNames | None:
+    """Looks relays up at the resolver that the configuration names; None where it names none."""
+
+    async def look_up(host: str) -> tuple[Sequence[str], float]:
+        return await _addresses(_resolver(config.resolver, round_seconds), host)
+
+    return None if config.resolver is None else KeptNames(look_up)
+
+
+async def _ask_all(
+    config: AgentConfig, questions: Sequence[tuple[Origin, str]], seconds: float, names: Names | None
+) -> list[_Reply]:
     from dns.exception import DNSException
 
     try:
-        resolver = _resolver(config.resolver)
-        resolver.lifetime = seconds
-        # A lost datagram must leave time to ask again, or the next server.
-        resolver.timeout = seconds / 3
+        resolver = _resolver(config.resolver, seconds)
     except (DNSException, OSError) as error:
         note = f"the system's resolver cannot be used: {words_of(error)}"
         return [_Reply(origin, name, None, (note,)) for origin, name in questions]
-    return await asyncio.gather(*(_ask(resolver, config, origin, name) for origin, name in questions))
+    return await asyncio.gather(*(_ask(resolver, config, origin, name, names) for origin, name in questions))
 
 
-def _resolver(configured: str | None) -> Resolver:
+def _resolver(configured: str | None, seconds: float) -> Resolver:
     from dns.asyncresolver import Resolver
 
     resolver = Resolver(configure=configured is None)
     if configured is not None:
         address, port = _parse_resolver(configured)
         resolver.nameservers, resolver.port = [address], port
+    resolver.lifetime = seconds
+    # A lost datagram must leave time to ask again, or the next server.
+    resolver.timeout = seconds / 3
     return resolver
 
 
-async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: str) -> _Reply:
+async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: str, names: Names | None) -> _Reply:
     try:
         records, ttl = await _look_up(resolver, name, "SRV")
     except _DnsFailedError as error:
@@ -233,7 +252,7 @@ async def _ask(resolver: Resolver, config: AgentConfig, origin: Origin, name: st
         return _Reply(origin, name, (), (f"{name}: no relay has this name",), ttl)
     sources, notes = _read(records, origin, config.scheme, name)
     reply = _Reply(origin, name, sources, notes, ttl)
-    return await _with_addresses(resolver, reply) if config.resolver is not None and sources else reply
+    return await _with_addresses(names, reply) if names is not None and sources else reply
 
 
 def _read(
@@ -256,54 +275,67 @@ def _read(
     return tuple(sources), tuple(notes)
 
 
-async def _with_addresses(resolver: Resolver, reply: _Reply) -> _Reply:
+async def _with_addresses(names: Names, reply: _Reply) -> _Reply:
     """The reply with its targets' addresses; without those that have none.
 
     A target whose look-up failed is left out as well, but when that befalls all of them, DNS has failed.
     """
     targets = sorted({source.target for source in reply.sources or ()})
     gate = asyncio.Semaphore(LOOKUPS_AT_ONCE)
-    found = dict(zip(targets, await asyncio.gather(*(_addresses(resolver, one, gate) for one in targets)), strict=True))
+    found = dict(zip(targets, await asyncio.gather(*(_known(names, one, gate) for one in targets)), strict=True))
     notes = [f"{name}: its address could not be looked up" for name, some in found.items() if some is None]
     notes += [f"{name}: has no address" for name, some in found.items() if some == ()]
+    # One that is left out may be there again sooner than the records about it change.
+    ttl = min(reply.ttl, TTL_NONE) if notes else reply.ttl
     if all(some is None for some in found.values()):
-        return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=TTL_MIN)
+        return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=ttl)
     placed = tuple(replace(source, address=some[0]) for source in reply.sources or () if (some := found[source.target]))
-    return replace(reply, sources=placed, notes=(*reply.notes, *notes))
+    return replace(reply, sources=placed, notes=(*reply.notes, *notes), ttl=ttl)
 
 
-async def _addresses(resolver: Resolver, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
-    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where no server answered."""
+async def _known(names: Names, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
+    """None where no server answered."""
     async with gate:
-        answers = await asyncio.gather(*(_texts(resolver, target, kind) for kind in ("A", "AAAA")))
-    found = tuple(text for some in answers for text in some or ())[:ADDRESSES_MAX]
-    return None if not found and None in answers else found
+        try:
+            return tuple(await names.addresses(target))
+        except UnreachableError:
+            return None
 
 
-async def _texts(resolver: Resolver, name: str, kind: str) -> list[str] | None:
-    try:
-        answers, _ = await _look_up(resolver, name, kind)
-    except _DnsFailedError:
-        return None
-    return [str(one) for one in answers]
+async def _addresses(resolver: Resolver, target: str) -> tuple[Sequence[str], float]:
+    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4; and their seconds to live.
+
+    Raises:
+        _DnsFailedError: no server answered.
+    """
+    kinds = ("A", "AAAA")
+    answers = await asyncio.gather(*(_look_up(resolver, target, kind) for kind in kinds), return_exceptions=True)
+    came = [answer for answer in answers if not isinstance(answer, BaseException)]
+    found = tuple(str(one) for some, _ in came for one in some)[:ADDRESSES_MAX]
+    for answer in answers:
+        if isinstance(answer, BaseException) and not (found and isinstance(answer, _DnsFailedError)):
+            raise answer
+    with_some = [ttl for some, ttl in came if some] or [ttl for _, ttl in came]
+    return found, min(*with_some, TTL_MAX)
 
 
 async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[Any], float]:
-    """All records of one kind, and their seconds to live. "No such name" is an answer: no records.
+    """All records of one kind, and their seconds to live: of the whole chain, where names stand for other names. "No
+    such name" is an answer: no records.
 
     Raises:
         _DnsFailedError: no server answered, or none was able to.
     """
     from dns.exception import DNSException
-    from dns.resolver import NXDOMAIN, NoAnswer
+    from dns.resolver import NXDOMAIN
 
     try:
-        answer = await resolver.resolve(f"{name}.", kind, search=False)
-    except (NXDOMAIN, NoAnswer):
-        return [], TTL_MIN
+        answer = await resolver.resolve(f"{name}.", kind, search=False, raise_on_no_answer=False)
+    except NXDOMAIN:
+        return [], TTL_NONE
     except (DNSException, OSError, EOFError) as error:
         raise _DnsFailedError(f"DNS failed, {words_of(error)}") from error
-    return list(answer), float(answer.rrset.ttl if answer.rrset else TTL_MIN)
+    return list(answer.rrset or ()), float(answer.chaining_result.minimum_ttl) if answer.rrset else TTL_NONE
 
 
 def words_of(error: BaseException) -> str:

@@ -110,6 +110,8 @@ class ProbeResult:
 
     first_byte: float | None
     reason: str = ""
+    is_final: bool = False
+    """It will not pass by itself, such as a token that is refused: one such failure puts a source out."""
 
     @property
     def ok(self) -> bool:
@@ -133,9 +135,12 @@ def record_success(health: Health, now: float, first_byte: float | None, goodput
     )
 
 
-def record_failure(health: Health, now: float, reason: str) -> Health:
-    """It could not be reached, or could not serve. Not for a missing chunk: that is an answer."""
-    fails = health.fails + 1
+def record_failure(health: Health, now: float, reason: str, *, is_final: bool = False) -> Health:
+    """It could not be reached, or could not serve. Not for a missing chunk: that is an answer.
+
+    `is_final`: it counts for as many failures as put a source out.
+    """
+    fails = max(health.fails + 1, FAILS_OUT if is_final else 0)
     ok = health.ok and fails < FAILS_OUT
     since = now if health.ok and not ok else health.out_since
     return replace(health, ok=ok, fails=fails, passes=0, last_checked=now, out_since=since, reason=_plain(reason))
@@ -149,7 +154,7 @@ def record_probes(healths: Mapping[str, Health], results: Mapping[str, ProbeResu
         after[url] = (
             record_success(before, now, result.first_byte, None)
             if result.ok
-            else record_failure(before, now, result.reason)
+            else record_failure(before, now, result.reason, is_final=result.is_final)
         )
     return after
 

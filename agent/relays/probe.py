@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from agent.relays.candidates import Source
 from agent.relays.dns import words_of
 from agent.relays.health import ProbeResult
+from relay.errors import RefusedError
 
 Check = Callable[[Source], Awaitable[float]]
 """Connects to the source, asks whether it is well, and returns the seconds to the first byte; raises if it is not."""
@@ -59,4 +60,4 @@ async def _checked(source: Source, check: Check, connect_timeout: float) -> Prob
         return ProbeResult(None, f"no answer within {connect_timeout:g} s")
     # A check may die of anything: the source could not be used, and the reason is kept for people.
     except Exception as error:
-        return ProbeResult(None, words_of(error))
+        return ProbeResult(None, words_of(error), is_final=isinstance(error, RefusedError))

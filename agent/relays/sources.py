@@ -15,9 +15,8 @@ from typing import Self
 
 from agent.config import AgentConfig
 from agent.relays.candidates import Source
-from agent.relays.dns import TTL_MIN, check_discovery, find_sources
+from agent.relays.dns import TTL_MIN, check_discovery, find_sources, names_of
 from agent.relays.health import (
-    FAILS_OUT,
     UNKNOWN,
     Health,
     ProbeResult,
@@ -29,13 +28,16 @@ from agent.relays.health import (
 from agent.relays.memory import State, load_state, log_changes, save_state
 from agent.relays.probe import probe
 from agent.relays.ranking import Ranking, rank
+from agent.relays.tokens import Tokens, keys_of, relay_key
 from relay.encoding.bundle import Event, NotSent, Received, Tap
 from relay.encoding.holdings import Holdings
 from relay.errors import ChunkInvalid, ChunkMissing, NotFoundError, StoreError, UntrustedError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.package.manifest import Manifest
 from relay.protocol.client import ManifestDocument, PackagePointer, RelayClient
-from relay.protocol.connection import ClientLimits, tls_from, token_from
+from relay.protocol.connection import ClientLimits, TokenRefusedError
+from relay.protocol.credentials import tls_from
+from relay.protocol.messages import Ending
 from relay.stores.catalog import Catalog
 from relay.stores.open import Store, open_store
 from relay.transfer.download import RequestTiming
@@ -85,7 +87,7 @@ class StoreSource:
                 continue
             yield Received(manifest.id, index, chunk, chunk.size)
 
-    async def health(self, *, attempts: int = 1) -> None:  # noqa: ARG002 - as a relay's
+    async def health(self, *, attempts: int = 1, scope: str = "") -> None:  # noqa: ARG002 - as a relay's
         # Reading a name that is not there is enough: a share that is not mounted says so.
         await (await self._open()).documents.read("packages/none")
 
@@ -126,14 +128,19 @@ class Sources:
         """
         self._path = state_path
         self._only = tuple(relays)
-        token, tls = token_from(token_file or config.token_file), tls_from(config.ca_file or None)
-        self._relay = partial(RelayClient, token=token, limits=limits, tls=tls)
+        self._tokens = Tokens(token_file or config.token_file, {} if token_file else config.tokens)
+        self._plain_http = {relay_key(name) for name in config.plain_http}
+        self._relay = partial(RelayClient, limits=limits, tls=tls_from(config.ca_file or None))
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._clock = clock
         self._seed = config.name or socket.gethostname()
         self._discovery = AgentConfig(relays=self._only) if self._only else config
         check_discovery(self._discovery)
+        self._names = names_of(self._discovery)
         self._down: set[str] = set()
+        self._refused: dict[str, str | None] = {}
+        """The tokens that relays refused, by URL."""
+        self._endings: dict[str, Ending] = {}
         self._kept: State = State()
         self._found: tuple[Source, ...] = ()
         self._open: dict[str, AnySource] = {}
@@ -149,7 +156,12 @@ class Sources:
 
     async def look_again(self) -> None:
         """Ask DNS once more, for a process that lives longer than its answers. What is open stays open."""
-        found = await find_sources(self._discovery, self._kept.last_answers, self._rng, now=self._clock())
+        if self._names is not None:
+            for source in (source for answer in self._kept.last_answers for source in answer.sources):
+                self._names.remember(source.target, source.address)
+        found = await find_sources(
+            self._discovery, self._kept.last_answers, self._rng, now=self._clock(), names=self._names
+        )
         self._found, self.notes, self.ttl = found.sources, found.notes, found.ttl
         if not self._only:
             # Relays given by hand once must not make an agent forget its own. Those that are gone are forgotten: what is
@@ -168,6 +180,10 @@ class Sources:
     def healths(self) -> dict[str, Health]:
         """What is known of each source, by URL."""
         return self._kept.healths
+
+    def endings(self) -> tuple[Ending, ...]:
+        """When the tokens end that relays were asked with, by their word."""
+        return tuple(self._endings.values())
 
     def ranking(self) -> Ranking:
         return rank(self._found, self._kept.healths, self._kept.current, self._clock(), self._seed)
@@ -211,20 +227,19 @@ class Sources:
         self._keep({**self._kept.healths, url: health}, url)
 
     def failed(self, url: str, error: WaystationError) -> None:
-        """It could not be reached, or sent other bytes: the latter puts it out at once.
+        """It could not be reached, or sent other bytes, or refuses our token: the latter two put it out at once.
 
         A relay that lies answers questions for its health all the better, so counting to three would never end.
         """
-        health = self._health(url)
-        for _ in range(FAILS_OUT if isinstance(error, UntrustedError) else 1):
-            health = record_failure(health, self._clock(), error.message)
+        is_final = isinstance(error, UntrustedError | TokenRefusedError)
+        health = record_failure(self._health(url), self._clock(), error.message, is_final=is_final)
         self._keep({**self._kept.healths, url: health}, self._kept.current)
 
     def _health(self, url: str) -> Health:
         return self._kept.healths.get(url, UNKNOWN)
 
     def _due(self, ranking: Ranking) -> list[Source]:
-        due = [ranked.source for ranked in ranking if self._is_due(self._health(ranked.source.url))]
+        due = [r.source for r in ranking if self._is_due(self._health(r.source.url)) or self._has_new_token(r.source)]
         well = [source for source in due if self._health(source.url).ok]
         ill = [source for source in due if not self._health(source.url).ok]
         return well[:_PROBES] + ill[:_PROBES]
@@ -234,10 +249,23 @@ class Sources:
             return True
         return next_probe(health, health.last_checked, self._rng) <= self._clock()
 
+    def _has_new_token(self, source: Source) -> bool:
+        """Since it refused the one before."""
+        return source.url in self._refused and self._refused[source.url] != self._tokens.of(source.url)()
+
     async def _check(self, source: Source) -> float:
         started = time.monotonic()
-        # Once: one refused connection moves a pull on, and a pause between tries would be taken for a slow answer.
-        await self._opened(source).health(attempts=1)
+        try:
+            # Once: one refused connection moves a pull on, and a pause between tries would be taken for a slow answer.
+            # With the token that a pull shows: a relay that refuses it is of no use, however soon it does.
+            answer = await self._opened(source).health(attempts=1, scope="read")
+        except TokenRefusedError:
+            self._refused[source.url] = self._tokens.of(source.url)()
+            raise
+        self._refused.pop(source.url, None)
+        self._endings.pop(source.url, None)
+        if answer is not None and answer.token is not None:
+            self._endings[source.url] = Ending("token", answer.token.id, f"for {source.url}", answer.token.ends)
         return time.monotonic() - started
 
     def _keep(self, healths: dict[str, Health], current: str | None) -> None:
@@ -247,7 +275,15 @@ class Sources:
     def _opened(self, source: Source) -> AnySource:
         opened = self._open.get(source.url)
         if opened is None:
-            opened = StoreSource(source.url) if source.is_store else self._relay(source.url, connect_to=source.address)
+            opened = StoreSource(source.url) if source.is_store else self._client(source)
             self._open[source.url] = opened
             self._stack.push_async_callback(opened.close)
         return opened
+
+    def _client(self, source: Source) -> RelayClient:
+        return self._relay(
+            source.url,
+            token=self._tokens.of(source.url),
+            names=None if source.address is None else self._names,
+            plain_http=not self._plain_http.isdisjoint(keys_of(source.url)),
+        )

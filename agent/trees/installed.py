@@ -25,11 +25,13 @@ import msgspec
 from agent.config import AgentConfig
 from agent.disk import REMOVED, disk_errors, read_json, remove_folder
 from agent.relays.dns import check_discovery
+from agent.relays.tokens import relay_key
 from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
 from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
+from relay.protocol.followed import Followed
 from relay.support.durable import sync_folder, write_durably
 from relay.trust.envelopes import ENVELOPE_MAX
 from relay.trust.keys import TrustPins, parse_pins
@@ -77,7 +79,7 @@ class AgentState:
         path = os.path.join(self.home, "agent.yaml")
         config: AgentConfig = load_yaml(path, AgentConfig) if os.path.exists(path) else AgentConfig()
         try:
-            check_discovery(config)
+            check_config(config)
         except UsageError as error:
             raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
         for root in config.roots:
@@ -95,6 +97,21 @@ class AgentState:
             return None
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
+
+    def followed_pins(self) -> Followed[TrustPins]:
+        """The pinned keys of now, for a process that lives long. Raises as `pins`, and where there are none."""
+
+        def read() -> TrustPins:
+            pins = self.pins()
+            if pins is None:
+                raise UsageError(
+                    f"{self.home} holds no trust.json, so every order would be refused",
+                    hint="Put the origin's trust.json beside agent.yaml, or use 'agent init --trust FILE'",
+                )
+            return pins
+
+        path = os.path.join(self.home, "trust.json")
+        return Followed(path, (path,), read)
 
     def trees(self) -> list[TreeRecord]:
         """Installed trees that are still there, newest first."""
@@ -204,6 +221,13 @@ class AgentState:
 
 def _settled_name(root: str) -> str:
     return f"{hashlib.sha256(root.encode()).hexdigest()[:40]}.json"
+
+
+def check_config(config: AgentConfig) -> None:
+    """Whether relays can be looked for, and are named as they must be. Raises `UsageError`."""
+    check_discovery(config)
+    for relay in (*config.tokens, *config.plain_http):
+        relay_key(relay)
 
 
 def _finish_removals(releases: str) -> None:

@@ -25,14 +25,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Self
 
 from benchmarks.lines.network import Line
+from relay.protocol.credentials import PLAIN_HTTP
 
 _PREFIX = "waystation"
 _OURS = re.compile(rf"{_PREFIX}-(\d+)-\d+-[A-Za-z0-9-]+", re.ASCII)
 _PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,30}", re.ASCII)
+_NETWORK = ip_network("10.99.0.0/16")
 _MTU = 1500
 _BURST_SECONDS = 0.002
 _QUEUE_SECONDS = 0.05
@@ -193,11 +196,12 @@ class Laboratory:
     def address(self, place: str) -> str:
         """Its IPv4 address, which every place reaches, and no program outside."""
         index = self.places.index(place) + 1
-        return f"10.99.{index >> 8}.{index & 255}"
+        return str(_NETWORK[index])
 
     def inside(self, place: str) -> list[str]:
         """What stands before the words of a command to run it there."""
-        return [_program("ip"), "netns", "exec", self.namespace(place)]
+        # No program outside can listen there, so tokens may go over plain http.
+        return [_program("ip"), "netns", "exec", self.namespace(place), "env", f"{PLAIN_HTTP}={_NETWORK}"]
 
     def passed(self, place: str, to: str) -> int:
         """Bytes of IP packets, with all headers, that have left `place` by the line that leads to `to`."""

@@ -164,7 +164,7 @@ def fetch(
     from orchestrator.replication.export import fetch_from_depot, fetch_from_relay
     from orchestrator.trust.keyring import load_pins
     from relay.protocol.client import RelayClient
-    from relay.protocol.connection import tls_from, token_from
+    from relay.protocol.credentials import tls_from, token_from
 
     ref = package_ref(id, version)
     path = os.path.abspath(output or f"{ref.id}.{ref.version.normalized}.nupkg")

@@ -122,7 +122,7 @@ def _targets(urls: tuple[str, ...], environment: str | None, token_file: str | N
     """The relays that were named, by URL or by their environment."""
     from orchestrator.files.environment import environment_path, load_environment
     from orchestrator.replication.replicate_package import Targets
-    from relay.protocol.connection import tls_from, token_from
+    from relay.protocol.credentials import tls_from, token_from
 
     if environment is not None:
         if urls or token_file or ca_file:

@@ -19,6 +19,7 @@ from orchestrator.deployment.decisions import decisions_obeyed, obey
 from orchestrator.deployment.setup import DeployRequest, set_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.files.values import NotificationKind
+from orchestrator.fleet.endings import check_endings
 from orchestrator.journal.events import (
     BracketAdopted,
     FinalState,
@@ -100,6 +101,9 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
             try:
                 await _adopt(context, brackets)
                 await _pre_acquire(context, undo)
+                if context.plan.pre_acquire:
+                    # Relays that were beyond reach before, behind a VPN say.
+                    await check_endings(context.plan)
                 await _meet(context, adopt=adopt)
                 facts = await acquire(context)
                 await undo.those_until_acquired()

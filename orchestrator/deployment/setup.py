@@ -20,6 +20,7 @@ from orchestrator.deployment.recovery import settle
 from orchestrator.deployment.releases import Release, open_release, unpack_release
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.files.process import load_process
+from orchestrator.fleet.endings import check_endings
 from orchestrator.fleet.fleet import Fleet
 from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
@@ -80,6 +81,8 @@ async def set_up(
 
         order_signer = load_signer(paths.trust, "order")
         recorder = Recorder(journal, ulid, tell)
+        for words in await check_endings(plan):
+            tell(f"warning: {words}")
         runs = ServerRuns(folder, secrets, recorder)
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))
         fence = journal.claim(plan.environment)

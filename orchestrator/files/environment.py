@@ -58,6 +58,8 @@ class Relay(Written, frozen=True):
     """`file` or `env`: a bearer token with the scopes `write` and `order`."""
     ca_file: Text | None = None
     """PEM of its authority, where it is a private one."""
+    plain_http: bool = False
+    """It is given its token over plain http, too. Beyond this machine none is sent without it."""
     generic: bool = False
     """It serves every site, after the site's own relays."""
     from_: Name | None = msgspec.field(name="from", default=None)

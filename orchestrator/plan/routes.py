@@ -51,7 +51,17 @@ def planned_relay(file: EnvironmentFile, name: str, upstream: str) -> PlannedRel
     relay = file.value.relays[name]
     token = None if relay.token is None else secret_source(file, relay.token)
     ca_file = os.path.normpath(os.path.join(file.folder, relay.ca_file)) if relay.ca_file else ""
-    return PlannedRelay(name, relay.url, relay.site or "", relay.generic, token, ca_file, upstream, limit_of(relay))
+    return PlannedRelay(
+        name,
+        relay.url,
+        relay.site or "",
+        relay.generic,
+        token,
+        ca_file,
+        upstream,
+        limit_of(relay),
+        relay.plain_http,
+    )
 
 
 def secret_source(file: EnvironmentFile, written: Token | SecretFrom) -> SecretSource:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from orchestrator.files.environment import EnvironmentFile
     from relay.encoding.codecs import Coding
+    from relay.protocol.followed import Current
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Targets:
         return cls(relays, {one.name: open_relay(one) for one in relays}, len(environment.value.machines))
 
     @classmethod
-    def of_urls(cls, urls: Sequence[str], token: str | None, tls: SSLContext | None) -> Targets:
+    def of_urls(cls, urls: Sequence[str], token: Current[str | None], tls: Current[SSLContext]) -> Targets:
         """Raises `UsageError`: one is no URL."""
         clients = [RelayClient(url, token=token, tls=tls) for url in urls]
         relays = [PlannedRelay(client.url, client.url, "") for client in clients]

@@ -18,7 +18,8 @@ from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
-from relay.protocol.connection import tls_from
+from relay.protocol.credentials import tls_from
+from relay.protocol.followed import Current, Followed
 from relay.support.progress import Progress
 from relay.support.rate_limit import Pacer
 from relay.transfer.encoder_pool import Payloads
@@ -172,5 +173,14 @@ def open_relay(relay: PlannedRelay) -> RelayClient:
         NotFoundError, RefusedError: its token cannot be read.
         UsageError: it has no usable URL.
     """
-    token = None if relay.token is None else read_secret(f"token of relay {relay.name}", relay.token).reveal()
-    return RelayClient(relay.url, token=token, tls=tls_from(relay.ca_file or None))
+    return RelayClient(
+        relay.url, token=_token_of(relay), tls=tls_from(relay.ca_file or None), plain_http=relay.plain_http
+    )
+
+
+def _token_of(relay: PlannedRelay) -> Current[str | None] | None:
+    """What gives its token now: it may be replaced while a deployment runs."""
+    source, name = relay.token, f"token of relay {relay.name}"
+    if source is None:
+        return None
+    return Followed(f"the {name}", [source.file] if source.file else [], lambda: read_secret(name, source).reveal())

@@ -60,9 +60,14 @@ class RelayClient(Connection):
 
     # --- the relay and its line
 
-    async def health(self, *, attempts: int = 0) -> messages.HealthAnswer:
-        """How it is; `attempts` in place of the limits' own. Raises `UnreachableError` while it drains, too."""
-        return await self.ask(Request("GET", messages.HEALTH, attempts=attempts), messages.HealthAnswer)
+    async def health(self, *, attempts: int = 0, scope: str = "") -> messages.HealthAnswer:
+        """How it is; `attempts` in place of the limits' own. Raises `UnreachableError` while it drains, too.
+
+        Raises:
+            TokenRefusedError: it does not let us do what takes `scope`.
+        """
+        request = Request("GET", messages.HEALTH, attempts=attempts, params={"scope": scope} if scope else {})
+        return await self.ask(request, messages.HealthAnswer)
 
     async def wait_until_ready(self, patience: float) -> None:
         """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""

@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -20,7 +20,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import msgspec
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from relay.errors import (
     ConflictError,
@@ -31,8 +30,12 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
+from relay.network.names import Names
+from relay.network.way import Way
 from relay.package.ranges import Ranges
 from relay.protocol import messages
+from relay.protocol.credentials import PLAIN_HTTP, may_be_shown, tls_from
+from relay.protocol.followed import Current, Followed
 from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.persistence import Persistence
@@ -79,6 +82,10 @@ class Request:
 
 class TokenRefusedError(RefusedError):
     """The relay does not take this token, or wants one."""
+
+    def __init__(self, message: str, *, hint: str = "", status: int = 401) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
 
 
 class MissingChunksError(ConflictError):
@@ -129,6 +136,14 @@ def chunked_bytes(size: int) -> int:
 # --- the connection
 
 
+@dataclass(eq=False, slots=True)
+class _Line:
+    """Connections to one place, and how many requests use them."""
+
+    session: aiohttp.ClientSession
+    requests: int = 0
+
+
 class Connection:
     """To one relay. Use it as an async context manager; safe for many tasks at once."""
 
@@ -136,14 +151,21 @@ class Connection:
         self,
         url: str,
         *,
-        token: str | None = None,
-        connect_to: str | None = None,
+        token: str | Current[str | None] | None = None,
+        names: Names | None = None,
         limits: ClientLimits | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: Current[ssl.SSLContext] | None = None,
+        plain_http: bool = False,
     ) -> None:
-        """Talk to the relay at `url` (`http` or `https`, no path), as bearer of `token`.
+        """Talk to the relay at `url` (`http` or `https`, no path).
 
-        `connect_to` is an address to connect to in place of looking the host up; TLS and Host keep the name.
+        Args:
+            url: of the relay.
+            token: to be shown there; what gives the one of now is asked for each request.
+            names: looks the host up, in place of the system's resolver.
+            limits: how long to bear with it.
+            tls: gives what to trust; without it, the system's authorities are.
+            plain_http: the token may go over plain http beyond this machine: the configuration names this relay.
 
         Raises:
             UsageError: `url` is not such a URL.
@@ -152,10 +174,12 @@ class Connection:
         self.url = f"{parts.scheme}://{parts.netloc}"
         self.traffic = Traffic()
         self.limits = limits or ClientLimits()
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._connect_to = connect_to
-        self._tls = tls
-        self._session: aiohttp.ClientSession | None = None
+        self._token = token
+        self._shows_token = plain_http or may_be_shown(parts.scheme, parts.hostname or "")
+        self._way = Way(parts.hostname or "", names)
+        self._tls = (tls or tls_from(None)) if parts.scheme == "https" else None
+        self._line: _Line | None = None
+        self._left: set[_Line] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,9 +190,10 @@ class Connection:
         await self.close()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        lines, self._line = [*self._left, *([self._line] if self._line else ())], None
+        for line in lines:
+            await line.session.close()
+        await self._way.close()
 
     # --- whole answers
 
@@ -184,7 +209,15 @@ class Connection:
                 return await self.body(response, request.answer_max or messages.JSON_MAX)
 
         attempts = request.attempts or self.limits.attempts
-        return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
+        shown = self._current_token()
+        try:
+            return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
+        except TokenRefusedError as error:
+            # The file may have been replaced meanwhile, or in a way that its stamps do not show.
+            is_once = request.body is not None and not isinstance(request.body, bytes)
+            if error.status != 401 or is_once or self._current_token(again=True) == shown:
+                raise
+            return await once()
 
     async def upload(self, request: Request, body: AsyncIterator[bytes], answer: type[T]) -> T:
         """As `ask`, with a body that is made as it goes. Not retried. Raises what `body` raises, too."""
@@ -225,25 +258,33 @@ class Connection:
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer, from its head on. Not retried."""
-        session, body = self._open_session(), request.body
+        body = request.body
         if isinstance(body, bytes):
             self.traffic.sent += len(body)
+        token = self._current_token()
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        if body is not None:
+            headers["Content-Type"] = request.content_type
         wait = self.limits.answer_seconds if request.answer_seconds == 0.0 else request.answer_seconds
         try:
-            async with asyncio.timeout(wait) as deadline:
-                async with session.request(
+            async with (
+                asyncio.timeout(wait) as deadline,
+                self._session() as session,
+                session.request(
                     request.method,
                     request.path,
                     data=body,
-                    headers=({} if body is None else {"Content-Type": request.content_type}) | dict(request.headers),
+                    headers=headers | dict(request.headers),
                     params=request.params,
                     allow_redirects=False,
-                ) as response:
-                    deadline.reschedule(None)
-                    self._count_heads(request.method, response)
-                    if response.status >= 300:
-                        await self._raise_problem(response)
-                    yield response
+                    ssl=True if self._tls is None else self._tls(),
+                ) as response,
+            ):
+                deadline.reschedule(None)
+                self._count_heads(request.method, response)
+                if response.status >= 300:
+                    await self._raise_problem(response, bore_token=token is not None)
+                yield response
         except aiohttp.ClientConnectorCertificateError as error:
             # The verdict alone, without the library's own framing.
             verdict = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
@@ -308,23 +349,48 @@ class Connection:
             if len(buffer) > _LINE_MAX:
                 raise UntrustedError(f"{self.url} answers with a line of more than {_LINE_MAX} bytes")
 
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """To where the relay's name leads now. Requests that run when it begins to lead elsewhere end where they are."""
+        if self._line is not None and await self._way.leads_elsewhere() and self._line is not None:
+            self._left.add(self._line)
+            self._line = None
+            await self._close_left()
+        line = self._line = self._line or _Line(self._open_session())
+        line.requests += 1
+        try:
+            yield line.session
+        finally:
+            line.requests -= 1
+            await self._close_left()
+
+    async def _close_left(self) -> None:
+        for line in [line for line in self._left if not line.requests]:
+            self._left.discard(line)
+            await line.session.close()
+
     def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            resolver = _FixedResolver(self._connect_to) if self._connect_to else None
-            connector = aiohttp.TCPConnector(
-                resolver=resolver, limit=64, ssl=self._tls or True, keepalive_timeout=10.0, ttl_dns_cache=10
-            )
-            self._session = aiohttp.ClientSession(
-                base_url=self.url,
-                connector=connector,
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
-                auto_decompress=False,
-                read_bufsize=512 << 10,
-                trust_env=True,
-                skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
-            )
-        return self._session
+        return aiohttp.ClientSession(
+            base_url=self.url,
+            # The way keeps what names lead to, for as long as that may be kept.
+            connector=aiohttp.TCPConnector(resolver=self._way, limit=64, keepalive_timeout=10.0, use_dns_cache=False),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
+            auto_decompress=False,
+            read_bufsize=512 << 10,
+            trust_env=True,
+            skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
+        )
+
+    def _current_token(self, *, again: bool = False) -> str | None:
+        """The token to show now; None where there is none, or none may be shown."""
+        return self._held_token(again=again) if self._shows_token else None
+
+    def _held_token(self, *, again: bool = False) -> str | None:
+        """`again`: read from its file whatever its stamps say."""
+        token = self._token
+        if again and isinstance(token, Followed):
+            return str(token.again())
+        return token if token is None or isinstance(token, str) else token()
 
     def _count_heads(self, method: str, response: aiohttp.ClientResponse) -> None:
         sent = ((k.encode(), v.encode()) for k, v in response.request_info.headers.items())
@@ -332,7 +398,7 @@ class Connection:
         self.traffic.sent += header_bytes(f"{method} {target} HTTP/1.1", sent)
         self.traffic.received += header_bytes(f"HTTP/1.1 {response.status} {response.reason}", response.raw_headers)
 
-    async def _raise_problem(self, response: aiohttp.ClientResponse) -> None:
+    async def _raise_problem(self, response: aiohttp.ClientResponse, *, bore_token: bool) -> None:
         problem = _parse_problem(await self.body(response, 1 << 20))
         where = f"relay {self.url}"
         match response.status, problem.code:
@@ -341,10 +407,7 @@ class Connection:
                     f"{where} may not fetch from there", hint="Name the other relay under peers: in its relay.yaml"
                 )
             case (401 | 403) as status, _:
-                raise TokenRefusedError(
-                    f"{where} refuses this token" if status == 403 else f"{where} wants a token",
-                    hint="Give one of the right scope with --token-file or WAYSTATION_TOKEN",
-                )
+                raise self._token_refused(status, bore_token=bore_token)
             case _, "not_exact":
                 raise NotExactError(f"{where} cannot give the identical nupkg", problem.lacks or messages.ExactLacks())
             case 404, "unknown_lease":
@@ -362,6 +425,22 @@ class Connection:
             case status, code:
                 raise RefusedError(f"{where} refuses the request ({status} {code})")
 
+    def _token_refused(self, status: int, *, bore_token: bool) -> TokenRefusedError:
+        if self._held_token() and not self._shows_token:
+            return TokenRefusedError(
+                f"relay {self.url} wants a token, and none is sent over plain http",
+                hint=f"Use https, or name the relay by plain_http: in the configuration or in ${PLAIN_HTTP}",
+                status=status,
+            )
+        if status == 403:
+            words = f"relay {self.url} refuses this token: it has not the scope"
+        elif bore_token:
+            words = f"relay {self.url} refuses this token: it is unknown, revoked or has ended"
+        else:
+            words = f"relay {self.url} wants a token"
+        hint = "Give one of the right scope with --token-file or WAYSTATION_TOKEN"
+        return TokenRefusedError(words, hint=hint, status=status)
+
 
 def _split_url(url: str) -> SplitResult:
     """Raises `UsageError`, which never shows credentials."""
@@ -375,33 +454,6 @@ def _split_url(url: str) -> SplitResult:
     if not plain or parts.query or parts.fragment:
         raise UsageError(f"{url!r} is not a relay's URL", hint="Expected for example https://relay.example:7443")
     return parts
-
-
-class _FixedResolver(AbstractResolver):
-    """Answers every question with the one address that the configured resolver gave."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    async def resolve(
-        self,
-        host: str,
-        port: int = 0,
-        family: socket.AddressFamily = socket.AF_INET,  # noqa: ARG002 - aiohttp's signature
-    ) -> list[ResolveResult]:
-        return [
-            ResolveResult(
-                hostname=host,
-                host=self._address,
-                port=port,
-                family=socket.AF_INET6 if ":" in self._address else socket.AF_INET,
-                proto=socket.IPPROTO_TCP,
-                flags=socket.AI_NUMERICHOST,
-            )
-        ]
-
-    async def close(self) -> None:
-        return
 
 
 def _parse_problem(body: bytes) -> messages.ProblemAnswer:
@@ -429,35 +481,3 @@ def _reason(error: BaseException) -> str:
             error
         )
     return str(error) or type(error).__name__
-
-
-def tls_from(ca_file: str | None) -> ssl.SSLContext | None:
-    """How to trust a relay's certificate: by the authorities in `ca_file` (PEM), or None for the system's.
-
-    Raises:
-        UsageError: the file cannot be used.
-    """
-    if ca_file is None:
-        return None
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"CA file {ca_file!r} cannot be used: {error}") from error
-
-
-def token_from(file: str | None, environment: Callable[[str], str | None] = os.environ.get) -> str | None:
-    """The bearer token: from `--token-file`, else from WAYSTATION_TOKEN, else none.
-
-    Raises:
-        UsageError: the file cannot be read or is empty.
-    """
-    if file is None:
-        return (environment("WAYSTATION_TOKEN") or "").strip() or None
-    try:
-        with open(file, encoding="utf-8") as handle:
-            token = handle.read(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"token file {file!r} cannot be read: {error}") from error
-    if not token:
-        raise UsageError(f"token file {file!r} is empty")
-    return token

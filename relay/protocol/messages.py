@@ -311,7 +311,18 @@ class ReplicationProgress(Answer, frozen=True):
     reason: str = ""
 
 
+class Ending(Answer, frozen=True, omit_defaults=True):
+    """Something that ends: a token of the relay's callers, or its certificate. `ends` is in seconds since 1970."""
+
+    what: Literal["token", "certificate"]
+    id: str = ""
+    name: str = ""
+    ends: float = 0.0
+
+
 class HealthAnswer(Answer, frozen=True):
+    """`token` is the caller's own. `endings`: what has ended or ends within 14 days; told to callers with a token."""
+
     status: Literal["ok", "draining", "read-only"]
     versions: tuple[int, ...]
     time: float
@@ -319,6 +330,9 @@ class HealthAnswer(Answer, frozen=True):
     site: str = ""
     reason: str = ""
     cpu: CpuRates | None = None
+    token: Ending | None = None
+    certificate: Ending | None = None
+    endings: tuple[Ending, ...] = ()
 
 
 class LineAnswer(Answer, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import signal
 import ssl
@@ -10,22 +11,25 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from itertools import chain
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from relay.config import RelayConfig, split_listen
-from relay.errors import UntrustedError, UsageError
+from relay.errors import UntrustedError, UsageError, WaystationError
 from relay.mail.import_documents import import_documents
 from relay.mail.mailbox import Mail
 from relay.package.identity import ChunkId, ManifestId, PackageId, parse_digest
 from relay.package.ranges import count
 from relay.protocol import messages
 from relay.protocol.connection import MissingChunksError
+from relay.protocol.credentials import EndingsTold, words_of
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
-from relay.server.http.access import DRAINING, OPEN, Access, Routed, Routes, add, guarded_app
+from relay.server.http.access import DRAINING, IDENTITY, OPEN, Access, Routed, Routes, add, guarded_app, require
 from relay.server.http.bodies import (
     IMMUTABLE,
     body_pieces,
@@ -40,9 +44,10 @@ from relay.server.http.bodies import (
     stream,
 )
 from relay.server.http.connection import Limits
+from relay.server.http.credentials import certificate_of, endings
 from relay.server.http.listen import Running, raise_open_files, start_guarded
 from relay.server.http.problems import HttpRefusal, problem
-from relay.server.http.tokens import parse_tokens
+from relay.server.http.tokens import Identity, TokenRecord, parse_tokens
 from relay.server.line_routes import LineRoutes
 from relay.server.mail_routes import MailRoutes, mail_limits_of
 from relay.server.nupkg_routes import RebuildRoutes, engines_of, parent_of
@@ -59,6 +64,65 @@ _BUNDLE_MEMORY = 24 << 20
 _LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
+_ENDINGS_SECONDS = 3600.0
+"""How often a relay looks whether something of its own is about to end."""
+
+_log = logging.getLogger(__name__)
+
+
+class Live:
+    """What of a relay's configuration can change while it serves: who may call, what it shows, whom it fetches from."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        """Raises `UsageError`: something of it cannot be used."""
+        self.config = config
+        self.access = Access(parse_tokens(config.tokens))
+        self.certificate = None if config.tls is None else certificate_of(config.tls)
+        self.peers = Peers(config)
+
+    def context(self) -> ssl.SSLContext:
+        """What a new connection is shown."""
+        assert self.certificate is not None  # noqa: S101 - asked only by a relay that ends TLS
+        return self.certificate().context
+
+    def endings(self) -> tuple[messages.Ending, ...]:
+        """All that ends, whenever that is."""
+        return endings(self.access.tokens.records, None if self.certificate is None else self.certificate())
+
+    def replace(self, config: RelayConfig) -> tuple[str, ...]:
+        """Take over what can change, all of it or nothing; what is new, in words.
+
+        Raises:
+            UsageError: something of it cannot be used; what was in force stays so.
+        """
+        other, changes = Live(config), changes_of(self.config, config)
+        self.access.replace(other.access.tokens)
+        self.peers.replace(other.peers)
+        if self.certificate is not None and other.certificate is not None:
+            self.certificate = other.certificate
+        self.config = config
+        return changes
+
+
+def changes_of(old: RelayConfig, new: RelayConfig) -> tuple[str, ...]:
+    """What differs, in words, and what of it waits for the next start: pure. The tokens of both were parsed before."""
+    before, after = ({each.id: each for each in parse_tokens(one.tokens).records} for one in (old, new))
+    told = [f"token {_named(after[id])} is new" for id in after.keys() - before.keys()]
+    told += [f"token {_named(before[id])} is revoked" for id in before.keys() - after.keys()]
+    told += [f"token {_named(after[id])} differs" for id in after.keys() & before.keys() if after[id] != before[id]]
+    live = {"tokens", "peers", "site"} | ({"tls"} if old.tls and new.tls else set())
+    # The parent's token and authority are looked up as a peer's.
+    if old.parent and new.parent and old.parent.url == new.parent.url:
+        live.add("parent")
+    differ = [name for name in new.__struct_fields__ if getattr(old, name) != getattr(new, name) and name != "tokens"]
+    told += [f"{name} differs" for name in differ if name in live]
+    return (*sorted(told), *(f"{name} differs, and waits for the next start" for name in differ if name not in live))
+
+
+def _named(record: TokenRecord) -> str:
+    return f"{record.id} ({record.name})" if record.name else record.id
+
+
 class RelayApp:
     """The handlers of /v1 over one `Transfer`, and one `Mail` where the relay keeps mail."""
 
@@ -71,6 +135,7 @@ class RelayApp:
         mail: Mail | None = None,
         replications: Replications | None = None,
         nupkgs: Nupkgs | None = None,
+        live: Live | None = None,
     ) -> None:
         parts: list[Routed | None] = [
             LineRoutes(limits),
@@ -80,13 +145,13 @@ class RelayApp:
         ]
         self._parts = [part for part in parts if part is not None]
         self._transfer = transfer
-        self._config = config
+        self._live = live or Live(config)
         self._limits = limits
         self._rates = rates
 
     def build(self) -> web.Application:
         """The application, every route with the scope that it asks for."""
-        app = guarded_app(Access(parse_tokens(self._config.tokens)))
+        app = guarded_app(self._live.access)
         for route in chain.from_iterable(part.routes() for part in (self, *self._parts)):
             add(app, *route)
         return app
@@ -95,7 +160,7 @@ class RelayApp:
         """As `Routed`."""
         return (
             ("GET", messages.HEALTH, self.health, OPEN),
-            ("GET", messages.METRICS, metrics.answer, "read"),
+            ("GET", messages.METRICS, self.metrics, "read"),
             ("PUT", messages.MANIFEST, self.offer, "write"),
             ("GET", messages.MANIFEST, self.manifest, "read"),
             ("POST", messages.MISSING, self.missing, "write"),
@@ -108,18 +173,36 @@ class RelayApp:
             ("GET", messages.CHUNK, self.chunk, "read"),
         )
 
+    async def metrics(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002 - the signature of a handler
+        return metrics.answer(self._live.endings())
+
     async def health(self, request: web.Request) -> web.StreamResponse:
+        """With `?scope=`, whether the caller may do what takes that scope."""
+        if scope := request.query.get("scope"):
+            require(request, scope)
         draining = request.app[DRAINING].is_set()
         read_only = self._transfer.closed_to_writes()
         answer = messages.HealthAnswer(
             status="draining" if draining else "read-only" if read_only else "ok",
             versions=(messages.VERSION,),
             time=time.time(),
-            site=self._config.site,
+            site=self._live.config.site,
             reason="this relay is about to stop" if draining else read_only,
             cpu=self._rates,
         )
+        identity = request.get(IDENTITY)
+        if identity is not None or not self._live.access.required:
+            answer = msgspec.structs.replace(answer, **self._told_of_endings(identity))
         return json_answer(answer, status=503 if draining else 200)
+
+    def _told_of_endings(self, identity: Identity | None) -> dict[str, Any]:
+        """To callers that show a token: what a stranger could make use of is not told."""
+        everything, now = self._live.endings(), datetime.now(UTC)
+        return {
+            "token": next((one for one in everything if identity and one.id == identity.id), None),
+            "certificate": next((one for one in everything if one.what == "certificate"), None),
+            "endings": tuple(one for one in everything if words_of(one, now)),
+        }
 
     # --- taking
 
@@ -216,8 +299,16 @@ def _base(request: web.Request) -> ManifestId | None:
 # --- serving
 
 
-async def serve(config: RelayConfig, on_ready: Callable[[str], None], *, limits: Limits | None = None) -> None:
+async def serve(
+    config: RelayConfig,
+    on_ready: Callable[[str], None],
+    *,
+    limits: Limits | None = None,
+    again: Callable[[], RelayConfig] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told the URL once requests are answered.
+
+    `again` reads the configuration anew at each SIGHUP; what cannot be used then changes nothing.
 
     Raises:
         UsageError: the configuration cannot be served.
@@ -227,18 +318,48 @@ async def serve(config: RelayConfig, on_ready: Callable[[str], None], *, limits:
     limits = limits or limits_of(config)
     tame_malloc()
     raise_open_files(limits)
-    stop = asyncio.Event()
+    stop, hang_up = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, hang_up.set)
     async with AsyncExitStack() as stack:
-        running = await start(config, limits, stack)
+        live = Live(config)
+        running = await start(config, limits, stack, live)
+        for task in (_reload(live, hang_up, again or (lambda: config)), _tell_endings(live)):
+            stack.callback(asyncio.create_task(task).cancel)
         on_ready(running.url)
         await stop.wait()
 
 
-async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> Running:
+async def _reload(live: Live, hang_up: asyncio.Event, again: Callable[[], RelayConfig]) -> None:
+    """At each SIGHUP. Several that come together are one; requests that run are not touched."""
+    while True:
+        await hang_up.wait()
+        hang_up.clear()
+        try:
+            config = await asyncio.to_thread(again)
+            limits_of(config)
+            changes = live.replace(config)
+        except (WaystationError, OSError) as error:
+            _log.error("relay.reload_refused: %s; the configuration that was in force stays so", error)
+            continue
+        except Exception:  # a mistake of ours must not be the end of reloading
+            _log.exception("relay.reload_failed")
+            continue
+        _log.warning("relay.reloaded: %s", "; ".join(changes) or "nothing differs")
+
+
+async def _tell_endings(live: Live) -> None:
+    told = EndingsTold()
+    while True:
+        told.tell(live.endings(), datetime.now(UTC))
+        await asyncio.sleep(_ENDINGS_SECONDS)
+
+
+async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack, live: Live | None = None) -> Running:
     """A relay that answers; leaving `stack` drains it and gives everything back. Raises as `serve`."""
+    live = live or Live(config)
     host, port = split_listen(config.listen)
     store: Store = await open_store(config.store, free_floor=config.free_floor)
     stack.push_async_callback(store.close)
@@ -251,15 +372,14 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack) -> R
     await mail.load()
     await import_documents(store.documents, mail)
     rates = transfer.rates = await asyncio.to_thread(measure_rates)
-    peers = Peers(config)
-    replications = Replications(transfer, store, peers, limits)
+    replications = Replications(transfer, store, live.peers, limits)
     stack.push_async_callback(replications.close)
     engines = engines_of(config, transfer.catalog, store.chunks)
     stack.push_async_callback(engines.close)
-    nupkgs = Nupkgs(store, engines, parent_of(config, peers))
+    nupkgs = Nupkgs(store, engines, parent_of(config, live.peers))
     stack.push_async_callback(nupkgs.close)
-    app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs).build()
-    running = await start_guarded(app, host, port, limits, ssl_context=_tls(config))
+    app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs, live).build()
+    running = await start_guarded(app, host, port, limits, ssl_context=live.context if live.certificate else None)
     stack.push_async_callback(running.stop)
     return running
 
@@ -274,15 +394,3 @@ def limits_of(config: RelayConfig) -> Limits:
                 f"limits: {name!r}: {value!r} is not one of the limits above 0", hint=f"There are: {', '.join(names)}"
             )
     return replace(defaults, **{name: names[name](value) for name, value in config.limits.items()})
-
-
-def _tls(config: RelayConfig) -> ssl.SSLContext | None:
-    if config.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        context.load_cert_chain(config.tls.certificate, config.tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"tls: certificate or key cannot be used: {error}") from error
-    return context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Literal
 
@@ -14,6 +14,7 @@ from relay.encoding.codecs import Encoding
 from relay.encoding.holdings import size_of
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
+from relay.protocol.messages import Ending
 
 RECEIVED = Counter("waystation_received_bytes", "Bytes of bundles received")
 SENT = Counter("waystation_sent_bytes", "Bytes of bundles and chunks sent")
@@ -32,6 +33,11 @@ LETTERS = Counter(
 )
 MAIL_BYTES = Gauge("waystation_mail_kept_bytes", "Bytes that the kept letters count for")
 AGENTS = Gauge("waystation_agents", "Agents whose presence is told")
+ENDS = Gauge(
+    "waystation_ends_timestamp_seconds",
+    "When a token of the relay's callers, or its certificate, ends: seconds since 1970",
+    ["what", "id", "name"],
+)
 
 
 def sent(encoding: Encoding | Literal["stored"], payload: int, content: int) -> None:
@@ -90,6 +96,9 @@ async def counted(pieces: AsyncGenerator[bytes, None], counter: Counter) -> Asyn
             yield piece
 
 
-async def answer(request: web.Request) -> web.StreamResponse:  # noqa: ARG001 - the signature of a handler
-    """`GET /metrics`."""
+def answer(endings: Iterable[Ending]) -> web.StreamResponse:
+    """To `GET /metrics`."""
+    ENDS.clear()
+    for one in endings:
+        ENDS.labels(one.what, one.id, one.name).set(one.ends)
     return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

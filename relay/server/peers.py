@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from relay.config import Peer, RelayConfig, split_listen
 from relay.errors import UsageError
 from relay.protocol.client import RelayClient
-from relay.protocol.connection import tls_from, token_from
-from relay.server.http.access import is_loopback
+from relay.protocol.credentials import is_loopback, tls_from, token_from
+from relay.protocol.followed import Current
 from relay.server.http.problems import HttpRefusal
 
 
@@ -31,6 +31,10 @@ class Peers:
         self._known = {_key(peer.url): (peer, _tls(peer)) for peer in peers}
         self._on_loopback = is_loopback(split_listen(config.listen)[0])
 
+    def replace(self, others: Peers) -> None:
+        """From now on, these: what is being fetched goes on. Where the relay listens does not change while it does."""
+        self._known = others._known
+
     def open(self, source: str) -> RelayClient:
         """A client for the relay at `source`. Contacts nobody. Tokens are read now, so that a new one counts.
 
@@ -44,13 +48,13 @@ class Peers:
             raise HttpRefusal(403, "unknown_peer") from None
         if key in self._known:
             peer, tls = self._known[key]
-            return RelayClient(peer.url, token=_token(peer), tls=tls)
+            return RelayClient(peer.url, token=_token(peer), tls=tls, plain_http=peer.plain_http)
         if not self._on_loopback or not is_loopback(key[1]):
             raise HttpRefusal(403, "unknown_peer")
         return RelayClient(source)
 
 
-def _tls(peer: Peer) -> ssl.SSLContext | None:
+def _tls(peer: Peer) -> Current[ssl.SSLContext]:
     if peer.token is not None and bool(peer.token.file) == bool(peer.token.env):
         raise UsageError(f"peers: the token of {peer.url} has both or neither of file and env: expected one of them")
     return tls_from(peer.ca_file or None)
@@ -62,7 +66,7 @@ def _key(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _token(peer: Peer) -> str | None:
+def _token(peer: Peer) -> str | Current[str | None] | None:
     """Raises `UsageError`."""
     if peer.token is None:
         return None

@@ -301,7 +301,7 @@ def test_a_configuration_that_is_wrong_is_told_with_its_file(ready: Agent) -> No
 def test_relays_shows_the_ranking_in_its_documented_shape(ready: Agent, world: World) -> None:
     found = ready.json("relays")
 
-    assert found.keys() == {"format", "notes", "relays"}
+    assert found.keys() == {"format", "notes", "warnings", "relays"}
     [relay] = found["relays"]
     assert relay.keys() == {
         "url", "found_by", "priority", "weight", "usable", "first_byte_seconds", "goodput_bytes_per_second", "why", "error",
@@ -408,4 +408,20 @@ def test_init_keeps_where_the_token_is_whatever_folder_it_was_called_in(tmp_path
     words[3] = str(tmp_path / "other")
     refused = run(tmp_path, *words, cwd="/")
     assert refused.code == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_init_keeps_which_token_goes_to_which_relay(tmp_path):
+    for name in ("fra", "hq"):
+        (tmp_path / name).write_text(f"wst_{name}\n")
+    home = tmp_path / "home"
+    words = ("agent", "init", "--home", home, "--token-file", "fra")
+    named = ("--relay-token", "relay.hq.example=hq", "--plain-http", "10.1.0.7")
+    assert run(tmp_path, *words, *named, cwd=tmp_path).code == 0
+    config = AgentState(str(home)).config()
+    assert config.tokens == {"relay.hq.example": str(tmp_path / "hq")}
+    assert config.plain_http == ("10.1.0.7",)
+    for wrong in ("relay.hq.example", "relay.hq.example=nowhere", "=hq", "disk:/mnt=hq"):
+        refused = run(tmp_path, "agent", "init", "--home", tmp_path / "other", "--relay-token", wrong, cwd=tmp_path)
+        assert refused.code == 2, wrong
     assert not (tmp_path / "other").exists()

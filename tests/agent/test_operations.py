@@ -73,7 +73,7 @@ class Machine:
 
     @property
     def operations(self) -> Operations:
-        return Operations(self.state, self.config, self.desk.pins, self.desk.sealing_key())
+        return Operations(self.state, self.config, lambda: self.desk.pins, self.desk.sealing_key())
 
     async def perform(self, action: Action, *, barred: str = "", folder: Path | None = None) -> Ended:
         self.count += 1

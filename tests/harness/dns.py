@@ -42,19 +42,48 @@ class Srv:
 class DnsServer:
     """A running dnsmasq. It answers "no such name" below `DOMAIN` and refuses every other question."""
 
-    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, program: str, port: int, folder: Path) -> None:
         self.port = port
-        self._process = process
-        self._log = log
+        self._program = program
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def resolver(self) -> str:
         """As the configuration wants it."""
         return f"127.0.0.1:{self.port}"
 
+    def serve(
+        self, srv: Sequence[Srv] = (), hosts: Mapping[str, Sequence[str]] | None = None, options: Sequence[str] = ()
+    ) -> bool:
+        """From now on it has these records, and no others; whether it could be started."""
+        self.stop()
+        records = [*options, *(one.option() for one in srv)]
+        records += [f"--host-record={name},{address}" for name, some in (hosts or {}).items() for address in some]
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [self._program, *_options(self.port), *records],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if self.answers():
+                return True
+            time.sleep(0.02)
+        self.stop()
+        return False
+
+    def log(self) -> str:
+        return self._log.read_text()
+
     def was_asked(self, kind: str, name: str) -> bool:
         """Whether a question of this kind (`SRV`, `A`, …) really arrived here."""
-        return f"query[{kind}] {name} from" in self._log.read_text()
+        return self.times_asked(kind, name) > 0
+
+    def times_asked(self, kind: str, name: str) -> int:
+        return self.log().count(f"query[{kind}] {name} from")
 
     def answers(self) -> bool:
         """Whether anything comes back over UDP."""
@@ -67,6 +96,8 @@ class DnsServer:
 
     def stop(self) -> None:
         """Gone on return. Twice is once."""
+        if self._process is None:
+            return
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -83,32 +114,18 @@ def dns_server(
     program = shutil.which("dnsmasq") or shutil.which("dnsmasq", path="/usr/sbin:/usr/local/sbin")
     if program is None:
         pytest.skip("dnsmasq is not installed: look-ups against a real name server are NOT tested")
-    records = [*options, *(one.option() for one in srv)]
-    records += [f"--host-record={name},{address}" for name, some in (hosts or {}).items() for address in some]
     with tempfile.TemporaryDirectory() as folder:
-        server = _start(program, records, Path(folder) / "log")
+        # Somebody else may take the free port before dnsmasq does: then another is tried.
+        for _ in range(_PORT_TRIES):
+            server = DnsServer(program, _free_port(), Path(folder))
+            if server.serve(srv, hosts, options):
+                break
+        else:
+            raise RuntimeError(f"dnsmasq did not start: {server.log()[-500:]}")
         try:
             yield server
         finally:
             server.stop()
-
-
-def _start(program: str, records: Sequence[str], log: Path) -> DnsServer:
-    """Somebody else may take the free port before dnsmasq does: then another is tried."""
-    for _ in range(_PORT_TRIES):
-        port = _free_port()
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [program, *_options(port), *records], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
-        server = DnsServer(port, process, log)
-        deadline = time.monotonic() + _START_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            if server.answers():
-                return server
-            time.sleep(0.02)
-        server.stop()
-    raise RuntimeError(f"dnsmasq did not start: {log.read_text()[-500:]}")
 
 
 def _options(port: int) -> list[str]:

@@ -120,6 +120,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
             "resolver": dns.resolver,
             "scheme": "http",
             "token_file": str(Path(town.home, "token")),
+            "plain_http": [f"fra1.{DOMAIN}", f"iad1.{DOMAIN}"],
         }
         Path(town.home, "agent.yaml").write_text(yaml.safe_dump(config))
         yield town

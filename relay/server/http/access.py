@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -38,16 +37,6 @@ def host_name(header: str) -> str:
     if not match:
         raise HttpRefusal(400, "bad_host")
     return (match[1] or match[2]).lower()
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host name or address means this machine alone, without asking a resolver."""
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def check_request_line(request: web.BaseRequest, allowed_hosts: HostRule | None) -> None:
@@ -85,13 +74,18 @@ async def check_request(request: web.Request, handler: Handler, allowed_hosts: H
 
 
 class Access:
-    """Who may call. Replace `tokens` when the file changed; whether tokens are `required` never changes: a relay does
-    not open itself because its last token was taken away.
-    """
+    """Who may call."""
 
     def __init__(self, tokens: TokenSet, *, required: bool | None = None) -> None:
         self.tokens = tokens
         self.required = bool(len(tokens)) if required is None else required
+
+    def replace(self, tokens: TokenSet) -> None:
+        """From the next request on, these tokens count. Once tokens are required, they stay so: a relay does not open
+        itself because its last token was taken away.
+        """
+        self.tokens = tokens
+        self.required = self.required or bool(len(tokens))
 
 
 ACCESS: Final = web.AppKey("access", Access)
@@ -189,6 +183,17 @@ async def access_middleware(request: web.Request, handler: Handler) -> web.Strea
         if isinstance(request.protocol, GuardedHandler) and request.protocol.ticket is not None:
             request.protocol.ticket.identify(identity.id)
     return await handler(request)
+
+
+def require(request: web.Request, scope: str) -> None:
+    """Whether the caller of an open route could do what takes `scope`. Raises as the routes do that ask for it.
+
+    Raises:
+        HttpRefusal: 400, there is no such scope.
+    """
+    if scope not in get_args(Scope):
+        raise HttpRefusal(400, "bad_fields")
+    _identify(request, scope)
 
 
 def _identify(request: web.Request, scope: str | None) -> Identity | None:

@@ -18,7 +18,9 @@ from aiohttp import http_parser, web
 from aiohttp.typedefs import Handler
 
 from relay.errors import UsageError
-from relay.server.http.access import ACCESS, DRAINING, HostRule, check_request, check_routes, is_loopback
+from relay.protocol.credentials import is_loopback
+from relay.protocol.followed import Current
+from relay.server.http.access import ACCESS, DRAINING, HostRule, check_request, check_routes
 from relay.server.http.connection import CountedTls, GuardedHandler, Ledger, Limits
 from relay.server.http.problems import problem_middleware
 
@@ -94,12 +96,12 @@ async def start_guarded(
     port: int,
     limits: Limits,
     *,
-    ssl_context: ssl.SSLContext | None = None,
+    ssl_context: Current[ssl.SSLContext] | None = None,
     allowed_hosts: HostRule | None = None,
 ) -> Running:
     """Serve `app` (of `guarded_app`) on `host`:`port` (0: any free one).
 
-    Without access control it listens on loopback only, and answers for loopback names only. A handler is cancelled when
+    `ssl_context` is asked for each new connection. Without access control it listens on loopback only, and answers for loopback names only. A handler is cancelled when
     its peer goes away: work that others wait for, too, must be shielded.
 
     Raises:
@@ -142,7 +144,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _connection_factory(
-    server: web.Server, ledger: Ledger, context: ssl.SSLContext | None
+    server: web.Server, ledger: Ledger, context: Current[ssl.SSLContext] | None
 ) -> Callable[[], asyncio.BaseProtocol]:
     limits = ledger.limits
 
@@ -159,4 +161,4 @@ def _connection_factory(
             access_log=None,
         )
 
-    return handler if context is None else lambda: CountedTls(handler(), context)
+    return handler if context is None else lambda: CountedTls(handler(), context())

@@ -134,6 +134,13 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def records(self) -> tuple[TokenRecord, ...]:
+        return tuple(self._records.values())
+
+    def get(self, id: str) -> TokenRecord | None:
+        return self._records.get(id)
+
     def check(self, text: str, now: datetime) -> Identity:
         """Who bears this token. The same work is done for every well-formed token, known or not.
 

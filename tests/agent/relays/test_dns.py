@@ -17,7 +17,17 @@ from harness.dns import DOMAIN, Srv, dns_server
 from agent.config import AgentConfig
 from agent.relays import dns, memory
 from agent.relays.candidates import Source, srv_source, static_source
-from agent.relays.dns import RECORDS_MAX, LastAnswer, check_discovery, find_sources
+from agent.relays.dns import (
+    RECORDS_MAX,
+    TTL_MAX,
+    TTL_MIN,
+    LastAnswer,
+    _addresses,
+    _resolver,
+    check_discovery,
+    find_sources,
+    names_of,
+)
 from agent.relays.health import UNKNOWN, record_failure, record_probes, record_success
 from agent.relays.memory import STATE_BYTES_MAX, State, load_state, log_changes, save_state
 from agent.relays.probe import probe
@@ -94,7 +104,7 @@ async def test_without_a_resolver_of_our_own_the_system_looks_the_targets_up(mon
         # The system's resolver, but with the test's server in its place.
         from dns.asyncresolver import Resolver
 
-        def system(_configured):
+        def system(_configured, _seconds):
             resolver = Resolver(configure=False)
             resolver.nameservers, resolver.port = ["127.0.0.1"], server.port
             return resolver
@@ -493,3 +503,41 @@ def test_a_failed_write_leaves_the_old_state_and_no_rubbish(tmp_path, monkeypatc
     assert caught.value.full
     assert load_state(path) == some_state()
     assert [one.name for one in tmp_path.iterdir()] == ["relays.json"]
+
+
+# --- for how long
+
+
+@pytest.mark.parametrize(("ttl", "kept"), [(0, TTL_MIN), (1, TTL_MIN), (60, 30.0), (86400, 30.0)])
+async def test_answers_are_kept_for_their_time_and_what_is_missing_for_half_a_minute(ttl: int, kept: float):
+    """The generic name is not there: that is asked again soon, whatever the zone says of it."""
+    with dns_server(ZONE[:3], HOSTS, [f"--local-ttl={ttl}"]) as dns:
+        found = await find(config(dns.resolver))
+    assert found.ttl == kept
+
+
+@pytest.mark.parametrize(("ttl", "kept"), [(60, 60.0), (86400, TTL_MAX)])
+async def test_where_everything_is_there_the_zone_says_when_to_ask_again(ttl: int, kept: float):
+    with dns_server(ZONE, HOSTS, [f"--local-ttl={ttl}"]) as dns:
+        assert (await find(config(dns.resolver))).ttl == kept
+
+
+async def test_an_address_is_asked_for_again_when_its_time_is_over_and_not_before():
+    wanted, (name, other) = f"fra3.{DOMAIN}", (("192.0.2.3",), ("192.0.2.33",))
+    with dns_server(ZONE, HOSTS, ["--local-ttl=1"]) as dns:
+        names = names_of(config(dns.resolver))
+        assert names is not None
+        assert await names.addresses(wanted) == name
+        assert await names.addresses(wanted) == name
+        assert dns.times_asked("A", wanted) == 1
+        assert dns.serve(ZONE, HOSTS | {wanted: list(other)}, ["--local-ttl=1"])
+        while await names.addresses(wanted) == name:
+            await asyncio.sleep(0.05)
+        assert await names.addresses(wanted) == other
+
+
+async def test_an_alias_counts_for_as_long_as_its_shortest_part():
+    chain = ["--cname=alias.example.test,fra2.example.test,7"]
+    with dns_server(ZONE, HOSTS, ["--local-ttl=300", *chain]) as dns:
+        found, ttl = await _addresses(_resolver(dns.resolver, 2.0), f"alias.{DOMAIN}")
+    assert (list(found), ttl) == (["192.0.2.2"], 7.0)

@@ -24,7 +24,7 @@ from agent.trees.installed import AgentState
 from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import FrameError, NotFoundError, StoreError, UnreachableError, UntrustedError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
-from relay.protocol.connection import ClientLimits
+from relay.protocol.connection import ClientLimits, TokenRefusedError
 from relay.transfer.download import RequestTiming
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)
@@ -233,6 +233,60 @@ def test_a_token_file_that_holds_none_is_refused_at_once(machine: Machine, what:
 
     with pytest.raises(UsageError, match="token"):
         machine.sources("http://127.0.0.1:1", token_file=str(file))
+
+
+async def test_each_relay_is_asked_with_its_own_token_and_one_that_refuses_it_is_not_among_the_fastest(
+    machine: Machine, guarded: tuple[Relay, str]
+) -> None:
+    """The relay of another site has a list of its own: fail-over must not end there with a token of the first."""
+    site, text = guarded
+    other_text, record = token("agent")
+    (machine.folder / "site").write_text(text)
+    (machine.folder / "other").write_text(text)
+    shutil.copytree(machine.folder / "origin" / "depot", machine.folder / "copy", ignore=lambda *_: {"lock"})
+    async with running_relay(machine.folder / "copy", tokens=[record]) as other:
+        config = AgentConfig(
+            name="m1",
+            relays=(site.url, other.url),
+            token_file=str(machine.folder / "site"),
+            tokens={other.url: str(machine.folder / "other")},
+        )
+        async with machine.sources(config=config) as sources:
+            failed = await sources.measure(everything=True)
+            first, last = sources.ranking()
+            assert (first.source.url, first.usable) == (site.url, True)
+            assert (last.source.url, last.usable) == (other.url, False)
+            assert "refuses this token" in last.why
+            assert "refuses this token" in failed[other.url]
+            assert sources.endings()[0].id == text.split("_")[1]
+
+            (machine.folder / "other").write_text(other_text)
+            await sources.measure()  # not due by the clock, but its token is another one
+            assert all(ranked.usable for ranked in sources.ranking())
+        async with machine.sources(config=config) as sources:
+            sources.failed(site.url, UnreachableError("gone"))
+            result = await pull(
+                parse_request("acme.web", "1.0", str(machine.folder / "root"), None, switch=False),
+                AgentState(machine.home),
+                sources,
+                machine.origin.keys.pins,
+            )
+    assert content(result.tree) == FILES
+    assert not result.failed
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_relay_that_refuses_our_token_in_a_pull_is_out_at_once(machine: Machine, status: int) -> None:
+    lost = "http://127.0.0.1:1"
+
+    async def refuse(_request: web.Request) -> web.Response:
+        return web.Response(status=status)
+
+    async with small_server([web.get("/v1/health", refuse)]) as url, machine.sources(url, lost) as sources:
+        await sources.measure()
+        assert not sources.healths[url].ok
+        sources.failed(lost, TokenRefusedError("refused", status=status))
+        assert not sources.healths[lost].ok
 
 
 # --- whom to ask

@@ -210,6 +210,23 @@ def test_pins_are_read(state: AgentState, tmp_path: Path) -> None:
     assert state.pins() == keys.pins
 
 
+def test_pins_that_are_replaced_are_believed_and_what_is_none_changes_nothing(
+    state: AgentState, tmp_path: Path
+) -> None:
+    """A key that was taken out of trust.json is believed no longer, also by an agent that runs."""
+    one, two = trust_keys(tmp_path / "one"), trust_keys(tmp_path / "two")
+    write(state, "trust.json", Path(one.pins_file).read_bytes())
+    pins = state.followed_pins()
+    assert pins() == one.pins
+    for damage in (b"", b"{", Path(two.pins_file).read_bytes()[:-9]):
+        write(state, "trust.json", damage)
+        assert pins() == one.pins
+    os.unlink(os.path.join(state.home, "trust.json"))
+    assert pins() == one.pins
+    write(state, "trust.json", Path(two.pins_file).read_bytes())
+    assert pins() == two.pins
+
+
 @pytest.mark.parametrize("text", [b"", b"{}", b"[" * 10_000, b"\xff"])
 def test_pins_that_are_none_are_never_taken_for_no_pins(state: AgentState, text: bytes) -> None:
     write(state, "trust.json", text)

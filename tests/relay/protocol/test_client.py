@@ -27,7 +27,8 @@ from relay.package import manifest as manifests
 from relay.package.identity import NuGetVersion, PackageId
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.protocol.connection import LeaseLostError, MissingChunksError, TokenRefusedError, TooSlowError, token_from
+from relay.protocol.connection import LeaseLostError, MissingChunksError, TokenRefusedError, TooSlowError
+from relay.protocol.credentials import token_from
 from relay.stores.memory import MemoryChunks
 
 CUT = cut_package({f"lib/{i}.dll": noise(i, 70_000 + i) for i in range(4)} | {"readme.txt": b"text " * 500})
@@ -259,7 +260,7 @@ async def test_tokens_are_asked_for_and_scopes_kept(tmp_path):
         for bearer, match in (
             (None, "wants a token"),
             (agent, "refuses this token"),
-            ("wst_nonsense", "wants a token"),
+            ("wst_nonsense", "refuses this token"),
         ):
             async with relay.client(bearer) as client:
                 with pytest.raises(TokenRefusedError, match=match):
@@ -283,7 +284,14 @@ async def test_wait_until_ready_waits_for_a_relay_that_comes_up(tmp_path):
             await client.wait_until_ready(0.5)
 
 
-async def test_connect_to_goes_to_that_address_under_the_relays_name():
+class Fixed:
+    """Every name leads to one address."""
+
+    async def addresses(self, host):
+        return ["127.0.0.1"]
+
+
+async def test_a_connection_goes_where_the_name_leads_under_the_relays_name():
     seen = []
 
     async def health(request):
@@ -292,9 +300,65 @@ async def test_connect_to_goes_to_that_address_under_the_relays_name():
 
     async with small_server([web.get(messages.HEALTH, health)]) as url:
         port = url.rpartition(":")[2]
-        async with RelayClient(f"http://relay.example:{port}", connect_to="127.0.0.1", limits=CLIENT_LIMITS) as client:
+        async with RelayClient(f"http://relay.example:{port}", names=Fixed(), limits=CLIENT_LIMITS) as client:
             await client.health()
     assert seen == [f"relay.example:{port}"]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_no_token_goes_over_plain_http_to_a_relay_that_is_not_named(allowed):
+    """The name leads to this machine, but that is only what a name server says."""
+    seen = []
+
+    async def health(request):
+        seen.append(request.headers.get("Authorization"))
+        return healthy() if seen[-1] else web.Response(status=401)
+
+    async with small_server([web.get(messages.HEALTH, health)]) as url:
+        far = url.replace("127.0.0.1", "relay.example")
+        how = {"token": "wst_secret", "names": Fixed(), "limits": CLIENT_LIMITS, "plain_http": allowed}
+        async with RelayClient(far, **how) as client:
+            if allowed:
+                await client.health()
+            else:
+                with pytest.raises(TokenRefusedError, match="none is sent over plain http") as caught:
+                    await client.health()
+                assert "plain_http" in caught.value.hint
+    assert seen == ["Bearer wst_secret" if allowed else None]
+
+
+async def test_a_token_that_is_replaced_while_it_is_refused_is_read_again_at_once(tmp_path):
+    file, seen = tmp_path / "token", []
+    file.write_text("old")
+
+    async def health(request):
+        seen.append(request.headers["Authorization"])
+        file.write_text("new")
+        return healthy() if seen[-1] == "Bearer new" else web.Response(status=401)
+
+    async with (
+        small_server([web.get(messages.HEALTH, health)]) as url,
+        RelayClient(url, token=token_from(str(file)), limits=CLIENT_LIMITS) as client,
+    ):
+        await client.health()
+    assert seen == ["Bearer old", "Bearer new"]
+
+
+async def test_a_token_that_stays_as_it_is_is_not_shown_twice(tmp_path):
+    file, seen = tmp_path / "token", []
+    file.write_text("old")
+
+    async def health(request):
+        seen.append(request.headers["Authorization"])
+        return web.Response(status=401)
+
+    async with (
+        small_server([web.get(messages.HEALTH, health)]) as url,
+        RelayClient(url, token=token_from(str(file)), limits=CLIENT_LIMITS) as client,
+    ):
+        with pytest.raises(TokenRefusedError, match="unknown, revoked or has ended"):
+            await client.health()
+    assert seen == ["Bearer old"]
 
 
 # --- with relays that misbehave
@@ -727,9 +791,9 @@ def test_a_token_comes_from_the_file_then_from_the_environment(tmp_path):
     file = tmp_path / "token"
     file.write_text("  from-file\n")
     environment = {"WAYSTATION_TOKEN": " from-environment "}.get
-    assert token_from(str(file), environment) == "from-file"
-    assert token_from(None, environment) == "from-environment"
-    assert token_from(None, {}.get) is None
+    assert token_from(str(file), environment)() == "from-file"
+    assert token_from(None, environment)() == "from-environment"
+    assert token_from(None, {}.get)() is None
     file.write_text("\n")
     with pytest.raises(UsageError, match="empty"):
         token_from(str(file), environment)

@@ -340,7 +340,7 @@ def test_without_a_token_of_this_relay_nothing_moves(
     pulled = origin.pull(guarded.relay.url, tmp_path / "root", "1.0.0", *more)
     for done in (sent, pulled):
         assert done.code == 1
-        assert f"relay {guarded.relay.url} wants a token" in done.err
+        assert f"relay {guarded.relay.url} {'wants a' if which == 'none' else 'refuses this'} token" in done.err
     assert not list(tmp_path.glob("root/releases/*"))
 
 

@@ -143,7 +143,9 @@ async def serving(
     limits: Limits = LIMITS, tokens: TokenSet = TOKENS, context: ssl.SSLContext | None = None
 ) -> AsyncIterator[Server]:
     seen = Seen()
-    running = await start_guarded(tiny_app(limits, tokens, seen), "127.0.0.1", 0, limits, ssl_context=context)
+    running = await start_guarded(
+        tiny_app(limits, tokens, seen), "127.0.0.1", 0, limits, ssl_context=context and (lambda: context)
+    )
     try:
         yield Server(running, seen)
     finally:

@@ -30,6 +30,7 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
+from relay.protocol.credentials import is_loopback
 from relay.server.http.access import (
     OPEN,
     Access,
@@ -38,7 +39,6 @@ from relay.server.http.access import (
     check_routes,
     guarded_app,
     host_name,
-    is_loopback,
     iter_routes,
 )
 from relay.server.http.bodies import parse_json
