@@ -43,4 +43,11 @@ def remove_folder(folder: str, aside: str) -> None:
     """In one step for every reader, by the name `aside` in the same file system: never is it seen half removed."""
     with suppress(OSError):
         os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)
+
+
+def remove_all(path: str) -> None:
+    """A folder with all that is in it, or what somebody put in its place; a link is not followed."""
+    with suppress(OSError):
+        os.unlink(path)
+    shutil.rmtree(path, ignore_errors=True)

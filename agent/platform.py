@@ -80,6 +80,32 @@ def set_mode(path: str, *, executable: bool) -> None:
     os.chmod(path, 0o755 if executable else 0o644)
 
 
+def has_mode(found: os.stat_result, *, executable: bool) -> bool:
+    """Whether all may read it (and execute it, where it is executable), as `set_mode` left it, and not everybody write.
+
+    What a group may write is the administrator's affair. Where files have no such bits, nothing is lost.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    return found.st_mode & 0o557 == (0o555 if executable else 0o444)
+
+
+def make_folder(path: str) -> None:
+    """Make the folder and its missing parents, readable by all whatever the umask is. Raises `OSError`."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise
+        else:
+            set_mode(folder, executable=True)
+
+
 def free_bytes(folder: str) -> int:
     """Bytes that may still be written where `folder` lies. Raises `OSError`."""
     if hasattr(os, "statvfs"):

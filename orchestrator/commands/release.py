@@ -198,6 +198,7 @@ def schema(kind: str) -> None:
     help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
     "orchestrator's deployment that has not ended.",
 )
+@click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
 @depot_option
 @trust_option
 @journal_option
@@ -210,6 +211,7 @@ def deploy(
     process_path: str,
     project: str | None,
     adopt: bool,
+    force: bool,
     depot: str | None,
     trust_folder: str | None,
     journal: str | None,
@@ -236,7 +238,7 @@ def deploy(
             versions = _versions(packages)
             run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
         project = project or (process.value.project if process else None)
-        request = DeployRequest(label, project, where, prompts, adopt)
+        request = DeployRequest(label, project, where, prompts, adopt, force)
         ulid, result = run(_deploy(paths, opened, request, bar, as_json))
         if as_json:
             print_json(deployment_view(opened, ulid))

@@ -47,6 +47,7 @@ class DeployRequest:
     environment: EnvironmentFile
     prompts: Mapping[str, str]
     adopt: bool = False
+    force: bool = False
 
 
 @asynccontextmanager
@@ -75,7 +76,7 @@ async def set_up(
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
         packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar)
-        plan = msgspec.structs.replace(plan, packages=packages)
+        plan = msgspec.structs.replace(plan, packages=packages, force=request.force)
 
         order_signer = load_signer(paths.trust, "order")
         recorder = Recorder(journal, ulid, tell)

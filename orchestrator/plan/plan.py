@@ -257,6 +257,8 @@ class Plan(_Planned, frozen=True):
     """Of the whole deployment; 0: none."""
     notes: tuple[str, ...] = ()
     """What a person should know of it: effective numbers, what the plan cannot promise."""
+    force: bool = False
+    """Every machine has its turn, also one on which all of it was done before."""
 
     def machine(self, name: str) -> PlannedMachine:
         """Raises `KeyError`."""
