@@ -32,6 +32,9 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _NO_HANG = getattr(os, "O_NONBLOCK", 0)
 _NOT_INHERITED = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
+UTF8 = ("-X", "utf8")
+"""Options of Python for processes of ours: names of files are UTF-8, whatever the locale is that scripts shall see."""
+
 # --- files
 
 

@@ -52,7 +52,8 @@ def _make(tree: Path, count: int, size: int) -> None:
     for number in range(count):
         path = tree / f"d{number // _IN_A_FOLDER}" / f"f{number}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(noise.randbytes(size))
+        # What begins as a script does is executable: no noise may.
+        path.write_bytes(b"\0" + noise.randbytes(size - 1))
         platform.set_mode(str(path), executable=False)
     for folder, _, _ in os.walk(tree):
         platform.set_mode(folder, executable=True)
