@@ -152,6 +152,7 @@ def create(
                 environment=where,
                 prompts=_prompts(variables),
                 bar=bar,
+                tell=_tell_aside,
             )
         )
     if as_json:
@@ -236,7 +237,19 @@ def deploy(
     with open_journal(paths) as opened, progress_bars() as bar:
         if packages and process is not None:
             versions = _versions(packages)
-            run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
+            run(
+                create_release(
+                    paths,
+                    opened,
+                    label,
+                    process,
+                    versions,
+                    environment=where,
+                    prompts=prompts,
+                    bar=bar,
+                    tell=_tell_aside,
+                )
+            )
         project = project or (process.value.project if process else None)
         request = DeployRequest(label, project, where, prompts, adopt, force)
         ulid, result = run(_deploy(paths, opened, request, bar, as_json))
@@ -288,6 +301,10 @@ async def _deploy(
         return await start(paths, journal, request, begun=begun, tell=tell, bar=bar)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+def _tell_aside(line: str) -> None:
+    click.echo(printable(line), err=True)
 
 
 def _tell_end(view: DeploymentView, result: Result) -> None:

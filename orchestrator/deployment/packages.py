@@ -88,7 +88,7 @@ async def ensure_packages(
 ) -> dict[str, PlannedPackage]:
     """Every package of a release, signed and in the depot, with its manifest and sizes filled in.
 
-    Whatever can be refused is refused before the first feed is asked.
+    Whatever can be refused is refused before the first feed is asked. Every chunk of them was read then.
 
     Args:
         depot: where they belong.
@@ -117,6 +117,12 @@ async def ensure_packages(
     for package in lacking.values():
         await _take_from_feed(depot, package, feeds[package.feed], secrets, signer, bar, policy or _FEED_POLICY)
     return {name: await _filled(depot, package) for name, package in packages.items()}
+
+
+async def ensure_scripts(depot: Depot, scripts: PlannedPackage | None) -> None:
+    """The package of the process's own scripts, where it has any, is whole in the depot. Raises as `ensure_packages`."""
+    if scripts is not None:
+        await _filled(depot, scripts)
 
 
 async def _take_from_feed(
@@ -167,6 +173,8 @@ async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
         )
     if not await depot.catalog.signature(manifest.id):
         raise RefusedError(f"{package.id} {package.version} is not signed", hint="Add its nupkg again to sign it")
+    if mended := await depot.make_whole(manifest):
+        depot.notes.append(mended)
     return _with_manifest(package, manifest)
 
 
@@ -236,7 +244,7 @@ async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> 
     if manifest is None or not await depot.catalog.signature(manifest.id):
         return False
     ids = set(manifest.chunk_ids())
-    return _files_of(manifest) == dict(digests) and await depot.store.chunks.has_many(ids) == ids
+    return _files_of(manifest) == dict(digests) and await depot.store.chunks.sound_many(ids) == ids
 
 
 def _files_of(manifest: Manifest) -> dict[str, str]:
@@ -280,10 +288,9 @@ class ServerTrees:
         self._depot_location = depot_location
         self._pins = pins
         self._folder = folder
-        self._built: dict[str, str] = {}
 
     async def build(self, package: PlannedPackage) -> str:
-        """The path of the package's tree; the second call builds nothing.
+        """The path of the package's tree, every byte of which was just read; one that is still whole is not built anew.
 
         Raises:
             SignatureError: no pinned package key signed exactly what was planned.
@@ -292,11 +299,6 @@ class ServerTrees:
             LockedError: another process builds the same tree.
             StoreError: the disk is full or failed.
         """
-        if package.manifest not in self._built:
-            self._built[package.manifest] = await self._pull(package)
-        return self._built[package.manifest]
-
-    async def _pull(self, package: PlannedPackage) -> str:
         from agent.config import AgentConfig
         from agent.relays.sources import Sources
         from agent.trees.installed import AgentState

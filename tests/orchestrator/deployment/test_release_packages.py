@@ -247,6 +247,10 @@ async def test_a_tree_that_was_edited_is_built_again(origin: Origin, tmp_path: P
     (tree / "bin/migrate").write_bytes(b"#!/bin/sh\necho HELLO\n")
     again = Path(await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package))
     assert again != tree
+    same = ServerTrees(origin.depot.store.location, origin.keys.pins, trees)
+    assert await same.build(package) == str(again)
+    (again / "bin/migrate").chmod(0o644)
+    assert await same.build(package) not in {str(tree), str(again)}, "between two steps of one deployment, too"
     assert (again / "bin/migrate").read_bytes() == FILES["bin/migrate"]
 
 
