@@ -19,7 +19,7 @@ from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
 from orchestrator.files.process import ProcessFile, package_of
 from orchestrator.files.script_files import read_script
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage
-from relay.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from relay.errors import ConflictError, NotFoundError, RefusedError, SignatureError, UsageError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.stores.catalog import Pointer, Provenance
@@ -85,6 +85,7 @@ async def ensure_packages(
     bar: Bar | None = None,
     *,
     policy: FeedPolicy | None = None,
+    pins: TrustPins | None = None,
 ) -> dict[str, PlannedPackage]:
     """Every package of a release, signed and in the depot, with its manifest and sizes filled in.
 
@@ -98,6 +99,7 @@ async def ensure_packages(
         signer: the package key.
         bar: shows what comes from a feed.
         policy: where a feed may lead.
+        pins: what machines believe; their word on a signature is had now, where they are given.
 
     Raises:
         NotFoundError: the depot lacks one that has no feed, or the feed has none such either.
@@ -116,13 +118,13 @@ async def ensure_packages(
             raise UsageError(f"{package.id} comes from the feed {package.feed!r}, which the environment does not name")
     for package in lacking.values():
         await _take_from_feed(depot, package, feeds[package.feed], secrets, signer, bar, policy or _FEED_POLICY)
-    return {name: await _filled(depot, package) for name, package in packages.items()}
+    return {name: await _filled(depot, package, pins) for name, package in packages.items()}
 
 
-async def ensure_scripts(depot: Depot, scripts: PlannedPackage | None) -> None:
+async def ensure_scripts(depot: Depot, scripts: PlannedPackage | None, pins: TrustPins) -> None:
     """The package of the process's own scripts, where it has any, is whole in the depot. Raises as `ensure_packages`."""
     if scripts is not None:
-        await _filled(depot, scripts)
+        await _filled(depot, scripts, pins)
 
 
 async def _take_from_feed(
@@ -163,7 +165,7 @@ def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
     )
 
 
-async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
+async def _filled(depot: Depot, package: PlannedPackage, pins: TrustPins | None = None) -> PlannedPackage:
     manifest = await depot.manifest(depot.catalog.get(ref_of(package)))
     if package.manifest and package.manifest != manifest.id:
         raise ConflictError(
@@ -171,11 +173,26 @@ async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
             f"(manifest {manifest.id[:16]}…, planned {package.manifest[:16]}…)",
             hint="A version never changes its bytes: find out who put the other one there",
         )
-    if not await depot.catalog.signature(manifest.id):
+    signature = await depot.catalog.signature(manifest.id)
+    if not signature:
         raise RefusedError(f"{package.id} {package.version} is not signed", hint="Add its nupkg again to sign it")
+    if pins is not None:
+        _check_signature(manifest, signature, pins)
     if mended := await depot.make_whole(manifest):
         depot.notes.append(mended)
     return _with_manifest(package, manifest)
+
+
+def _check_signature(manifest: Manifest, signature: bytes, pins: TrustPins) -> None:
+    from agent.trees.pull import check_signature
+
+    try:
+        check_signature(manifest, signature, pins)
+    except SignatureError as error:
+        raise RefusedError(
+            f"no machine would believe {manifest.package} of the depot: {error.message}",
+            hint="Add its nupkg again to sign it",
+        ) from error
 
 
 def _with_manifest(package: PlannedPackage, manifest: Manifest) -> PlannedPackage:

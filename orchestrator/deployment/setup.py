@@ -75,8 +75,8 @@ async def set_up(
         brackets = await settle(paths, journal, plan.environment, adopt=request.adopt)
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
-        packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar)
-        await ensure_scripts(depot, plan.scripts)
+        packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar, pins=pins)
+        await ensure_scripts(depot, plan.scripts, pins)
         plan = msgspec.structs.replace(plan, packages=packages, notes=(*plan.notes, *depot.notes), force=request.force)
 
         order_signer = load_signer(paths.trust, "order")

@@ -227,6 +227,18 @@ async def test_a_project_names_its_package(origin: Origin, project: Path, name: 
     assert package.id == f"Waystation.Scripts.{name}"
 
 
+async def test_a_signature_that_the_disk_damaged_is_told_before_anything_begins(origin: Origin, tmp_path: Path) -> None:
+    manifest = origin.added[0].manifest
+    envelope = await origin.signature(manifest)
+    await origin.depot.store.documents.write(f"signatures/{manifest.id}", envelope.replace(b"A", b"B", 1))
+    packages = {"web": PlannedPackage(str(manifest.package.id), manifest.package.version.normalized)}
+
+    with pytest.raises(RefusedError, match="no machine would believe") as error:
+        await ensure(origin, packages, pins=origin.keys.pins)
+
+    assert "Add its nupkg again" in error.value.hint
+
+
 # --- the server's own tree
 
 
