@@ -93,22 +93,6 @@ def has_mode(found: os.stat_result, *, executable: bool) -> bool:
     return found.st_mode & 0o557 == (0o555 if executable else 0o444)
 
 
-def make_folder(path: str) -> None:
-    """Make the folder and its missing parents, readable by all whatever the umask is. Raises `OSError`."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
-        try:
-            os.mkdir(folder)
-        except FileExistsError:
-            if not os.path.isdir(folder):
-                raise
-        else:
-            set_mode(folder, executable=True)
-
-
 def free_bytes(folder: str) -> int:
     """Bytes that may still be written where `folder` lies. Raises `OSError`."""
     if hasattr(os, "statvfs"):

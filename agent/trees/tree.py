@@ -30,7 +30,7 @@ from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, ManifestId, chunk_id
 from relay.package.manifest import Extent, Manifest, Part
 from relay.package.ranges import from_indexes
-from relay.support.durable import sync_folder, write_durably
+from relay.support.durable import make_folder, sync_folder, write_durably
 
 EXTRA = "not part of the package"
 """What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
@@ -143,7 +143,7 @@ class IncomingTree:
     # --- beginning
 
     def _open(self) -> None:
-        platform.make_folder(self.releases)
+        make_folder(self.releases)
         _make_private(self.folder)
         self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
         if self._lock is None:

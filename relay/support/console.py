@@ -44,12 +44,22 @@ def let_output_pass() -> None:
 
     A terminal gets the characters of its locale, a file or pipe UTF-8; the variable PYTHONIOENCODING wins over both.
     """
-    shown = None if "PYTHONIOENCODING" in os.environ else codecs.lookup(locale.getencoding()).name
+    shown = _encoding_of_terminals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The locale C says of a terminal only that nobody asked: those of today show UTF-8.
-            encoding = shown if shown != "ascii" and stream.isatty() else None
-            stream.reconfigure(encoding=encoding, errors="replace")
+            stream.reconfigure(encoding=shown if stream.isatty() else None, errors="replace")
+
+
+def _encoding_of_terminals() -> str | None:
+    """By the locale; None where it stays as it is: it was chosen, or Python has no such codec."""
+    if "PYTHONIOENCODING" in os.environ:
+        return None
+    try:
+        named = codecs.lookup(locale.getencoding()).name
+    except LookupError:
+        return None
+    # The locale C says of a terminal only that it was not asked: those of today show UTF-8.
+    return None if named == "ascii" else named
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

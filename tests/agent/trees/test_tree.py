@@ -284,6 +284,21 @@ def test_a_finished_tree_that_somebody_removed_is_built_again(tmp_path: Path, cu
     assert content(finished(tmp_path, cut)) == FILES
 
 
+def test_a_finished_tree_that_a_crash_damaged_before_its_record_is_built_again(tmp_path: Path, cut: Cut) -> None:
+    tree = build(tmp_path, cut)
+    path = tree.finish()
+    tree.close()
+    os.truncate(os.path.join(path, "data/big.bin"), 10)
+
+    again = IncomingTree(str(tmp_path), cut.manifest, "x")
+    for index in again.missing:
+        again.write(cut.chunk(index))
+
+    assert is_whole(again.finish(), cut.manifest)
+    again.clear()
+    assert os.listdir(tmp_path / "releases") == [os.path.basename(path)]
+
+
 def test_leftovers_of_a_recorded_build_go(tmp_path: Path, cut: Cut) -> None:
     tree = build(tmp_path, cut)
     tree.finish()
