@@ -35,7 +35,8 @@ def require_utf8() -> None:
     Names of files are UTF-8 on every machine, or a package would be another one in another locale. It is an option of
     this process and nothing in its environment: scripts see the locale as it is.
     """
-    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+    is_asked_for = "utf8" in sys._xoptions  # noqa: SLF001 - documented; who says utf8=0 would be started for ever
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8" and not is_asked_for:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - itself, once more
 
 

@@ -9,6 +9,7 @@ import pytest
 from harness.farm import Farm
 
 FILES = {"app.txt": "one\n" * 40_000, "data.txt": "two\n" * 40_000}
+NEWER = FILES | {"app.txt": "One\n" + "one\n" * 40_000}
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
         farm.add_relay("fra")
         farm.add_agent("web1").start()
         farm.add_agent("web2").start()
-        steps = [
-            {"name": name, "roles": ["web"], "deploy": "app", "to": str(farm.folder / "srv" / name)}
-            for name in ("one",)
-        ]
-        farm.write_process(packages={"app": "Acme.App"}, steps=steps)
         farm.add_package("Acme.App", "1.0.0", FILES)
+        farm.add_package("Acme.App", "1.1.0", NEWER)
         yield farm
 
 
@@ -56,33 +53,34 @@ def write(farm: Farm, machine: str) -> None:
 def test_a_machine_gets_a_whole_package_from_stores_that_the_disk_damaged(farm: Farm) -> None:
     write(farm, "web1")
     depot, relay = farm.home / "depot", farm.folder / "relay-fra"
-    done = farm.deploy("1.0.0-a", "--package", "app=1.0.0")
+    done = farm.deploy("1.0.0", "--package", "app=1.0.0")
     assert done.code == 0, done.out + done.err
+    farm.do("package", "replicate", "Acme.App", "1.1.0", "--relay", farm.urls["fra"])
     assert files_of(relay, "chunks")
     for chunk in files_of(relay, "chunks"):
         flip(chunk)
-    flip(files_of(depot, "chunks")[0])
+    flip(max(files_of(depot, "chunks"), key=lambda path: path.stat().st_mtime_ns))
 
     write(farm, "web2")
-    done = farm.deploy("1.0.0-b", "--package", "app=1.0.0")
+    done = farm.deploy("1.1.0", "--package", "app=1.1.0")
 
     assert done.code == 0, done.out + done.err
-    assert "chunks of Acme.App 1.0.0 were damaged or gone in the depot: they were made again of its nupkg" in done.err
-    assert tree_of(farm, "web2") == FILES
+    assert "chunks of Acme.App 1.1.0 were damaged or gone in the depot: they were made again of its nupkg" in done.err
+    assert tree_of(farm, "web2") == NEWER
 
 
 def test_a_package_that_the_depot_cannot_mend_is_named_with_the_next_step_before_anything_begins(farm: Farm) -> None:
     write(farm, "web1")
     depot = farm.home / "depot"
-    flip(files_of(depot, "chunks")[0])
-    flip(files_of(depot, "blobs")[0])
+    for path in files_of(depot, "chunks") + files_of(depot, "blobs"):
+        flip(path)
 
-    refused = farm.deploy("1.0.0-c", "--package", "app=1.0.0")
+    refused = farm.deploy("1.0.0", "--package", "app=1.0.0")
 
     assert refused.code == 1, refused.out
     assert "Acme.App 1.0.0 were damaged or gone in the depot, and so is its nupkg" in refused.err
     assert "waystation package add Acme.App.1.0.0.nupkg" in refused.err
     assert "deployment " not in refused.out
     farm.do("package", "add", farm.folder / "Acme.App.1.0.0.nupkg")
-    done = farm.deploy("1.0.0-d", "--package", "app=1.0.0")
+    done = farm.deploy("1.0.0", "--package", "app=1.0.0")
     assert done.code == 0, done.out + done.err
