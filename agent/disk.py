@@ -51,7 +51,14 @@ def remove_folder(folder: str) -> None:
     parent, name = os.path.split(folder)
     aside = os.path.join(parent, f"{REMOVED}{name}")
     # A crash may have left one of the same name, and only an empty folder can be renamed over.
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)
     with suppress(OSError):
         os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)
+
+
+def remove_all(path: str) -> None:
+    """A folder with all that is in it, or what somebody put in its place; a link is not followed."""
+    with suppress(OSError):
+        os.unlink(path)
+    shutil.rmtree(path, ignore_errors=True)

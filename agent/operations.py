@@ -51,7 +51,8 @@ from agent.runs.runs import RunSpec
 from agent.runs.scripts import base_environment, command_for
 from agent.trees import pull as story
 from agent.trees.installed import AgentState, TreeRecord
-from agent.trees.pull import Pulled, PullRequest, check_signature, looks_whole, switch_to
+from agent.trees.pull import Pulled, PullRequest, check_signature, switch_to
+from agent.trees.tree import damage_in, is_whole
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.followed import Current
@@ -168,8 +169,7 @@ class Operations:
     def _tree_facts(self, asked: PackageTree) -> TreeFacts:
         root = self._root(asked.root)
         record = self.state.installed(root, ManifestId(asked.manifest))
-        manifest = None if record is None else self.state.manifest(record)
-        whole = record is not None and manifest is not None and looks_whole(record.path, manifest)
+        whole = record is not None and self._is_whole(record)
         current = self._current(root)
         settled = self.state.settled(root)
         there = _existing_parent(root)
@@ -183,6 +183,9 @@ class Operations:
         if current is None:
             return facts
         good = settled is not None and settled.path == current.path
+        if good and current.manifest == asked.manifest:
+            # The newest tree of it may be another one, built beside this one because this one was damaged.
+            good = whole if current == record else self._is_whole(current)
         return msgspec.structs.replace(
             facts,
             current_manifest=current.manifest,
@@ -191,6 +194,10 @@ class Operations:
             current_path=current.path,
             settled=settled.fingerprint if good and settled is not None else "",
         )
+
+    def _is_whole(self, record: TreeRecord) -> bool:
+        manifest = self.state.manifest(record)
+        return manifest is not None and is_whole(record.path, manifest)
 
     def _current(self, root: str) -> TreeRecord | None:
         """The record of the tree that `current` names; None where it names nothing of ours."""
@@ -219,7 +226,6 @@ class Operations:
             digest=ManifestId(tree.manifest),
             label=tree.label,
             signed=True,
-            thorough=False,
         )
 
     async def _pull(self, request: PullRequest, action: Acquire, job: Job, before: int) -> TreePulled:
@@ -257,8 +263,9 @@ class Operations:
         root = self._root(action.root)
         record = self._installed(root, action.manifest)
         manifest = self.state.manifest(record)
-        if manifest is None or not looks_whole(record.path, manifest):
-            raise StoreError(f"the tree {record.path} is not whole any more", hint="Acquire it again")
+        damage = "its manifest is lost" if manifest is None else damage_in(record.path, manifest)
+        if damage:
+            raise StoreError(f"the tree {record.path} is not whole any more ({damage})", hint="Acquire it again")
         before = _current_path(root)
         switch_to(record)
         return SwitchFacts(before=before, after=record.path)
@@ -325,7 +332,10 @@ class Operations:
             raise NotRunError(f"{script} cannot be read: {error.strerror}") from error
 
     def _verified_script(self, package: str, path: str) -> str:
-        """The script in the tree of its signed package, its bytes just compared with the manifest."""
+        """The script in the tree of its signed package, every byte of which was just compared with the manifest.
+
+        A script may use what lies beside it.
+        """
         record = self.state.find(package)
         manifest = None if record is None else self.state.manifest(record)
         if record is None or manifest is None:
@@ -338,8 +348,11 @@ class Operations:
         if path not in paths:
             raise NotRunError(f"{manifest.package} holds no {path!r}")
         script = os.path.join(record.path, path)
-        if _sha256_of(script) != manifest.part_sha256(paths.index(path)):
-            raise NotRunError(f"{script} is not as it was signed: it was changed", hint="Acquire its package again")
+        if damage := damage_in(record.path, manifest):
+            what = (
+                f"{script} is not as it was signed" if damage.startswith(f"{path}: ") else f"{script} cannot be trusted"
+            )
+            raise NotRunError(f"{what}: {record.path} was changed ({damage})", hint="Acquire its package again")
         return script
 
     def _secrets(self, action: RunScript, operation: str) -> dict[str, str]:
@@ -447,11 +460,3 @@ def _existing_parent(path: str) -> str:
 
 def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
-
-
-def _sha256_of(path: str) -> str:
-    try:
-        with os.fdopen(platform.open_for_reading(path), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise NotRunError(f"{path} cannot be read: {error.strerror}") from error

@@ -32,6 +32,9 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _NO_HANG = getattr(os, "O_NONBLOCK", 0)
 _NOT_INHERITED = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
+UTF8 = ("-X", "utf8")
+"""Options of Python for processes of ours: names of files are UTF-8, whatever the locale is that scripts shall see."""
+
 # --- files
 
 
@@ -78,6 +81,16 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 def set_mode(path: str, *, executable: bool) -> None:
     """Readable by all, writable by the owner; folders count as executable. Raises `OSError`."""
     os.chmod(path, 0o755 if executable else 0o644)
+
+
+def has_mode(found: os.stat_result, *, executable: bool) -> bool:
+    """Whether all may read it (and execute it, where it is executable), as `set_mode` left it, and not everybody write.
+
+    What a group may write is the administrator's affair. Where files have no such bits, nothing is lost.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    return found.st_mode & 0o557 == (0o555 if executable else 0o444)
 
 
 def free_bytes(folder: str) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import click
 
-from relay.errors import RefusedError, UnreachableError, WaystationError
-from relay.support.console import printable
+from relay.errors import RefusedError, UnreachableError, UsageError, WaystationError
+from relay.support.console import let_output_pass, printable, require_utf8
 
 _COMMANDS = {
     "init": ("orchestrator.commands.init", "init", "Commented files to start from."),
@@ -59,6 +59,8 @@ def waystation() -> None:
 
 def main() -> NoReturn:
     """Run the command; errors are told in one sentence, exit codes are those of docs/commands.md."""
+    require_utf8()
+    let_output_pass()
     # What libraries log is for `relay serve` to show; elsewhere an error is told once, by us.
     logging.getLogger().addHandler(logging.NullHandler())
     # SIGPIPE stays ignored: by its default, a relay would end with the first reader that goes away in mid-answer.
@@ -76,6 +78,18 @@ def main() -> NoReturn:
     except WaystationError as error:
         _tell(error)
         sys.exit(error.exit_code)
+    except FileNotFoundError:
+        if _has_a_folder():
+            raise
+        _tell(UsageError("the folder that this command was started in is gone", hint="Start it in one that is there"))
+        sys.exit(UsageError.exit_code)
+
+
+def _has_a_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _tell(error: WaystationError) -> None:

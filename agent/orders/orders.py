@@ -237,10 +237,11 @@ class TreeFacts(_Said, frozen=True):
 
     Attributes:
         free_bytes: room on its file system.
-        installed: the asked tree is here, and whole by its record and the sizes of its files.
+        installed: the asked tree is here, and whole: every byte of it was read.
         file_system: equal for roots that share their room.
         current_manifest, current_version, current_path: what `current` names; empty where nothing that we installed.
-        settled: the fingerprint that the current tree was settled with; empty where it never was.
+        settled: the fingerprint that the current tree was settled with; empty where it never was, and where it is the
+            asked one but not whole any more.
     """
 
     root: str

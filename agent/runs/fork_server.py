@@ -160,7 +160,7 @@ class ForkServer:
 
     def _command(self) -> Sequence[str]:
         start = "import sys; sys.path.append(sys.argv[1]); import agent.runs.runner; from agent.runs.fork_server import serve; serve()"
-        return [sys.executable, "-I", "-S", "-c", start, self._code_folder, " " * _NAME_BYTES]
+        return [sys.executable, *platform.UTF8, "-I", "-S", "-c", start, self._code_folder, " " * _NAME_BYTES]
 
     def _exchange(self, to: socket, request: bytes) -> bytes:
         """What it answers, up to the end of the line, or less where it ended before. Raises `OSError`."""

@@ -195,7 +195,7 @@ def _start(folder: str, environment: Mapping[str, str]) -> _Child:
     """A runner for the folder: forked off by the fork server, or else a fresh interpreter. Raises `OSError`, `ValueError`."""
     if runner := _fork_server.start(folder, environment):
         return runner
-    command = [sys.executable, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
+    command = [sys.executable, *platform.UTF8, "-I", "-S", "-c", _START, _CODE_FOLDER, folder]
     return platform.start_detached(command, environment, complaints=os.path.join(folder, COMPLAINTS))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from agent.config import AgentConfig
-from agent.disk import REMOVED, disk_errors, read_json, remove_folder
+from agent.disk import REMOVED, disk_errors, read_json, remove_all, remove_folder
 from agent.relays.dns import check_discovery
 from agent.relays.tokens import relay_key
 from relay.config import load_yaml
@@ -179,16 +178,22 @@ class AgentState:
     def settle(self, record: TreeRecord, fingerprint: str) -> Settled:
         """Remember that this tree is good, and which was before it. Raises `StoreError`."""
         last = self.settled(record.root)
-        before = "" if last is None else last.before if last.path == record.path else last.path
+        # Another tree of the same manifest was damaged, and is nothing to go back to.
+        before = "" if last is None else last.before if last.manifest == record.manifest else last.path
         settled = Settled(record.root, record.path, record.manifest, fingerprint, before)
         self._write("settled", _settled_name(record.root), msgspec.json.encode(settled))
         return settled
 
     def prune(self, root: str, keep: int, spared: Collection[str]) -> list[TreeRecord]:
-        """Remove the trees under `root` but the newest `keep` and those whose paths are `spared`; which are gone."""
+        """Remove the trees under `root` but the newest `keep` and those whose paths are `spared`; which are gone.
+
+        Of several trees of one manifest only the newest is kept: those before it were damaged, or it would not be there.
+        """
         _finish_removals(os.path.join(root, "releases"))
-        old = [record for record in self.trees() if record.root == root][keep:]
-        gone = [record for record in old if record.path not in spared]
+        here = [record for record in self.trees() if record.root == root]
+        kept = list({record.manifest: record for record in reversed(here)}.values())
+        kept = sorted(kept, key=lambda record: record.ulid, reverse=True)[:keep]
+        gone = [record for record in here if record not in kept and record.path not in spared]
         for record in gone:
             # The record first: a tree without one takes room, a record without its tree would be built upon.
             with suppress(OSError):
@@ -234,7 +239,7 @@ def _finish_removals(releases: str) -> None:
     """Those that a crash interrupted."""
     for name in _names(releases):
         if name.startswith(REMOVED):
-            shutil.rmtree(os.path.join(releases, name), ignore_errors=True)
+            remove_all(os.path.join(releases, name))
 
 
 def _names(folder: str) -> list[str]:

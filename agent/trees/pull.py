@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from ulid import ULID
 from agent import platform
 from agent.relays.sources import AnySource, Sources
 from agent.trees.installed import AgentState, TreeRecord
-from agent.trees.tree import IncomingTree, TreeHoldings, clear_leftovers, is_whole, take_from
+from agent.trees.tree import IncomingTree, TreeHoldings, clear_leftovers, damage_in, take_from
 from relay.encoding.bundle import Received
 from relay.encoding.choose_bases import worth_asking
 from relay.encoding.holdings import Holdings
@@ -50,6 +50,8 @@ from relay.transfer.download import (
 from relay.trust.envelopes import check_manifest_signature, verify_package
 from relay.trust.keys import TrustPins
 
+_log = logging.getLogger(__name__)
+
 _OTHERS_MAX = 8
 """Trees of other packages that are offered to a relay as bases: each is read to its last byte before."""
 
@@ -62,7 +64,6 @@ class PullRequest:
         digest: names the manifest outright: then no signature is needed, and the package may still be arriving.
         label: of the tree's folder, `<label>-<ulid>`; by default the version.
         signed: a pinned package key must have signed exactly this, also where `digest` is given.
-        thorough: read every byte of a tree that is here already, in place of a look at its files' sizes.
     """
 
     package: PackageRef
@@ -71,7 +72,6 @@ class PullRequest:
     switch: bool = False
     label: str | None = None
     signed: bool = False
-    thorough: bool = True
 
 
 @dataclass(slots=True)
@@ -149,7 +149,7 @@ async def pull(
 def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -> Pulled | None:
     """What the request asks for, where it stands here already, so that no relay is asked; else None. Blocking.
 
-    Its record, the sizes of its files and (where `signed`) its kept signature count; its bytes are not read.
+    Its record, every byte of its files and (where `signed`) its kept signature count.
     """
     if request.digest is None:
         return None
@@ -162,22 +162,10 @@ def installed(request: PullRequest, state: AgentState, pins: TrustPins | None) -
             check_signature(manifest, state.signature(manifest.id), pins)
     except SignatureError:
         return None
-    if not looks_whole(record.path, manifest):
+    if not _still_stands(record, manifest):
         return None
     clear_leftovers(record.root, manifest)
     return _result(manifest, record, {})
-
-
-def looks_whole(tree: str, manifest: Manifest) -> bool:
-    """Whether every file of the package stands in the tree with its size. A look, no proof: no byte is read."""
-    for part in manifest.parts[: manifest.tree_parts]:
-        try:
-            found = os.lstat(os.path.join(tree, part.path))
-        except OSError:
-            return False
-        if not stat.S_ISREG(found.st_mode) or found.st_size != part.size:
-            return False
-    return True
 
 
 def check_signature(manifest: Manifest, signature: bytes, pins: TrustPins | None) -> None:
@@ -220,10 +208,17 @@ def _no_pins() -> SignatureError:
 
 
 def _whole_tree(state: AgentState, request: PullRequest, manifest: Manifest) -> TreeRecord | None:
-    """The installed tree; one that was edited or damaged does not count, as far as it was looked at."""
+    """The installed tree; one that was edited or damaged does not count."""
     record = state.installed(request.root, manifest.id)
-    check = is_whole if request.thorough else looks_whole
-    return record if record is not None and check(record.path, manifest) else None
+    return record if record is not None and _still_stands(record, manifest) else None
+
+
+def _still_stands(record: TreeRecord, manifest: Manifest) -> bool:
+    """Whether the tree is as it was installed; where it is not, the log says what is wrong with it."""
+    damage = damage_in(record.path, manifest)
+    if damage:
+        _log.warning("agent.tree_damaged", extra={"tree": record.path, "damage": damage})
+    return not damage
 
 
 def _tidy_up(state: AgentState, record: TreeRecord, manifest: Manifest, signature: bytes) -> None:

@@ -16,7 +16,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 
@@ -27,9 +27,9 @@ from relay.encoding.choose_bases import Held
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, ManifestId, chunk_id
-from relay.package.manifest import Extent, Manifest
+from relay.package.manifest import Extent, Manifest, Part
 from relay.package.ranges import from_indexes
-from relay.support.durable import sync_folder, write_durably
+from relay.support.durable import make_folder, sync_folder, write_durably
 
 EXTRA = "not part of the package"
 """What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
@@ -81,7 +81,11 @@ class IncomingTree:
     @property
     def is_moved(self) -> bool:
         """Whether a crash came between the last rename and the end: the tree stands where it belongs."""
-        return not os.path.isdir(self.tree) and os.path.isdir(os.path.join(self.releases, self.target))
+        return not os.path.isdir(self.tree) and os.path.isdir(self._final)
+
+    @property
+    def _final(self) -> str:
+        return os.path.join(self.releases, self.target)
 
     def write(self, chunk: Chunk) -> None:
         """Put a verified chunk everywhere it belongs. Raises `StoreError`."""
@@ -103,15 +107,14 @@ class IncomingTree:
                 what is on the disk. `clear` it.
         """
         assert not self.missing, "finish before all chunks are written"  # noqa: S101 - the caller's promise
-        final = os.path.join(self.releases, self.target)
         with self._writing, disk_errors(self.folder, full_hint=_FULL_HINT):
             if not self.is_moved:
                 self._make_empty_parts()
                 self._set_modes()
                 platform.sync_tree(self.tree, self._files(), self._folders())
-                os.rename(self.tree, final)
+                os.rename(self.tree, self._final)
             sync_folder(self.releases)
-        return final
+        return self._final
 
     def clear(self) -> None:
         """Remove what the build needed; the tree itself stands elsewhere by now. (Also gives up a build.)"""
@@ -133,8 +136,7 @@ class IncomingTree:
     # --- beginning
 
     def _open(self) -> None:
-        os.makedirs(os.path.dirname(self.releases), mode=0o755, exist_ok=True)
-        os.makedirs(self.releases, mode=0o755, exist_ok=True)
+        make_folder(self.releases)
         _make_private(self.folder)
         self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
         if self._lock is None:
@@ -155,6 +157,9 @@ class IncomingTree:
         else:
             write_durably(os.path.join(self.folder, "manifest.json"), self.manifest.canonical, mode=0o600)
             write_durably(named, self.target.encode(), mode=0o600)
+        if self.is_moved and not is_whole(self._final, self.manifest):
+            # It was never recorded, so nothing of ours names it; the crash took some of it along.
+            remove_folder(self._final)
         if not self.is_moved:
             os.makedirs(self.tree, mode=0o755, exist_ok=True)
 
@@ -332,47 +337,88 @@ def _good_chunks(tree: str, manifest: Manifest) -> Iterator[int]:
 
 
 def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Compare an installed tree with its manifest, every byte: (path, what is wrong) for each difference."""
-    expected = {part.path for part in manifest.parts[: manifest.tree_parts]}
-    bad_chunks = set(range(manifest.tree_chunks)).difference(_good_chunks(tree, manifest))
-    bad_parts = {path for index in bad_chunks for path in _blame(tree, manifest, index)}
-    for part in manifest.parts[: manifest.tree_parts]:
-        path = os.path.join(tree, part.path)
-        try:
-            found = os.lstat(path)
-        except OSError:
-            yield part.path, "missing"
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            yield part.path, "not a regular file"
-        elif found.st_size != part.size:
-            yield part.path, f"{found.st_size} bytes, expected {part.size}"
-        elif part.path in bad_parts:
-            yield part.path, "other content"
-        elif bool(found.st_mode & 0o111) != part.executable:
-            yield part.path, "not executable" if part.executable else "executable"
+    """Compare an installed tree with its manifest, every byte: (path, what is wrong) for each difference.
+
+    A folder that is missing is told by its files. Owners do not count: what they could change, the content tells.
+    """
+    yield from _damages(tree, manifest)
+    expected = {part.path for part in manifest.parts[: manifest.tree_parts]} | _folders_of(manifest)
     for path in _files_below(tree):
         if path not in expected:
             yield path, EXTRA
 
 
+def damage_in(tree: str, manifest: Manifest) -> str:
+    """The first file or folder of the package that is not as it was installed, and how; empty for a whole tree.
+
+    Reads every byte of it; what lies beside the package's own files does not count.
+    """
+    return next((f"{path}: {problem}" for path, problem in _damages(tree, manifest)), "")
+
+
 def is_whole(tree: str, manifest: Manifest) -> bool:
     """Whether every file of the package is in the installed tree as it should be; others may lie beside them."""
-    return all(problem == EXTRA for _, problem in check_tree(tree, manifest))
+    return not damage_in(tree, manifest)
 
 
-def _blame(tree: str, manifest: Manifest, index: int) -> Iterable[str]:
-    """Which parts of a bad chunk are bad: by their own digests, where the chunk gathers several."""
-    for extent in manifest.extents[index]:
-        part = manifest.parts[extent.part]
-        if len(manifest.extents[index]) == 1:
-            yield part.path
-            continue
-        with suppress(OSError):
-            whole = _read_extent(tree, manifest, Extent(extent.part, 0, part.size))
-            if hashlib.sha256(whole).hexdigest() == manifest.part_sha256(extent.part):
-                continue
-        yield part.path
+def _damages(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    if problem := _folder_problem(tree):
+        yield ".", problem
+    for folder in sorted(_folders_of(manifest)):
+        if problem := _folder_problem(os.path.join(tree, folder)):
+            yield folder, problem
+    for index, part in enumerate(manifest.parts[: manifest.tree_parts]):
+        if problem := _file_problem(os.path.join(tree, part.path), part, manifest.part_sha256(index)):
+            yield part.path, problem
+
+
+def _folders_of(manifest: Manifest) -> set[str]:
+    """Every folder that the package's files stand in, below the tree's own."""
+    found: set[str] = set()
+    for part in manifest.parts[: manifest.tree_parts]:
+        folder = os.path.dirname(part.path)
+        while folder and folder not in found:
+            found.add(folder)
+            folder = os.path.dirname(folder)
+    return found
+
+
+def _folder_problem(path: str) -> str:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return ""
+    if not stat.S_ISDIR(found.st_mode):
+        return "not a folder"
+    return _mode_problem(found, executable=True)
+
+
+def _file_problem(path: str, part: Part, sha256: str) -> str:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return "missing"
+    if not stat.S_ISREG(found.st_mode):
+        return "not a regular file"
+    if found.st_size != part.size:
+        return f"{found.st_size} bytes, expected {part.size}"
+    if bool(found.st_mode & 0o111) != part.executable:
+        return "not executable" if part.executable else "executable"
+    return _mode_problem(found, executable=part.executable) or _content_problem(path, sha256)
+
+
+def _mode_problem(found: os.stat_result, *, executable: bool) -> str:
+    if platform.has_mode(found, executable=executable):
+        return ""
+    return f"its permissions are {stat.S_IMODE(found.st_mode):04o}, expected {0o755 if executable else 0o644:04o}"
+
+
+def _content_problem(path: str, sha256: str) -> str:
+    try:
+        with os.fdopen(platform.open_for_reading(path), "rb", buffering=0) as file:
+            return "" if hashlib.file_digest(file, "sha256").hexdigest() == sha256 else "other content"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def _files_below(tree: str) -> Iterator[str]:

@@ -159,7 +159,17 @@ def create(
     where = None if environment is None else load_environment(environment_path(environment))
     with open_journal(paths) as opened, progress_bars() as bar:
         made, new = run(
-            create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar)
+            create_release(
+                paths,
+                opened,
+                label,
+                process,
+                versions,
+                environment=where,
+                prompts=prompts,
+                bar=bar,
+                tell=_tell_aside,
+            )
         )
     packages = {n: {"id": p.id, "version": p.version, "manifest": p.manifest} for n, p in made.packages.items()}
     document = {"format": 1, "project": made.project, "label": made.label, "new": new, "packages": packages}
@@ -195,6 +205,7 @@ def schema(kind: str) -> None:
     help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
     "orchestrator's deployment that has not ended.",
 )
+@click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
 @depot_option
 @trust_option
 @journal_option
@@ -207,6 +218,7 @@ def deploy(
     process_path: str,
     project: str | None,
     adopt: bool,
+    force: bool,
     depot: str | None,
     trust_folder: str | None,
     journal: str | None,
@@ -229,9 +241,21 @@ def deploy(
     process = load_process(process_path) if versions or os.path.exists(process_path) else None
     with open_journal(paths) as opened, progress_bars() as bar:
         if versions and process is not None:
-            run(create_release(paths, opened, label, process, versions, environment=where, prompts=prompts, bar=bar))
+            run(
+                create_release(
+                    paths,
+                    opened,
+                    label,
+                    process,
+                    versions,
+                    environment=where,
+                    prompts=prompts,
+                    bar=bar,
+                    tell=_tell_aside,
+                )
+            )
         project = project or (process.value.project if process else None)
-        request = DeployRequest(label, project, where, prompts, adopt)
+        request = DeployRequest(label, project, where, prompts, adopt, force)
         ulid, result = run(_deploy(paths, opened, request, bar, as_json))
         if as_json:
             print_json(deployment_view(opened, ulid))
@@ -281,6 +305,10 @@ async def _deploy(
         return await start(paths, journal, request, begun=begun, tell=tell, bar=bar)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+def _tell_aside(line: str) -> None:
+    click.echo(printable(line), err=True)
 
 
 def _tell_end(view: DeploymentView, result: Result) -> None:

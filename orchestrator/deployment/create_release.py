@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -56,8 +56,11 @@ async def create_release(
     environment: EnvironmentFile | None,
     prompts: Mapping[str, str],
     bar: Bar,
+    tell: Callable[[str], None],
 ) -> tuple[Release, bool]:
     """Freeze and sign process, scripts and versions under `label`. The release; False where just this was there already.
+
+    What had to be brought back into the depot for it is told, a sentence each.
 
     With an environment, packages that the depot lacks are taken from its feeds now; else when it is deployed.
 
@@ -82,6 +85,8 @@ async def create_release(
         scripts = await build_scripts_package(
             process.folder, machine_scripts(process), process.value.project, depot, package_signer
         )
+        for note in depot.notes:
+            tell(note)
     frozen = await asyncio.to_thread(
         lambda: freeze_release(
             process.text.decode(),

@@ -19,7 +19,7 @@ from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
 from orchestrator.files.process import ProcessFile, package_of
 from orchestrator.files.script_files import read_script
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage
-from relay.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from relay.errors import ConflictError, NotFoundError, RefusedError, SignatureError, UsageError
 from relay.package.identity import ManifestId, parse_digest
 from relay.package.manifest import Manifest
 from relay.stores.catalog import Pointer, Provenance
@@ -79,10 +79,11 @@ async def ensure_packages(
     bar: Bar | None = None,
     *,
     policy: FeedPolicy | None = None,
+    pins: TrustPins | None = None,
 ) -> dict[str, PlannedPackage]:
     """Every package of a release, signed and in the depot, with its manifest and sizes filled in.
 
-    Whatever can be refused is refused before the first feed is asked.
+    Whatever can be refused is refused before the first feed is asked. Every chunk of them was read then.
 
     Args:
         depot: where they belong.
@@ -92,6 +93,7 @@ async def ensure_packages(
         signer: the package key.
         bar: shows what comes from a feed.
         policy: where a feed may lead.
+        pins: what machines believe; their word on a signature is had now, where they are given.
 
     Raises:
         NotFoundError: the depot lacks one that has no feed, or the feed has none such either.
@@ -110,7 +112,13 @@ async def ensure_packages(
             raise UsageError(f"{package.id} comes from the feed {package.feed!r}, which the environment does not name")
     for package in lacking.values():
         await _take_from_feed(depot, package, feeds[package.feed], secrets, signer, bar, policy or _FEED_POLICY)
-    return {name: await _filled(depot, package) for name, package in packages.items()}
+    return {name: await _filled(depot, package, pins) for name, package in packages.items()}
+
+
+async def ensure_scripts(depot: Depot, scripts: PlannedPackage | None, pins: TrustPins) -> None:
+    """The package of the process's own scripts, where it has any, is whole in the depot. Raises as `ensure_packages`."""
+    if scripts is not None:
+        await _filled(depot, scripts, pins)
 
 
 async def _take_from_feed(
@@ -151,7 +159,7 @@ def _not_found(package: PlannedPackage, why: str = "") -> NotFoundError:
     )
 
 
-async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
+async def _filled(depot: Depot, package: PlannedPackage, pins: TrustPins | None = None) -> PlannedPackage:
     manifest = await depot.manifest(depot.catalog.get(package.ref))
     if package.manifest and package.manifest != manifest.id:
         raise ConflictError(
@@ -159,9 +167,26 @@ async def _filled(depot: Depot, package: PlannedPackage) -> PlannedPackage:
             f"(manifest {manifest.id[:16]}…, planned {package.manifest[:16]}…)",
             hint="A version never changes its bytes: find out who put the other one there",
         )
-    if not await depot.catalog.signature(manifest.id):
+    signature = await depot.catalog.signature(manifest.id)
+    if not signature:
         raise RefusedError(f"{package.id} {package.version} is not signed", hint="Add its nupkg again to sign it")
+    if pins is not None:
+        _check_signature(manifest, signature, pins)
+    if mended := await depot.make_whole(manifest):
+        depot.notes.append(mended)
     return _with_manifest(package, manifest)
+
+
+def _check_signature(manifest: Manifest, signature: bytes, pins: TrustPins) -> None:
+    from agent.trees.pull import check_signature
+
+    try:
+        check_signature(manifest, signature, pins)
+    except SignatureError as error:
+        raise RefusedError(
+            f"no machine would believe {manifest.package} of the depot: {error.message}",
+            hint="Add its nupkg again to sign it",
+        ) from error
 
 
 def _with_manifest(package: PlannedPackage, manifest: Manifest) -> PlannedPackage:
@@ -226,7 +251,7 @@ async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> 
         return False
     files = {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
     ids = set(manifest.chunk_ids())
-    return files == dict(digests) and await depot.store.chunks.has_many(ids) == ids
+    return files == dict(digests) and await depot.store.chunks.sound_many(ids) == ids
 
 
 async def _add_scripts(
@@ -266,10 +291,9 @@ class ServerTrees:
         self._depot_location = depot_location
         self._pins = pins
         self._folder = folder
-        self._built: dict[str, str] = {}
 
     async def build(self, package: PlannedPackage) -> str:
-        """The path of the package's tree; the second call builds nothing.
+        """The path of the package's tree, every byte of which was just read; one that is still whole is not built anew.
 
         Raises:
             SignatureError: no pinned package key signed exactly what was planned.
@@ -278,11 +302,6 @@ class ServerTrees:
             LockedError: another process builds the same tree.
             StoreError: the disk is full or failed.
         """
-        if package.manifest not in self._built:
-            self._built[package.manifest] = await self._pull(package)
-        return self._built[package.manifest]
-
-    async def _pull(self, package: PlannedPackage) -> str:
         from agent.config import AgentConfig
         from agent.relays.sources import Sources
         from agent.trees.installed import AgentState

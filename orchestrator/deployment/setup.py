@@ -15,7 +15,7 @@ from ulid import ULID
 
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.notify import Notifier
-from orchestrator.deployment.packages import ServerTrees, ensure_packages
+from orchestrator.deployment.packages import ServerTrees, ensure_packages, ensure_scripts
 from orchestrator.deployment.recovery import settle
 from orchestrator.deployment.releases import Release, open_release, unpack_release
 from orchestrator.deployment.server_runs import ServerRuns
@@ -49,6 +49,7 @@ class DeployRequest:
     environment: EnvironmentFile
     prompts: Mapping[str, str]
     adopt: bool = False
+    force: bool = False
 
 
 @asynccontextmanager
@@ -76,8 +77,9 @@ async def set_up(
         brackets = await settle(paths, journal, plan.environment, adopt=request.adopt)
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
-        packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar)
-        plan = msgspec.structs.replace(plan, packages=packages)
+        packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar, pins=pins)
+        await ensure_scripts(depot, plan.scripts, pins)
+        plan = msgspec.structs.replace(plan, packages=packages, notes=(*plan.notes, *depot.notes), force=request.force)
 
         order_signer = load_signer(paths.trust, "order")
         recorder = Recorder(journal, ulid, tell)

@@ -213,7 +213,8 @@ class MachineTurnRunner:
         self._step = step
         self._turn = planned
         self._facts = _facts_of(context, step, planned, facts)
-        self.shape = turn.shape_of(step, planned, self._facts, is_out=planned.machine in context.out)
+        is_out, is_forced = planned.machine in context.out, context.plan.force
+        self.shape = turn.shape_of(step, planned, self._facts, is_out=is_out, is_forced=is_forced)
         self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
 
     async def run(self) -> TurnOutcome:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
 from relay.engines.encoders import Encoders
 from relay.engines.engine_pool import Engines
-from relay.errors import MetadataError, NotFoundError, first_of
+from relay.errors import ChunkInvalid, ChunkMissing, MetadataError, NotFoundError, first_of
 from relay.package.chunk import Chunk
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
@@ -65,6 +65,8 @@ class Depot:
         self._engines = Engines(catalog=self.catalog, chunks=store.chunks)
         self.nupkgs = Nupkgs(store, self._engines)
         self.recipes = Recipes(store)
+        self.notes: list[str] = []
+        """What was brought back since it was opened, in sentences."""
 
     async def close(self) -> None:
         """End what works for it; the store is the caller's. Twice is once."""
@@ -120,6 +122,35 @@ class Depot:
                 f"the manifest of {pointer.ref} is damaged or gone", hint="Remove the package and add it again"
             )
         return manifest
+
+    async def make_whole(self, manifest: Manifest) -> str:
+        """Read every chunk of a package, and bring back what was damaged or lost from the depot's own nupkg.
+
+        Returns:
+            A sentence about what was brought back; empty where nothing was.
+
+        Raises:
+            NotFoundError: the nupkg is damaged or gone, too.
+            StoreError: the medium failed.
+        """
+        ids = set(manifest.chunk_ids())
+        lost = len(ids - await self.store.chunks.sound_many(ids))
+        if not lost:
+            return ""
+        what = f"{lost} of {len(ids)} chunks of {manifest.package} were damaged or gone in the depot"
+        try:
+            async with self.nupkgs.as_file(manifest) as path:
+                with open_nupkg(path) as file:
+                    entries, nuspec = await asyncio.to_thread(read_directory, file)
+                    await self._store_chunks(
+                        file, entries, manifest.package, nuspec, manifest.nupkg, lambda _stored: None
+                    )
+        except (ChunkMissing, ChunkInvalid) as error:
+            name = f"{manifest.package.id}.{manifest.package.version.normalized}.nupkg"
+            raise NotFoundError(
+                f"{what}, and so is its nupkg", hint=f"Add its file again: 'waystation package add {name}'"
+            ) from error
+        return f"{what}: they were made again of its nupkg"
 
     async def recipe(self, manifest: Manifest, progress: Progress | None = None) -> Recipe | None:
         """How to make the identical nupkg, proved; None where that cannot be found, as the depot lost its nupkg.
@@ -186,10 +217,18 @@ class Depot:
     async def _is_whole(self, pointer: Pointer) -> bool:
         """Whether the depot still has all of what it lists; adding the nupkg again brings back what it lost."""
         manifest = await self.catalog.manifest(pointer.manifest_id)
-        if manifest is None or not await self.store.blobs.has(pointer.nupkg_sha256):
+        if manifest is None or not await self._has_nupkg(pointer.nupkg_sha256):
             return False
         ids = set(manifest.chunk_ids())
-        return await self.store.chunks.has_many(ids) == ids
+        return await self.store.chunks.sound_many(ids) == ids
+
+    async def _has_nupkg(self, sha256: str) -> bool:
+        """Every byte is read: one that is damaged is put aside by that, and so makes room for the next."""
+        with suppress(ChunkMissing, ChunkInvalid):
+            async for _ in self.store.blobs.read(sha256):
+                pass
+            return True
+        return False
 
     async def _sign(self, manifest: Manifest, signer: CryptoSigner) -> None:
         statement = PackageStatement(

@@ -261,6 +261,7 @@ class Plan(_Planned, frozen=True):
         machine_secrets: names that may go to machines (sealed); all others never leave the server.
         deadline: of the whole deployment; 0: none.
         notes: what a person should know of it: effective numbers, what the plan cannot promise.
+        force: every machine has its turn, also one on which all of it was done before.
     """
 
     format: Literal[1]
@@ -280,6 +281,7 @@ class Plan(_Planned, frozen=True):
     notify: tuple[NotifyPlan, ...] = ()
     deadline: float = 0.0
     notes: tuple[str, ...] = ()
+    force: bool = False
 
     def every_package(self) -> list[PlannedPackage]:
         """Those of the release, and that of its scripts."""

@@ -104,7 +104,7 @@ async def replicate_package(
         exact: send also what a relay lacks to make the identical nupkg by itself.
 
     Raises:
-        NotFoundError: it is not in the depot.
+        NotFoundError: it is not in the depot, or the depot's disk damaged it and its nupkg.
         RefusedError: it is not signed.
         UsageError, StoreError: the depot cannot be opened, or its medium failed.
     """
@@ -126,7 +126,7 @@ async def replicate_package(
             done.delivered,
             await _arithmetic(depot, package, explained, targets.machines),
             _by_url(targets, done.failed),
-            [str(one) for one in done.replans],
+            [*depot.notes, *map(str, done.replans)],
         )
 
 
@@ -149,6 +149,8 @@ async def _ready(
         for client in targets.clients.values():
             await stack.enter_async_context(client)
         package = await package_to_send(depot, ref)
+        if mended := await depot.make_whole(package.manifest):
+            depot.notes.append(mended)
         shipping = await stack.enter_async_context(shipping_from(depot))
         if exact:
             # Engines may be here that were not when it was added: then less has to be sent.

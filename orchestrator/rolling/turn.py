@@ -66,7 +66,9 @@ class Shape:
     bare: bool = False
 
 
-def shape_of(step: MachineStep, turn: MachineTurn, facts: TreeFacts | None, *, is_out: bool = False) -> Shape:
+def shape_of(
+    step: MachineStep, turn: MachineTurn, facts: TreeFacts | None, *, is_out: bool = False, is_forced: bool = False
+) -> Shape:
     """The shape of a planned turn.
 
     Args:
@@ -75,6 +77,7 @@ def shape_of(step: MachineStep, turn: MachineTurn, facts: TreeFacts | None, *, i
         facts: what the agent found under the root; None where nothing is deployed.
         is_out: a bracket of an earlier deployment is open and was adopted: then a turn is never "already current",
             as `after` is owed to it.
+        is_forced: a person wants every machine to have its turn, whatever was done on it before.
     """
     switches = [index for index, action in enumerate(turn.actions) if isinstance(action, SwitchAction)]
     deploys = bool(step.package)
@@ -86,7 +89,7 @@ def shape_of(step: MachineStep, turn: MachineTurn, facts: TreeFacts | None, *, i
         verify=bool(turn.verify),
         old=bool(turn.verify) and (not deploys or (facts is not None and bool(facts.current_version))),
         settle=deploys,
-        current=deploys and is_settled and not is_out,
+        current=deploys and is_settled and not is_out and not is_forced,
         bare=deploys and (facts is None or not facts.current_version),
     )
 

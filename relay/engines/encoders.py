@@ -346,7 +346,7 @@ class _Worker:
         environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", engine_process.__file__,
+                sys.executable, "-X", "utf8", "-I", "-S", engine_process.__file__,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
                 limit=PIECE, cwd="/", env=environment,
             )  # fmt: skip

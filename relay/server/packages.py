@@ -133,10 +133,14 @@ class Transfer:
         if recipe is not None:
             await self._recipes.take(manifest, recipe)
         unread = bool(document.recipe) and recipe is None
-        return messages.OfferAnswer(lease, messages.LEASE_SECONDS, await self._missing(manifest), unread)
+        missing = await self._missing(manifest, read=True)
+        return messages.OfferAnswer(lease, messages.LEASE_SECONDS, missing, unread)
 
     async def missing(self, request: messages.MissingRequest) -> messages.MissingAnswer:
         """Which of the ranges are not here, and which manifests; with a lease, the others now stay.
+
+        Without a lease, the first manifest is the one that may not have to be sent: its chunks are read, so that what was
+        damaged on this disk is sent again. The others may be built on, and show damage when they are.
 
         Raises:
             UnknownLeaseError: offer first.
@@ -152,7 +156,8 @@ class Transfer:
         missing = []
         for want in request.want:
             manifest = known.get(ManifestId(want.manifest))
-            lacking = await self._missing(manifest, indexes(want.ranges)) if manifest is not None else ()
+            read = request.lease is None and want is request.want[0]
+            lacking = await self._missing(manifest, indexes(want.ranges), read=read) if manifest is not None else ()
             if lacking:
                 missing.append(messages.ChunkRanges(manifest=want.manifest, ranges=lacking))
         unknown = dict.fromkeys(want.manifest for want in request.want if want.manifest not in known)
@@ -307,11 +312,14 @@ class Transfer:
             raise UnknownManifestError
         return manifest
 
-    async def _missing(self, manifest: Manifest, places: Iterable[int] | None = None) -> Ranges:
-        """Indexes that are not here, each chunk named once however often it stands in the stream."""
+    async def _missing(self, manifest: Manifest, places: Iterable[int] | None = None, *, read: bool = False) -> Ranges:
+        """Indexes that are not here, each chunk named once however often it stands in the stream.
+
+        `read` those that are here, so that damage counts as missing.
+        """
         first = manifest.index_of
         ids = manifest.chunk_ids() if places is None else [manifest.chunk_id(index) for index in places]
-        here = await self._store.has_many(ids)
+        here = await (self._store.sound_many(ids) if read else self._store.has_many(ids))
         return from_indexes(first[id] for id in ids if id not in here)
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from relay.errors import ChunkInvalid, ChunkMissing
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId
 
@@ -108,6 +110,19 @@ class ChunkReader(ABC):
     @abstractmethod
     async def open(self, id: ChunkId) -> StoredChunk:
         """The stored form, for streaming. Raises as `get` does."""
+
+    async def sound_many(self, ids: Iterable[ChunkId]) -> set[ChunkId]:
+        """Those of `ids` that are here undamaged: each is read, and one that is damaged is put aside.
+
+        Raises:
+            StoreError: the medium failed.
+        """
+        sound = set()
+        for id in await self.has_many(ids):
+            with suppress(ChunkMissing, ChunkInvalid):
+                await self.open(id)
+                sound.add(id)
+        return sound
 
     async def close(self) -> None:
         """Give back what the store holds (handles, threads, locks). Twice is once."""

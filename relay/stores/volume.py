@@ -33,6 +33,7 @@ from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, Us
 from relay.package.identity import ChunkId, parse_digest
 from relay.stores.contract import LockName
 from relay.stores.stored_form import DamageError
+from relay.support.durable import make_folder
 
 FORMAT: Final = b"waystation-store 1\n"
 
@@ -188,7 +189,7 @@ def _make_root(root: str) -> None:
     while not os.path.lexists(path):
         missing.append(path)
         path = os.path.dirname(path)
-    os.makedirs(root, mode=0o700, exist_ok=True)
+    make_folder(root, mode=0o700)
     for made in missing:
         _sync_folder(os.path.dirname(made))
 

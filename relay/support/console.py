@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import io
+import locale
+import os
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -23,6 +27,40 @@ ca_file_option = click.option(
     metavar="FILE",
     help="The authority that signs the relay's certificate (PEM), where it is a private one.",
 )
+
+
+def require_utf8() -> None:
+    """Start this process anew, in Python's UTF-8 mode, where the locale says that file names are something else.
+
+    Names of files are UTF-8 on every machine, or a package would be another one in another locale. It is an option of
+    this process and nothing in its environment: scripts see the locale as it is.
+    """
+    is_asked_for = "utf8" in sys._xoptions  # noqa: SLF001 - documented; who says utf8=0 would be started for ever
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8" and not is_asked_for:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - itself, once more
+
+
+def let_output_pass() -> None:
+    """What a terminal cannot show is replaced from now on: no output fails for the sake of an arrow.
+
+    A terminal gets the characters of its locale, a file or pipe UTF-8; the variable PYTHONIOENCODING wins over both.
+    """
+    shown = _encoding_of_terminals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=shown if stream.isatty() else None, errors="replace")
+
+
+def _encoding_of_terminals() -> str | None:
+    """By the locale; None where it stays as it is: it was chosen, or Python has no such codec."""
+    if "PYTHONIOENCODING" in os.environ:
+        return None
+    try:
+        named = codecs.lookup(locale.getencoding()).name
+    except LookupError:
+        return None
+    # The locale C says of a terminal only that it was not asked: those of today show UTF-8.
+    return None if named == "ascii" else named
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

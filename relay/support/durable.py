@@ -25,6 +25,28 @@ def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
     sync_folder(os.path.dirname(path) or ".")
 
 
+def make_folder(path: str, *, mode: int = 0o755) -> None:
+    """Make the folder `path` with this mode, and its missing parents with 0755: whatever the umask is.
+
+    Raises:
+        OSError: something else has one of these names, or the disk says no.
+    """
+    path = os.path.abspath(path)
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        wanted = mode if folder == missing[0] else 0o755
+        try:
+            os.mkdir(folder, wanted)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise
+        else:
+            os.chmod(folder, wanted)
+
+
 def sync_folder(folder: str) -> None:
     """Make what was renamed, created or removed in `folder` durable."""
     if os.name == "nt":  # it has no handle of a folder to sync; its file system journals renames

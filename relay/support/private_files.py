@@ -10,7 +10,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from relay.errors import NotFoundError, RefusedError, StoreError, UsageError
-from relay.support.durable import sync_folder
+from relay.support.durable import make_folder, sync_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +29,7 @@ def make_private_folder(folder: str) -> None:
         RefusedError: not a folder, or others may look into it.
     """
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_folder(folder, mode=0o700)
         mode = os.stat(folder).st_mode
     except OSError as error:
         raise RefusedError(f"cannot make the folder {folder}: {error.strerror}") from error
@@ -50,7 +50,7 @@ def make_private_file(path: str) -> None:
     """
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_folder(folder, mode=0o700)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         sync_folder(folder)
     except FileExistsError:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,9 +22,11 @@ from io import BytesIO
 from itertools import chain, islice
 from typing import Final
 
+from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding, encode
 from relay.errors import StoreError
 from relay.package.identity import ChunkId
+from relay.package.ranges import from_indexes, indexes
 from relay.stores.contract import PIECE, ChunkReader
 from relay.support.byte_budget import ByteBudget
 from relay.support.malloc import give_back_free
@@ -282,6 +284,15 @@ class Payloads:
         self._closed = False
 
     # --- reading
+
+    async def sound(self, held: Sequence[Held]) -> tuple[Held, ...]:
+        """Of `held`, what the store has undamaged: a difference can be built on nothing else."""
+        here = await self._source.sound_many({one.manifest.chunk_id(i) for one in held for i in indexes(one.ranges)})
+        sound = (
+            Held(one.manifest, from_indexes(i for i in indexes(one.ranges) if one.manifest.chunk_id(i) in here))
+            for one in held
+        )
+        return tuple(one for one in sound if one.ranges)
 
     def open(self, spec: PayloadSpec) -> PayloadReader:
         """Begin to make the payload, where it is not made or on its way yet. Any number may read one; each has to close.

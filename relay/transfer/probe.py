@@ -112,7 +112,9 @@ def everything(manifest: Manifest) -> messages.ChunkRanges:
 
 
 async def confirm(relay: RelayClient, lease: str, held: Sequence[Held], base: Manifest | None) -> tuple[Held, ...]:
-    """Make the relay keep what is built on for as long as `lease` lives; what is left of `held` (`base` it keeps anyway)."""
+    """Make the relay keep what is built on for as long as `lease` lives; what is left of `held` (`base`, with which
+    the offer was made, it keeps anyway).
+    """
     asked = [one for one in held if base is None or one.manifest.id != base.id]
     if not asked:
         return tuple(held)

@@ -132,7 +132,15 @@ async def plan(
         there = await survey(manifest, relay, shipping.known, shipping.others)
         line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None)
         missing = there.missing(manifest)
-        return await explain(manifest, missing, there.held, line, payloads, remembered=remembered, force=shipping.force)
+        return await explain(
+            manifest,
+            missing,
+            await payloads.sound(there.held),
+            line,
+            payloads,
+            remembered=remembered,
+            force=shipping.force,
+        )
 
 
 def _version_before(package: PackageRef, known: Sequence[Manifest]) -> Manifest | None:
@@ -177,10 +185,9 @@ class _Replication:
         lines, pacer = self._shipping.lines, self._shipping.pacer
         remembered = await lines.recall(self._relay.url) if lines else None
         meter = Meter(line_of(remembered, pacer.rate if pacer else None))
-        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
         sender = Sender(
             self._manifest,
-            self._shipping.payloads,
+            self._payloads,
             self._relay,
             meter,
             force=self._shipping.force,
@@ -210,6 +217,11 @@ class _Replication:
             exact_bytes=self._exact_bytes,
         )
 
+    @property
+    def _payloads(self) -> Payloads:
+        assert self._shipping.payloads is not None  # noqa: S101 - `replicate` gave some
+        return self._shipping.payloads
+
     def _explained(self, sender: Sender, remembered: Remembered | None) -> Explained | None:
         if self._basis is None or not self._shipping.explains:
             return None
@@ -238,6 +250,7 @@ class _Replication:
     async def _bring(self, sender: Sender, meter: Meter) -> None:
         manifest, relay = self._manifest, self._relay
         there, offer = await self._offer_unasked()
+        base = there.base
         if offer is None:
             asked = time.monotonic()
             there = await survey(manifest, relay, self._shipping.known, self._shipping.others)
@@ -249,11 +262,12 @@ class _Replication:
                 return
             asked = time.monotonic()
             # Against itself, where the relay keeps it already: nothing of it crosses.
-            offer = await self._offer(manifest if there.is_offered else there.base)
+            base = manifest if there.is_offered else there.base
+            offer = await self._offer(base)
             meter.round_trip(time.monotonic() - asked)
         missing, held = offer.missing, there.held
         if missing:
-            held = await confirm(relay, offer.lease, there.held, there.base)
+            held = await self._payloads.sound(await confirm(relay, offer.lease, there.held, base))
         self._basis = self._basis or (missing, held, meter.line)
         sent: set[int] = set()
         while True:

@@ -281,6 +281,70 @@ async def test_what_is_not_installed_or_not_whole_is_not_switched_to(machine: Ma
     assert not os.path.lexists(os.path.join(machine.root, "current"))
 
 
+def edit(path: str, name: str) -> None:
+    """As long as before, and with the times of before."""
+    file = Path(path, name)
+    before = file.stat()
+    file.write_bytes(b"X" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+async def test_a_tree_that_was_edited_since_it_was_acquired_is_not_switched_to(machine: Machine) -> None:
+    [web] = (await machine.acquired(machine.web())).trees
+    edit(web.path, "bin/app")
+
+    ended = await machine.perform(Switch(machine.root, machine.manifest(0)))
+
+    assert ended.state == "failed"
+    assert "bin/app: other content" in ended.reason
+    assert platform.current_target(machine.root) is None
+
+
+async def test_an_edited_tree_is_neither_installed_nor_settled(machine: Machine) -> None:
+    [web] = (await machine.acquired(machine.web())).trees
+    await machine.perform(Switch(machine.root, machine.manifest(0)))
+    await machine.perform(Settle(machine.root, machine.manifest(0), "1" * 64))
+    [facts] = (await machine.surveyed(machine.web())).trees
+    assert (facts.installed, facts.settled) == (True, "1" * 64)
+
+    edit(web.path, "bin/app")
+
+    [facts] = (await machine.surveyed(machine.web())).trees
+    assert (facts.installed, facts.settled, facts.current_path) == (False, "", web.path)
+    [again] = (await machine.acquired(machine.web())).trees
+    [facts] = (await machine.surveyed(machine.web())).trees
+    assert (facts.installed, facts.settled, facts.current_path) == (True, "", web.path), "the edited one is current"
+    assert again.path != web.path
+
+
+async def test_what_a_damaged_tree_replaced_stays_what_is_gone_back_to(machine: Machine) -> None:
+    paths = []
+    for index, version in enumerate(("1.0.0", "1.1.0", "1.1.0")):
+        [made] = (await machine.acquired(machine.web(version))).trees
+        paths.append(made.path)
+        await machine.perform(Switch(machine.root, machine.manifest(min(index, 1))))
+        await machine.perform(Settle(machine.root, machine.manifest(min(index, 1)), f"{index}" * 64, keep=5))
+        if index == 1:
+            edit(made.path, "bin/app")
+
+    settled = machine.state.settled(machine.root)
+
+    assert settled is not None
+    assert (settled.path, settled.before) == (paths[2], paths[0])
+    assert [os.path.exists(path) for path in paths] == [True, False, True]
+
+
+async def test_a_script_beside_which_something_was_changed_does_not_run(machine: Machine) -> None:
+    _, scripts = (await machine.acquired()).trees
+    edit(scripts.path, "check.sh")
+
+    ended = await machine.perform(machine.script("count.sh"))
+
+    assert ended.state == "refused"
+    assert "check.sh: other content" in ended.reason
+    assert not machine.out.exists()
+
+
 async def test_settling_remembers_what_is_good_and_keeps_current_last_good_and_the_newest(machine: Machine) -> None:
     """Two packages take turns, so every settling has another tree that was good before."""
     paths = []

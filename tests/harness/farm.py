@@ -122,14 +122,14 @@ class Farm:
         assert done.code == 0, f"{' '.join(map(str, words))}: {done.code}\n{done.out}\n{done.err}"
         return done
 
-    def call(self, *words: object, **more: str) -> Done:
+    def call(self, *words: object, **more: Any) -> Done:
         return self.start(*words, **more).result()
 
-    def start(self, *words: object, **more: str) -> Process:
+    def start(self, *words: object, **more: Any) -> Process:
         """A command at the origin, in the project's folder."""
-        return Process(self.home, *words, cwd=self.project, **self._how, **more)
+        return Process(self.home, *words, **{"cwd": self.project} | self._how | more)
 
-    def deploy(self, label: str, *words: object, **more: str) -> Done:
+    def deploy(self, label: str, *words: object, **more: Any) -> Done:
         return self.call("release", "deploy", label, "--environment", "production", *words, **more)
 
     def status(self) -> Any:

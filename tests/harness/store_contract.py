@@ -187,6 +187,15 @@ class DamageContract:
         await subject.put([victim])
         assert (await subject.reader.get(victim.id)).data == victim.data
 
+    async def test_only_what_is_undamaged_is_sound(self, subject: Subject):
+        assert subject.damage is not None
+        victim, other, absent = some_chunks(3)
+        await subject.put([victim, other])
+        subject.damage(victim.id, lambda stored: damaged("flip", stored, victim, other))
+        assert await subject.reader.has_many([victim.id, other.id, absent.id]) == {victim.id, other.id}
+        assert await subject.reader.sound_many([victim.id, other.id, absent.id]) == {other.id}
+        assert await subject.reader.has_many([victim.id]) == set(), "what is damaged was put aside"
+
     @ANY_STORE
     @given(data=st.data())
     async def test_no_flipped_bit_goes_unseen(self, subject: Subject, data: st.DataObject):

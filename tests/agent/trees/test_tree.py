@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import threading
@@ -281,6 +282,21 @@ def test_a_finished_tree_that_somebody_removed_is_built_again(tmp_path: Path, cu
     shutil.rmtree(path)
 
     assert content(finished(tmp_path, cut)) == FILES
+
+
+def test_a_finished_tree_that_a_crash_damaged_before_its_record_is_built_again(tmp_path: Path, cut: Cut) -> None:
+    tree = build(tmp_path, cut)
+    path = tree.finish()
+    tree.close()
+    os.truncate(os.path.join(path, "data/big.bin"), 10)
+
+    again = IncomingTree(str(tmp_path), cut.manifest, "x")
+    for index in again.missing:
+        again.write(cut.chunk(index))
+
+    assert is_whole(again.finish(), cut.manifest)
+    again.clear()
+    assert os.listdir(tmp_path / "releases") == [os.path.basename(path)]
 
 
 def test_leftovers_of_a_recorded_build_go(tmp_path: Path, cut: Cut) -> None:
@@ -666,7 +682,35 @@ def spoilt(what: str, path: Path) -> dict[str, str]:
         case "a linked folder":
             (path / "net8").rename(path.parent / "moved")
             (path / "net8").symlink_to(path.parent / "moved")
-            return {"net8": EXTRA}
+            return {"net8": "not a folder"}
+        case "a folder in place of a file":
+            (path / "bin/app").unlink()
+            (path / "bin/app").mkdir()
+            return {"bin/app": "not a regular file"}
+        case "a FIFO in place of a file":
+            (path / "bin/app").unlink()
+            os.mkfifo(path / "bin/app")
+            return {"bin/app": "not a regular file"}
+        case "a file in place of a folder":
+            shutil.rmtree(path / "net8")
+            (path / "net8").write_text("x")
+            return {"net8": "not a folder", **{name: "missing" for name in FILES if name.startswith("net8/")}}
+        case "linked from elsewhere":
+            path.rename(path.parent / "moved")
+            path.symlink_to(path.parent / "moved")
+            return {".": "not a folder"}
+        case "readable by its owner alone":
+            (path / "bin/app").chmod(0o600)
+            return {"bin/app": "its permissions are 0600, expected 0644"}
+        case "everybody may write":
+            (path / "bin/app").chmod(0o666)
+            return {"bin/app": "its permissions are 0666, expected 0644"}
+        case "a closed folder":
+            (path / "net8").chmod(0o700)
+            return {"net8": "its permissions are 0700, expected 0755"}
+        case "a closed tree":
+            path.chmod(0o700)
+            return {".": "its permissions are 0700, expected 0755"}
         case "executable":
             (path / "data/big.bin").chmod(0o755)
             return {"data/big.bin": "executable"}
@@ -682,6 +726,8 @@ def spoilt(what: str, path: Path) -> dict[str, str]:
 DIFFERENCES = [
     "content of a large file", "content of a small file", "longer", "shorter", "empty no more", "missing",
     "an empty file missing", "a link", "a linked folder", "executable", "added", "a FIFO added",
+    "a folder in place of a file", "a FIFO in place of a file", "a file in place of a folder", "linked from elsewhere",
+    "readable by its owner alone", "everybody may write", "a closed folder", "a closed tree",
 ]  # fmt: skip
 
 

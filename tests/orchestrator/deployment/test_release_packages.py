@@ -227,6 +227,18 @@ async def test_a_project_names_its_package(origin: Origin, project: Path, name: 
     assert package.id == f"Waystation.Scripts.{name}"
 
 
+async def test_a_signature_that_the_disk_damaged_is_told_before_anything_begins(origin: Origin, tmp_path: Path) -> None:
+    manifest = origin.added[0].manifest
+    envelope = await origin.signature(manifest)
+    await origin.depot.store.documents.write(f"signatures/{manifest.id}", envelope.replace(b"A", b"B", 1))
+    packages = {"web": PlannedPackage(str(manifest.package.id), manifest.package.version.normalized)}
+
+    with pytest.raises(RefusedError, match="no machine would believe") as error:
+        await ensure(origin, packages, pins=origin.keys.pins)
+
+    assert "Add its nupkg again" in error.value.hint
+
+
 # --- the server's own tree
 
 
@@ -247,6 +259,10 @@ async def test_a_tree_that_was_edited_is_built_again(origin: Origin, tmp_path: P
     (tree / "bin/migrate").write_bytes(b"#!/bin/sh\necho HELLO\n")
     again = Path(await ServerTrees(origin.depot.store.location, origin.keys.pins, trees).build(package))
     assert again != tree
+    same = ServerTrees(origin.depot.store.location, origin.keys.pins, trees)
+    assert await same.build(package) == str(again)
+    (again / "bin/migrate").chmod(0o644)
+    assert await same.build(package) not in {str(tree), str(again)}, "between two steps of one deployment, too"
     assert (again / "bin/migrate").read_bytes() == FILES["bin/migrate"]
 
 

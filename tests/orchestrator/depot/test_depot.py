@@ -155,6 +155,56 @@ async def test_what_the_depot_lost_is_brought_back_by_adding_again(tmp_path: Pat
     assert {name: digest for name, (_, digest) in after.items() if name in whole} == whole
 
 
+def flip(path: Path) -> None:
+    """One bit of a file that is read-only."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["chunks", "blobs"])
+async def test_what_the_disk_damaged_is_brought_back_by_adding_again(tmp_path: Path, kind: str) -> None:
+    nupkg = make_nupkg(tmp_path, FILES)
+    async with depot_with(tmp_path, nupkg) as origin:
+        manifest = origin.added[0].manifest
+    before = contents(tmp_path / "depot")
+    flip(next(path for path in (tmp_path / "depot" / kind).rglob("*") if path.is_file()))
+    async with open_depot(f"disk:{tmp_path / 'depot'}") as depot:
+        added = await depot.add(nupkg, origin.keys.signer, Provenance("added", nupkg))
+        assert (added.new, added.chunks_stored) == (False, 1 if kind == "chunks" else 0)
+        await check_chunks(depot, manifest)
+    after = contents(tmp_path / "depot")
+    assert {name: after[name][1] for name in before} == {name: digest for name, (_, digest) in before.items()}
+
+
+async def test_chunks_that_the_disk_damaged_are_made_again_of_the_nupkg(tmp_path: Path) -> None:
+    nupkg = make_nupkg(tmp_path, FILES)
+    async with depot_with(tmp_path, nupkg) as origin:
+        manifest = origin.added[0].manifest
+        chunks = [path for path in (tmp_path / "depot" / "chunks").rglob("*") if path.is_file()]
+        flip(chunks[0])
+        chunks[1].unlink()
+
+        told = await origin.depot.make_whole(manifest)
+
+        assert f"2 of {len(set(manifest.chunk_ids()))} chunks of {manifest.package}" in told
+        await check_chunks(origin.depot, manifest)
+        assert await origin.depot.make_whole(manifest) == ""
+
+
+async def test_where_the_nupkg_is_damaged_too_the_next_step_is_named(tmp_path: Path) -> None:
+    nupkg = make_nupkg(tmp_path, FILES)
+    async with depot_with(tmp_path, nupkg) as origin:
+        for kind in ("chunks", "blobs"):
+            flip(next(path for path in (tmp_path / "depot" / kind).rglob("*") if path.is_file()))
+
+        with pytest.raises(NotFoundError) as error:
+            await origin.depot.make_whole(origin.added[0].manifest)
+
+        assert "waystation package add Acme.Web.1.0.0.nupkg" in error.value.hint
+
+
 async def test_a_removed_package_is_gone_from_the_list_and_may_come_back(tmp_path: Path) -> None:
     nupkg = make_nupkg(tmp_path, FILES)
     async with depot_with(tmp_path, nupkg) as origin:

@@ -492,8 +492,8 @@ def facts(*, current: str = "a" * 64, version: str = "1.0.0", settled: str = "")
 ACTIONS = (ScriptAction("configure", "configure.sh"), SwitchAction(), ServiceAction("restart", "webshop", "restart"))
 
 
-def shape(planned: MachineStep, found: TreeFacts | None, *, is_out: bool = False) -> Shape:
-    return shape_of(planned, planned.turns[0], found, is_out=is_out)
+def shape(planned: MachineStep, found: TreeFacts | None, *, is_out: bool = False, is_forced: bool = False) -> Shape:
+    return shape_of(planned, planned.turns[0], found, is_out=is_out, is_forced=is_forced)
 
 
 def test_a_planned_turn_has_its_shape() -> None:
@@ -509,6 +509,10 @@ def test_the_same_again_on_the_same_tree_is_already_current() -> None:
     assert shape(step(ACTIONS), facts(current="b" * 64, settled="f" * 64)).current
     assert not shape(step(ACTIONS), facts(current="a" * 64, settled="f" * 64)).current, "another tree is current"
     assert not shape(step(ACTIONS), facts(current="b" * 64, settled="e" * 64)).current, "the step has changed"
+
+
+def test_a_forced_turn_is_never_already_current() -> None:
+    assert not shape(step(ACTIONS), facts(current="b" * 64, settled="f" * 64), is_forced=True).current
 
 
 def test_a_machine_that_is_out_is_never_already_current() -> None:

@@ -304,7 +304,7 @@ async def test_a_read_that_fails_is_the_road_not_damage(tmp_path, root, source, 
         await DiskStore(volume).put_many(batch(number))
     await volume.close()
     calls = "/^(newf|f)stat" if calls == "fstat" else calls
-    run = run_child(root, source, "read", calls, f"error={error}:when=6+9", str(tmp_path / "log"))
+    run = run_child(root, source, "read", calls, f"error={error}:when=5+9", str(tmp_path / "log"))
     assert run.ended(), run.told[-3:]
     assert run.injected
     assert run.failed()
