@@ -89,6 +89,8 @@ class Transfer:
         self.closed_to_writes = store.closed_to_writes
         self._store = store.chunks
         self._recipes = Recipes(store)
+        self._completing: set[ManifestId] = set()
+        """Offered with chunks missing, and not published since."""
         self.arrivals = Arrivals()
         """Of all that lands chunks in this relay's name."""
         self._chunks = ArrivingChunks(self._store, self.arrivals, self._is_arriving)
@@ -134,6 +136,8 @@ class Transfer:
             await self._recipes.take(manifest, recipe)
         unread = bool(document.recipe) and recipe is None
         missing = await self._missing(manifest, read=True)
+        if missing:
+            self._completing.add(id)
         return messages.OfferAnswer(lease, messages.LEASE_SECONDS, missing, unread)
 
     async def missing(self, request: messages.MissingRequest) -> messages.MissingAnswer:
@@ -231,6 +235,7 @@ class Transfer:
         missing = await self._missing(manifest)
         if missing:
             raise MissingChunksError(missing)
+        self._completing.discard(manifest.id)
         return await self.catalog.publish(manifest, Provenance("replicated"))
 
     # --- giving
@@ -302,8 +307,9 @@ class Transfer:
     # --- the ground
 
     def _is_arriving(self, manifest: Manifest) -> bool:
-        published = self.catalog.find(manifest.package)
-        return published is None and manifest.id in self.leases.offered()
+        """A package that was published before is on its way again where the disk lost some of it."""
+        awaited = self.catalog.find(manifest.package) is None or manifest.id in self._completing
+        return awaited and manifest.id in self.leases.offered()
 
     async def manifest(self, id: ManifestId) -> Manifest:
         """A manifest that is kept here. Raises `UnknownManifestError`."""
