@@ -118,10 +118,12 @@ class Sender:
         """Everything in `missing`, in tree order, building on `held`; or the first error."""
         self.queue.begin(missing, held)
         self.report(missing)
-        self._open = 0
         try:
-            async with asyncio.TaskGroup() as group:
-                self._open_connections(group, lease, 0)
+            # Again, where a connection put a run back and ended, being one too many, when the others had ended before.
+            while self.queue.has_more:
+                self._open = 0
+                async with asyncio.TaskGroup() as group:
+                    self._open_connections(group, lease, 0)
         except BaseExceptionGroup as errors:
             raise first_of(errors) from None
         finally:

@@ -37,6 +37,7 @@ from relay.transfer import sender
 from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import CONNECTIONS_MAX, Lines
 from relay.transfer.replicate import Shipping, plan, replicate
+from relay.transfer.run_queue import RunQueue
 
 PATIENCE = 60.0
 FILES = {f"lib/{i:02}.dll": noise(i, 200_000 + i) for i in range(20)} | {"readme.txt": b"text " * 500}
@@ -675,3 +676,21 @@ async def test_a_relay_that_lacks_what_does_not_exist_is_not_believed():
         with pytest.raises(Exception, match="does not lie in"):
             await replicate(MANIFEST, b"", await source_of(CUT), client)
     assert relay.bundles == 0
+
+
+async def test_a_run_that_is_put_back_when_the_others_have_ended_goes_all_the_same(relay, monkeypatch):
+    """Connections find nothing left while one holds the last run; it puts that back, and is one too many for the line."""
+    take, put_back = RunQueue.next, []
+
+    async def next_run(self):
+        ahead = await take(self)
+        if ahead is not None and not self.has_more and len(put_back) < CONNECTIONS_MAX:
+            put_back.append(ahead)
+            self.put_back(ahead)
+            return None
+        return ahead
+
+    monkeypatch.setattr(RunQueue, "next", next_run)
+    result = await bring(relay)
+    assert put_back, "no run was put back"
+    assert result.chunks_sent == COUNT
