@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSES = {
     "relay": (
-        "support", "package", "trust", "stores", "engines", "encoding", "protocol", "rebuild", "transfer", "mail", "server",
+        "support", "network", "package", "trust", "stores", "engines", "encoding", "protocol", "rebuild", "transfer", "mail",
+        "server",
     ),
     "agent": ("orders", "relays", "trees", "runs"),
     "orchestrator": (

@@ -21,6 +21,7 @@ from agent.relays.candidates import (
     Source,
     by_weight,
     candidates,
+    is_address,
     is_host_name,
     srv_source,
     static_source,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 RECORDS_MAX = 64
 """SRV records taken from one answer."""
-ADDRESSES_MAX = 16
-"""Addresses taken for one target."""
+ADDRESSES_MAX = 8
+"""Addresses of one family taken for one target."""
 LOOKUPS_AT_ONCE = 16
 TTL_MIN, TTL_MAX = 30.0, 3600.0
 """Seconds. Look again no sooner and no later, whatever the zone says."""
@@ -294,15 +295,17 @@ async def _with_addresses(resolver: Resolver, reply: _Reply) -> _Reply:
     notes += [f"{name}: has no address" for name, some in found.items() if some == ()]
     if all(some is None for some in found.values()):
         return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=TTL_MIN)
-    placed = tuple(replace(source, address=some[0]) for source in reply.sources or () if (some := found[source.target]))
+    placed = tuple(replace(source, addresses=some) for source in reply.sources or () if (some := found[source.target]))
     return replace(reply, sources=placed, notes=(*reply.notes, *notes))
 
 
 async def _addresses(resolver: Resolver, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
-    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4. None where no server answered."""
+    """IPv6 first: it is tried first (RFC 8305), with IPv4 soon behind it. None where no server answered."""
+    if is_address(target):
+        return (target,)
     async with gate:
-        answers = await asyncio.gather(*(_texts(resolver, target, kind) for kind in ("A", "AAAA")))
-    found = tuple(text for some in answers for text in some or ())[:ADDRESSES_MAX]
+        answers = await asyncio.gather(*(_texts(resolver, target, kind) for kind in ("AAAA", "A")))
+    found = tuple(text for some in answers for text in (some or [])[:ADDRESSES_MAX])
     return None if not found and None in answers else found
 
 

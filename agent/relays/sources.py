@@ -258,7 +258,7 @@ class Sources:
                 opened = RelayClient(
                     source.url,
                     token=self._token,
-                    connect_to=source.address,
+                    connect_to=source.addresses,
                     limits=self._limits,
                     tls=tls_from(self._config.ca_file or None),
                 )

@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -20,7 +20,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import msgspec
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from relay.errors import (
     ConflictError,
@@ -31,11 +30,13 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
+from relay.network.addresses import KnownAddresses, connector
+from relay.network.proxies import proxy_of, through
 from relay.package.ranges import Ranges
 from relay.protocol import messages
 from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
-from relay.support.persistence import Persistence
+from relay.support.persistence import Persistence, is_passing, seconds_asked
 
 T = TypeVar("T")
 
@@ -137,23 +138,28 @@ class Connection:
         url: str,
         *,
         token: str | None = None,
-        connect_to: str | None = None,
+        connect_to: Sequence[str] = (),
         limits: ClientLimits | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Talk to the relay at `url` (`http` or `https`, no path), as bearer of `token`.
 
-        `connect_to` is an address to connect to in place of looking the host up; TLS and Host keep the name.
+        `connect_to` are the host's addresses, where another resolver than the system's found them; TLS and Host keep
+        the name.
 
         Raises:
-            UsageError: `url` is not such a URL.
+            UsageError: `url` is not such a URL, or the environment names a proxy for it that cannot be used.
         """
         parts = _split_url(url)
         self.url = f"{parts.scheme}://{parts.netloc}"
         self.traffic = Traffic()
         self.limits = limits or ClientLimits()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._connect_to = connect_to
+        self._host, self._connect_to = parts.hostname or "", connect_to
+        self._resolver: KnownAddresses | None = None
+        self._proxy = proxy_of(self.url)
+        self._way = f"It is asked through {self._proxy}" if self._proxy else ""
+        self._where = f"relay {self.url}"
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
@@ -218,7 +224,8 @@ class Connection:
             check_depth(body, messages.JSON_DEPTH)
             return msgspec.json.decode(body, type=answer)
         except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
-            raise UntrustedError(f"{self.url} answered with something that is not the protocol's") from error
+            message = f"{self.url} answered with something that is not the protocol's"
+            raise UntrustedError(message, hint=self._way) from error
 
     # --- answers as they come
 
@@ -230,15 +237,20 @@ class Connection:
             self.traffic.sent += len(body)
         wait = self.limits.answer_seconds if request.answer_seconds == 0.0 else request.answer_seconds
         try:
-            async with asyncio.timeout(wait) as deadline:
-                async with session.request(
-                    request.method,
-                    request.path,
-                    data=body,
-                    headers=({} if body is None else {"Content-Type": request.content_type}) | dict(request.headers),
-                    params=request.params,
-                    allow_redirects=False,
-                ) as response:
+            with through(self._proxy, self._where):
+                async with (
+                    asyncio.timeout(wait) as deadline,
+                    session.request(
+                        request.method,
+                        request.path,
+                        data=body,
+                        headers=({} if body is None else {"Content-Type": request.content_type})
+                        | dict(request.headers),
+                        params=request.params,
+                        allow_redirects=False,
+                        proxy=self._proxy.url if self._proxy else None,
+                    ) as response,
+                ):
                     deadline.reschedule(None)
                     self._count_heads(request.method, response)
                     if response.status >= 300:
@@ -248,18 +260,22 @@ class Connection:
             # The verdict alone, without the library's own framing.
             verdict = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
             raise UntrustedError(
-                f"relay {self.url} shows a certificate that is not trusted: {verdict}",
+                f"{self._where} shows a certificate that is not trusted: {verdict}",
                 hint="Name the authority that signs it with --ca-file, or with ca_file in agent.yaml",
             ) from error
         except aiohttp.ServerDisconnectedError as error:
+            self._turn()
             hint = "If it speaks TLS, its URL begins with https" if self.url.startswith("http:") else ""
-            raise UnreachableError(f"relay {self.url} closed the connection without an answer", hint=hint) from error
+            message = f"{self._where} closed the connection without an answer"
+            raise UnreachableError(message, hint=self._way or hint) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
-            raise UnreachableError(f"relay {self.url} cannot be reached: {_reason(error)}") from error
+            self._turn()
+            raise UnreachableError(f"{self._where} cannot be reached: {_reason(error)}", hint=self._way) from error
         except TimeoutError as error:
-            raise UnreachableError(f"relay {self.url} did not answer in time") from error
+            raise UnreachableError(f"{self._where} did not answer in time", hint=self._way) from error
         except aiohttp.ClientError as error:
-            raise UntrustedError(f"relay {self.url} does not speak the protocol: {_reason(error)}") from error
+            message = f"{self._where} does not speak the protocol: {_reason(error)}"
+            raise UntrustedError(message, hint=self._way) from error
 
     async def pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         # Only time spent waiting for the relay counts: a slow disk on our side is no fault of its.
@@ -310,21 +326,22 @@ class Connection:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            resolver = _FixedResolver(self._connect_to) if self._connect_to else None
-            connector = aiohttp.TCPConnector(
-                resolver=resolver, limit=64, ssl=self._tls or True, keepalive_timeout=10.0, ttl_dns_cache=10
-            )
+            self._resolver = KnownAddresses(self._host, self._connect_to) if self._connect_to else None
             self._session = aiohttp.ClientSession(
                 base_url=self.url,
-                connector=connector,
+                connector=connector(self._resolver, tls=self._tls, limit=64),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
                 auto_decompress=False,
                 read_bufsize=512 << 10,
-                trust_env=True,
                 skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
             )
         return self._session
+
+    def _turn(self) -> None:
+        """The next try begins with another address: what accepts connections is not yet the relay."""
+        if self._resolver is not None:
+            self._resolver.turn()
 
     def _count_heads(self, method: str, response: aiohttp.ClientResponse) -> None:
         sent = ((k.encode(), v.encode()) for k, v in response.request_info.headers.items())
@@ -334,7 +351,10 @@ class Connection:
 
     async def _raise_problem(self, response: aiohttp.ClientResponse) -> None:
         problem = _parse_problem(await self.body(response, 1 << 20))
-        where = f"relay {self.url}"
+        where, asked = self._where, seconds_asked(response.headers.get("Retry-After"))
+        if self._proxy and not problem.code and self.url.startswith("http:"):
+            # The relay answers with a problem of its own; what stands in a tunnel of TLS is the relay's in any case.
+            raise self._proxy.answered(response.status, where, asked)
         match response.status, problem.code:
             case _, "unknown_peer":
                 raise UnknownPeerError(
@@ -355,10 +375,9 @@ class Connection:
                 raise MissingChunksError(problem.missing)
             case 409, _:
                 raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
-            case status, code if status in {408, 429} or status >= 500:
-                retry_after = _retry_after(response.headers.get("Retry-After"))
+            case status, code if is_passing(status):
                 trouble = "has no space left" if status == 507 else "cannot serve now"
-                raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
+                raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=asked)
             case status, code:
                 raise RefusedError(f"{where} refuses the request ({status} {code})")
 
@@ -377,45 +396,11 @@ def _split_url(url: str) -> SplitResult:
     return parts
 
 
-class _FixedResolver(AbstractResolver):
-    """Answers every question with the one address that the configured resolver gave."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    async def resolve(
-        self,
-        host: str,
-        port: int = 0,
-        family: socket.AddressFamily = socket.AF_INET,  # noqa: ARG002 - aiohttp's signature
-    ) -> list[ResolveResult]:
-        return [
-            ResolveResult(
-                hostname=host,
-                host=self._address,
-                port=port,
-                family=socket.AF_INET6 if ":" in self._address else socket.AF_INET,
-                proto=socket.IPPROTO_TCP,
-                flags=socket.AI_NUMERICHOST,
-            )
-        ]
-
-    async def close(self) -> None:
-        return
-
-
 def _parse_problem(body: bytes) -> messages.ProblemAnswer:
     try:
         return msgspec.json.decode(body, type=messages.ProblemAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return messages.ProblemAnswer()
-
-
-def _retry_after(text: str | None) -> float | None:
-    try:
-        return None if text is None else max(0.0, min(float(text), 3600.0))
-    except ValueError:
-        return None
 
 
 def _reason(error: BaseException) -> str:

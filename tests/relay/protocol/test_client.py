@@ -292,9 +292,25 @@ async def test_connect_to_goes_to_that_address_under_the_relays_name():
 
     async with small_server([web.get(messages.HEALTH, health)]) as url:
         port = url.rpartition(":")[2]
-        async with RelayClient(f"http://relay.example:{port}", connect_to="127.0.0.1", limits=CLIENT_LIMITS) as client:
+        async with RelayClient(
+            f"http://relay.example:{port}", connect_to=["127.0.0.1"], limits=CLIENT_LIMITS
+        ) as client:
             await client.health()
     assert seen == [f"relay.example:{port}"]
+
+
+async def test_where_something_else_accepts_connections_the_next_try_goes_to_another_address():
+    """A stale address is somebody else's by now."""
+
+    async def close(_reader, writer):
+        writer.close()
+
+    async with small_server([web.get(messages.HEALTH, answering(lambda _: healthy()))]) as url:
+        port = int(url.rpartition(":")[2])
+        async with await asyncio.start_server(close, "127.0.0.2", port):
+            stale_first = ["127.0.0.2", "127.0.0.1"]
+            async with RelayClient(f"http://relay.test:{port}", connect_to=stale_first, limits=CLIENT_LIMITS) as client:
+                assert (await client.health()).status == "ok"
 
 
 # --- with relays that misbehave
