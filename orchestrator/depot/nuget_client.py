@@ -186,16 +186,17 @@ async def _download(
     async def once() -> tuple[_Sink, bytes]:
         sink = _Sink(destination)
         try:
-            await _fetch_nupkg(feed, url, sink, f"{id} {version}", progress)
-            return sink, await asyncio.to_thread(sink.finish)
+            has_end = await _fetch_nupkg(feed, url, sink, f"{id} {version}", progress)
+            found = await asyncio.to_thread(sink.finish)
+            if expected is not None and found != expected:
+                whose = "given" if given else "the feed states"
+                raise _wrong(f"{id} {version} has another SHA-512 than {whose}", FeedIntegrityError, has_end=has_end)
+            return sink, found
         except BaseException:
             sink.discard()
             raise
 
     sink, found = await feed.persist(once)
-    if expected is not None and found != expected:
-        sink.discard()
-        raise FeedIntegrityError(f"{id} {version} has another SHA-512 than {'given' if given else 'the feed states'}")
     return FeedDownload(
         path=destination,
         size=sink.size,
@@ -257,7 +258,8 @@ async def _catalog_entry(feed: _Feed, index: URL, version: NuGetVersion) -> _Ent
     return None
 
 
-async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: DownloadProgress | None) -> None:
+async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: DownloadProgress | None) -> bool:
+    """Whether its end was announced."""
     try:
         async with feed.get(url, accept_encoding="identity") as response:
             announced = response.content_length
@@ -274,6 +276,7 @@ async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str, progress: 
     if not sink.head.startswith(_LOCAL_FILE_HEADER):
         kind = response.content_type
         raise FeedIntegrityError(f"what the feed sends as {name} is no zip ({kind})", hint=_login_hint(kind))
+    return _has_end(response)
 
 
 # --- requests
@@ -376,7 +379,7 @@ class _Feed:
             return msgspec.json.decode(text, type=type)
         except (ValueError, RecursionError, zlib.error) as error:
             message = f"{_shown(url)} is not the JSON that it must be ({kind}): {error}"
-            raise FeedDocumentError(message, hint=_login_hint(kind)) from error
+            raise _wrong(message, FeedDocumentError, has_end=_has_end(response), hint=_login_hint(kind)) from error
 
     async def body(self, response: aiohttp.ClientResponse, most: int) -> AsyncIterator[bytes]:
         """The body in pieces, counted, and not slower than the policy's minimum."""
@@ -428,6 +431,18 @@ class _Feed:
 def _may_pass(error: Exception) -> bool:
     """Whether another try may help: the road and the feed may recover, a full disk does not."""
     return isinstance(error, UnreachableError) and not isinstance(error, StoreError)
+
+
+def _has_end(response: aiohttp.ClientResponse) -> bool:
+    """Whether the answer said where its body ends; else a connection that is cut looks like the end."""
+    return response.content_length is not None or "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+
+
+def _wrong(
+    message: str, kind: type[UntrustedError], *, has_end: bool, hint: str = ""
+) -> UntrustedError | UnreachableError:
+    """What is wrong with a body; of one without an announced end it may be that it was cut short."""
+    return kind(message, hint=hint) if has_end else UnreachableError(f"{message}; it may be cut short", hint=hint)
 
 
 def _redirect(url: URL, response: aiohttp.ClientResponse) -> URL:

@@ -553,6 +553,31 @@ async def test_a_feed_that_is_in_trouble_once_at_each_step_still_gives_its_packa
     assert steps[-1] == len(NUPKG), "the second try is counted anew"
 
 
+def unannounced(data):
+    """A body that ends with its connection, as HTTP/1.0 has it: a cut looks like an end."""
+
+    async def answer(request):
+        head = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+        request.transport.write(head + data)
+        request.transport.close()
+        return web.Response()
+
+    return answer
+
+
+async def test_a_body_without_an_announced_end_that_is_wrong_is_asked_for_again(server, destination):
+    server.serve_registration(packageHash=SHA512, packageHashAlgorithm="SHA512")
+    index = json.dumps(server.answers["/v3/index.json"]).encode()
+    server.serve("/v3/index.json", at_first(unannounced(index[:40]), then=unannounced(index)))
+    server.serve(NUPKG_PATH, at_first(unannounced(NUPKG[:1000]), then=unannounced(NUPKG)))
+    assert (await fetch(server, destination)).verified_by == "feed"
+    assert contents(destination) == NUPKG
+    server.serve(NUPKG_PATH, unannounced(NUPKG[:1000]))
+    with pytest.raises(UnreachableError, match="may be cut short"):
+        await fetch(server, destination + "2")
+    assert not os.path.exists(destination + "2")
+
+
 @pytest.mark.parametrize("status", [500, 503])
 async def test_a_registration_that_is_out_of_order_is_done_without(server, destination, status):
     server.serve_registration(packageHash=SHA512, packageHashAlgorithm="SHA512")
