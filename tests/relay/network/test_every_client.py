@@ -20,6 +20,8 @@ OWN_WAYS = re.compile(
 
 def own_ways(source: str) -> set[str]:
     """What the code calls or names, text and comments apart."""
+    if not OWN_WAYS.search(source):
+        return set()
     found = {
         ast.unparse(node) if isinstance(node, ast.Attribute) else f".{node.arg}"
         for node in ast.walk(ast.parse(source))
@@ -33,6 +35,8 @@ def own_ways(source: str) -> set[str]:
 
 def bare_sessions(source: str) -> int:
     """Sessions without a connector of ours."""
+    if "ClientSession" not in source:
+        return 0
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     sessions = [call for call in calls if ast.unparse(call.func).endswith("ClientSession")]
     return sum("connector" not in {keyword.arg for keyword in call.keywords} for call in sessions)
