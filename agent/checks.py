@@ -144,12 +144,13 @@ class _Tester:
         if self.session is None:
             import aiohttp
 
+            from relay.network.addresses import connector
+
             # Each try is a visitor of its own: new connection, no cookies, no proxy, nothing remembered.
             self.session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, use_dns_cache=False),
+                connector=connector(fresh=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None),
-                trust_env=False,
                 headers={"Accept-Encoding": "identity"},
             )
             self.stack.push_async_callback(self.session.close)
@@ -233,7 +234,9 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def _tcp(check: TcpCheck) -> Said:
-    _, writer = await asyncio.open_connection(check.host, check.port)
+    from relay.network.addresses import open_connection
+
+    _, writer = await open_connection(check.host, check.port)
     writer.close()
     with suppress(OSError):
         await writer.wait_closed()

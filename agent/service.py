@@ -90,12 +90,14 @@ class Service:
         Raises:
             LockedError: another process serves this home.
             StoreError: the journal cannot be read.
+            UsageError: a relay cannot be asked, as a proxy or an authority cannot be used.
         """
         lock = await asyncio.to_thread(_take_lock, self._home)
         try:
             journal = await asyncio.to_thread(self._open_journal)
             cursors = await asyncio.to_thread(Cursors, self._home)
             async with self._open_sources() as sources:
+                sources.in_order()  # Opens them, which contacts none: a mistake in their settings ends the start.
                 await self._work(journal, cursors, sources, stop)
         finally:
             os.close(lock)

@@ -12,6 +12,7 @@ from harness.seed import SEED
 from programs_met import programs_met
 
 PROCESSES = (
+    "agent/relays/test_addresses_tried.py",
     "agent/relays/test_dns.py",
     "agent/runs/",
     "agent/test_agent_cli.py",

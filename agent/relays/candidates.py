@@ -29,10 +29,11 @@ def is_host_name(text: str) -> bool:
     """
     if len(text) > 253 or not _LABELS.fullmatch(text):
         return False
-    return not text.rpartition(".")[2].isdigit() or _is_ip(text, 4)
+    return not text.rpartition(".")[2].isdigit() or is_address(text, 4)
 
 
-def _is_ip(text: str, version: int | None = None) -> bool:
+def is_address(text: str, version: int | None = None) -> bool:
+    """An IP address without a zone, of this version."""
     try:
         found = ipaddress.ip_address(text)
     except ValueError:
@@ -49,7 +50,7 @@ class Source:
         priority: of the SRV record, lower comes first; 0 in the static list, which is one tier.
         weight: of the SRV record, the share inside the tier.
         target: host name or literal address; empty for a store.
-        address: where to connect instead of asking the system's resolver for `target`.
+        addresses: where to connect instead of asking the system's resolver for `target`, the first to be tried in front.
         remembered: DNS did not answer this time; this is from the last good answer.
     """
 
@@ -58,7 +59,7 @@ class Source:
     priority: int
     weight: int
     target: str
-    address: str | None = None
+    addresses: tuple[str, ...] = ()
     remembered: bool = False
 
     def __post_init__(self) -> None:
@@ -69,8 +70,8 @@ class Source:
         """
         if not (0 <= self.priority <= 0xFFFF and 0 <= self.weight <= 0xFFFF):
             raise ValueError("priority and weight are 16-bit numbers")
-        if self.address is not None and not _is_ip(self.address):
-            raise ValueError("the address is not an IP address")
+        if not all(map(is_address, self.addresses)):
+            raise ValueError("one of the addresses is not an IP address")
         if not self.is_store and (not self.target or _parse_url(self.url)[1] != self.target):
             raise ValueError("the URL does not name the target")
 
@@ -158,7 +159,7 @@ def _parse_url(text: str) -> tuple[str, str, int]:
     if parts.path not in {"", "/"} or "?" in text or "#" in text:
         raise ValueError("a relay's URL ends after the port")
     host, port = parts.hostname or "", parts.port
-    if not (_is_ip(host, 6) if "[" in parts.netloc else is_host_name(host)):
+    if not (is_address(host, 6) if "[" in parts.netloc else is_host_name(host)):
         raise ValueError("not a host name or address")
     if port == 0:
         raise ValueError("port is not between 1 and 65535")

@@ -20,6 +20,7 @@ from agent.relays.candidates import (
     Source,
     by_weight,
     candidates,
+    is_address,
     is_host_name,
     srv_source,
     static_source,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 RECORDS_MAX = 64
 """SRV records taken from one answer."""
-ADDRESSES_MAX = 16
-"""Addresses taken for one target."""
+ADDRESSES_MAX = 8
+"""Addresses of one family taken for one target."""
 LOOKUPS_AT_ONCE = 16
 TTL_MIN, TTL_MAX = 5.0, 3600.0
 """Seconds. SRV records are asked for again no sooner and no later, though the zone may say so."""
@@ -289,12 +290,14 @@ async def _with_addresses(names: Names, reply: _Reply) -> _Reply:
     ttl = min(reply.ttl, TTL_NONE) if notes else reply.ttl
     if all(some is None for some in found.values()):
         return replace(reply, sources=None, notes=(*reply.notes, *notes), ttl=ttl)
-    placed = tuple(replace(source, address=some[0]) for source in reply.sources or () if (some := found[source.target]))
+    placed = tuple(replace(source, addresses=some) for source in reply.sources or () if (some := found[source.target]))
     return replace(reply, sources=placed, notes=(*reply.notes, *notes), ttl=ttl)
 
 
 async def _known(names: Names, target: str, gate: asyncio.Semaphore) -> tuple[str, ...] | None:
     """None where no server answered."""
+    if is_address(target):
+        return (target,)
     async with gate:
         try:
             return tuple(await names.addresses(target))
@@ -303,15 +306,15 @@ async def _known(names: Names, target: str, gate: asyncio.Semaphore) -> tuple[st
 
 
 async def _addresses(resolver: Resolver, target: str) -> tuple[Sequence[str], float]:
-    """IPv4 before IPv6, because half-built IPv6 is commoner than half-built IPv4; and their seconds to live.
+    """IPv6 first: it is tried first (RFC 8305), with IPv4 soon behind it; and their seconds to live.
 
     Raises:
         _DnsFailedError: no server answered.
     """
-    kinds = ("A", "AAAA")
+    kinds = ("AAAA", "A")
     answers = await asyncio.gather(*(_look_up(resolver, target, kind) for kind in kinds), return_exceptions=True)
     came = [answer for answer in answers if not isinstance(answer, BaseException)]
-    found = tuple(str(one) for some, _ in came for one in some)[:ADDRESSES_MAX]
+    found = tuple(str(one) for some, _ in came for one in some[:ADDRESSES_MAX])
     for answer in answers:
         if isinstance(answer, BaseException) and not (found and isinstance(answer, _DnsFailedError)):
             raise answer

@@ -158,7 +158,7 @@ class Sources:
         """Ask DNS once more, for a process that lives longer than its answers. What is open stays open."""
         if self._names is not None:
             for source in (source for answer in self._kept.last_answers for source in answer.sources):
-                self._names.remember(source.target, source.address)
+                self._names.remember(source.target, source.addresses)
         found = await find_sources(
             self._discovery, self._kept.last_answers, self._rng, now=self._clock(), names=self._names
         )
@@ -284,6 +284,6 @@ class Sources:
         return self._relay(
             source.url,
             token=self._tokens.of(source.url),
-            names=None if source.address is None else self._names,
+            names=self._names if source.addresses else None,
             plain_http=not self._plain_http.isdisjoint(keys_of(source.url)),
         )

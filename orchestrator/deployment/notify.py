@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
     from orchestrator.trust.secrets import SecretStore
+    from relay.network.proxies import Proxy
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 SIGNATURE_HEADER: Final = "Waystation-Signature"
@@ -41,6 +42,8 @@ TYPE_PREFIX: Final = "dev.waystation.deployment."
 ATTEMPTS: Final = 3
 SECONDS: Final = 10.0
 """For each attempt, from connecting to the answer's head."""
+LONGEST_ASKED: Final = 10.0
+"""Seconds between two attempts, where the receiver asks for more: the deployment waits for its news to be told."""
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +90,13 @@ class Notifier:
             return [f"no receiver was told of {event.get('event')!r}: {error}"]
         import aiohttp
 
-        # Neither cookies nor the environment's proxies, and no redirect: the URL that was named, or nothing.
+        from relay.network.addresses import connector
+
+        # Neither cookies nor a redirect: the URL that was named, or nothing.
         async with aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=self.seconds)
+            connector=connector(),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=self.seconds),
         ) as session:
             errors = await asyncio.gather(*(_tell(session, plan, self.secrets, body, signature) for plan in wanted))
         return [error for error in errors if error]
@@ -151,23 +158,38 @@ async def _tell(
 
 
 async def _post(session: aiohttp.ClientSession, url: str, body: bytes, signature: str) -> None:
+    from relay.network.proxies import proxy_of
     from relay.support.persistence import Persistence
 
     if not url.startswith(("https://", "http://")):
         raise UsageError("its URL is neither http nor https")
     headers = {"Content-Type": CONTENT_TYPE, SIGNATURE_HEADER: signature, "User-Agent": "waystation"}
-    persistence = Persistence(first_pause=0.5, longest_pause=2.0, failures=ATTEMPTS - 1, spread=0.5)
+    persistence = Persistence(
+        first_pause=0.5, longest_pause=2.0, longest_asked=LONGEST_ASKED, failures=ATTEMPTS - 1, spread=0.5
+    )
+    proxy = proxy_of(url)
     await persistence.call(
-        lambda: _post_once(session, url, body, headers), lambda error: isinstance(error, _NotTakenError)
+        lambda: _post_once(session, url, body, headers, proxy), lambda error: isinstance(error, _NotTakenError)
     )
 
 
-async def _post_once(session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str]) -> None:
+async def _post_once(
+    session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str], proxy: Proxy | None
+) -> None:
     import aiohttp
 
+    from relay.network.proxies import ProxyError, check_answer, through
+    from relay.support.persistence import is_passing, seconds_asked
+
     try:
-        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-            status = response.status
+        with through(proxy, "the receiver"):
+            async with session.post(
+                url, data=body, headers=headers, allow_redirects=False, proxy=proxy.url if proxy else None
+            ) as response:
+                status, asked = response.status, seconds_asked(response.headers.get("Retry-After"))
+            check_answer(proxy, url, status, "the receiver", asked)
+    except ProxyError as error:
+        raise _NotTakenError(str(error), retry_after=error.retry_after) from None
     except TimeoutError:
         raise _NotTakenError("it did not answer in time") from None
     except aiohttp.InvalidURL:
@@ -176,7 +198,7 @@ async def _post_once(session: aiohttp.ClientSession, url: str, body: bytes, head
         raise _NotTakenError(f"it cannot be reached ({error.os_error.strerror or 'no such host'})") from None
     except (aiohttp.ClientError, OSError) as error:
         raise _NotTakenError(f"the connection failed ({type(error).__name__})") from None
-    if status >= 500 or status in {408, 429}:
-        raise _NotTakenError(f"it answers with status {status}")
+    if is_passing(status):
+        raise _NotTakenError(f"it answers with status {status}", retry_after=asked)
     if not 200 <= status < 300:
         raise WaystationError(f"it answers with status {status}")

@@ -72,6 +72,8 @@ async def set_up(
         plan = _plan(release, journal, request, folder)
         secrets = SecretStore(plan.secrets, plan.machine_secrets)
         secrets.check()
+        # Contacts nothing; a token, an authority or a proxy that cannot be used is found before anything begins.
+        clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
         held = hold(journal, plan.environment, operator=operator(), label=plan.label, why="deploy", deployment=ulid)
         stack.enter_context(held)
         brackets = await settle(paths, journal, plan.environment, adopt=request.adopt)
@@ -90,7 +92,6 @@ async def set_up(
         fence = journal.claim(plan.environment)
         journal.begin(ulid, msgspec.json.encode(plan), fence, operator())
         unless_begun.pop_all()
-        clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
         fleet = Fleet(
             plan, clients, signer=order_signer, journal=journal.id, folder=folder, recorder=recorder, fence=fence
         )

@@ -5,7 +5,8 @@ Three rules hold for every request, also after a redirect and after name resolut
 
 - only the feed's own host and port, and those that the operator lists;
 - https, unless the feed itself is http on loopback or by the operator's word;
-- public addresses, unless the feed's URL is itself such an address or the operator allows private ones.
+- public addresses, unless the feed's URL is itself such an address or the operator allows private ones; where a proxy
+  of the environment is on the way, it looks names up, and what it connects to is its own to check.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal
 from yarl import URL
 
 from relay.errors import RefusedError, UsageError
+from relay.support.persistence import Persistence
 
 AddressScope = Literal["public", "private", "loopback", "link-local", "reserved"]
 
@@ -27,6 +29,9 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 # What `inet_aton` reads as an address though it is none in canonical form: 2130706433, 127.1, 0x7f.0.0.1.
 _NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?", re.ASCII)
+
+PERSISTENCE = Persistence(first_pause=0.5, longest_pause=5.0, failures=4, patience=60.0, spread=0.5)
+"""With a feed: some seconds of silence, a minute where it asks for time."""
 
 _HOST_NAME = re.compile(r"[0-9A-Za-z_.-]{1,253}", re.ASCII)
 
@@ -52,6 +57,7 @@ class FeedPolicy:
         json_max: bytes of a JSON document, before and after inflating.
         json_depth: nesting of a JSON document.
         redirects: hops of one request.
+        persistence: how a feed's trouble is borne. What is optional is asked for once again at most.
     """
 
     allow_hosts: tuple[str, ...] = ()
@@ -66,6 +72,7 @@ class FeedPolicy:
     json_max: int = 16 << 20
     json_depth: int = 16
     redirects: int = 3
+    persistence: Persistence = PERSISTENCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import aiohttp
@@ -34,8 +34,11 @@ from relay.errors import (
     UntrustedError,
     UsageError,
 )
+from relay.network.addresses import connector
+from relay.network.proxies import Proxy, check_answer, proxy_of, through
 from relay.package.identity import NuGetVersion, PackageId
 from relay.support.json_bounds import check_depth
+from relay.support.persistence import is_passing, seconds_asked
 
 _T = TypeVar("_T")
 
@@ -45,6 +48,7 @@ _REGISTRATIONS = tuple(
     f"RegistrationsBaseUrl{suffix}" for suffix in ("/3.6.0", "/Versioned", "/3.4.0", "/3.0.0-rc", "/3.0.0-beta", "")
 )
 _PAGES_MAX = 4  # Pages that claim to hold one version: honest feeds have one.
+_OPTIONAL_FAILURES, _OPTIONAL_SECONDS = 1, 5.0  # That are borne, and waited where the feed asks for time.
 _LOCAL_FILE_HEADER = b"PK\x03\x04"
 
 
@@ -53,7 +57,7 @@ class FeedDocumentError(UntrustedError):
 
 
 class FeedIntegrityError(UntrustedError):
-    """The nupkg is not the one that was promised: another hash, cut short, or no zip at all."""
+    """The nupkg is not the one that was promised: another hash, or no zip at all."""
 
 
 class FeedTooSlowError(UnreachableError):
@@ -98,20 +102,21 @@ async def download(
         resolver: looks names up, by default the system's; what it answers is judged by the policy.
 
     Raises:
-        UsageError: the URL, the SHA-512 or a listed host cannot be read.
+        UsageError: the URL, the SHA-512, a listed host, or a proxy of the environment cannot be read.
         FeedPolicyError: the feed leads to where the policy does not go.
         NotFoundError: no feed there, or no such package on it.
         RefusedError: the feed wants (other) credentials, or `destination` exists.
         FeedDocumentError, FeedIntegrityError: the feed answers with something else than it must.
-        UnreachableError: the road, the feed's own trouble, or a deadline.
+        UnreachableError: the road, the feed's own trouble, or a deadline, for longer than the policy bears.
         StoreError: the file cannot be written.
     """
     policy = policy or FeedPolicy()
     gate = FeedGate(feed_url, policy)
     given = None if sha512 is None else parse_sha512(sha512)
     try:
-        async with asyncio.timeout(policy.total_seconds), _session(gate, policy, resolver) as session:
-            feed = _Feed(gate, policy, credentials, session)
+        guarded = _GuardedResolver(gate, resolver or aiohttp.ThreadedResolver())
+        async with asyncio.timeout(policy.total_seconds), _session(policy, guarded) as session:
+            feed = _Feed(gate, policy, credentials, guarded, session)
             return await _download(feed, id, version, destination, given)
     except TimeoutError as error:
         raise FeedTooSlowError(f"{gate.feed.host} took more than {policy.total_seconds:g} s in all") from error
@@ -145,17 +150,21 @@ async def _download(
     # Before the package is fetched, so that a feed which leads elsewhere costs no 4 GiB.
     expected = given or await _stated_sha512(feed, resources, id, version)
     url = base / id.key / version.url / f"{id.key}.{version.url}.nupkg"
-    sink = _Sink(destination)
-    try:
-        await _fetch_nupkg(feed, url, sink, f"{id} {version}")
-        found = await asyncio.to_thread(sink.finish)
-        if expected is not None and found != expected:
-            raise FeedIntegrityError(
-                f"{id} {version} has another SHA-512 than {'given' if given else 'the feed states'}"
-            )
-    except BaseException:
-        sink.discard()
-        raise
+
+    async def once() -> bytes:
+        sink = _Sink(destination)
+        try:
+            has_end = await _fetch_nupkg(feed, url, sink, f"{id} {version}")
+            found = await asyncio.to_thread(sink.finish)
+            if expected is not None and found != expected:
+                whose = "given" if given else "the feed states"
+                raise _wrong(f"{id} {version} has another SHA-512 than {whose}", FeedIntegrityError, has_end=has_end)
+            return found
+        except BaseException:
+            sink.discard()
+            raise
+
+    await feed.persist(once)
     return FeedDownload("given" if given else "feed" if expected else "transport", _shown(url))
 
 
@@ -182,7 +191,8 @@ def _find(resources: Iterable[_Resource], types: tuple[str, ...]) -> URL | None:
 async def _stated_sha512(feed: _Feed, resources: list[_Resource], id: PackageId, version: NuGetVersion) -> bytes | None:
     """What the feed says the nupkg's SHA-512 is, or None where it says nothing.
 
-    It stands in the registration's catalog entry or, on the public gallery, in the catalog leaf that this names.
+    It stands in the registration's catalog entry or, on the public gallery, in the catalog leaf that this names. A feed
+    whose registration is out of order still has packages.
     """
     base = _find(resources, _REGISTRATIONS)
     if base is None:
@@ -191,25 +201,26 @@ async def _stated_sha512(feed: _Feed, resources: list[_Resource], id: PackageId,
         entry = await _catalog_entry(feed, base / id.key / "index.json", version)
         if entry is None or entry.hash is not None or not entry.id.startswith(("http://", "https://")):
             return None if entry is None else entry.sha512()
-        return (await feed.json(_absolute(entry.id), _Hashed)).sha512()
-    except NotFoundError:
+        return (await feed.json(_absolute(entry.id), _Hashed, optional=True)).sha512()
+    except (NotFoundError, UnreachableError):
         return None
 
 
 async def _catalog_entry(feed: _Feed, index: URL, version: NuGetVersion) -> _Entry | None:
-    registration = await feed.json(index, _Registration)
+    registration = await feed.json(index, _Registration, optional=True)
     pages = [page for page in registration.items if page.may_hold(version)]
     for page in pages[:_PAGES_MAX]:
         leaves = page.items
         if leaves is None:
-            leaves = (await feed.json(_absolute(page.id), _Page)).items or []
+            leaves = (await feed.json(_absolute(page.id), _Page, optional=True)).items or []
         for leaf in leaves:
             if _parse_version(leaf.entry.version) == version:
                 return leaf.entry
     return None
 
 
-async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str) -> None:
+async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str) -> bool:
+    """Whether its end was announced."""
     try:
         async with feed.get(url, accept_encoding="identity") as response:
             announced = response.content_length
@@ -224,35 +235,41 @@ async def _fetch_nupkg(feed: _Feed, url: URL, sink: _Sink, name: str) -> None:
     if not sink.head.startswith(_LOCAL_FILE_HEADER):
         kind = response.content_type
         raise FeedIntegrityError(f"what the feed sends as {name} is no zip ({kind})", hint=_login_hint(kind))
+    return _has_end(response)
 
 
 # --- requests
 
 
 class _GuardedResolver(AbstractResolver):
-    """Looks names up and lets the gate judge each answer; aiohttp then connects to these addresses, none other."""
+    """Looks names up and lets the gate judge each answer; aiohttp then connects to these addresses, none other.
+
+
+    `proxies` are hosts and ports that the environment names, not the feed.
+    """
 
     def __init__(self, gate: FeedGate, inner: AbstractResolver) -> None:
         self._gate = gate
         self._inner = inner
+        self.proxies: set[tuple[str, int]] = set()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await self._inner.resolve(host, port, family)
-        for each in found:
-            self._gate.check_address(host, each["host"])
+        if (host, port) not in self.proxies:
+            for each in found:
+                self._gate.check_address(host, each["host"])
         return found
 
     async def close(self) -> None:
         await self._inner.close()
 
 
-def _session(gate: FeedGate, policy: FeedPolicy, resolver: AbstractResolver | None) -> aiohttp.ClientSession:
-    guarded = _GuardedResolver(gate, resolver or aiohttp.ThreadedResolver())
+def _session(policy: FeedPolicy, resolver: _GuardedResolver) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         # No cache: a name is judged each time that it is used.
-        connector=aiohttp.TCPConnector(resolver=guarded, use_dns_cache=False),
+        connector=connector(resolver),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, connect=policy.connect_seconds),
@@ -267,6 +284,7 @@ class _Feed:
     gate: FeedGate
     policy: FeedPolicy
     credentials: FeedCredentials | None
+    resolver: _GuardedResolver
     session: aiohttp.ClientSession
 
     @contextlib.asynccontextmanager
@@ -274,10 +292,11 @@ class _Feed:
         """The answer 200 to a GET, after at most `policy.redirects` redirects. Raises as `download` does."""
         for _ in range(self.policy.redirects + 1):
             self.gate.check_url(url)
-            response = await self._request(url, accept_encoding)
+            proxy = proxy_of(str(url))
+            response = await self._request(url, accept_encoding, proxy)
             try:
                 if response.status not in {301, 302, 303, 307, 308}:
-                    _check_status(response)
+                    _check_status(response, proxy)
                     yield response
                     return
                 url = _redirect(url, response)
@@ -285,8 +304,19 @@ class _Feed:
                 response.close()
         raise FeedPolicyError(f"the feed redirects more than {self.policy.redirects} times, at last to {_shown(url)}")
 
-    async def json(self, url: URL, type: type[_T]) -> _T:
-        """A JSON document, capped before it is parsed. Raises as `download` does."""
+    async def persist(self, what: Callable[[], Awaitable[_T]], *, optional: bool = False) -> _T:
+        """What `what` returns, tried again where the road or the feed is in trouble."""
+        persistence = self.policy.persistence
+        if optional:
+            asked = min(_OPTIONAL_SECONDS, persistence.longest_asked)
+            persistence = replace(persistence, failures=_OPTIONAL_FAILURES, longest_asked=asked, patience=0.0)
+        return await persistence.call(what, _may_pass)
+
+    async def json(self, url: URL, type: type[_T], *, optional: bool = False) -> _T:
+        """A JSON document, capped before it is parsed. Tried again; raises as `download` does."""
+        return await self.persist(lambda: self._json(url, type), optional=optional)
+
+    async def _json(self, url: URL, type: type[_T]) -> _T:
         data = bytearray()
         async with self.get(url, accept_encoding="gzip, identity;q=0.5") as response:
             async for piece in self.body(response, self.policy.json_max):
@@ -299,7 +329,7 @@ class _Feed:
             return msgspec.json.decode(text, type=type)
         except (ValueError, RecursionError, zlib.error) as error:
             message = f"{_shown(url)} is not the JSON that it must be ({kind}): {error}"
-            raise FeedDocumentError(message, hint=_login_hint(kind)) from error
+            raise _wrong(message, FeedDocumentError, has_end=_has_end(response), hint=_login_hint(kind)) from error
 
     async def body(self, response: aiohttp.ClientResponse, most: int) -> AsyncIterator[bytes]:
         """The body in pieces, counted, and not slower than the policy's minimum."""
@@ -313,8 +343,8 @@ class _Feed:
             except TimeoutError as error:
                 rate = self.policy.window_bytes / self.policy.window_seconds
                 raise FeedTooSlowError(f"{response.url.host} sends less than {rate:.0f} bytes a second") from error
-            except aiohttp.ClientError as error:
-                raise FeedIntegrityError(f"the body of {_shown(response.url)} was cut short: {error}") from error
+            except (aiohttp.ClientError, OSError) as error:
+                raise UnreachableError(f"the body of {_shown(response.url)} was cut short: {error}") from error
             if not piece:
                 return
             total += len(piece)
@@ -325,19 +355,44 @@ class _Feed:
                 credit, deadline = 0, loop.time() + self.policy.window_seconds
             yield piece
 
-    async def _request(self, url: URL, accept_encoding: str) -> aiohttp.ClientResponse:
+    async def _request(self, url: URL, accept_encoding: str, proxy: Proxy | None) -> aiohttp.ClientResponse:
         headers = {"Accept-Encoding": accept_encoding}
         if self.credentials is not None and self.gate.is_own(url):
             headers["Authorization"] = self.credentials.header
+        if proxy is not None:
+            self.resolver.proxies.add((proxy.host, proxy.port))
         try:
-            async with asyncio.timeout(self.policy.connect_seconds + self.policy.answer_seconds):
-                return await self.session.get(url, headers=headers, allow_redirects=False)
+            with through(proxy, f"the feed's host {url.host}"):
+                async with asyncio.timeout(self.policy.connect_seconds + self.policy.answer_seconds):
+                    return await self.session.get(
+                        url, headers=headers, allow_redirects=False, proxy=proxy.url if proxy else None
+                    )
         except TimeoutError as error:
             raise UnreachableError(f"{url.host} did not answer in time") from error
         except aiohttp.InvalidURL as error:
             raise FeedPolicyError(f"the feed names an unusable URL on {url.host}") from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            verdict = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+            raise UntrustedError(f"{url.host} shows a certificate that is not trusted: {verdict}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise UnreachableError(f"cannot reach {url.host}: {error}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may help: the road and the feed may recover, a full disk does not."""
+    return isinstance(error, UnreachableError) and not isinstance(error, StoreError)
+
+
+def _has_end(response: aiohttp.ClientResponse) -> bool:
+    """Whether the answer said where its body ends; else a connection that is cut looks like the end."""
+    return response.content_length is not None or "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+
+
+def _wrong(
+    message: str, kind: type[UntrustedError], *, has_end: bool, hint: str = ""
+) -> UntrustedError | UnreachableError:
+    """What is wrong with a body; of one without an announced end it may be that it was cut short."""
+    return kind(message, hint=hint) if has_end else UnreachableError(f"{message}; it may be cut short", hint=hint)
 
 
 def _redirect(url: URL, response: aiohttp.ClientResponse) -> URL:
@@ -347,18 +402,20 @@ def _redirect(url: URL, response: aiohttp.ClientResponse) -> URL:
         raise FeedDocumentError(f"{_shown(url)} redirects to nowhere") from error
 
 
-def _check_status(response: aiohttp.ClientResponse) -> None:
+def _check_status(response: aiohttp.ClientResponse, proxy: Proxy | None) -> None:
     status, shown = response.status, _shown(response.url)
     if status == 200:
         return
     if status in {404, 410}:
         raise NotFoundError(f"{shown} does not exist")
+    asked = seconds_asked(response.headers.get("Retry-After"))
+    check_answer(proxy, shown, status, shown, asked)
     if status in {401, 403, 407}:
         raise RefusedError(f"{shown} is not open to us (status {status})", hint="give credentials for this feed")
-    after = response.headers.get("Retry-After", "")
-    seconds = float(after) if re.fullmatch(r"[0-9]{1,4}", after) else None
-    hint = "the feed has trouble of its own; try again later" if status >= 500 or status == 429 else ""
-    raise UnreachableError(f"{shown} answers with status {status}", hint=hint, retry_after=seconds)
+    if not is_passing(status):
+        raise FeedDocumentError(f"{shown} answers with status {status}")
+    hint = "the feed has trouble of its own; try again later"
+    raise UnreachableError(f"{shown} answers with status {status}", hint=hint, retry_after=asked)
 
 
 def _shown(url: URL) -> str:

@@ -48,10 +48,10 @@ class KeptNames:
         self._kept: dict[str, tuple[Sequence[str], float]] = {}
         self._asking: dict[str, asyncio.Task[Sequence[str]]] = {}
 
-    def remember(self, host: str, address: str | None) -> None:
+    def remember(self, host: str, addresses: Sequence[str]) -> None:
         """A good answer of an earlier time, where there was one."""
-        if address is not None:
-            self._kept.setdefault(host, ((address,), 0.0))
+        if addresses:
+            self._kept.setdefault(host, (addresses, 0.0))
 
     async def addresses(self, host: str) -> Sequence[str]:
         """As `Names`. All who ask at one time wait for one look-up, which none of them ends."""

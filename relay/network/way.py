@@ -28,6 +28,11 @@ class Way(AbstractResolver):
         self._system = KeptNames(ask_system)
         self._names: Names = names or self._system
         self._taken: set[str] = set()
+        self._turns = 0
+
+    def turn(self) -> None:
+        """The next connection begins with another address: what accepts connections is not yet the host that is meant."""
+        self._turns += 1
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -41,6 +46,8 @@ class Way(AbstractResolver):
             raise OSError(None, "it has no address")
         if host == self._host:
             self._taken.update(addresses)
+            first = self._turns % len(addresses)
+            addresses = (*addresses[first:], *addresses[:first])
         return [_result(host, address, port) for address in addresses if _is_of(address, family)]
 
     async def leads_elsewhere(self) -> bool:

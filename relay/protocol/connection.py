@@ -30,7 +30,9 @@ from relay.errors import (
     UsageError,
     WaystationError,
 )
+from relay.network.addresses import connector
 from relay.network.names import Names
+from relay.network.proxies import proxy_of, through
 from relay.network.way import Way
 from relay.package.ranges import Ranges
 from relay.protocol import messages
@@ -38,7 +40,7 @@ from relay.protocol.credentials import PLAIN_HTTP, may_be_shown, tls_from
 from relay.protocol.followed import Current, Followed
 from relay.protocol.not_exact import NotExactError
 from relay.support.json_bounds import JsonTooDeepError, check_depth
-from relay.support.persistence import Persistence
+from relay.support.persistence import Persistence, is_passing, seconds_asked
 
 T = TypeVar("T")
 
@@ -168,7 +170,7 @@ class Connection:
             plain_http: the token may go over plain http beyond this machine: the configuration names this relay.
 
         Raises:
-            UsageError: `url` is not such a URL.
+            UsageError: `url` is not such a URL, or the environment names a proxy for it that cannot be used.
         """
         parts = _split_url(url)
         self.url = f"{parts.scheme}://{parts.netloc}"
@@ -177,6 +179,9 @@ class Connection:
         self._token = token
         self._shows_token = plain_http or may_be_shown(parts.scheme, parts.hostname or "")
         self._way = Way(parts.hostname or "", names)
+        self._proxy = proxy_of(self.url)
+        self._hint = f"It is asked through {self._proxy}" if self._proxy else ""
+        self._where = f"relay {self.url}"
         self._tls = (tls or tls_from(None)) if parts.scheme == "https" else None
         self._line: _Line | None = None
         self._left: set[_Line] = set()
@@ -251,7 +256,8 @@ class Connection:
             check_depth(body, messages.JSON_DEPTH)
             return msgspec.json.decode(body, type=answer)
         except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
-            raise UntrustedError(f"{self.url} answered with something that is not the protocol's") from error
+            message = f"{self.url} answered with something that is not the protocol's"
+            raise UntrustedError(message, hint=self._hint) from error
 
     # --- answers as they come
 
@@ -267,40 +273,46 @@ class Connection:
             headers["Content-Type"] = request.content_type
         wait = self.limits.answer_seconds if request.answer_seconds == 0.0 else request.answer_seconds
         try:
-            async with (
-                asyncio.timeout(wait) as deadline,
-                self._session() as session,
-                session.request(
-                    request.method,
-                    request.path,
-                    data=body,
-                    headers=headers | dict(request.headers),
-                    params=request.params,
-                    allow_redirects=False,
-                    ssl=True if self._tls is None else self._tls(),
-                ) as response,
-            ):
-                deadline.reschedule(None)
-                self._count_heads(request.method, response)
-                if response.status >= 300:
-                    await self._raise_problem(response, bore_token=token is not None)
-                yield response
+            with through(self._proxy, self._where):
+                async with (
+                    asyncio.timeout(wait) as deadline,
+                    self._session() as session,
+                    session.request(
+                        request.method,
+                        request.path,
+                        data=body,
+                        headers=headers | dict(request.headers),
+                        params=request.params,
+                        allow_redirects=False,
+                        proxy=self._proxy.url if self._proxy else None,
+                        ssl=True if self._tls is None else self._tls(),
+                    ) as response,
+                ):
+                    deadline.reschedule(None)
+                    self._count_heads(request.method, response)
+                    if response.status >= 300:
+                        await self._raise_problem(response, bore_token=token is not None)
+                    yield response
         except aiohttp.ClientConnectorCertificateError as error:
             # The verdict alone, without the library's own framing.
             verdict = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
             raise UntrustedError(
-                f"relay {self.url} shows a certificate that is not trusted: {verdict}",
+                f"{self._where} shows a certificate that is not trusted: {verdict}",
                 hint="Name the authority that signs it with --ca-file, or with ca_file in agent.yaml",
             ) from error
         except aiohttp.ServerDisconnectedError as error:
+            self._way.turn()
             hint = "If it speaks TLS, its URL begins with https" if self.url.startswith("http:") else ""
-            raise UnreachableError(f"relay {self.url} closed the connection without an answer", hint=hint) from error
+            message = f"{self._where} closed the connection without an answer"
+            raise UnreachableError(message, hint=self._hint or hint) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
-            raise UnreachableError(f"relay {self.url} cannot be reached: {_reason(error)}") from error
+            self._way.turn()
+            raise UnreachableError(f"{self._where} cannot be reached: {_reason(error)}", hint=self._hint) from error
         except TimeoutError as error:
-            raise UnreachableError(f"relay {self.url} did not answer in time") from error
+            raise UnreachableError(f"{self._where} did not answer in time", hint=self._hint) from error
         except aiohttp.ClientError as error:
-            raise UntrustedError(f"relay {self.url} does not speak the protocol: {_reason(error)}") from error
+            message = f"{self._where} does not speak the protocol: {_reason(error)}"
+            raise UntrustedError(message, hint=self._hint) from error
 
     async def pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         # Only time spent waiting for the relay counts: a slow disk on our side is no fault of its.
@@ -373,11 +385,10 @@ class Connection:
         return aiohttp.ClientSession(
             base_url=self.url,
             # The way keeps what names lead to, for as long as that may be kept.
-            connector=aiohttp.TCPConnector(resolver=self._way, limit=64, keepalive_timeout=10.0, use_dns_cache=False),
+            connector=connector(self._way, limit=64),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_seconds),
             auto_decompress=False,
             read_bufsize=512 << 10,
-            trust_env=True,
             skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
         )
 
@@ -400,7 +411,10 @@ class Connection:
 
     async def _raise_problem(self, response: aiohttp.ClientResponse, *, bore_token: bool) -> None:
         problem = _parse_problem(await self.body(response, 1 << 20))
-        where = f"relay {self.url}"
+        where, asked = self._where, seconds_asked(response.headers.get("Retry-After"))
+        if self._proxy and not problem.code and self.url.startswith("http:"):
+            # The relay answers with a problem of its own; what stands in a tunnel of TLS is the relay's in any case.
+            raise self._proxy.answered(response.status, where, asked)
         match response.status, problem.code:
             case _, "unknown_peer":
                 raise UnknownPeerError(
@@ -418,10 +432,9 @@ class Connection:
                 raise MissingChunksError(problem.missing)
             case 409, _:
                 raise ConflictError(f"{where} holds other bytes under this id and version; nothing was changed")
-            case status, code if status in {408, 429} or status >= 500:
-                retry_after = _retry_after(response.headers.get("Retry-After"))
+            case status, code if is_passing(status):
                 trouble = "has no space left" if status == 507 else "cannot serve now"
-                raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=retry_after)
+                raise UnreachableError(f"{where} {trouble} ({status} {code})", retry_after=asked)
             case status, code:
                 raise RefusedError(f"{where} refuses the request ({status} {code})")
 
@@ -461,13 +474,6 @@ def _parse_problem(body: bytes) -> messages.ProblemAnswer:
         return msgspec.json.decode(body, type=messages.ProblemAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return messages.ProblemAnswer()
-
-
-def _retry_after(text: str | None) -> float | None:
-    try:
-        return None if text is None else max(0.0, min(float(text), 3600.0))
-    except ValueError:
-        return None
 
 
 def _reason(error: BaseException) -> str:

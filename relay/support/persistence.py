@@ -6,10 +6,13 @@ What is tried again, and what counts as a gain, is the caller's to say; the loop
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Final, TypeVar
 
 import stamina
 
@@ -20,9 +23,31 @@ stamina.instrumentation.set_on_retry_hooks([])
 
 T = TypeVar("T")
 
+ASKED_MAX: Final = 3600.0
+"""Seconds. A longer pause that another side asks for is taken for this one."""
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?", re.ASCII)
+
 
 def is_unreachable(error: Exception) -> bool:
     return isinstance(error, UnreachableError)
+
+
+def is_passing(status: int) -> bool:
+    """Whether a later try may be answered with another HTTP status than this one."""
+    return status >= 500 or status in {408, 425, 429}
+
+
+def seconds_asked(retry_after: str | None, now: datetime | None = None) -> float | None:
+    """How long the header `Retry-After` (RFC 9110, 10.2.3: seconds, or a date) asks to wait; None where it says nothing."""
+    text = (retry_after or "").strip()
+    if _SECONDS.fullmatch(text):
+        return min(float(text), ASKED_MAX)
+    try:
+        then = parsedate_to_datetime(text)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    then = then if then.tzinfo else then.replace(tzinfo=UTC)
+    return max(0.0, min((then - (now or datetime.now(UTC))).total_seconds(), ASKED_MAX))
 
 
 @dataclass(frozen=True, slots=True)

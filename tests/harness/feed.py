@@ -87,3 +87,36 @@ def body(data, *, status=200, **headers):
 
 def redirect(location, status=302):
     return body(b"", status=status, Location=location)
+
+
+def cut(data, at, *, chunked=False):
+    """A body that ends in the middle, with its connection."""
+
+    async def answer(request):
+        response = web.StreamResponse()
+        if not chunked:
+            response.content_length = len(data)
+        await response.prepare(request)
+        await response.write(data[:at])
+        request.transport.close()
+        return response
+
+    return answer
+
+
+async def drop(request):
+    """The connection is reset before a byte of the answer."""
+    request.transport.abort()
+    return web.Response()
+
+
+def at_first(*answers, then):
+    """The first requests get `answers`, every later one `then`: an answer, or a JSON value."""
+    left = list(answers)
+
+    async def answer(request):
+        if left:
+            return await left.pop(0)(request)
+        return await then(request) if callable(then) else web.json_response(then)
+
+    return answer

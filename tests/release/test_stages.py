@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from harness.farm import Farm
-from harness.feed import Server, body, running_feed
+from harness.feed import Server, at_first, body, cut, running_feed
 from harness.process import Done
 from harness.receiver import verify_notification
 
@@ -27,6 +27,7 @@ from relay.errors import SignatureError
 from relay.trust.keys import parse_pins
 
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
+SCHEMA_ON_FEED = "/flat/acme.schema/2.0.0/acme.schema.2.0.0.nupkg"
 TICKET = ("--variable", "change=CHG42")
 
 
@@ -218,7 +219,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         (schema / "up.sql").write_text("create table orders\n")
         nupkg = farm.folder / "schema.nupkg"
         farm.do("package", "pack", schema, "--id", "Acme.Schema", "--version", "2.0.0", "--output", nupkg)
-        feed.serve("/flat/acme.schema/2.0.0/acme.schema.2.0.0.nupkg", body(nupkg.read_bytes()))
+        whole = nupkg.read_bytes()
+        feed.serve("/v3/index.json", at_first(body(b"busy", status=503), then=feed.answers["/v3/index.json"]))
+        feed.serve(SCHEMA_ON_FEED, at_first(cut(whole, 100), then=body(whole)))
         feed.serve("/hook", world.receive)
         world.write_scripts()
         yield world
@@ -303,9 +306,12 @@ def test_where_acquisition_fails_no_step_begins_and_everything_is_undone(deeds: 
     assert "web2" in reason
 
 
-def test_a_package_that_the_depot_lacks_is_taken_from_its_feed_once(world: World, deeds: dict[str, Deed]) -> None:
+def test_a_package_that_the_depot_lacks_is_taken_once_though_its_feed_is_busy_and_cuts_the_first_try(
+    world: World, deeds: dict[str, Deed]
+) -> None:
     assert deeds["third"].done.code == 0
-    assert world.feed.paths.count("/flat/acme.schema/2.0.0/acme.schema.2.0.0.nupkg") == 1
+    assert world.feed.paths.count("/v3/index.json") == 2
+    assert world.feed.paths.count(SCHEMA_ON_FEED) == 2
     listed = world.farm.do("package", "list").out
     assert "Acme.Schema" in listed
 

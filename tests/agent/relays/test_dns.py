@@ -86,7 +86,7 @@ async def test_srv_records_are_found_with_tier_weight_and_address():
         priority=10,
         weight=60,
         target=f"fra1.{DOMAIN}",
-        address="192.0.2.1",
+        addresses=("2001:db8::1", "192.0.2.1"),
     )
     assert [(source.origin, source.priority) for source in found.sources] == [
         ("site", 10),
@@ -113,7 +113,7 @@ async def test_without_a_resolver_of_our_own_the_system_looks_the_targets_up(mon
         found = await find(config(None))
         assert server.was_asked("SRV", SITE)
         assert not server.was_asked("A", f"fra1.{DOMAIN}")
-    assert by_target(found)[f"fra1.{DOMAIN}"].address is None
+    assert by_target(found)[f"fra1.{DOMAIN}"].addresses == ()
 
 
 async def test_weight_draws_the_first_of_a_tier():
@@ -192,7 +192,7 @@ async def test_when_dns_is_down_the_last_good_answer_serves_and_says_so():
         assert not server.answers()
         after = await find(wanted, before.last, now=1600.0, timeout=0.5)
     assert [source.tier for source in after.sources] == [source.tier for source in before.sources]
-    assert by_target(after)[f"fra1.{DOMAIN}"].address == "192.0.2.1"
+    assert by_target(after)[f"fra1.{DOMAIN}"].addresses == ("2001:db8::1", "192.0.2.1")
     assert any("10 min old" in note for note in after.notes)
     assert after.last == before.last, "a failure must not overwrite what is remembered"
     ranking = rank(after.sources, {}, None, 0, "me")
@@ -288,7 +288,7 @@ def test_a_resolver_is_an_address_with_or_without_port(text, parsed):
 
 
 def host_and_port(source: Source) -> tuple[str, int]:
-    return source.address or source.target, urlsplit(source.url).port or 0
+    return (*source.addresses, source.target)[0], urlsplit(source.url).port or 0
 
 
 async def connect(source: Source) -> float:
@@ -405,7 +405,7 @@ def test_only_changes_of_state_are_logged(caplog):
 def some_state() -> State:
     good = record_success(record_success(UNKNOWN, 5.0, 0.01, 1e6), 6.0, 0.02, 2e6)
     bad = record_failure(record_failure(record_failure(UNKNOWN, 1, "x"), 2, "x"), 3, "refused")
-    found = replace(srv_source("site", "https", "a.example.test", 7400, 10, 5), address="192.0.2.1")
+    found = replace(srv_source("site", "https", "a.example.test", 7400, 10, 5), addresses=("192.0.2.1",))
     return State(
         current="https://a.example.test:7400",
         healths={"https://a.example.test:7400": good, "https://b.example.test:7400": bad},

@@ -136,14 +136,19 @@ def test_an_srv_port_out_of_range_is_refused(port):
 
 
 def test_a_looked_up_address_is_where_to_connect_and_the_name_stays_in_the_url():
-    placed = replace(A, address="192.0.2.1")
-    assert (placed.url, placed.address) == ("http://a.example.test:7400", "192.0.2.1")
+    placed = replace(A, addresses=("192.0.2.1",))
+    assert (placed.url, placed.addresses) == ("http://a.example.test:7400", ("192.0.2.1",))
     with pytest.raises(ValueError, match="address"):
-        replace(A, address="b.example.test")
+        replace(A, addresses=("192.0.2.1", "b.example.test"))
 
 
 def test_a_source_that_does_not_hang_together_cannot_be_made():
-    for broken in ({"target": "other.example.test"}, {"address": "not an address"}, {"weight": -1}, {"url": "http://"}):
+    for broken in (
+        {"target": "other.example.test"},
+        {"addresses": ("not an address",)},
+        {"weight": -1},
+        {"url": "http://"},
+    ):
         with pytest.raises(ValueError):
             replace(A, **broken)
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from harness.origins import Keys, trust_keys
+from harness.proxy import forward_proxy, plain_answer
 from harness.receiver import verify_notification
 from harness.relays import small_server
 
+from orchestrator.deployment import notify
 from orchestrator.deployment.notify import (
     ATTEMPTS,
     SIGNATURE_HEADER,
@@ -48,12 +50,14 @@ class Receiver:
     statuses: list[int] = field(default_factory=lambda: [204])
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    retry_after: str = ""
 
     async def handle(self, request: web.Request) -> web.Response:
         self.bodies.append(await request.read())
         self.headers.append(dict(request.headers))
         status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
-        return web.Response(status=status, headers={"Location": "/other"} if 300 <= status < 400 else {})
+        told = {"Retry-After": self.retry_after} if self.retry_after and status == 503 else {}
+        return web.Response(status=status, headers={"Location": "/other"} if 300 <= status < 400 else told)
 
     @property
     def routes(self) -> list[web.RouteDef]:
@@ -121,6 +125,41 @@ async def test_a_receiver_with_trouble_is_asked_again_with_the_same_event(keys: 
         assert await send(keys, NotifyPlan(("finished",), url)) == []
     assert len(receiver.bodies) == ATTEMPTS == 3
     assert len(set(receiver.bodies)) == 1
+
+
+async def test_a_receiver_that_asks_for_time_gets_it_up_to_a_bound(keys: Keys, monkeypatch) -> None:
+    monkeypatch.setattr(notify, "LONGEST_ASKED", 0.7)
+    receiver = Receiver([503, 200], retry_after="86400")
+    began = asyncio.get_running_loop().time()
+    async with small_server(receiver.routes) as url:
+        assert await send(keys, NotifyPlan(("finished",), url)) == []
+    assert asyncio.get_running_loop().time() - began >= 0.7
+
+
+async def test_a_receiver_is_told_through_the_environments_proxy(keys: Keys, monkeypatch) -> None:
+    receiver = Receiver()
+    async with small_server(receiver.routes) as url, forward_proxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("no_proxy", "")
+        assert await send(keys, NotifyPlan(("finished",), f"{url}/hook")) == []
+        assert proxy.asked == [f"POST {url}/hook HTTP/1.1"]
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert await send(keys, NotifyPlan(("finished",), f"{url}/hook")) == []
+        assert (len(proxy.asked), len(receiver.bodies)) == (1, 2)
+
+
+async def test_a_proxy_that_cannot_be_used_is_named_and_the_deployment_goes_on(keys: Keys, monkeypatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(notify, "ATTEMPTS", 1)
+    plan = NotifyPlan(("finished",), "http://hook.example/secret")
+    async with forward_proxy(plain_answer(502)) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        [error] = await send(keys, plan)
+    assert f"the proxy 127.0.0.1:{proxy.port} (of http_proxy) answers with status 502" in error
+    assert "secret" not in error
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1080")
+    [error] = await send(keys, plan)
+    assert "http_proxy names a proxy of the kind socks5://" in error
 
 
 @pytest.mark.parametrize(("status", "asked"), [(500, 3), (404, 1), (401, 1), (307, 1)])

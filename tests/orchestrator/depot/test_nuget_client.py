@@ -13,13 +13,15 @@ import socket
 import ssl
 import tracemalloc
 import zipfile
+from dataclasses import replace
 
 import pytest
 import trustme
 from aiohttp import web
 from aiohttp.abc import AbstractResolver
-from harness.feed import body, redirect, running_feed
+from harness.feed import at_first, body, cut, drop, redirect, running_feed
 from harness.process import eventually
+from harness.proxy import forward_proxy, plain_answer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +35,9 @@ from orchestrator.depot.nuget_client import (
     parse_sha512,
 )
 from relay.errors import NotFoundError, RefusedError, StoreError, UnreachableError, UntrustedError, UsageError
+from relay.network.proxies import ProxyError
 from relay.package.identity import NuGetVersion, PackageId
+from relay.support.persistence import Persistence
 
 ID = PackageId.parse("Shop.Web")
 VERSION = NuGetVersion.parse("1.0.1-RC.1")
@@ -51,6 +55,8 @@ def small_nupkg() -> bytes:
 
 NUPKG = small_nupkg()
 SHA512 = base64.b64encode(hashlib.sha512(NUPKG).digest()).decode()
+AT_ONCE = Persistence(first_pause=0.0, longest_pause=0.0, longest_asked=0.0, failures=3)
+"""Borne as ever, without the pauses."""
 OTHER_SHA512 = base64.b64encode(bytes(64)).decode()
 
 
@@ -74,6 +80,7 @@ def destination(tmp_path):
 
 async def fetch(server, destination, **options):
     feed_url = options.pop("feed_url", None) or server.index
+    options["policy"] = replace(options.get("policy", FeedPolicy()), persistence=AT_ONCE)
     return await download(feed_url, ID, VERSION, destination, **options)
 
 
@@ -224,7 +231,7 @@ async def test_a_feed_that_cannot_prove_who_it_is_gets_nothing(destination):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     async with running(context) as server:
-        with pytest.raises(UnreachableError, match="certificate"):
+        with pytest.raises(UntrustedError, match="certificate"):
             await fetch(server, destination, feed_url=server.index.replace("http:", "https:"))
         assert not server.asked
 
@@ -495,19 +502,11 @@ async def test_a_web_page_in_place_of_the_package_is_refused(server, destination
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_that_is_cut_short_is_refused_and_removed(server, destination, chunked):
-    async def cut(request):
-        response = web.StreamResponse()
-        if not chunked:
-            response.content_length = len(NUPKG)
-        await response.prepare(request)
-        await response.write(NUPKG[:1000])
-        request.transport.close()
-        return response
-
-    server.serve(NUPKG_PATH, cut)
-    with pytest.raises(FeedIntegrityError, match="cut short"):
+async def test_a_body_that_is_always_cut_short_is_given_up_and_removed(server, destination, chunked):
+    server.serve(NUPKG_PATH, cut(NUPKG, 1000, chunked=chunked))
+    with pytest.raises(UnreachableError, match="cut short"):
         await fetch(server, destination)
+    assert server.paths.count(NUPKG_PATH) == 4
     assert not os.path.exists(destination)
 
 
@@ -525,6 +524,77 @@ async def test_a_package_that_is_too_large_is_refused_and_removed(server, destin
     with pytest.raises(UntrustedError, match="too many" if announced else "larger than"):
         await fetch(server, destination, policy=FeedPolicy(nupkg_max=len(NUPKG) - 1))
     assert not os.path.exists(destination)
+
+
+TROUBLES = {
+    "503": body(b"busy", status=503, Retry_After="1"),
+    "502": body(b"<html>bad gateway</html>", status=502),
+    "500": body(b"", status=500),
+    "429": body(b"", status=429, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"),
+    "drop": drop,
+    "cut": cut(NUPKG, 100),
+    "redirect to a dead address": redirect("http://127.0.0.1:1/gone"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+async def test_a_feed_that_is_in_trouble_once_at_each_step_still_gives_its_package(server, destination, trouble):
+    server.serve_registration(packageHash=SHA512, packageHashAlgorithm="SHA512")
+    for path in ("/v3/index.json", "/reg/shop.web/index.json", "/reg/page.json", NUPKG_PATH):
+        server.serve(path, at_first(TROUBLES[trouble], then=server.answers[path]))
+    steps = []
+    policy = FeedPolicy(allow_hosts=("127.0.0.1:1",))
+    got = await fetch(server, destination, policy=policy, progress=lambda done, total: steps.append(done))
+    assert (got.verified_by, contents(destination)) == ("feed", NUPKG)
+    assert steps[-1] == len(NUPKG), "the second try is counted anew"
+
+
+def unannounced(data):
+    """A body that ends with its connection, as HTTP/1.0 has it: a cut looks like an end."""
+
+    async def answer(request):
+        head = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+        request.transport.write(head + data)
+        request.transport.close()
+        return web.Response()
+
+    return answer
+
+
+async def test_a_body_without_an_announced_end_that_is_wrong_is_asked_for_again(server, destination):
+    server.serve_registration(packageHash=SHA512, packageHashAlgorithm="SHA512")
+    index = json.dumps(server.answers["/v3/index.json"]).encode()
+    server.serve("/v3/index.json", at_first(unannounced(index[:40]), then=unannounced(index)))
+    server.serve(NUPKG_PATH, at_first(unannounced(NUPKG[:1000]), then=unannounced(NUPKG)))
+    assert (await fetch(server, destination)).verified_by == "feed"
+    assert contents(destination) == NUPKG
+    server.serve(NUPKG_PATH, unannounced(NUPKG[:1000]))
+    with pytest.raises(UnreachableError, match="may be cut short"):
+        await fetch(server, destination + "2")
+    assert not os.path.exists(destination + "2")
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_registration_that_is_out_of_order_is_done_without(server, destination, status):
+    server.serve_registration(packageHash=SHA512, packageHashAlgorithm="SHA512")
+    server.serve("/reg/page.json", body(b"", status=status, Retry_After="86400"))
+    assert (await fetch(server, destination)).verified_by == "transport"
+    assert server.paths.count("/reg/page.json") == 2, "what is optional is asked for once again"
+
+
+async def test_a_feed_that_asks_for_time_gets_it(server, destination):
+    server.serve(NUPKG_PATH, at_first(body(b"", status=503, Retry_After="0.2"), then=body(NUPKG)))
+    began = asyncio.get_running_loop().time()
+    await download(server.index, ID, VERSION, destination, policy=FeedPolicy(persistence=Persistence(0.0, failures=1)))
+    assert asyncio.get_running_loop().time() - began >= 0.2
+
+
+@pytest.mark.parametrize("status", [204, 206, 400, 405, 410, 401])
+async def test_an_answer_that_time_does_not_mend_is_not_asked_for_again(server, destination, status):
+    server.serve(NUPKG_PATH, body(b"", status=status))
+    with pytest.raises((UntrustedError, RefusedError)):
+        await fetch(server, destination)
+    assert server.paths.count(NUPKG_PATH) == 1
 
 
 async def test_a_package_in_a_content_coding_is_refused(server, destination):
@@ -581,13 +651,53 @@ async def test_a_download_that_is_given_up_by_the_caller_leaves_no_file(server, 
 # --- proxies
 
 
-async def test_a_proxy_of_the_environment_is_not_used(server, destination, monkeypatch):
-    async with running() as proxy:
-        monkeypatch.setenv("http_proxy", proxy.base)
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
+@pytest.fixture
+def proxied(monkeypatch):
+    """Sets variables of the environment, all others about proxies being absent."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch.setenv
+
+
+async def test_a_feed_is_asked_through_the_environments_proxy_but_for_what_no_proxy_names(server, destination, proxied):
+    async with forward_proxy() as proxy:
+        proxied("HTTP_PROXY", proxy.url.replace("//", "//me:p%40ss@"))
         await fetch(server, destination)
-        assert not proxy.asked
+        assert proxy.asked[-1] == f"GET {server.base}{NUPKG_PATH} HTTP/1.1"
+        assert set(proxy.credentials) == {f"Basic {base64.b64encode(b'me:p@ss').decode()}"}
+        proxied("NO_PROXY", "127.0.0.0/8")
+        before = len(proxy.asked)
+        await fetch(server, destination + "2")
+        assert len(proxy.asked) == before
+
+
+async def test_a_proxy_looks_up_the_feeds_name_and_its_own_name_may_be_private(server, destination, proxied):
+    """The policy is about where a feed leads; where the environment leads is the operator's word."""
+    async with forward_proxy() as proxy:
+        resolver = FixedResolver(proxy_corp=["127.0.0.1"])
+        proxied("HTTP_PROXY", f"http://proxy.corp:{proxy.port}")
+        # The feed's name would be refused for its address if it was looked up here.
+        url = server.index.replace("127.0.0.1", "localhost")
+        server.serve_index(flat=url.replace("/v3/index.json", "/flat/"))
+        await fetch(server, destination, feed_url=url, resolver=resolver)
+    assert set(resolver.asked) == {"proxy.corp"}
+
+
+async def test_a_proxy_that_fails_is_named_and_so_is_its_variable(server, destination, proxied):
+    async with forward_proxy(plain_answer(502)) as proxy:
+        proxied("http_proxy", proxy.url)
+        with pytest.raises(
+            ProxyError, match=rf"the proxy 127.0.0.1:{proxy.port} \(of http_proxy\) answers with status 502"
+        ):
+            await fetch(server, destination)
+    assert len(proxy.asked) == 4, "it is tried again, as a feed is"
+    proxied("http_proxy", "http://127.0.0.1:1")
+    with pytest.raises(ProxyError, match=r"127.0.0.1:1 \(of http_proxy\) cannot be reached: Connect"):
+        await fetch(server, destination)
+    proxied("http_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"^http_proxy names"):
+        await fetch(server, destination)
 
 
 # --- the rules, without I/O

@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from aiohttp import web
+from harness.dns import FixedNames
 from harness.packages import cut_package, encode_run, noise
 from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
 
@@ -284,13 +285,6 @@ async def test_wait_until_ready_waits_for_a_relay_that_comes_up(tmp_path):
             await client.wait_until_ready(0.5)
 
 
-class Fixed:
-    """Every name leads to one address."""
-
-    async def addresses(self, host):
-        return ["127.0.0.1"]
-
-
 async def test_a_connection_goes_where_the_name_leads_under_the_relays_name():
     seen = []
 
@@ -300,7 +294,9 @@ async def test_a_connection_goes_where_the_name_leads_under_the_relays_name():
 
     async with small_server([web.get(messages.HEALTH, health)]) as url:
         port = url.rpartition(":")[2]
-        async with RelayClient(f"http://relay.example:{port}", names=Fixed(), limits=CLIENT_LIMITS) as client:
+        async with RelayClient(
+            f"http://relay.example:{port}", names=FixedNames("127.0.0.1"), limits=CLIENT_LIMITS
+        ) as client:
             await client.health()
     assert seen == [f"relay.example:{port}"]
 
@@ -316,7 +312,7 @@ async def test_no_token_goes_over_plain_http_to_a_relay_that_is_not_named(allowe
 
     async with small_server([web.get(messages.HEALTH, health)]) as url:
         far = url.replace("127.0.0.1", "relay.example")
-        how = {"token": "wst_secret", "names": Fixed(), "limits": CLIENT_LIMITS, "plain_http": allowed}
+        how = {"token": "wst_secret", "names": FixedNames("127.0.0.1"), "limits": CLIENT_LIMITS, "plain_http": allowed}
         async with RelayClient(far, **how) as client:
             if allowed:
                 await client.health()
@@ -359,6 +355,20 @@ async def test_a_token_that_stays_as_it_is_is_not_shown_twice(tmp_path):
         with pytest.raises(TokenRefusedError, match="unknown, revoked or has ended"):
             await client.health()
     assert seen == ["Bearer old"]
+
+
+async def test_where_something_else_accepts_connections_the_next_try_goes_to_another_address():
+    """A stale address is somebody else's by now."""
+
+    async def close(_reader, writer):
+        writer.close()
+
+    async with small_server([web.get(messages.HEALTH, answering(lambda _: healthy()))]) as url:
+        port = int(url.rpartition(":")[2])
+        async with await asyncio.start_server(close, "127.0.0.2", port):
+            stale_first = FixedNames("127.0.0.2", "127.0.0.1")
+            async with RelayClient(f"http://relay.test:{port}", names=stale_first, limits=CLIENT_LIMITS) as client:
+                assert (await client.health()).status == "ok"
 
 
 # --- with relays that misbehave

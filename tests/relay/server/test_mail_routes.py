@@ -564,10 +564,11 @@ async def test_bundles_in_flight_keep_no_order_poll_or_report_from_its_way(tmp_p
 async def test_agents_that_send_much_keep_no_order_from_its_way(tmp_path):
     limits = Limits(mail_bytes_in_flight=2000, linger_seconds=0.2, drain_seconds=2.0)
     async with running_relay(tmp_path / "r", limits=limits) as relay, relay.mail(limits=ONE_TRY) as client:
-        held = asyncio.Event()
+        sent, held = asyncio.Event(), asyncio.Event()
 
         async def half_a_body():
             yield b" " * 1900
+            sent.set()
             await held.wait()
 
         async with aiohttp.ClientSession(relay.url) as session:
@@ -576,6 +577,7 @@ async def test_agents_that_send_much_keep_no_order_from_its_way(tmp_path):
             )
             async with waiting(request):
                 async with asyncio.timeout(10):
+                    await sent.wait()  # A report that is there before it would have it refused.
                     while await taken(client.post_reports("web1", reports(1))):
                         await asyncio.sleep(0.01)
                 assert await client.post_orders([order()]) == messages.TakenAnswer(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import trustme
 from harness.packages import make_nupkg, noise
 from harness.process import Done, run
+from harness.proxy import forward_proxy
 from harness.relays import RelayProcess
 
 ID = "Acme.Web"
@@ -140,6 +142,16 @@ def test_an_authority_that_cannot_be_read_is_told(secured: Secured, tmp_path: Pa
         assert done.code == 2
         assert f"'{gone}' cannot be used" in done.err
         assert "Traceback" not in done.err
+
+
+async def test_a_proxy_tunnels_to_a_relay_that_speaks_tls(secured: Secured) -> None:
+    words = ("relay", "status", "--relay", secured.relay.url, "--ca-file", secured.ca)
+    async with forward_proxy() as proxy:
+        done = await asyncio.to_thread(
+            run, secured.home, *words, HTTPS_PROXY=proxy.url, https_proxy=proxy.url, no_proxy=""
+        )
+    assert done.code == 0, done.err
+    assert set(proxy.asked) == {f"CONNECT 127.0.0.1:{secured.relay.port} HTTP/1.1"}
 
 
 def test_plain_http_at_a_port_that_speaks_tls_says_what_is_wrong(secured: Secured, tmp_path: Path) -> None:

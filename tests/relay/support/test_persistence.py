@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import RefusedError, UnreachableError
-from relay.support.persistence import Bearing, Persistence
+from relay.support.persistence import ASKED_MAX, Bearing, Persistence, seconds_asked
 
 GONE = UnreachableError("gone")
 BUSY = UnreachableError("busy", retry_after=1.0)
@@ -24,6 +25,42 @@ class Clock:
 
 def pauses(bearing: Bearing, number: int) -> list[float | None]:
     return [bearing.pause_after(GONE) for _ in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("inf", None),
+        ("nan", None),
+        ("0x10", None),
+        ("\u0663", None),
+        ("Wed, 99 Foo 2026 07:28:00 GMT", None),
+        ("0", 0.0),
+        (" 120 ", 120.0),
+        ("1.5", 1.5),
+        ("86400", ASKED_MAX),
+        ("9" * 5000, ASKED_MAX),
+        ("Mon, 30 Nov 2026 12:00:30 GMT", 30.0),
+        ("Monday, 30-Nov-26 12:00:30 GMT", 30.0),
+        ("Mon Nov 30 12:00:30 2026", 30.0),
+        ("Mon, 30 Nov 2026 11:59:00 GMT", 0.0),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", ASKED_MAX),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", None),
+    ],
+)
+def test_what_the_other_side_asks_for_is_read_in_every_form_and_within_an_hour(
+    said: str | None, seconds: float | None
+) -> None:
+    assert seconds_asked(said, datetime(2026, 11, 30, 12, 0, 0, tzinfo=UTC)) == seconds
+
+
+@given(st.text())
+def test_no_text_of_the_other_side_asks_for_more(said: str) -> None:
+    assert 0.0 <= (seconds_asked(said) or 0.0) <= ASKED_MAX
 
 
 def test_pauses_double_up_to_the_longest_and_the_last_failure_ends_it() -> None:
