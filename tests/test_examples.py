@@ -105,12 +105,12 @@ async def test_the_example_agent_finds_the_example_relays_at_a_real_dnsmasq_clos
         found = await find_sources(config, (), random.Random(1), now=0.0)
         assert server.was_asked("SRV", "_waystation._tcp.fra._sites.example.net")
     assert [tier(source) for source in found.sources] == sorted(tier(source) for source in found.sources)
-    assert {source.url: source.address for source in found.sources} == {
-        "https://relay.fra.example.net:7443": "10.1.0.10",
-        "https://relay2.fra.example.net:7443": "10.1.0.11",
-        "https://relay.iad.example.net:7443": "10.2.0.10",
-        "https://relay.hq.example.net:7443": None,
-        "disk:/mnt/dfs/waystation": None,
+    assert {source.url: source.addresses for source in found.sources} == {
+        "https://relay.fra.example.net:7443": ("10.1.0.10",),
+        "https://relay2.fra.example.net:7443": ("10.1.0.11",),
+        "https://relay.iad.example.net:7443": ("10.2.0.10",),
+        "https://relay.hq.example.net:7443": (),
+        "disk:/mnt/dfs/waystation": (),
     }
     assert found.notes == ()
 

@@ -76,8 +76,8 @@ async def test_a_name_that_was_never_known_fails_and_one_that_is_remembered_does
     world.answer = None
     with pytest.raises(UnreachableError):
         await world.names.addresses("a")
-    world.names.remember("b", "10.9.9.9")
-    world.names.remember("c", None)
+    world.names.remember("b", ("10.9.9.9",))
+    world.names.remember("c", ())
     assert await world.names.addresses("b") == ("10.9.9.9",)
     with pytest.raises(UnreachableError):
         await world.names.addresses("c")

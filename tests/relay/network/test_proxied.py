@@ -104,7 +104,7 @@ async def test_a_tunnel_leads_to_the_relays_own_certificate(environment):
         url = f"https://127.0.0.1:{runner.addresses[0][1]}"
         async with forward_proxy() as proxy:
             environment("https_proxy", proxy.url.replace("//", "//me:pass@"))
-            error = await failure(url, tls=trusted)
+            error = await failure(url, tls=lambda: trusted)
             assert not isinstance(error, ProxyError), "what stands in the tunnel is the relay's"
             assert error.message.startswith(f"relay {url}")
             assert "certificate" in (await failure(url)).message
