@@ -58,6 +58,7 @@ LONG = (
 hypothesis.settings.register_profile("steady", deadline=None)
 hypothesis.settings.load_profile("steady")
 
+_ID_BYTES = 60
 _STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", process.AUDIT_EVENT})
 _started: list[str] = []
 
@@ -72,6 +73,11 @@ sys.addaudithook(_audit)
 
 def pytest_report_header() -> list[str]:
     return [*programs_met(), f"WAYSTATION_SEED={SEED}"]
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name long bytes by their place: they may hold a token of this run, and all workers must collect the same names."""
+    return argname if isinstance(val, bytes) and len(val) > _ID_BYTES else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
