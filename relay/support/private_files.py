@@ -51,6 +51,9 @@ def make_private_file(path: str) -> None:
     folder = os.path.dirname(path)
     try:
         make_folder(folder, mode=0o700)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made: {error.strerror}") from error
+    try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         sync_folder(folder)
     except FileExistsError:

@@ -7,8 +7,8 @@ import subprocess
 import tempfile
 from functools import cache
 
-LATIN = ("LANG=en_US", "LC_ALL=", "PYTHONUTF8=0", "TZ=Pacific/Kiritimati")
-"""As on a Debian with `LANG=en_US`, which is ISO-8859-1 there."""
+LATIN = ("LANG=en_US", "LC_ALL=", "LC_CTYPE=", "PYTHONUTF8=0", "TZ=Pacific/Kiritimati")
+"""As on a Debian with `LANG=en_US`, which is ISO-8859-1 there. A Python without a locale leaves LC_CTYPE to its children."""
 PLAIN = ("LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0")
 """ASCII alone, and a Python that may not help itself."""
 

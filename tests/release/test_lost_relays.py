@@ -18,7 +18,7 @@ SLOW = Line(rate=SIZE / 2)
 
 
 class TwoSites:
-    """`fra` has a relay and a machine; `iad` too, and its relay serves every site. The way to each relay can be shaped."""
+    """Each has a relay and a machine, and each relay serves both. The way to each relay can be shaped."""
 
     def __init__(self, farm: Farm, folder: Path) -> None:
         self.farm = farm
@@ -47,7 +47,8 @@ class TwoSites:
             ],
         )
         relays = {name: {"url": url, "site": name} for name, url in self.farm.urls.items()}
-        relays["iad"]["generic"] = True
+        for relay in relays.values():
+            relay["generic"] = True
         self.farm.write_environment(relays=relays)
         return self.farm.start(
             *("release", "deploy", version, "--environment", "production", "--package", f"web={version}")
@@ -67,47 +68,55 @@ def sites(tmp_path: Path) -> Iterator[TwoSites]:
             sites.lines[name] = farm.enter(proxy)
             farm.urls[name] = f"http://127.0.0.1:{proxy.port}"
         farm.add_agent("fra1", "fra", [farm.urls["fra"], farm.urls["iad"]]).start()
-        farm.add_agent("iad1", "iad").start()
+        farm.add_agent("iad1", "iad", [farm.urls["iad"], farm.urls["fra"]]).start()
         yield sites
 
 
-def from_the_start(sites: TwoSites, deploying: Process) -> None:
+def from_the_start(sites: TwoSites, deploying: Process) -> str:
     """It was killed before."""
+    return "fra"
 
 
-def in_mid_transfer(sites: TwoSites, deploying: Process) -> None:
+def in_mid_transfer(sites: TwoSites, deploying: Process) -> str:
     before = sites.lines["fra"].counts.up
     sites.lines["fra"].wait_for(before + SIZE // 4, direction="up")
+    return "fra"
 
 
-def in_mid_pull(sites: TwoSites, deploying: Process) -> None:
-    before = sites.lines["fra"].counts.down
-    sites.lines["fra"].wait_for(before + SIZE // 4, direction="down")
+def in_mid_pull(sites: TwoSites, deploying: Process) -> str:
+    """The one that a machine pulls from: which one is measured as closer is its own affair."""
+
+    def pulled_from() -> list[str]:
+        return [name for name, line in sites.lines.items() if line.counts.down > SIZE // 4]
+
+    wait_for(pulled_from)
+    return pulled_from()[0]
 
 
-def in_a_turn(sites: TwoSites, deploying: Process) -> None:
+def in_a_turn(sites: TwoSites, deploying: Process) -> str:
     wait_for(lambda: "its turn begins" in deploying.out)
+    return "fra"
 
 
-STAGES = {
+STAGES: dict[Callable[[TwoSites, Process], str], tuple[dict[str, dict[str, Line]], dict[str, str]]] = {
     from_the_start: ({}, {}),
-    in_mid_transfer: ({"up": SLOW}, {"stall": "4s"}),
-    in_mid_pull: ({"down": SLOW}, {}),
+    in_mid_transfer: ({"fra": {"up": SLOW}}, {"stall": "4s"}),
+    in_mid_pull: ({"fra": {"down": SLOW}, "iad": {"down": SLOW}}, {}),
     in_a_turn: ({}, {}),
 }
 
 
 @pytest.mark.parametrize("lost", STAGES, ids=lambda stage: stage.__name__)
 def test_a_relay_that_is_lost_stops_no_release_where_another_one_serves_its_machines(
-    sites: TwoSites, lost: Callable[[TwoSites, Process], None]
+    sites: TwoSites, lost: Callable[[TwoSites, Process], str]
 ) -> None:
-    shape, acquire = STAGES[lost]
-    sites.lines["fra"].shape(**shape)
+    shapes, acquire = STAGES[lost]
+    for name, shape in shapes.items():
+        sites.lines[name].shape(**shape)
     if lost is from_the_start:
         sites.farm.relays["fra"].kill()
     deploying = sites.release(**acquire)
-    lost(sites, deploying)
-    sites.farm.relays["fra"].kill()
+    sites.farm.relays[lost(sites, deploying)].kill()
     done = deploying.result()
     assert done.code == 0, done.out + done.err
     assert sites.is_everywhere()
@@ -142,12 +151,11 @@ def test_a_relay_that_comes_back_during_the_deployment_is_brought_up_to_date_by_
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_machines_wait_for_their_only_relay_that_restarts_in_mid_acquisition(sites: TwoSites, direction: str) -> None:
-    line = sites.lines["iad"]
-    line.shape(**{direction: SLOW})
-    before = getattr(line.counts, direction)
+def test_machines_wait_for_relays_that_all_restart_in_mid_acquisition(sites: TwoSites, direction: str) -> None:
+    for line in sites.lines.values():
+        line.shape(**{direction: SLOW})
     deploying = sites.release()
-    line.wait_for(before + SIZE // 4, direction=direction)
+    wait_for(lambda: any(getattr(line.counts, direction) > SIZE // 4 for line in sites.lines.values()))
     sites.farm.relays["iad"].kill()
     sites.farm.relays["fra"].kill()
     wait_for(lambda: not sites.farm.relays["iad"].is_alive)
@@ -159,11 +167,10 @@ def test_machines_wait_for_their_only_relay_that_restarts_in_mid_acquisition(sit
 
 
 def test_where_no_relay_comes_back_the_reason_is_one_sentence_with_its_cause(sites: TwoSites) -> None:
-    line = sites.lines["iad"]
-    line.shape(down=SLOW)
-    before = line.counts.down
+    for line in sites.lines.values():
+        line.shape(down=SLOW)
     deploying = sites.release(stall="2s")
-    line.wait_for(before + SIZE // 4, direction="down")
+    in_mid_pull(sites, deploying)
     for relay in sites.farm.relays.values():
         relay.kill()
     done = deploying.result()
