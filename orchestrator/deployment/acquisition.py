@@ -59,7 +59,8 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
     context.filler.begin()
     try:
         async with asyncio.timeout(context.plan.acquire.deadline):
-            await together([context.filler.until_settled(), _pull_everywhere(context, arriving), _build_here(context)])
+            everywhere = asyncio.Event()
+            await together([context.filler.until_settled(everywhere), _everywhere(context, arriving, everywhere)])
     except TimeoutError as error:
         raise DeploymentFailedError(
             f"not everything was on every machine after {context.plan.acquire.deadline:.0f} s (acquire: deadline), "
@@ -67,6 +68,12 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
         ) from error
     await context.recorder.record(Barrier(tuple(machine.name for machine in context.plan.machines)))
     return facts
+
+
+async def _everywhere(context: DeploymentContext, arriving: _Arriving, done: asyncio.Event) -> None:
+    """Every machine has everything, and so has the server."""
+    await together([_pull_everywhere(context, arriving), _build_here(context)])
+    done.set()
 
 
 async def _stop_pulls(context: DeploymentContext, arriving: _Arriving) -> None:

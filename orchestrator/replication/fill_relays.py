@@ -20,6 +20,7 @@ from orchestrator.replication.send import open_relay, pacers_of, package_to_send
 from relay.errors import ChunkInvalid, ChunkMissing, StoreError, UnreachableError, WaystationError
 from relay.support.persistence import Persistence
 from relay.support.progress import Bar
+from relay.support.together import any_of
 
 if TYPE_CHECKING:
     from orchestrator.depot.depot import Depot
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 AWAY_SECONDS: Final = 15.0
 """A relay that is away in the middle for longer counts as failed, until it is back: a restart takes less."""
+_LOOK_SECONDS: Final = 60.0
+"""Between two looks where nothing happens."""
 PERSISTENCE: Final = Persistence(first_pause=1.0, longest_pause=10.0)
 """With relays that failed."""
 
@@ -63,6 +66,11 @@ class RelayFiller:
         """Of relays that failed: since when, by the loop's clock, and why last."""
         self._told: set[tuple[str, str]] = set()
         """Relays and manifests of which the journal says that one has not got the other."""
+        self._moved: dict[str, float] = {}
+        """When each relay got something last, by the loop's clock."""
+        self._here: dict[tuple[str, str], int] = {}
+        """Bytes of each manifest at each relay, the most that was heard."""
+        self._patience = min(AWAY_SECONDS, plan.acquire.stall)
         self._news = asyncio.Event()
         self._works: set[asyncio.Task[None]] = set()
 
@@ -93,21 +101,38 @@ class RelayFiller:
                 told = "; ".join(f"relay {name}: {self._failures[name][1]}" for name in relays)
                 raise UnreachableError(f"{told}, for {patience:.0f} s (acquire: stall)") from None
 
-    async def until_settled(self) -> None:
-        """Return when each relay has everything, or has failed.
+    async def until_settled(self, machines: asyncio.Event) -> None:
+        """Return when each relay has everything, or has failed. Once all `machines` have everything, one that gets nothing
+        any more has failed: without room, say, it is asked again and again.
 
         Raises:
             StoreError, ChunkInvalid, ChunkMissing: the depot's medium failed, or the depot lost some of a package.
             NotFoundError, RefusedError: a package is not in the depot, or not signed.
         """
-        while True:
-            ended = [work for work in self._works if work.done()]
-            for work in ended:
+        while lacking := self._lacking():
+            if not machines.is_set():
+                await any_of(_LOOK_SECONDS, self._news.wait(), machines.wait())
+                continue
+            until = max(self._moved[name] for name in lacking) + self._patience
+            left = until - asyncio.get_running_loop().time()
+            if left > 0:
+                await any_of(left, self._news.wait())
+                continue
+            for name in lacking:
+                for package in self._packages_lacking(name):
+                    await self._fail(name, package, f"it took nothing for {self._patience:.0f} s")
+
+    def _lacking(self) -> list[str]:
+        """Relays that did not fail, and have not got everything. Raises what ended the work on one."""
+        for work in self._works:
+            if work.done():
                 work.result()
-            open_ones = [name for name in self._states if name not in self._failures]
-            if all(set(self._states[name].values()) == {"delivered"} for name in open_ones):
-                return
-            await self._news.wait()
+        open_ones = [name for name in self._states if name not in self._failures]
+        return [name for name in open_ones if set(self._states[name].values()) != {"delivered"}]
+
+    def _packages_lacking(self, relay: str) -> list[PlannedPackage]:
+        states = self._states[relay]
+        return [one for one in packages_at(self._plan, relay) if states[one.manifest] != "delivered"]
 
     # --- which relays
 
@@ -132,6 +157,7 @@ class RelayFiller:
         for relay in relays:
             packages = packages_at(self._plan, relay.name)
             self._states[relay.name] = {package.manifest: "wanted" for package in packages}
+            self._moved[relay.name] = asyncio.get_running_loop().time()
             for package in packages:
                 # Relays that fetch from each other go together; others do not wait for each other's end.
                 key = (package.manifest, self._way_to(relay.name)[-1])
@@ -165,7 +191,10 @@ class RelayFiller:
         bars = {name: self._bar(f"{name} {what.ref}") for name in names}
 
         def heard(relay: str, here: int, whole: int) -> None:
-            self._reach(relay, package, "offered")
+            if here > self._here.get((relay, package.manifest), -1):
+                self._here[relay, package.manifest] = here
+                self._moved[relay] = asyncio.get_running_loop().time()
+                self._reach(relay, package, "offered")
             if relay in bars:
                 bars[relay](here, whole)
 
@@ -178,7 +207,7 @@ class RelayFiller:
             if isinstance(error, StoreError | ChunkInvalid | ChunkMissing):
                 raise error
             if relay in names:
-                await self._fail(relay, package, error)
+                await self._fail(relay, package, error.message)
 
         async with AsyncExitStack() as stack:
             clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in relays}
@@ -190,7 +219,7 @@ class RelayFiller:
                 self._shipping,
                 heard,
                 pacers=self._pacers,
-                patience=min(AWAY_SECONDS, self._plan.acquire.stall),
+                patience=self._patience,
                 delivered=delivered,
                 failed=failed,
             )
@@ -198,12 +227,12 @@ class RelayFiller:
             await self._recorder.record(Note(f"{what.ref}: {replan}"))
         return done
 
-    async def _fail(self, relay: str, package: PlannedPackage, error: WaystationError) -> None:
+    async def _fail(self, relay: str, package: PlannedPackage, why: str) -> None:
         since, _ = self._failures.get(relay, (asyncio.get_running_loop().time(), ""))
-        self._failures[relay] = (since, error.message)
+        self._failures[relay] = (since, why)
         if (relay, package.manifest) not in self._told:
             self._told.add((relay, package.manifest))
-            await self._recorder.record(RelayBehind(relay, package.id, package.version, error.message))
+            await self._recorder.record(RelayBehind(relay, package.id, package.version, why))
         self._states[relay][package.manifest] = "wanted"
         # Machines that have no other relay with their packages get one.
         for machine in self._plan.machines:

@@ -10,6 +10,7 @@ import pytest
 from harness.farm import Farm
 from harness.packages import noise
 from harness.process import Done, Process, wait_for
+from harness.relays import RelayProcess
 
 from benchmarks.lines.network import Line, ThreadedProxy
 
@@ -134,6 +135,19 @@ def _assert_told(sites: TwoSites, done: Done) -> None:
     assert again in sites.farm.do("release", "status").out
     sites.farm.relays["fra"].start()
     sites.farm.do(*again.split()[1:])
+
+
+def test_a_relay_without_room_is_behind_and_stops_no_release(sites: TwoSites, tmp_path: Path) -> None:
+    full = sites.farm.relays["fra"]
+    full.stop()
+    config = tmp_path / "full.yaml"
+    config.write_text(f"listen: 127.0.0.1:{full.port}\nstore: {full.store}\nsite: fra\nfree_floor: {1 << 60}\n")
+    with RelayProcess(full.home, "--config", config):
+        done = sites.release(stall="3s").result()
+        assert done.code == 0, done.out + done.err
+        assert sites.is_everywhere()
+        (why,) = {one["reason"] for one in sites.farm.status()["behind"]}
+        assert "no space left" in why or "took nothing" in why, why
 
 
 def test_a_relay_that_comes_back_during_the_deployment_is_brought_up_to_date_by_it(sites: TwoSites) -> None:
