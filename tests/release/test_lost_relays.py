@@ -11,6 +11,7 @@ from harness.farm import Farm
 from harness.packages import noise
 from harness.process import Done, Process, wait_for
 from harness.relays import RelayProcess
+from harness.seed import SOAK
 
 from benchmarks.lines.network import Line, ThreadedProxy
 
@@ -107,7 +108,7 @@ STAGES: dict[Callable[[TwoSites, Process], str], tuple[dict[str, dict[str, Line]
 }
 
 
-@pytest.mark.parametrize("lost", STAGES, ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("lost", STAGES if SOAK else [in_mid_transfer], ids=lambda stage: stage.__name__)
 def test_a_relay_that_is_lost_stops_no_release_where_another_one_serves_its_machines(
     sites: TwoSites, lost: Callable[[TwoSites, Process], str]
 ) -> None:
@@ -164,7 +165,7 @@ def test_a_relay_that_comes_back_during_the_deployment_is_brought_up_to_date_by_
     assert re.search(r"relay fra has Acme\.Web", done.out)
 
 
-@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("direction", ["up", "down"] if SOAK else ["down"])
 def test_machines_wait_for_relays_that_all_restart_in_mid_acquisition(sites: TwoSites, direction: str) -> None:
     for line in sites.lines.values():
         line.shape(**{direction: SLOW})
