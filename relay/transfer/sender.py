@@ -229,7 +229,7 @@ class Sender:
                 asked = time.monotonic()
             self._finished(ahead)
             asked = time.monotonic()
-            ahead = await self._next_soon() if flying.payload < flying.limit else None
+            ahead = await self._next_soon(flying.limit - flying.payload)
             flying.waited += time.monotonic() - asked
         yield writer.end()
 
@@ -258,10 +258,14 @@ class Sender:
         self.sent.runs.append((ahead.planned, ahead.payload.taken))
         self._tell()
 
-    async def _next_soon(self) -> RunAhead | None:
-        """The next run, where it has something to send soon; None also where the bundle had better end."""
-        ahead = await self.queue.next()
+    async def _next_soon(self, room: int) -> RunAhead | None:
+        """The next run, where it has something to send soon and its payload has room in this bundle; else None."""
+        ahead = await self.queue.next() if room > 0 else None
         if ahead is None:
+            return None
+        if ahead.planned.choice.chosen.payload_bytes > room:
+            # What is in flight can cross twice: it is not to be more than the bundles are allowed.
+            self.queue.put_back(ahead)
             return None
         try:
             async with asyncio.timeout(_READY_SECONDS):

@@ -274,9 +274,9 @@ async def test_a_fork_server_that_was_killed_is_replaced_and_its_runners_live_on
 async def test_a_fork_server_that_does_not_answer_is_left(
     tmp_path: Path, ours: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fork_server, "_ANSWER_SECONDS", 0.5)
     started(tmp_path / "one", "true")
     first = pid_of(ours)
+    monkeypatch.setattr(fork_server, "_ANSWER_SECONDS", 0.5)
     os.kill(first, signal.SIGSTOP)
     assert isinstance(started(tmp_path / "two", f"echo run >> {tmp_path}/counter"), subprocess.Popen)
     assert not Path(f"/proc/{first}").exists()
