@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from harness.dns import DOMAIN, Srv, dns_server
 from harness.farm import Farm
 from harness.haproxy_reader import were_out
 from harness.packages import noise
@@ -102,9 +103,20 @@ class Shop:
         return done, load.summary(), haproxy_log.since(whole, began)
 
 
+@contextmanager
+def _found_by_dns(farm: Farm, more_relays: Sequence[str]) -> Iterator[dict[str, str]]:
+    """What stands in agent.yaml. Relays are named `localhost`, as those without tokens answer for no other name."""
+    generic = f"_waystation._tcp.{DOMAIN}"
+    places = [(f"_waystation._tcp.fra._sites.{DOMAIN}", "fra"), *((generic, site) for site in more_relays)]
+    records = [Srv(name, "localhost", farm.relays[site].port) for name, site in places]
+    with dns_server(records, {"localhost": ["127.0.0.1"]}) as server:
+        yield {"domain": DOMAIN, "resolver": server.resolver, "scheme": "http"}
+        assert server.was_asked("SRV", generic), "nobody asked DNS"
+
+
 @asynccontextmanager
 async def shop_in(folder: Path, *more_relays: str) -> AsyncIterator[Shop]:
-    """With one relay, and those that serve every site beside it."""
+    """With one relay; or with those beside it that serve every site, and agents that find them by DNS."""
     ports = dict(zip(MACHINES, free_ports(len(MACHINES)), strict=True))
     async with Balancer(folder / "lb", {name: f"127.0.0.1:{port}" for name, port in ports.items()}) as balancer:
         with Farm(folder) as farm:
@@ -120,8 +132,9 @@ async def shop_in(folder: Path, *more_relays: str) -> AsyncIterator[Shop]:
 def _set_up(farm: Farm, balancer: Balancer, ports: dict[str, int], more_relays: Sequence[str]) -> None:
     for site in ("fra", *more_relays):
         farm.add_relay(site)
+    found = farm.enter(_found_by_dns(farm, more_relays)) if more_relays else {}
     for name in MACHINES:
-        farm.add_agent(name, relays=list(farm.urls.values())).start()
+        farm.add_agent(name, relays=[] if found else None, **found).start()
     example = REPOSITORY / "deploy" / "examples" / "haproxy" / "environments" / "lb"
     shutil.copytree(example, farm.project / "environments" / "lb")
     (farm.project / "ops").mkdir()
