@@ -58,7 +58,12 @@ _LOOK_AGAIN = 1.0
 
 @dataclass(slots=True)
 class StepsOutcome:
-    """How the steps went: why steps `failed`, in order; `left` are machines whose turn failed within what their step allows."""
+    """How the steps went.
+
+    Attributes:
+        failed: why steps failed, in order.
+        left: machines whose turn failed within what their step allows.
+    """
 
     failed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)

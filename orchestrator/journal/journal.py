@@ -70,8 +70,8 @@ class Journal:
     """An open journal. Made by `open`; a context manager.
 
     `path` is that of its file, absolute. `id` has 32 hex digits and is made with the file: orders carry it, so that agents
-    tell two orchestrators apart. Every method but `close` raises `StoreError` where the file cannot be read or written (`full`: no space left) or is
-    damaged; nothing was written then.
+    tell two orchestrators apart. Every method but `close` raises `StoreError` where the file cannot be read or written
+    (`full`: no space left) or is damaged; nothing was written then.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
@@ -329,7 +329,10 @@ class Journal:
         self._change(deployment, holder | {"state": "running", "reason": "", "ended": None}, events)
 
     def brackets(self, environment: str | None = None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
-        """All that was ever said of rotations, by deployment: what `orchestrator.journal.views.open_brackets` folds. Raises `StoreError`."""
+        """All that was ever said of rotations, by deployment: what `orchestrator.journal.views.open_brackets` folds.
+
+        Raises `StoreError`.
+        """
         query = (
             sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
             .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)

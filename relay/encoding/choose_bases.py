@@ -75,16 +75,17 @@ def choose_bases(
         return ()
     room = RUN_AND_BASES_MAX - manifest.size_of(run)
     chooser = _Chooser(max(0, room))
-    parts = _parts_of(manifest, run)
+    stretches = list(_stretches_of(manifest, run))
     trees = [one for one in held if one.manifest.package.id == manifest.package.id][:1]
     others = [one for one in held if not trees or one is not trees[0]]
-    wanted = {manifest.part_sha256(part): manifest.parts[part].size for part in parts if manifest.parts[part].size}
+    parts = [one.part for one in stretches if manifest.parts[one.part].size]
+    wanted = {manifest.part_sha256(part): manifest.parts[part].size for part in parts}
     chooser.take_equal(wanted, trees + others)
     chooser.keep_within(most)
     for tree in trees:
         sent = {*run, *missing}
         stays = {entry.id for index, entry in enumerate(manifest.chunks) if index not in sent}
-        chooser.take_tree(tree, list(_stretches_of(manifest, run)), stays)
+        chooser.take_tree(tree, stretches, stays)
     return chooser.spans(others + trees)
 
 
@@ -121,6 +122,7 @@ def worth_asking(
 class _Stretch:
     """The bytes of one part that a run holds: how many of the part are `before` it, in it, and `after` it."""
 
+    part: int
     path: str
     before: int
     size: int
@@ -138,12 +140,12 @@ class _Stretch:
 
 def _stretches_of(manifest: Manifest, run: Iterable[int]) -> Iterator[_Stretch]:
     """Of every part that has bytes in `run`, in stream order; a part in which it has a gap gives several."""
-    for first, end in from_indexes(sorted(run)):
+    for first, end in from_indexes(run):
         begin, finish = manifest.chunk_starts[first], manifest.chunk_starts[end - 1] + manifest.chunks[end - 1].size
         for part in _parts_of(manifest, range(first, end)):
             start, size = manifest.part_starts[part], manifest.parts[part].size
             low, high = max(begin, start), min(finish, start + size)
-            yield _Stretch(manifest.parts[part].path, low - start, high - low, start + size - high)
+            yield _Stretch(part, manifest.parts[part].path, low - start, high - low, start + size - high)
 
 
 class _View:

@@ -184,13 +184,7 @@ def _sync_folder(path: str) -> None:
 
 def _make_root(root: str) -> None:
     """Make the folder and its missing parents, so that they survive a power cut."""
-    missing = []
-    path = root
-    while not os.path.lexists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    make_folder(root, mode=0o700)
-    for made in missing:
+    for made in make_folder(root, mode=0o700):
         _sync_folder(os.path.dirname(made))
 
 

@@ -25,8 +25,10 @@ def write_durably(path: str, data: bytes, *, mode: int = 0o644) -> None:
     sync_folder(os.path.dirname(path) or ".")
 
 
-def make_folder(path: str, *, mode: int = 0o755) -> None:
+def make_folder(path: str, *, mode: int = 0o755) -> list[str]:
     """Make the folder `path` with this mode, and its missing parents with 0755: whatever the umask is.
+
+    Returns those that were missing, `path` first; nothing was synced yet.
 
     Raises:
         OSError: something else has one of these names, or the disk says no.
@@ -45,6 +47,7 @@ def make_folder(path: str, *, mode: int = 0o755) -> None:
                 raise
         else:
             os.chmod(folder, wanted)
+    return missing
 
 
 def sync_folder(folder: str) -> None:

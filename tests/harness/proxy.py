@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import pytest
+
 _HEAD_MAX = 64 << 10
+
+
+def without_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """No variable of the environment is about proxies any more; what sets one."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch.setenv
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import pytest
 from aiohttp import web
 
 from harness.process import Done, Process
@@ -96,17 +97,22 @@ async def relay_with(store: str | os.PathLike[str], *engines: Path, **config: An
 
 
 @asynccontextmanager
-async def small_server(routes: Iterable[web.RouteDef]) -> AsyncIterator[str]:
-    """A plain aiohttp server that may misbehave as its handlers like; its URL."""
+async def small_server(routes: Iterable[web.RouteDef], address: str = "127.0.0.1") -> AsyncIterator[str]:
+    """A plain aiohttp server that may misbehave as its handlers like; its URL.
+
+    The test is skipped where `address` is not of this machine.
+    """
     app = web.Application(client_max_size=1 << 30)
     app.add_routes(routes)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        yield f"http://{host}:{port}"
+        try:
+            await web.TCPSite(runner, address, 0).start()
+        except OSError as error:
+            pytest.skip(f"{address} cannot be listened on: {error}")
+        host = f"[{address}]" if ":" in address else address
+        yield f"http://{host}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

@@ -101,8 +101,8 @@ async def start_guarded(
 ) -> Running:
     """Serve `app` (of `guarded_app`) on `host`:`port` (0: any free one).
 
-    `ssl_context` is asked for each new connection. Without access control it listens on loopback only, and answers for loopback names only. A handler is cancelled when
-    its peer goes away: work that others wait for, too, must be shielded.
+    `ssl_context` is asked for each new connection. Without access control it listens on loopback only, and answers for
+    loopback names only. A handler is cancelled when its peer goes away: work that others wait for, too, must be shielded.
 
     Raises:
         UsageError: no C parser, a route without a scope, a listener beyond loopback without tokens, or an address that

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from harness.dns import DOMAIN, Srv, dns_server
 from harness.process import run
+from harness.relays import small_server
 
 from relay.protocol import messages
 
@@ -27,18 +28,8 @@ async def healthy_relay(address: str, asked: list[str]):
         answer = messages.HealthAnswer(status="ok", versions=(1,), time=0.0)
         return web.Response(body=msgspec.json.encode(answer), content_type=messages.JSON)
 
-    app = web.Application()
-    app.add_routes([web.get(messages.HEALTH, health)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, address, 0).start()
-        except OSError as error:
-            pytest.skip(f"{address} cannot be listened on: {error}")
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    async with small_server([web.get(messages.HEALTH, health)], address) as url:
+        yield int(url.rpartition(":")[2])
 
 
 @pytest.mark.parametrize(

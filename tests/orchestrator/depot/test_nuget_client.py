@@ -21,7 +21,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from harness.feed import at_first, body, cut, drop, redirect, running_feed
 from harness.process import eventually
-from harness.proxy import forward_proxy, plain_answer
+from harness.proxy import forward_proxy, plain_answer, without_proxies
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -652,10 +652,7 @@ async def test_a_download_that_is_given_up_by_the_caller_leaves_no_file(server, 
 @pytest.fixture
 def proxied(monkeypatch):
     """Sets variables of the environment, all others about proxies being absent."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    return monkeypatch.setenv
+    return without_proxies(monkeypatch)
 
 
 async def test_a_feed_is_asked_through_the_environments_proxy_but_for_what_no_proxy_names(server, destination, proxied):

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from harness.dns import FixedNames
+from harness.relays import small_server
 
 from relay.network.addresses import connector, open_connection
 from relay.network.way import Way
@@ -24,18 +25,8 @@ async def listening(address):
     async def where(request):
         return web.Response(text=request.transport.get_extra_info("sockname")[0])
 
-    app = web.Application()
-    app.add_routes([web.get("/", where)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, address, 0).start()
-        except OSError as error:
-            pytest.skip(f"{address} cannot be listened on: {error}")
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    async with small_server([web.get("/", where)], address) as url:
+        yield int(url.rpartition(":")[2])
 
 
 async def text_of(url, resolver):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import trustme
 from aiohttp import web
-from harness.proxy import forward_proxy, plain_answer
+from harness.proxy import forward_proxy, plain_answer, without_proxies
 from harness.relays import CLIENT_LIMITS, running_relay
 
 from relay.errors import UnreachableError, UntrustedError
@@ -25,10 +25,7 @@ FAR_TLS = "https://relay.example:7443"
 @pytest.fixture
 def environment(monkeypatch):
     """Sets variables, all others about proxies being absent."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    return monkeypatch.setenv
+    return without_proxies(monkeypatch)
 
 
 async def failure(url, **options):
