@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.audit.log import Form, log_options, log_to_stderr
 from relay.config import home
-from relay.errors import UsageError
-from relay.support.console import json_option, print_json, printable, progress_bars, run, size, table, token_file_option
+from relay.errors import NotFoundError, UsageError
+from relay.folders import check_folder
+from relay.support.console import json_option, print_json, progress_bars, run, say, size, table, token_file_option
 
 if TYPE_CHECKING:
     from agent.orders.journal import OperationRecord
@@ -121,40 +123,37 @@ def init(
     if as_json:
         print_json({"format": 1, "name": values["name"], "fingerprint": identity.fingerprint, "home": folder})
         return
-    click.echo(f"agent {values['name']} in {folder}")
-    click.echo(f"fingerprint {identity.fingerprint}")
+    say(f"agent {values['name']} in {folder}")
+    say(f"fingerprint {identity.fingerprint}")
     if pins is None:
-        click.echo("it believes no key yet: put the origin's trust.json beside agent.yaml", err=True)
+        say("it believes no key yet: put the origin's trust.json beside agent.yaml", aside=True)
 
 
 @agent.command(epilog="Example: waystation agent serve --home /var/lib/waystation/agent")
 @_relay_option
 @_home_option
 @token_file_option
-@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
-def serve(relays: tuple[str, ...], home_folder: str | None, token_file: str | None, log_level: str) -> None:
+@log_options
+def serve(
+    relays: tuple[str, ...], home_folder: str | None, token_file: str | None, log_level: str, log_format: Form | None
+) -> None:
     """Accept signed orders from the closest relays and report what became of them, until SIGTERM.
 
     Prints one line when the first relay has answered. Stopped or killed, it loses nothing: scripts run on, and the next
     start collects their results.
     """
-    import logging
-
     from agent.service import Service
     from relay.support.malloc import tame_malloc
 
     tame_malloc()
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise UsageError(f"--log-level {log_level!r}: expected debug, info, warning or error")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
     service = Service(
         _home(home_folder),
         relays=relays,
         token_file=token_file,
-        on_ready=lambda name, url: click.echo(f"agent {name} ready at {url}"),
+        on_ready=lambda name, url: say(f"agent {name} ready at {url}"),
     )
-    run(_serve(service))
+    with log_to_stderr(log_level, log_format):
+        run(_serve(service))
 
 
 async def _serve(service: Service) -> None:
@@ -179,10 +178,11 @@ def status(limit: int, home_folder: str | None, as_json: bool) -> None:
     from agent.trees.installed import AgentState
 
     folder = _home(home_folder)
-    journal = OperationJournal(folder)
+    journal, state = OperationJournal(folder), AgentState(folder)
     document = {
         "format": 1,
-        "name": name_of(AgentState(folder).config().name),
+        "name": name_of(state.config().name),
+        "damaged": state.damages(),
         "serving": platform.is_locked(lock_path(folder)),
         "fences": {name: _builtins(fence) for name, fence in sorted(journal.fences.items())},
         "operations": [_operation(record) for record in journal.newest(limit)],
@@ -210,16 +210,17 @@ def _operation(record: OperationRecord) -> dict[str, Any]:
 
 
 def _print_status(document: dict[str, Any]) -> None:
-    click.echo(f"agent {document['name']} " + ("is serving" if document["serving"] else "is not serving"))
+    say(f"agent {document['name']} " + ("is serving" if document["serving"] else "is not serving"))
     for environment, fence in document["fences"].items():
         open_or_not = "open" if fence["open"] else "ended"
-        click.echo(printable(f"{environment}: fence {fence['fence']}, deployment {fence['deployment']}, {open_or_not}"))
+        say(f"{environment}: fence {fence['fence']}, deployment {fence['deployment']}, {open_or_not}")
     rows = [[_clock(o["ordered"]), o["operation"], o["state"], o["reason"]] for o in document["operations"]]
     if rows:
-        click.echo("\n" + table(["ordered", "operation", "state", "reason"], rows))
+        say("", *table(["ordered", "operation", "state", "reason"], rows).split("\n"))
     rows = [[_clock(r["at"]), r["code"], r["operation"], r["text"]] for r in document["refusals"]]
     if rows:
-        click.echo("\n" + table(["refused", "why", "operation", ""], rows))
+        say("", *table(["refused", "why", "operation", ""], rows).split("\n"))
+    _print_damages(document["damaged"])
 
 
 def _clock(seconds: float) -> str:
@@ -265,25 +266,29 @@ def pull(
 
     request = story.parse_request(id, version, root, digest, switch=switch)
     state = AgentState(_home(home_folder))
+    _print_damages(state.damages())
 
     async def bring() -> story.Pulled:
         with progress_bars() as bar:
             async with _sources(state, relays, token_file) as sources:
-                return await story.pull(request, state, sources, state.pins(), progress=bar(f"{id} {version}"))
+                show = bar(f"{id} {version}")
+                pulled = await story.pull(request, state, sources, state.pins(), progress=show)
+                show(pulled.tree_bytes, pulled.tree_bytes)
+                return pulled
 
     result = run(bring())
     if as_json:
         print_json({"format": 1} | _builtins(result))
         return
     if result.already:
-        click.echo(f"{result.package} {result.version} is already at {result.tree}")
+        say(f"{result.package} {result.version} is already at {result.tree}")
     else:
-        click.echo(f"{result.package} {result.version} is at {result.tree} ({result.seconds:.1f} s)")
-        click.echo(_origin_of(result))
+        say(f"{result.package} {result.version} is at {result.tree} ({result.seconds:.1f} s)")
+        say(_origin_of(result))
     for name, why in result.failed.items():
-        click.echo(f"left {name}: {why}", err=True)
+        say(f"left {name}: {why}", aside=True)
     if switch:
-        click.echo("current names it now" if result.switched else "current named it already")
+        say("current names it now" if result.switched else "current named it already")
 
 
 @agent.command(epilog="Example: waystation agent relays")
@@ -330,9 +335,9 @@ def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | N
         print_json(document)
         return
     rows = [[str(n), r["url"], r["error"] or r["why"]] for n, r in enumerate(document["relays"], 1)]
-    click.echo(table(["", "relay", "why"], rows) if rows else "no relay is known")
+    say(*table(["", "relay", "why"], rows).split("\n") if rows else ["no relay is known"])
     for note in (*document["notes"], *(f"warning: {words}" for words in document["warnings"])):
-        click.echo(note, err=True)
+        say(note, aside=True)
 
 
 @agent.command(epilog="Example: waystation agent verify --root /srv/webshop")
@@ -340,15 +345,17 @@ def relays(relays: tuple[str, ...], home_folder: str | None, token_file: str | N
 @_home_option
 @json_option
 def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
-    """Compare every installed tree with its manifest, every byte. Exit code 1 where one differs."""
+    """Compare every installed tree with its manifest, every byte. Exit code 1 where one differs, or its record is damaged."""
     from agent.trees.installed import AgentState
     from agent.trees.tree import check_tree
 
     state = AgentState(_home(home_folder))
+    damages = state.damages()
+    records = [one for one in state.trees() if root is None or one.root == os.path.abspath(root)]
+    if root is not None and not records:
+        raise NotFoundError(f"no tree is installed under {root}")
     trees: list[dict[str, Any]] = []
-    for record in state.trees():
-        if root is not None and record.root != os.path.abspath(root):
-            continue
+    for record in records:
         manifest = state.manifest(record)
         if manifest is None:
             differences = [{"path": "", "problem": "its manifest is lost: pull it again"}]
@@ -358,22 +365,28 @@ def verify(root: str | None, home_folder: str | None, as_json: bool) -> int:
             {"package": record.package, "version": record.version, "tree": record.path, "differences": differences}
         )
     if as_json:
-        print_json({"format": 1, "trees": trees})
+        print_json({"format": 1, "trees": trees, "damaged": damages})
     else:
         _print_trees(trees)
-    return 1 if any(tree["differences"] for tree in trees) else 0
+        _print_damages(damages)
+    return 1 if damages or any(tree["differences"] for tree in trees) else 0
+
+
+def _print_damages(damages: list[str]) -> None:
+    for damage in damages:
+        say(damage, aside=True)
 
 
 def _print_trees(trees: list[dict[str, Any]]) -> None:
     for tree in trees:
         state = "differs" if tree["differences"] else "whole"
-        click.echo(f"{state}  {tree['package']} {tree['version']}  {tree['tree']}")
+        say(f"{state}  {tree['package']} {tree['version']}  {tree['tree']}")
         for difference in tree["differences"]:
-            click.echo(f"    {printable(difference['path'])}: {difference['problem']}")
+            say(f"    {difference['path']}: {difference['problem']}")
     if any(tree["differences"] for tree in trees):
-        click.echo("Pull it again: a whole tree is then built beside the one that differs", err=True)
+        say("Pull it again: a whole tree is then built beside the one that differs", aside=True)
     if not trees:
-        click.echo("no tree is installed")
+        say("no tree is installed")
 
 
 def _sources(state: AgentState, relays: tuple[str, ...], token_file: str | None) -> Sources:
@@ -391,7 +404,9 @@ def _origin_of(result: Pulled) -> str:
 
 
 def _home(given: str | None) -> str:
-    return os.path.abspath(given) if given else os.path.join(home(), "agent")
+    folder = os.path.abspath(given) if given else os.path.join(home(), "agent")
+    check_folder(folder, private=True)
+    return folder
 
 
 def _read_pins(path: str) -> bytes:

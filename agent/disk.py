@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ T = TypeVar("T")
 REMOVED = ".removed-"
 """How the name of a folder begins that is being removed, and may be what a crash left."""
 _JSON_MAX = 1 << 20
+_UNREAD = (OSError, ValueError, RecursionError)  # msgspec's errors are ValueErrors
 
 
 @contextmanager
@@ -30,12 +31,28 @@ def disk_errors(where: str, *, full_hint: str = "") -> Iterator[None]:
 
 
 def read_json(path: str, type: type[T]) -> T | None:
-    """What the file says; None where there is none, or it cannot be read as such."""
+    """What the file says; None where there is none, or it cannot be read as such: `damage_of` tells which."""
     try:
-        with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(_JSON_MAX), type=type)
-    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        found: T = _read_json(path, type)
+    except _UNREAD:
         return None
+    return found
+
+
+def damage_of(path: str, type: object) -> str:
+    """Why a JSON file does not say what it should; empty where it does, and where there is none."""
+    try:
+        _read_json(path, type)
+    except FileNotFoundError:
+        return ""
+    except _UNREAD as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def _read_json(path: str, type: Any) -> Any:  # noqa: ANN401 - whatever `type` is
+    with open(path, "rb") as file:
+        return msgspec.json.decode(file.read(_JSON_MAX), type=type)
 
 
 def replace_file(path: str, data: bytes) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from agent.acts import OperationBroke, OperationUnreadable, OrderAccepted
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge, why_barred
-from agent.orders.envelopes import unverified
+from agent.orders.envelopes import open_order, signer_of
 from agent.orders.journal import OperationJournal
-from agent.orders.orders import Acknowledge, Order, Stop
+from agent.orders.orders import Acknowledge, Order, Stop, action_name
 from agent.reporter import Reporter
 from agent.scheduler import Scheduler
+from relay.audit.event import tell
 from relay.errors import StoreError, WaystationError
 from relay.protocol.followed import Current
 from relay.protocol.messages import NumberedOrder
+from relay.trust.envelopes import unverified
 from relay.trust.keys import TrustPins
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -43,9 +43,9 @@ class Inbox:
         for record in self.journal.unfinished():
             try:
                 envelope = self.journal.envelope(record)
-                order = unverified(envelope, Order)
+                order = open_order(unverified(envelope, Order), self.me.sealing)
             except WaystationError as error:
-                _log.error("agent.operation_unreadable", extra={"operation": record.operation, "reason": str(error)})
+                tell(OperationUnreadable(record.operation, str(error)))
                 continue
             barred = why_barred(order, envelope, self.pins(), self.journal.memory(), self.clock())
             self.scheduler.start(record, order, barred=barred)
@@ -55,8 +55,8 @@ class Inbox:
         async with self._taking:
             await asyncio.to_thread(self.journal.forget, self.clock())
 
-    async def take(self, letter: NumberedOrder, relay: str) -> None:
-        """Obey, answer or refuse what this relay brought."""
+    async def take(self, letter: NumberedOrder, relay: str) -> bool:
+        """Obey, answer or refuse what this relay brought. Whether it is an order to this agent, obeyed now or before."""
         async with self._taking:
             verdict = judge(letter.envelope, self.pins(), self.me, self.journal.memory(), self.clock())
             try:
@@ -67,6 +67,7 @@ class Inbox:
                         self.reporter.answer_again(self.journal.operations[verdict.operation], relay)
                     case Accepted(order=order, digest=digest):
                         await self._obey(order, digest, letter.envelope)
+                        tell(_accepted(order, digest, letter.envelope, relay))
             except StoreError as error:
                 # Not obeyed: without a note of it, it could be done twice.
                 text = f"this machine cannot write it down: {error.message}"
@@ -74,9 +75,10 @@ class Inbox:
                 await self.reporter.refuse(Refused("disk", text, verdict.digest, order_of), letter.operation, relay)
             except Exception as error:
                 # No letter may end the agent: it would be read again at every start.
-                _log.exception("agent.letter_failed", extra={"operation": letter.operation, "relay": relay})
+                tell(OperationBroke(letter.operation, type(error).__name__), error)
                 text = f"the agent failed over it: {type(error).__name__}"
                 await self.reporter.refuse(Refused("internal", text, verdict.digest), letter.operation, relay)
+            return not isinstance(verdict, Refused)
 
     async def _obey(self, order: Order, digest: str, envelope: bytes) -> None:
         match order.action:
@@ -102,3 +104,8 @@ class Inbox:
         """A key that may order in one environment has no say about the others."""
         record = self.journal.operations.get(operation)
         return record is not None and record.environment == environment
+
+
+def _accepted(order: Order, digest: str, envelope: bytes, relay: str) -> OrderAccepted:
+    key, action = signer_of(envelope), action_name(order.action)
+    return OrderAccepted(order.operation, action, order.environment, order.fence, key, digest, relay)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,19 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import platform
-from agent.checks import run_checks
+from agent.acts import (
+    OperationBroke,
+    PullBegun,
+    PullEnded,
+    PullFailed,
+    PullWaits,
+    ScriptEnded,
+    ScriptStarted,
+    ServiceControlled,
+    Settled,
+    Switched,
+)
+from agent.checks.run_checks import run_checks
 from agent.config import AgentConfig
 from agent.orders.envelopes import open_sealed, secret_context
 from agent.orders.orders import (
@@ -31,6 +42,7 @@ from agent.orders.orders import (
     Order,
     PackageTree,
     RunScript,
+    SealedAction,
     Settle,
     State,
     Stop,
@@ -53,6 +65,7 @@ from agent.trees import pull as story
 from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.pull import Pulled, PullRequest, check_signature, switch_to
 from agent.trees.tree import damage_in, is_whole
+from relay.audit.event import tell
 from relay.errors import SignatureError, StoreError, UsageError, WaystationError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef
 from relay.protocol.followed import Current
@@ -70,8 +83,6 @@ _TEXT_CHARS = 400
 """Of one check's words: those of 64 checks must fit into a report."""
 _PERSISTENCE = Persistence(first_pause=0.5, longest_pause=5.0, spread=0.5)
 """With relays of which none can give a tree now: those that lost one relay do not come back to it at once."""
-_log = logging.getLogger(__name__)
-
 Output = Callable[[str, int], None]
 """Called as output grows: (path of the file that it is in, bytes that it has)."""
 
@@ -139,21 +150,21 @@ class Operations:
                 case ControlService() as action:
                     return await self._run(job, partial(self._service, action, job), idempotent=action.idempotent)
                 case Switch() as action:
-                    return Ended("done", facts=await asyncio.to_thread(self._switch, action))
+                    return Ended("done", facts=await asyncio.to_thread(self._switch, action, job.order.operation))
                 case Verify() as action:
                     return await self._verify(action)
                 case Settle() as action:
-                    await asyncio.to_thread(self._settle, action)
+                    await asyncio.to_thread(self._settle, action, job.order.operation)
                     return Ended("done")
-                case Stop() | Acknowledge():
-                    raise AssertionError("about other operations: the service's own")
+                case Stop() | Acknowledge() | SealedAction():
+                    raise AssertionError("about other operations, or not opened: not for here")
         except (NotRunError, UsageError) as error:
             return Ended("refused", str(error)[:_REASON_CHARS])
         except WaystationError as error:
             return Ended("failed", str(error)[:_REASON_CHARS])
         # A mistake of ours is the end of the operation, too: the orchestrator would wait for one for ever.
         except Exception as error:
-            _log.exception("agent.operation_broke", extra={"operation": job.order.operation})
+            tell(OperationBroke(job.order.operation, type(error).__name__), error)
             return Ended("failed", f"the agent failed: {type(error).__name__}: {error}"[:_REASON_CHARS])
 
     def prune_scripts(self) -> None:
@@ -237,6 +248,8 @@ class Operations:
             most = max(most, done)
             job.on_progress(before + done, before + whole)
 
+        operation, package = job.order.operation, request.package
+        tell(PullBegun(operation, str(package.id), package.version.normalized, request.root))
         result = await asyncio.to_thread(story.installed, request, self.state, self.pins())
         bearing = Bearing(replace(_PERSISTENCE, patience=action.stall), gained=lambda: most)
         while result is None:
@@ -245,10 +258,13 @@ class Operations:
             except WaystationError as error:
                 pause = bearing.pause_after(error)
                 if pause is None or not bearing.has_patience or not story.may_come(error):
+                    tell(PullFailed(operation, str(package.id), package.version.normalized, error.message))
                     raise
-                _log.warning("agent.pull_waits", extra={"reason": error.message})
+                tell(PullWaits(job.order.operation, error.message))
                 await asyncio.sleep(pause)
-        return _tree_pulled(result)
+        pulled = _tree_pulled(result)
+        tell(_pull_ended(operation, pulled))
+        return pulled
 
     async def _pull_once(self, request: PullRequest, action: Acquire, job: Job, heard: Progress) -> Pulled:
         path = Path(self.state.home) / "relays.json"
@@ -259,7 +275,7 @@ class Operations:
                 request, self.state, sources, self.pins(), progress=heard, stall_seconds=action.stall
             )
 
-    def _switch(self, action: Switch) -> SwitchFacts:
+    def _switch(self, action: Switch, operation: str) -> SwitchFacts:
         root = self._root(action.root)
         record = self._installed(root, action.manifest)
         manifest = self.state.manifest(record)
@@ -268,15 +284,17 @@ class Operations:
             raise StoreError(f"the tree {record.path} is not whole any more ({damage})", hint="Acquire it again")
         before = _current_path(root)
         switch_to(record)
+        tell(Switched(operation, root, before, record.path))
         return SwitchFacts(before=before, after=record.path)
 
-    def _settle(self, action: Settle) -> None:
+    def _settle(self, action: Settle, operation: str) -> None:
         root = self._root(action.root)
         record = self._installed(root, action.manifest)
         if _current_path(root) != record.path:
             current = _current_path(root) or "nothing"
             raise StoreError(f"current of {root} names {current}, not {record.path}: it is not settled")
         settled = self.state.settle(record, action.fingerprint)
+        tell(Settled(operation, root, record.path))
         self.state.prune(root, action.keep, {record.path, settled.before})
 
     def _installed(self, root: str, manifest: str) -> TreeRecord:
@@ -312,7 +330,11 @@ class Operations:
                 raise NotRunError(f"it did not begin before this agent was restarted, and now {job.barred}")
             spec, environment = await asyncio.to_thread(prepare)
             await asyncio.to_thread(runs.launch, folder, spec, environment)
-        return await _watch(folder, job.on_output)
+            tell(_begun(job.order))
+        ended = await _watch(folder, job.on_output)
+        seconds = max(0.0, ended.ended - ended.started)
+        tell(ScriptEnded(job.order.operation, ended.state, ended.exit_status, seconds, ended.log_bytes))
+        return ended
 
     def _script(self, action: RunScript, job: Job) -> tuple[RunSpec, dict[str, str]]:
         command = self._script_command(action.package, action.path)
@@ -344,8 +366,7 @@ class Operations:
             check_signature(manifest, self.state.signature(manifest.id), self.pins())
         except SignatureError as error:
             raise NotRunError(f"{manifest.package} holds the script, but {error.message}") from error
-        paths = [part.path for part in manifest.parts[: manifest.tree_parts]]
-        if path not in paths:
+        if path not in manifest.tree_paths:
             raise NotRunError(f"{manifest.package} holds no {path!r}")
         script = os.path.join(record.path, path)
         if damage := damage_in(record.path, manifest):
@@ -394,6 +415,30 @@ class Operations:
             raise NotRunError(f"{check.argv[0][:200]!r} is not of a signed package, and nothing else is run here")
         command = self._script_command(check.package, check.argv[0])
         return msgspec.structs.replace(timed, check=CommandCheck((*command, *check.argv[1:])))
+
+
+def _begun(order: Order) -> ScriptStarted | ServiceControlled:
+    match order.action:
+        case RunScript(package=package, path=path):
+            return ScriptStarted(order.operation, package, path)
+        case ControlService(name=name, action=action):
+            return ServiceControlled(order.operation, name, action)
+    raise AssertionError("nothing else is run")
+
+
+def _pull_ended(operation: str, pulled: TreePulled) -> PullEnded:
+    return PullEnded(
+        operation=operation,
+        package=pulled.package,
+        version=pulled.version,
+        tree=pulled.path,
+        already=pulled.already,
+        bytes=pulled.tree_bytes,
+        from_disk=pulled.from_disk_bytes,
+        from_relays=tuple(f"{relay} {count}" for relay, count in pulled.from_relays.items()),
+        wire_bytes=pulled.wire_bytes,
+        seconds=pulled.seconds,
+    )
 
 
 async def _watch(folder: str, on_output: Output) -> Ended:

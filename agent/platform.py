@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -103,20 +104,6 @@ def free_bytes(folder: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def is_private(folder: str) -> bool:
-    """Whether `folder` is a real folder (no link) of this user, that no other can write to. Raises `OSError`."""
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode):
-        return False
-    return not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not found.st_mode & 0o077)
-
-
-def is_open_to_all(folder: str) -> bool:
-    """Whether everybody may rename and remove what others put into `folder`. Raises `OSError`."""
-    mode = os.stat(folder).st_mode
-    return hasattr(os, "geteuid") and bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
-
-
 # --- durability
 
 
@@ -151,14 +138,18 @@ def point_current(root: str, target: str) -> None:
     """Let `root/current` name the folder `target` (relative to `root`), in one step: a new link, renamed over the old.
 
     Raises:
+        FileExistsError: something that is no link has this name; it is untouched.
         OSError: it names what it named before.
     """
+    current = os.path.join(root, "current")
+    if os.path.lexists(current) and not os.path.islink(current):
+        raise FileExistsError(errno.EEXIST, "it is no link", current)
     temporary = os.path.join(root, f".current-{os.getpid()}")
     if os.path.lexists(temporary):
         os.unlink(temporary)
     os.symlink(target, temporary)
     try:
-        os.rename(temporary, os.path.join(root, "current"))
+        os.rename(temporary, current)
     except OSError:
         os.unlink(temporary)
         raise
@@ -312,10 +303,10 @@ class LastArgument:
             ctypes.memmove(self._at, os.fsencode(text)[: self._room].ljust(self._room, b"\0"), self._room)
 
 
-def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: int) -> int:
+def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: int, errors: int | None = None) -> int:
     """Start `argv` as the leader of a new session and group, in this process's folder, and answer its process id.
 
-    `output` takes all that it prints; its standard input is empty, and no signal is blocked or ignored.
+    `output` takes what it prints, and `errors` what it prints as errors (without it, `output` too); its standard input is empty, and no signal is blocked or ignored.
 
     Raises:
         OSError: it could not be started, and nothing ran.
@@ -327,7 +318,7 @@ def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: in
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, output, 1),
-            (os.POSIX_SPAWN_DUP2, output, 2),
+            (os.POSIX_SPAWN_DUP2, output if errors is None else errors, 2),
         ],
         setsid=True,
         setsigmask=(),
@@ -439,16 +430,15 @@ class Wakes:
         os.close(self.descriptor)
         os.close(self._told)
 
-    def wait(self, other: int | None, seconds: float | None) -> bool:
-        """Wait until the system tells something, `other` can be read (True) or the time is over."""
-        poll = select.poll()
-        poll.register(self.descriptor, select.POLLIN)
-        if other is not None:
-            poll.register(other, select.POLLIN)
+    def wait(self, others: Iterable[int], seconds: float | None) -> list[int]:
+        """Wait until the system tells something, one of `others` can be read (those, in their order) or the time is over."""
+        others, poll = list(others), select.poll()
+        for descriptor in (self.descriptor, *others):
+            poll.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(None if seconds is None else max(0.0, seconds) * 1000)}
         if self.descriptor in ready:
             os.read(self.descriptor, 4096)
-        return other in ready
+        return [descriptor for descriptor in others if descriptor in ready]
 
 
 def _process_fields(name: str) -> list[bytes]:

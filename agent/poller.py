@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import time
@@ -13,14 +12,17 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from agent.acts import PollBroke, RelayBack, RelayLeft
 from agent.disk import read_json, replace_file
 from agent.inbox import Inbox
 from agent.relays.sources import Sources
 from agent.reporter import Reporter
-from relay.errors import WaystationError
+from agent.trees.installed import CURSORS
+from relay.audit.event import tell
+from relay.errors import UnreachableError, UntrustedError, WaystationError
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.protocol.mail_client import MailClient
+from relay.protocol.mail_client import Brought, MailClient
 from relay.support.persistence import Persistence
 
 POLLED = 2
@@ -28,7 +30,15 @@ POLLED = 2
 PERSISTENCE = Persistence(first_pause=0.75, longest_pause=15.0, spread=2 / 3)
 """Of an agent with a relay that failed."""
 
-_log = logging.getLogger(__name__)
+FRUITLESS_BORNE = 1
+"""Polls in a row that a relay answers early and with nothing new: one that is about to stop does that once."""
+
+
+class FruitlessError(UnreachableError):
+    """A relay that does not let polls wait, and has nothing new to say."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url} answers polls at once, and with nothing new")
 
 
 @dataclass(eq=False)
@@ -39,6 +49,8 @@ class MailRelays:
     _polled: set[str] = field(default_factory=set, init=False)
     _fails: dict[str, int] = field(default_factory=dict, init=False)
     _down_until: dict[str, float] = field(default_factory=dict, init=False)
+    _fruitless: dict[str, int] = field(default_factory=dict, init=False)
+    """Polls in a row that brought nothing and were not kept waiting, by relay."""
 
     def for_mail(self) -> list[RelayClient]:
         """All of them: those that are polled first, those that just failed last."""
@@ -59,9 +71,18 @@ class MailRelays:
         """It is not polled any more."""
         self._polled.discard(relay.url)
 
-    def answered(self, relay: RelayClient) -> None:
-        self._fails.pop(relay.url, None)
-        self._down_until.pop(relay.url, None)
+    def served(self, relay: RelayClient) -> None:
+        """It kept a poll waiting as it should, or brought something new."""
+        if self._fails.pop(relay.url, None):
+            tell(RelayBack(relay.url))
+        for known in (self._down_until, self._fruitless):
+            known.pop(relay.url, None)
+
+    def was_fruitless(self, relay: RelayClient) -> None:
+        """It answered early, and with nothing new. Raises `FruitlessError` where that is its habit."""
+        count = self._fruitless[relay.url] = self._fruitless.get(relay.url, 0) + 1
+        if count > FRUITLESS_BORNE:
+            raise FruitlessError(relay.url)
 
     def failed(self, relay: RelayClient, error: WaystationError) -> None:
         """Leave it alone for a while, longer each time in a row."""
@@ -69,7 +90,7 @@ class MailRelays:
         self._down_until[relay.url] = time.monotonic() + PERSISTENCE.pause(fails)
         self.sources.failed(relay.url, error)
         if fails == 1:
-            _log.warning("agent.poll_failed: %s", error, extra={"relay": relay.url})
+            tell(RelayLeft(relay.url, error.message))
 
     def _ranked(self) -> list[RelayClient]:
         return [source for source in self.sources.in_order() if isinstance(source, RelayClient)]
@@ -86,7 +107,7 @@ class Cursors:
 
     def __init__(self, home: str) -> None:
         """Read them; blocking."""
-        self._path = os.path.join(home, "cursors.json")
+        self._path = os.path.join(home, CURSORS)
         self._by_url = read_json(self._path, dict[str, messages.Cursor]) or {}
 
     def get(self, url: str) -> messages.Cursor | None:
@@ -115,6 +136,7 @@ class Poller:
     inbox: Inbox
     reporter: Reporter
     on_ready: Callable[[str], None] | None
+    _brought: dict[str, Brought] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
         """Poll, for ever."""
@@ -133,6 +155,10 @@ class Poller:
                 await self._poll_relay(relay)
             except WaystationError as error:
                 self.relays.failed(relay, error)
+            except Exception as error:
+                # Whatever a relay answers, the agent goes on with the others.
+                tell(PollBroke(relay.url, type(error).__name__), error)
+                self.relays.failed(relay, UntrustedError(f"the agent failed over it: {type(error).__name__}"))
             finally:
                 self.relays.let_go(relay)
 
@@ -142,23 +168,37 @@ class Poller:
         while True:
             asked = time.monotonic()
             answer = await self._ask(relay, wait)
-            for letter in answer.orders:
-                await self.inbox.take(letter, relay.url)
-            await self.cursors.advance(relay.url, answer)
+            seconds = time.monotonic() - asked
+            is_news = await self._take(answer, relay)
+            if is_news or (wait and seconds > wait / 2):
+                self.relays.served(relay)
             if not self.relays.is_wanted(relay):
                 return
-            if wait and not answer.orders and time.monotonic() - asked < 1.0:
-                # Nothing, and at once: it is about to stop. The process that answers next may know nothing of before.
+            if wait and not is_news and seconds <= wait / 2:
+                # It may be about to stop: the process that answers next may know nothing of before.
+                self.relays.was_fruitless(relay)
                 await asyncio.sleep(_spread(0.1, 0.3))
                 wait = 0.0
             else:
                 wait = messages.POLL_SECONDS
 
+    async def _take(self, answer: messages.PollAnswer, relay: RelayClient) -> bool:
+        """Whether there was a good letter in it that this relay did not bring before."""
+        brought, before = self._brought.setdefault(relay.url, Brought()), self.cursors.get(relay.url)
+        has_lost_mail = before is None or before.epoch != answer.epoch
+        is_news = False
+        for letter in answer.orders:
+            is_new = brought.is_news(letter.envelope)
+            if is_new or has_lost_mail:
+                is_good = await self.inbox.take(letter, relay.url)
+                is_news = is_news or (is_new and is_good)
+        await self.cursors.advance(relay.url, answer)
+        return is_news
+
     async def _ask(self, relay: RelayClient, wait: float) -> messages.PollAnswer:
         cursor = self.cursors.get(relay.url)
         request = messages.PollRequest(presence=self.reporter.presence(), after=cursor, wait=wait)
         answer = await MailClient(relay).poll(self.reporter.author.name, request)
-        self.relays.answered(relay)
         if self.on_ready is not None:
             self.on_ready(relay.url)
             self.on_ready = None

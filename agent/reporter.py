@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import logging
 import os
 import re
+import secrets
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import platform
+from agent.acts import OperationEnded, OrderRefused, ReportNotKept
 from agent.operations import Ended, last_run
 from agent.orders.acceptance import Refused
 from agent.orders.envelopes import sign_presence, sign_report
 from agent.orders.journal import OperationJournal, OperationRecord
 from agent.orders.keys import AgentIdentity
-from agent.orders.orders import Presence, Report, deployment_of
-from agent.orders.outbox import Outbox
+from agent.orders.orders import SEALED_ACTIONS, Presence, Report, deployment_of
+from agent.orders.outbox import COPIES, Outbox
 from agent.runs.runner import OUTPUT
+from relay.audit.event import tell
 from relay.errors import StoreError, UsageError
 from relay.protocol import messages
 
@@ -36,8 +39,6 @@ PROGRESS_SECONDS = 1.0
 _REASON_MAX = 4096
 _REFUSED_SHOWN = 8
 _REFUSAL_NUMBERS = 1 << 52
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Reporter:
     clock: Callable[[], float]
     _version: str = field(default_factory=partial(importlib.metadata.version, "waystation"), init=False)
     _number: int = field(default=0, init=False)
+    _start: str = field(default_factory=partial(secrets.token_hex, 8), init=False)
+    _started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
 
     def presence(self) -> bytes:
         """An envelope that says: this agent is there now."""
@@ -75,6 +81,10 @@ class Reporter:
             time=self.clock(),
             fences=dict(self.journal.fences),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
+            understands=(SEALED_ACTIONS,),
+            start=self._start,
+            started=self._started,
+            host=socket.gethostname()[:255],
         )
         return sign_presence(presence, self.author.signer)
 
@@ -84,23 +94,27 @@ class Reporter:
         """Report that it runs, and its (bytes done, bytes of the whole) whenever they change, until this is cancelled."""
         await asyncio.sleep(RUNNING_AFTER)
         told: tuple[int, int] | None = None
+        # Its first word shows that the order was heard, so it goes to more than one relay.
+        kind, copies = "running", COPIES
         while True:
             now = progress()
             if now != told:
                 told = now
                 report = self._report(record.operation, record.digest, self._next_number(), Ended("running"))
                 report = msgspec.structs.replace(report, done=now[0], whole=now[1])
-                self.outbox.note(record.deployment, self._letter(report), "progress")
+                self.outbox.note(record.deployment, self._letter(report), kind, copies=copies)
+                kind, copies = "progress", 1
             await asyncio.sleep(PROGRESS_SECONDS)
 
     async def finish(self, record: OperationRecord, ended: Ended, *, durable: bool) -> None:
         """Keep how it ended, as the journal's `finish` does, and report it until that is acknowledged."""
+        tell(_ended(record, ended))
         report = self._report(record.operation, record.digest, self._next_number(), ended)
         envelope = self._letter(report).envelope
         try:
             await asyncio.to_thread(self.journal.finish, record, report, envelope, durable=durable)
         except StoreError as error:
-            _log.error("agent.report_not_kept", extra={"operation": record.operation, "reason": str(error)})
+            tell(ReportNotKept(record.operation, str(error)))
         self.send_final(record)
 
     def send_final(self, record: OperationRecord) -> None:
@@ -120,7 +134,7 @@ class Reporter:
             return
         if not record.acknowledged:
             self.outbox.again(record.operation, relay)
-        elif envelope := self.journal.report(record):
+        elif self.outbox.may_say_again(record.operation) and (envelope := self.journal.report(record)):
             letter = messages.ReportLetter(operation=record.operation, number=record.report.number, envelope=envelope)
             self.outbox.note(record.deployment, letter, "again")
 
@@ -148,7 +162,9 @@ class Reporter:
             now=self.clock(),
         )
         if is_new:
-            _log.warning("agent.order_refused: %s", refused.text, extra={"operation": operation, "relay": relay})
+            tell(OrderRefused(operation, refused.code, refused.text, refused.digest, relay))
+        if not self.outbox.may_say_again(refused.digest):
+            return
         deployment = deployment_of(operation)
         if not (re.search(messages.OPERATION_ID, operation) and re.search(messages.DEPLOYMENT_ID, deployment)):
             return
@@ -190,3 +206,10 @@ class Reporter:
             # The end must be reported, also where all that was found out does not fit.
             envelope = sign_report(msgspec.structs.replace(report, facts=None), self.author.signer)
         return messages.ReportLetter(operation=report.operation, number=report.number, envelope=envelope)
+
+
+def _ended(record: OperationRecord, ended: Ended) -> OperationEnded:
+    # What a check saw, and was told to see, may be the value of a variable.
+    why = "" if record.action == "verify" else ended.reason
+    seconds = max(0.0, ended.ended - ended.started)
+    return OperationEnded(record.operation, record.action, ended.state, ended.exit_status, seconds, why)

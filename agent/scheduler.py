@@ -61,10 +61,13 @@ class Scheduler:
         self._active[record.operation] = active
         active.task = self.tasks.create_task(self._operate(active, barred))
 
-    def leave(self) -> None:
-        """The agent ends. Runners go on by themselves, and the next process collects their results."""
+    def leave(self) -> int:
+        """The agent ends: how many operations are under way. Runners go on by themselves, and the next process collects
+        their results.
+        """
         for active in self._active.values():
             active.task.cancel()
+        return len(self._active)
 
     # --- stopping
 

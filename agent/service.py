@@ -7,7 +7,7 @@ may be killed at any moment: runners live on by themselves, and the journal says
 from __future__ import annotations
 
 import asyncio
-import logging
+import importlib.metadata
 import os
 import random
 import re
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from agent import platform
+from agent.acts import AgentReady, AgentStarted, AgentStopped, HomeDamaged, NoRelay, TendingFailed
 from agent.inbox import Inbox
 from agent.operations import Operations
 from agent.orders.acceptance import Me
@@ -29,6 +30,7 @@ from agent.relays.sources import Sources
 from agent.reporter import Author, Reporter
 from agent.scheduler import Scheduler
 from agent.trees.installed import AgentState
+from relay.audit.event import tell
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.protocol import messages
 from relay.protocol.connection import ClientLimits
@@ -39,8 +41,6 @@ LIMITS = ClientLimits(connect_seconds=5.0, answer_seconds=15.0, attempts=1)
 TEND_SECONDS = 60.0
 STOP_SECONDS = 1.0
 """Letters on their way have so long when the agent is stopped."""
-
-_log = logging.getLogger(__name__)
 
 
 class Service:
@@ -73,6 +73,8 @@ class Service:
         """
         state = AgentState(home)
         config, pins = state.config(), state.followed_pins()
+        for damage in state.damages():
+            tell(HomeDamaged(damage))
         self._home = home
         self._pins = pins
         self._on_ready = on_ready
@@ -82,7 +84,8 @@ class Service:
         )
         identity = load_agent_identity(home)
         self._author = Author(name_of(config.name), config.site or "", identity, load_report_signer(home))
-        self._operations = Operations(state, config, pins, load_sealing_key(home), relays=relays, token_file=token_file)
+        self._sealing = load_sealing_key(home)
+        self._operations = Operations(state, config, pins, self._sealing, relays=relays, token_file=token_file)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Runners are left alone then: the next process collects their results.
@@ -109,24 +112,29 @@ class Service:
         return journal
 
     async def _work(self, journal: OperationJournal, cursors: Cursors, sources: Sources, stop: asyncio.Event) -> None:
-        relays, name = MailRelays(sources), self._author.name
+        relays, name, key = MailRelays(sources), self._author.name, self._author.identity.fingerprint
+        tell(AgentStarted(importlib.metadata.version("waystation"), os.getpid(), name, key, self._home))
         outbox = Outbox(name, relays.for_mail)
         reporter = Reporter(self._author, journal, outbox, self._clock)
         async with asyncio.TaskGroup() as tasks:
             scheduler = Scheduler(self._operations, journal, reporter, tasks, self._clock)
-            me = Me(name, self._author.identity.fingerprint)
+            me = Me(name, key, self._sealing)
             inbox = Inbox(me, self._pins, journal, scheduler, reporter, self._clock)
-            poller = Poller(relays, cursors, inbox, reporter, lambda url: self._on_ready(name, url))
+            poller = Poller(relays, cursors, inbox, reporter, self._tell_ready)
             always = (poller.run(), outbox.run(), _look_for_relays(sources), _tend(sources, inbox))
             standing = [tasks.create_task(each) for each in always]
             if not relays.for_mail():
-                _log.warning("agent.no_relay: no relay that carries orders is known (%s)", "; ".join(sources.notes))
+                tell(NoRelay(tuple(sources.notes) or ("none is configured",)))
             inbox.take_up()
             await stop.wait()
             await outbox.flush(STOP_SECONDS)
             for task in standing:
                 task.cancel()
-            scheduler.leave()
+            tell(AgentStopped(scheduler.leave()))
+
+    def _tell_ready(self, relay: str) -> None:
+        tell(AgentReady(relay))
+        self._on_ready(self._author.name, relay)
 
 
 async def _look_for_relays(sources: Sources) -> None:
@@ -146,7 +154,7 @@ async def _tend(sources: Sources, inbox: Inbox) -> None:
             told.tell(sources.endings(), datetime.now(UTC))
             await inbox.forget()
         except WaystationError as error:
-            _log.warning("agent.tending_failed", extra={"reason": str(error)})
+            tell(TendingFailed(str(error)))
 
 
 def name_of(configured: str) -> str:

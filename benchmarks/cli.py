@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestrator.commands.options import SECONDS
 from relay.errors import UsageError, WaystationError
-from relay.support.console import ca_file_option, json_option, print_json, printable, run, token_file_option
+from relay.support.console import ca_file_option, json_option, print_json, run, say, token_file_option
 
 if TYPE_CHECKING:
     from benchmarks.line import LineReport, Plan
     from benchmarks.transfer import Shape
+    from relay.encoding.planner import Prefer
 
 
 @click.group()
@@ -21,7 +23,14 @@ def bench() -> None:
 
 @bench.command(epilog="Example: waystation bench line --relay https://relay.fra.example:7443 --seconds 30")
 @click.option("--relay", "url", required=True, metavar="URL", help="The relay at the other end.")
-@click.option("--seconds", default=20.0, show_default=True, metavar="N", help="About how long to measure in all.")
+@click.option(
+    "--seconds",
+    type=SECONDS,
+    default=20.0,
+    show_default=True,
+    metavar="TIME",
+    help="About how long to measure in all: seconds, or such as 2m.",
+)
 @click.option(
     "--connections", default="1,2,4,8", show_default=True, metavar="N,N…", help="How many at once, one after another."
 )
@@ -37,15 +46,14 @@ def line(
     """
     import msgspec
 
-    from benchmarks.line import Plan, parse_connections, text_of
+    from benchmarks.line import Plan, conclusion_of, parse_connections, text_of
 
-    if seconds <= 0:
-        raise UsageError("--seconds is above 0")
     report = run(_line(url, seconds, Plan(parse_connections(connections)), token_file, ca_file))
     if as_json:
-        print_json({"format": 1} | msgspec.to_builtins(report))
+        conclusion = msgspec.to_builtins(conclusion_of(report))
+        print_json({"format": 1} | msgspec.to_builtins(report) | {"conclusion": conclusion})
     else:
-        click.echo(text_of(report))
+        say(*text_of(report).split("\n"))
 
 
 async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca_file: str | None) -> LineReport:
@@ -87,6 +95,14 @@ async def _line(url: str, seconds: float, plan: Plan, token_file: str | None, ca
     metavar="N",
     help="Transfers of each, from 1 to 100.",
 )
+@click.option(
+    "--prefer",
+    type=click.Choice(["bytes", "time"]),
+    default="bytes",
+    show_default=True,
+    metavar="bytes|time",
+    help="What is planned, as for package replicate.",
+)
 @click.option("--depot", metavar="LOCATION", help="Where ID VERSION is. [default: depot in $WAYSTATION_HOME]")
 @token_file_option
 @ca_file_option
@@ -98,6 +114,7 @@ def transfer(
     url: str | None,
     encodings: str,
     repeat: int,
+    prefer: Prefer,
     depot: str | None,
     token_file: str | None,
     ca_file: str | None,
@@ -110,20 +127,25 @@ def transfer(
     the same rate and latency. With --relay the line to that relay is measured first, as 'bench line' does, and built
     alike; the relay is sent nothing but that, and no package. Its token needs the scope `write`.
     """
-    from benchmarks.transfer import Wanted, bench_transfer, document_of, how, parse_encodings, parse_shape, text_of
+    import msgspec
+
+    from benchmarks import transfer as story
 
     if (shape is None) == (url is None):
         raise UsageError("give a line by --line MBIT,MS, or a relay to measure it by --relay URL")
-    wanted = Wanted(names, base, depot, parse_encodings(encodings), repeat)
-    line = parse_shape(shape) if shape is not None else run(_shape(str(url), token_file, ca_file))
+    wanted = story.Wanted(names, base, depot, story.parse_encodings(encodings), repeat, prefer)
+    line = story.parse_shape(shape) if shape is not None else run(_shape(str(url), token_file, ca_file))
     try:
-        case = bench_transfer(wanted, line, _tell)
+        case = story.bench_transfer(wanted, line, _tell)
     except RuntimeError as error:
         raise WaystationError(str(error)) from error
+    conclusion = story.conclusion_of(case, url) if url else story.conclusion_of(case)
     if as_json:
-        print_json({"format": 1, "made_of": how()} | document_of(case))
+        told = {"conclusion": msgspec.to_builtins(conclusion)}
+        print_json({"format": 1, "made_of": story.how()} | story.document_of(case) | told)
     else:
-        click.echo(f"{text_of(case)}\n{repeat} transfers each, median; the line: {how()}")
+        made = f"{repeat} transfers each, median; the line: {story.how()}"
+        say(*story.text_of(case).split("\n"), made, "", *conclusion.text.split("\n"))
 
 
 async def _shape(url: str, token_file: str | None, ca_file: str | None) -> Shape:
@@ -135,4 +157,4 @@ async def _shape(url: str, token_file: str | None, ca_file: str | None) -> Shape
 
 
 def _tell(text: str) -> None:
-    click.echo(printable(text), err=True)
+    say(text, aside=True)

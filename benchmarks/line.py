@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from benchmarks.support.conclusion import Conclusion, of_line
 from relay.errors import UsageError
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
@@ -153,6 +154,15 @@ async def _seconds(work: Awaitable[object]) -> float:
     return time.perf_counter() - began
 
 
+def conclusion_of(report: LineReport) -> Conclusion:
+    """What follows for packages that are sent to this relay."""
+    goodput: dict[int, float] = {}
+    for cell in report.cells:
+        if cell.direction == "up" and cell.goodput is not None:
+            goodput[cell.connections] = max(goodput.get(cell.connections, 0.0), cell.goodput.median)
+    return of_line(report.relay, goodput)
+
+
 # --- words
 
 
@@ -175,6 +185,7 @@ def text_of(report: LineReport) -> str:
     parts.append(table(["one core, MB/s", "here", "relay"], [*rows, cores], right=frozenset({1, 2})))
     if any(cell.goodput is None for cell in report.cells):
         parts.append("-: no time for it; give more by --seconds")
+    parts.append(conclusion_of(report).text)
     return "\n\n".join(parts)
 
 

@@ -303,7 +303,9 @@ def own_time(logs: str, operation: str) -> float:
 def _stamps(logs: str, operation: str) -> list[float]:
     """Seconds since 1970 that a script printed."""
     log = Path(logs, f"{OperationId.parse(operation).file_name}.log")
-    return [int(line) / 1e9 for line in log.read_text(encoding="ascii").splitlines()] if log.exists() else []
+    # A line ends in what was printed; before it stand time and stream.
+    lines = log.read_text(encoding="ascii").splitlines() if log.exists() else []
+    return [int(line.rpartition(" ")[2]) / 1e9 for line in lines]
 
 
 def tell_steps(made: Farm, deployment: Deployed) -> None:

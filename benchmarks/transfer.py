@@ -28,13 +28,16 @@ import msgspec
 from benchmarks.line import LineReport
 from benchmarks.lines import network
 from benchmarks.lines.laboratory import Laboratory, star
+from benchmarks.support.conclusion import Conclusion, Outcome, of_transfer
 from benchmarks.support.programs import WAYSTATION, Served, add, free_ports, make_tokens, relay, run, waystation
+from orchestrator.files.values import bytes_per_second, seconds
 from relay.encoding.codecs import Coding
+from relay.encoding.planner import Prefer
 from relay.errors import UsageError
 from relay.package.identity import PackageRef
 from relay.protocol.messages import EncodedBytes
+from relay.support.console import share, table
 from relay.support.console import size as bytes_of
-from relay.support.console import table
 
 PLANNED = "planned"
 """Stands where an encoding would: what is sent without `--encoding`."""
@@ -79,13 +82,19 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 def parse_shape(text: str) -> Shape:
-    """`10,50`: Mbit/s, and milliseconds of round trip. Raises `UsageError`."""
+    """`10,50`: Mbit/s, and milliseconds of round trip; or with units, `800kbit,50ms`. Raises `UsageError`."""
     rate, _, trip = text.partition(",")
     with suppress(ValueError):
-        shape = Shape(float(rate) * 1e6 / 8, float(trip) / 1000)
+        is_named = rate.endswith("bit"), trip.endswith("s")
+        shape = Shape(
+            bytes_per_second(rate) if is_named[0] else float(rate) * 1e6 / 8,
+            seconds(trip) if is_named[1] else float(trip) / 1000,
+        )
         if _RATE_MIN <= shape.rate <= _RATE_MAX and 0 <= shape.round_trip <= 10:
             return shape
-    raise UsageError(f"{text[:40]!r} is no line", hint="Expected Mbit/s and milliseconds of round trip: 10,50")
+    raise UsageError(
+        f"{text[:40]!r} is no line", hint="Expected Mbit/s and milliseconds of round trip: 10,50 or 10Mbit,50ms"
+    )
 
 
 def parse_encodings(text: str) -> tuple[str, ...]:
@@ -126,6 +135,11 @@ class Tried(msgspec.Struct, frozen=True):
     @property
     def median(self) -> float:
         return statistics.median(trial.seconds for trial in self.trials)
+
+    @property
+    def payload(self) -> int:
+        """Bytes, the median."""
+        return int(statistics.median(trial.payload_bytes for trial in self.trials))
 
     @property
     def used(self) -> str:
@@ -179,6 +193,15 @@ class Case(msgspec.Struct, frozen=True):
         return "BEYOND" if self.slowest > DIFFER * self.best.median else "alike"
 
 
+def conclusion_of(case: Case, url: str = "https://relay.example:7443") -> Conclusion:
+    """What follows for the relay at `url`, at the end of such a line."""
+    tried = [
+        Outcome(row.encoding if row.encoding != PLANNED else f"planned ({row.used})", row.median, row.payload)
+        for row in (case.planned, *case.forced)
+    ]
+    return of_transfer(url, case.shape.rate / _TCP, tried[0], tried[1:])
+
+
 def document_of(case: Case) -> dict[str, Any]:
     """One case for programs."""
     rows = [
@@ -199,11 +222,21 @@ def text_of(case: Case) -> str:
             rows.append([row.encoding, "", "", "", f"> {row.at_least:.0f}", "not tried", "", ""])
             continue
         seconds = [trial.seconds for trial in row.trials]
-        payload = int(statistics.median(trial.payload_bytes for trial in row.trials))
-        share = f"{100 * payload / case.nupkg_bytes:.2f} %"
+        payload = row.payload
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
         times = f"{row.median / best:.2f}"
-        rows.append([row.encoding, row.used, f"{payload:,}", share, f"{row.median:.2f}", spread, times, ""])
+        rows.append(
+            [
+                row.encoding,
+                row.used,
+                f"{payload:,}",
+                share(payload, case.nupkg_bytes, 2),
+                f"{row.median:.2f}",
+                spread,
+                times,
+                "",
+            ]
+        )
         if row.encoding == PLANNED:
             rows[-1][-1] = case.verdict
     headers = ["encoding", "used", "payload", "of the nupkg", "seconds", "", "of the best", ""]
@@ -257,12 +290,16 @@ def _behind_proxy(stack: ExitStack, shape: Shape) -> Place:
 class Lane:
     """One line, a relay at its far end and a sender at the near one, which every transfer finds as the first did."""
 
-    def __init__(self, folder: str, place: Place, origin: str, *, is_known: bool = True) -> None:
+    def __init__(
+        self, folder: str, place: Place, origin: str, *, is_known: bool = True, prefer: Prefer = "bytes"
+    ) -> None:
         """Work in `folder`, which is empty, with the keys and packages of the home `origin`.
 
-        `is_known`: the sender remembers the line; else each transfer is the first over a new one.
+        `is_known`: the sender remembers the line; else each transfer is the first over a new one. `prefer`: of encodings
+        that are about as fast.
         """
         self.place = place
+        self._prefer = prefer
         self._is_known = is_known
         self._folder = folder
         self._home = os.path.join(folder, "home")
@@ -334,7 +371,7 @@ class Lane:
         os.sync()
 
     def _replicate(self, package: PackageRef, encoding: str) -> Trial:
-        words = () if encoding == PLANNED else ("--encoding", encoding)
+        words = ("--prefer", self._prefer) if encoding == PLANNED else ("--encoding", encoding)
         told = self._run(*_replicate_words(package, self.place.url), *words)
         return msgspec.convert(told["relays"][0], Trial)
 
@@ -439,6 +476,7 @@ class Wanted(msgspec.Struct, frozen=True):
     depot: str | None
     encodings: tuple[str, ...]
     repeat: int
+    prefer: Prefer = "bytes"
 
 
 def bench_transfer(wanted: Wanted, shape: Shape, tell: Tell = lambda _: None) -> Case:
@@ -462,7 +500,7 @@ def bench_transfer(wanted: Wanted, shape: Shape, tell: Tell = lambda _: None) ->
             raise UsageError(f"{base} is no other version of {package.id}")
         os.mkdir(work)
         with places(shape) as [place]:
-            lane = Lane(work, place, home)
+            lane = Lane(work, place, home, prefer=wanted.prefer)
             first = lane.warm(base or package)
             tell(f"{base or package}, sent first: {first.seconds:.2f} s")
             return measure(

@@ -4,9 +4,10 @@ A table stands between two comments. The first names its source, the last is `<!
 
     <!-- options: package add -->
     <!-- key of relay.yaml: relay.config.RelayConfig -->
+    <!-- events: relay.audit.acts -->
 
 What an option means is its help, what a key means the string below its field. A string below several fields speaks for
-all of them.
+all of them. When an event is told stands in its docstring.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from textwrap import dedent
 
 import click
 import msgspec
 
+from orchestrator.journal import trail
+from relay.audit.event import Caller, Event
 from relay.main import waystation
 
 PAGES = sorted(Path(__file__).parent.glob("*.md"))
@@ -100,6 +105,32 @@ def options(command: click.Command) -> Iterator[tuple[str, str]]:
         yield f"`{names}{value}`", _help(option, option.help)
 
 
+def events(source: str) -> Iterator[tuple[str, str, str]]:
+    """The events that a module declares: name, fields, and when they are told; of the journal's, those of its entries."""
+    module = importlib.import_module(source)
+    if module is trail:
+        for kind in trail.KINDS:
+            fields = ("deployment", *trail.told_fields(kind))
+            yield f"`{trail.name_of(kind)}`", _code(fields), " ".join(str(kind.__doc__).split())
+        return
+    for name, event in vars(module).items():
+        # What some of them share (`_Space`) is no event itself, and is never told.
+        if isinstance(event, type) and issubclass(event, Event) and event is not Event and not name.startswith("_"):
+            grave = "" if event.level <= logging.INFO else f" ({logging.getLevelName(event.level).lower()})"
+            alike = f" Merged where {_code(event.alike)} are the same." if event.alike else ""
+            yield f"`{event.event_name()}`{grave}", _code(_fields(event)), " ".join(str(event.__doc__).split()) + alike
+
+
+def _fields(event: type[Event]) -> tuple[str, ...]:
+    """With those of the caller in its place."""
+    lists = (Caller.__struct_fields__ if name == "by" else (name,) for name in event.__struct_fields__)
+    return tuple(chain.from_iterable(lists))
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def _help(option: click.Option, text: str) -> str:
     if option.required:
         text = f"{text} Required."
@@ -111,14 +142,17 @@ def _help(option: click.Option, text: str) -> str:
 
 def _table(head: str, source: str) -> str:
     if head == "options":
-        return _drawn("option", options(commands()[source]))
+        return _drawn(("option", "meaning"), options(commands()[source]))
+    if head == "events":
+        return _drawn(("event", "fields", "told when"), events(source))
     module, _, name = source.rpartition(".")
-    return _drawn(head, keys(getattr(importlib.import_module(module), name)))
+    return _drawn((head, "meaning"), keys(getattr(importlib.import_module(module), name)))
 
 
-def _drawn(head: str, rows: Iterable[tuple[str, str]]) -> str:
-    lines = ["| {} | {} |\n".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows]
-    return "".join([f"| {head} | meaning |\n", "|---|---|\n", *lines])
+def _drawn(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [heads, *(tuple(cell.replace("|", r"\|") for cell in row) for row in rows)]
+    drawn = [f"| {' | '.join(cells)} |\n" for cells in lines]
+    return "".join([drawn[0], "|---" * len(heads), "|\n", *drawn[1:]])
 
 
 def _meaning(text: str, told: list[msgspec.structs.FieldInfo]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import replace
 from typing import Any
 
 import click
 
-from relay.config import Peer, RelayConfig, home, load_yaml
+from relay.audit.log import Form, log_options, log_to_stderr
+from relay.config import Peer, RelayConfig, home
 from relay.errors import UsageError
-from relay.support.console import ca_file_option, json_option, print_json, printable, run, size, token_file_option
+from relay.support.console import ca_file_option, json_option, print_json, run, say, size, token_file_option
 
 
 @click.group()
@@ -34,40 +37,36 @@ def relay() -> None:
     help="The relay to take from what an identical nupkg needs and is not here; with the token and authority of the same "
     "URL in relay.yaml.",
 )
-@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
-def serve(config_file: str | None, log_level: str, parent: str | None, **options: str | None) -> None:
+@log_options
+def serve(
+    config_file: str | None, log_level: str, log_format: Form | None, parent: str | None, **options: str | None
+) -> None:
     """Serve until SIGTERM, then let running requests end. SIGHUP: read the configuration again.
 
     Prints one line with its URL when it is ready. Without tokens in its configuration it listens on loopback only.
     """
-    import logging
     import signal
 
     # One that comes before there is anything to reload must not end the relay: the file is read below.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from relay.server.app import serve as serve_relay
+    from relay.server.metrics import merged
 
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise UsageError(f"--log-level {log_level!r}: expected debug, info, warning or error")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
     given = {key: value for key, value in options.items() if value is not None}
 
     def again() -> RelayConfig:
-        if config_file and not os.path.getsize(config_file):
-            # An editor's or a tool's first step: without tokens, all callers would be locked out.
-            raise UsageError(f"{config_file} is empty")
         return _relay_config(config_file, given, parent)
 
     first = _relay_config(config_file, given, parent)
-    run(serve_relay(first, lambda url: click.echo(f"relay ready at {url}"), again=again))
+    with log_to_stderr(log_level, log_format, merged):
+        run(serve_relay(first, lambda url: say(f"relay ready at {url}"), again=again))
 
 
 def _relay_config(config_file: str | None, given: dict[str, Any], parent: str | None) -> RelayConfig:
     """What the file says now, with the options that win over it. Raises `UsageError`."""
     import msgspec
 
-    config: RelayConfig = load_yaml(config_file, RelayConfig) if config_file else RelayConfig()
+    config = _read_config(config_file) if config_file else RelayConfig()
     values: dict[str, Any] = {"store": config.store or f"disk:{os.path.join(home(), 'relay')}"} | given
     if parent is not None:
         # With the token and CA of the same relay, where the file names it.
@@ -76,8 +75,20 @@ def _relay_config(config_file: str | None, given: dict[str, Any], parent: str | 
     return msgspec.structs.replace(config, **values)
 
 
+def _read_config(path: str) -> RelayConfig:
+    """relay.yaml, with every mistake of it that can be told without serving. Raises `PlanError`."""
+    from relay.server.app import wrong_settings
+    from relay.written.decode import fit_with_stand_ins
+    from relay.written.yaml_positions import load_settings
+
+    found = fit_with_stand_ins(load_settings(path), RelayConfig)
+    told = {mistake.path.partition(".")[0].partition("[")[0] for mistake in found.mistakes}
+    wrong = [found.at(*key).mistake(text) for key, text in wrong_settings(found.value) if key[0] not in told]
+    return replace(found, mistakes=tuple(sorted((*found.mistakes, *wrong), key=lambda one: one.line))).checked().value
+
+
 @relay.command(
-    epilog="Example: waystation relay token read agent --config /etc/waystation/relay.yaml --name fra-agents"
+    epilog="Example: waystation relay token agent --agent web7 --config /etc/waystation/relay.yaml --output web7.token"
 )
 @click.argument("scopes", metavar="SCOPE...", nargs=-1, required=True)
 @click.option(
@@ -86,9 +97,17 @@ def _relay_config(config_file: str | None, given: dict[str, Any], parent: str | 
     metavar="FILE",
     help="Add the token's hash to this relay.yaml; without it, the entry is printed on standard error.",
 )
+@click.option(
+    "--output",
+    metavar="FILE",
+    help="Write the token there in place of printing it: for its owner alone, or with the mode of the file that it replaces.",
+)
 @click.option("--days", default=90, show_default=True, help="Life of the token, 1 to 90.")
 @click.option("--name", default="", help="For people: whose it is.")
-def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str) -> None:
+@click.option("--agent", default="", metavar="NAME", help="The only agent that may poll and report with it.")
+def token(
+    scopes: tuple[str, ...], config_file: str | None, output: str | None, days: int, name: str, agent: str
+) -> None:
     """Make a bearer token. It is printed once, on standard output; only its hash is kept.
 
     SCOPE is one or more of: read (packages), write (packages, implies read), agent (poll and report, implies read),
@@ -100,15 +119,23 @@ def token(scopes: tuple[str, ...], config_file: str | None, days: int, name: str
     import yaml
 
     from relay.server.http.tokens import append_token, make_token
+    from relay.support.private_files import close_to_others, write_private_text
 
-    text, record = make_token(scopes, datetime.now(UTC), days, name)
+    if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        raise UsageError(f"--output {output}: there is no such folder")
+    text, record = make_token(scopes, datetime.now(UTC), days, name, agent)
     if config_file:
         append_token(config_file, record)
-        click.echo(f"added to {config_file}; a running relay reads it at SIGHUP (systemctl reload)", err=True)
+        say(f"added to {config_file}; a running relay reads it at SIGHUP (systemctl reload)", aside=True)
     else:
-        click.echo("put this into relay.yaml:", err=True)
-        click.echo(yaml.safe_dump({"tokens": [msgspec.to_builtins(record)]}, sort_keys=False), err=True)
-    click.echo(text)
+        say("put this into relay.yaml:", aside=True)
+        say(*yaml.safe_dump({"tokens": [msgspec.to_builtins(record)]}, sort_keys=False).split("\n"), aside=True)
+    if output:
+        write_private_text(output, text)
+        say(f"the token is in {output}", aside=True)
+    else:
+        close_to_others(sys.stdout.fileno())
+        say(text)
 
 
 @relay.command(epilog="Example: waystation relay status --relay https://relay.fra.example:7443")
@@ -123,12 +150,13 @@ def status(url: str, token_file: str | None, ca_file: str | None, as_json: bool)
         print_json(document)
         return
     site = f", site {document['site']}" if document["site"] else ""
-    reason = f" ({document['reason']})" if document["reason"] else ""
-    click.echo(printable(f"{document['relay']}: {document['status']}{reason}{site}"))
+    told = document["reason"].removeprefix(f"{document['status']}: ")
+    reason = f" ({told})" if told else ""
+    say(f"{document['relay']}: {document['status']}{reason}{site}")
     for words in document["warnings"]:
-        click.echo(printable(f"  warning: {words}"))
+        say(f"  warning: {words}")
     for entry in document["packages"]:
-        click.echo(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
+        say(f"  {entry['id']} {entry['version']}  {size(entry['size'])}")
 
 
 async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict[str, Any]:
@@ -145,7 +173,7 @@ async def _status(url: str, token_file: str | None, ca_file: str | None) -> dict
     return {
         "format": 1,
         "relay": client.url,
-        "status": health.status,
+        "status": "low on space" if health.status == "ok" and health.space == "low" else health.status,
         "reason": health.reason,
         "site": health.site,
         "warnings": [words for one in health.endings if (words := words_of(one, datetime.now(UTC)))],

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, TypeVar
+from datetime import datetime
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 from relay.errors import UsageError
+from relay.folders import check_folder
 
-T = TypeVar("T")
+Scope = Literal["read", "write", "agent", "order"]
+"""`read` packages; `write` packages; `agent` poll and report; `order` post orders and read reports."""
 
-CONFIG_MAX = 1 << 20
-"""Bytes of a configuration file."""
+AGENT_NAME: Final = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
+"""Names of agents and machines. They are compared lower-cased."""
+
+_Text = Annotated[str, Meta(min_length=1, max_length=4096, description="text of 1 to 4096 characters")]
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEM files of the relay's certificate chain and its key."""
 
-    certificate: str
-    key: str
+    certificate: _Text
+    key: _Text
 
 
 class PeerToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +57,19 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str = ""
 
 
+class TokenRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry under `tokens:`. `sha256` is that of the token's secret part, in hex."""
+
+    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{8}\Z", description="8 hex digits")]
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hex digits")]
+    created: Annotated[datetime, Meta(tz=True)]
+    expires: Annotated[datetime, Meta(tz=True)]
+    name: str = ""
+    agent: Annotated[str, Meta(pattern=AGENT_NAME, description="an agent's name")] | msgspec.UnsetType = msgspec.UNSET
+    """The only agent as which it may poll and report; not there: any."""
+
+
 class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of relay.yaml."""
 
@@ -58,52 +77,37 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """HOST:PORT; port 0 takes a free one."""
     store: str = ""
     """`disk:/absolute/path`, a path, or `memory:`. Default: `relay` in `$WAYSTATION_HOME`."""
-    free_floor: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    free_floor: Annotated[int, Meta(ge=0)] | None = None
     """Bytes of the store's file system that are kept free. Default: the larger of 1 % and 1 GiB."""
+    low_space: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Free bytes below which the relay says that it is low on space. Default: twice `free_floor`."""
     site: str = ""
     """What DNS calls this place."""
-    tokens: list[Any] = msgspec.field(default_factory=list)
+    tokens: tuple[TokenRecord, ...] = ()
     """Who may call, see below."""
     tls: Tls | None = None
     """`certificate` and `key`: PEM files. TLS 1.3. What they hold is read again when they change."""
-    peers: list[Peer] = msgspec.field(default_factory=list)
+    peers: tuple[Peer, ...] = ()
     """Relays that this one may be told to fetch packages from: `url`, `token` (`file` or `env`, scope `read`), `ca_file`,
     `plain_http: true` where the token may go over plain http. On loopback, loopback needs none.
     """
     parent: Peer | None = None
     """The relay to take from, once, what an identical nupkg needs and cannot be made here: as one of `peers`."""
-    engines: list[Engine] = msgspec.field(default_factory=list)
+    engines: tuple[Engine, ...] = ()
     """Deflate engines beside those that are found by themselves: `path`, `encoder`, `sha256`."""
     limits: dict[str, float] = msgspec.field(default_factory=dict)
     """Named limits in place of their defaults, such as `drain_seconds: 60`."""
 
 
 def home() -> str:
-    """Waystation's own folder: `$WAYSTATION_HOME`, else `~/.local/share/waystation`."""
-    return os.path.abspath(os.environ.get("WAYSTATION_HOME") or os.path.expanduser("~/.local/share/waystation"))
-
-
-def load_yaml(path: str, type: type[T]) -> T:
-    """A strict YAML file as `type`.
+    """Waystation's own folder: `$WAYSTATION_HOME`, else `~/.local/share/waystation`. What makes it, makes it private.
 
     Raises:
-        UsageError: it cannot be read, is no YAML mapping, or does not fit (with the path of the wrong key).
+        RefusedError: another user or a group can write there, and so put other keys into the place of ours.
     """
-    import yaml
-
-    try:
-        with open(path, "rb") as file:
-            text = file.read(CONFIG_MAX + 1)
-        if len(text) > CONFIG_MAX:
-            raise UsageError(f"{path}: more than {CONFIG_MAX} bytes")
-        document = yaml.safe_load(text)
-        return msgspec.convert({} if document is None else document, type)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {error}") from error
+    folder = os.path.abspath(os.environ.get("WAYSTATION_HOME") or os.path.expanduser("~/.local/share/waystation"))
+    check_folder(folder, private=True)
+    return folder
 
 
 def split_listen(text: str) -> tuple[str, int]:

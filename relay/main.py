@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import click
 
-from relay.errors import RefusedError, UnreachableError, UsageError, WaystationError
-from relay.support.console import let_output_pass, printable, require_utf8
+from relay.errors import RefusedError, StoreError, UnreachableError, UsageError, WaystationError
+from relay.support.console import let_output_pass, require_utf8, say, say_error
 
 _COMMANDS = {
     "init": ("orchestrator.commands.init", "init", "Commented files to start from."),
@@ -68,7 +68,7 @@ def main() -> NoReturn:
         result: Any = waystation.main(standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("cancelled", err=True)
+        say("cancelled", aside=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -93,12 +93,10 @@ def _has_a_folder() -> bool:
 
 
 def _tell(error: WaystationError) -> None:
-    kinds = {" (refused)": RefusedError, " (unreachable)": UnreachableError}
+    # The nearer kind first: a disk of this machine's is no road to another one.
+    kinds = {" (refused)": RefusedError, " (this machine)": StoreError, " (unreachable)": UnreachableError}
     kind = next((name for name, kind in kinds.items() if isinstance(error, kind)), "")
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    head = click.style("error", fg="red", bold=True) if colour else "error"
-    first, *others = (printable(line) for line in (*error.lines, error.hint))
-    click.echo("\n  ".join([f"{head}{kind}: {first}", *filter(None, others)]), err=True)
+    say_error("error", f"{kind}: {error.lines[0]}", *filter(None, (*error.lines[1:], error.hint)))
 
 
 if __name__ == "__main__":

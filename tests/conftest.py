@@ -12,11 +12,11 @@ from harness.seed import SEED
 from programs_met import programs_met
 
 PROCESSES = (
+    "agent/checks/test_run_checks.py",
     "agent/relays/test_addresses_tried.py",
     "agent/relays/test_dns.py",
     "agent/runs/",
     "agent/test_agent_cli.py",
-    "agent/test_checks.py",
     "agent/test_operations.py",
     "agent/test_platform.py",
     "agent/test_service.py",
@@ -36,6 +36,7 @@ PROCESSES = (
     "relay/server/test_relay_process.py",
     "relay/server/test_tls.py",
     "relay/stores/test_disk_faults.py",
+    "relay/terminal/test_screen.py",
     "release/",
     "road/",
     "test_examples.py",

@@ -24,23 +24,25 @@ from orchestrator.files.process import load_process, package_of
 from orchestrator.files.scaffold import write_scaffold
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import MachineStep, PlannedPackage
-from relay.config import RelayConfig, load_yaml
+from relay.config import RelayConfig
 from relay.errors import LockedError, UsageError
 from relay.server.app import limits_of
 from relay.server.http.tokens import parse_tokens
+from relay.written.decode import load_as
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 EXAMPLES = DEPLOY / "examples"
 UNIT = DEPLOY / "systemd" / "waystation-relay.service"
 AGENT_UNIT = DEPLOY / "systemd" / "waystation-agent.service"
+OWN_USER = DEPLOY / "systemd" / "own-user.conf"
 
 
 def relay_config() -> RelayConfig:
-    return load_yaml(str(EXAMPLES / "relay.yaml"), RelayConfig)
+    return load_as(str(EXAMPLES / "relay.yaml"), RelayConfig).value
 
 
 def agent_config() -> AgentConfig:
-    return load_yaml(str(EXAMPLES / "agent.yaml"), AgentConfig)
+    return load_as(str(EXAMPLES / "agent.yaml"), AgentConfig).value
 
 
 def test_the_example_relay_yaml_is_one_that_a_relay_takes():
@@ -49,7 +51,7 @@ def test_the_example_relay_yaml_is_one_that_a_relay_takes():
     assert config.tls is not None
     assert limits_of(config).drain_seconds == 30
     parse_tokens(config.tokens)
-    assert [record["scopes"] for record in config.tokens] == [["order", "write"], ["agent"]]
+    assert [record.scopes for record in config.tokens] == [("order", "write"), ("agent",)]
 
 
 def test_the_example_relay_yaml_names_every_setting():
@@ -86,7 +88,7 @@ def test_what_the_example_agent_yaml_shows_of_interpreters_and_services_is_of_th
     )
     path = tmp_path / "agent.yaml"
     path.write_text(text)
-    config = load_yaml(str(path), AgentConfig)
+    config = load_as(str(path), AgentConfig).value
     assert command_for(str(script_without_first_line(tmp_path)), config.interpreters)[0] == "/usr/bin/python3"
     assert platform.service_command("restart", "webshop", config.service_command) == ["sv", "restart", "webshop"]
 
@@ -198,11 +200,30 @@ def test_the_unit_serves_the_store_that_it_may_write():
     assert service["ExecStart"].endswith(" relay serve --config /etc/waystation/relay.yaml")
 
 
-def test_the_unit_stays_as_hardened_as_it_was_measured():
+@pytest.mark.parametrize(
+    ("threshold", "files"),
+    [(15, [UNIT]), (60, [AGENT_UNIT]), (15, [AGENT_UNIT, OWN_USER])],
+    ids=["relay", "agent", "agent with a user of its own"],
+)
+def test_a_unit_stays_as_hardened_as_it_was_measured(tmp_path: Path, threshold: int, files: list[Path]):
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
-        pytest.skip("systemd-analyze is not installed: the hardening of the unit is NOT measured")
+        pytest.skip("systemd-analyze is not installed: the hardening of the units is NOT measured")
+    # A drop-in is read as if it stood at the unit's end.
+    whole = tmp_path / files[0].name
+    whole.write_text("".join(path.read_text() for path in files))
     done = subprocess.run(
-        [analyze, "security", "--offline=true", "--threshold=15", str(UNIT)], capture_output=True, text=True
+        [analyze, "security", "--offline=true", f"--threshold={threshold}", str(whole)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+def test_every_unit_is_measured():
+    assert {path.name for path in UNIT.parent.iterdir()} == {UNIT.name, AGENT_UNIT.name, OWN_USER.name}
+
+
+@pytest.mark.parametrize("path", [UNIT, AGENT_UNIT], ids=lambda path: path.stem)
+def test_a_unit_tries_for_as_long_as_it_takes(path: Path):
+    """By default systemd gives up after five starts in ten seconds."""
+    assert unit(path)["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit(path)["Service"]["Restart"] in {"on-failure", "always"}

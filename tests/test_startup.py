@@ -69,7 +69,7 @@ def test_an_agent_that_serves_loads_neither_orchestrator_nor_server_nor_a_databa
 def test_an_agent_that_serves_has_loaded_what_its_first_order_needs() -> None:
     code = (
         "import sys, agent.service\n"
-        "assert {'agent.checks', 'agent.runs.runs', 'agent.runs.scripts', 'agent.trees.pull'} <= sys.modules.keys()"
+        "assert {'agent.checks.run_checks', 'agent.runs.runs', 'agent.runs.scripts', 'agent.trees.pull'} <= sys.modules.keys()"
     )
     assert "agent" in loaded_by(code)
 

@@ -1,7 +1,7 @@
 """May this order be obeyed? Pure: bytes, pins, clock and what is remembered go in, a verdict comes out, never an error.
 
 The steps, in this order: who signed it, and may they order here; is it for this agent; does its name belong to its
-deployment; was it seen before; is its sender still the one who leads; is it in time. Nothing is
+deployment; was it seen before; is its sender still the one who leads; is it in time; can it be opened. Nothing is
 believed of a relay, or of anything else that carries orders.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from agent.orders.envelopes import MalformedError, ScopeError, order_digest, verify_order
+from agent.orders.envelopes import ScopeError, open_order, order_digest, verify_order
 from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, deployment_of
 from relay.errors import SignatureError
+from relay.trust.envelopes import MalformedError
 from relay.trust.keys import TrustPins
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 Code = Literal[
     "malformed",
@@ -29,6 +33,7 @@ Code = Literal[
     "clock",
     "too_early",
     "expired",
+    "sealed",
     "disk",
     "internal",
 ]
@@ -37,10 +42,11 @@ Code = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Me:
-    """Who this agent is: its name, and the fingerprint of its keys."""
+    """Who this agent is: its name, the fingerprint of its keys, and what opens that which is sealed to it."""
 
     name: str
     key: str
+    sealing: X25519PrivateKey | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A new order: write it down, then act. `digest` is of its envelope."""
+    """A new order, with its action in clear: write its envelope down, then act. `digest` is of that."""
 
     order: Order
     digest: str
@@ -115,7 +121,14 @@ def _judge_order(order: Order, digest: str, me: Me, memory: Memory, now: float) 
             if known is not None
             else fenced_off(order, memory.fences) or out_of_time(order, memory, now)
         )
-    return Accepted(order, digest) if refusal is None else Refused(*refusal, digest, order)
+    if refusal is not None:
+        return Refused(*refusal, digest, order)
+    try:
+        return Accepted(open_order(order, me.sealing), digest)
+    except MalformedError as error:
+        return Refused("malformed", error.message, digest, order)
+    except SignatureError as error:
+        return Refused("sealed", error.message, digest, order)
 
 
 def _addressed_wrongly(order: Order, me: Me) -> tuple[Code, str] | None:

@@ -8,14 +8,25 @@ https://www.rfc-editor.org/rfc/rfc9180
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
 from agent.orders.keys import AgentIdentity, fingerprint_of
-from agent.orders.orders import ORDER_TYPE, PRESENCE_TYPE, REPORT_TYPE, Order, Presence, Report
+from agent.orders.orders import (
+    ORDER_TYPE,
+    REPORT_TYPE,
+    OpenAction,
+    Order,
+    Presence,
+    Report,
+    SealedAction,
+    action_name,
+)
 from relay.errors import SignatureError, UsageError
-from relay.trust.envelopes import ENVELOPE_MAX, sign_document, verify_document
+from relay.protocol.messages import PRESENCE_TYPE
+from relay.trust.envelopes import MalformedError, decode_document, sign_document, unverified, verify_document
 from relay.trust.keys import TrustPins, public_key
 
 if TYPE_CHECKING:
@@ -26,12 +37,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_ACTION_MAX = 1 << 20
+"""Bytes of an action as JSON. What is signed and sealed is far below it; what inflates is bounded by it."""
+
+
 class ScopeError(SignatureError):
     """The order is signed by a pinned key that has no say in its environment."""
-
-
-class MalformedError(SignatureError):
-    """Signed by the right key, but not a document that this version understands."""
 
 
 # --- orders
@@ -59,12 +70,17 @@ def verify_order(envelope: bytes, pins: TrustPins) -> Order:
         MalformedError: it is no order as this version knows them.
     """
     payload, keyid = verify_document(envelope, pins.order, ORDER_TYPE)
-    if _encode(_decode(envelope, _Envelope)) != envelope:
+    if _encode(decode_document(envelope, _Envelope)) != envelope:
         raise MalformedError("the envelope is not in the one form that orders have")
-    order = _decode(payload, Order)
+    order = decode_document(payload, Order)
     if all(key.keyid != keyid for key in pins.order_keys(order.environment)):
         raise ScopeError(f"the key that signed it may not order in {order.environment[:100]!r}")
     return order
+
+
+def signer_of(envelope: bytes) -> str:
+    """The id of the key that signed an order, of an envelope that was verified."""
+    return decode_document(envelope, _Envelope).signatures[0].keyid
 
 
 class _Signature(msgspec.Struct, frozen=True):
@@ -94,7 +110,7 @@ def verify_report(envelope: bytes, identity: AgentIdentity) -> Report:
         MalformedError: it is no report as this version knows them.
     """
     payload, _ = verify_document(envelope, (public_key(identity.signing_public),), REPORT_TYPE)
-    report = _decode(payload, Report)
+    report = decode_document(payload, Report)
     if report.key != identity.fingerprint:
         raise SignatureError(f"the report names the key {report.key[:23]}…, not the one that signed it")
     return report
@@ -119,29 +135,52 @@ def verify_presence(envelope: bytes, fingerprint: str | None = None) -> Presence
     """
     claimed = unverified(envelope, Presence)
     payload, _ = verify_document(envelope, (public_key(claimed.signing),), PRESENCE_TYPE)
-    presence = _decode(payload, Presence)
+    presence = decode_document(payload, Presence)
     found = fingerprint_of(presence.signing, presence.sealing)
     if fingerprint is not None and found != fingerprint:
         raise SignatureError(f"{presence.name} has the key {found[:23]}…, expected {fingerprint[:23]}…")
     return presence
 
 
-class _Unopened(msgspec.Struct, frozen=True):
-    payload: bytes
+# --- what is sealed
 
 
-def unverified(envelope: bytes, type: type[T]) -> T:
-    """What an envelope says, with nothing checked: for what names its own key, or was checked before it was kept.
+def action_context(operation: str) -> str:
+    """What an action is sealed for: it opens in no other operation."""
+    return f"waystation action/{operation}"
+
+
+def seal_action(action: OpenAction, sealing_public: str, operation: str) -> SealedAction:
+    """`action` for the one agent that holds the other half of `sealing_public`, and for `operation` alone.
+
+    Its JSON is deflated first (RFC 1950), so that an order is no longer for being sealed. Raises `UsageError`: no such key.
+    """
+    plain = zlib.compress(_encode(action))
+    return SealedAction(action_name(action), seal(plain, sealing_public, action_context(operation)))
+
+
+def open_order(order: Order, key: X25519PrivateKey | None) -> Order:
+    """`order` with its action in clear; as it is where nothing of it is sealed.
 
     Raises:
-        MalformedError: it is no such document.
+        SignatureError: it is sealed to other keys, or for another operation.
+        MalformedError: what was sealed is no action as this version knows them.
     """
-    if len(envelope) > ENVELOPE_MAX:
-        raise MalformedError(f"an envelope of {len(envelope)} bytes is refused, at most {ENVELOPE_MAX} are read")
-    return _decode(_decode(envelope, _Unopened).payload, type)
-
-
-# --- secrets
+    if not isinstance(order.action, SealedAction):
+        return order
+    if key is None:
+        raise SignatureError("it is sealed, and there is no key here that opens it")
+    inflate = zlib.decompressobj()
+    try:
+        plain = inflate.decompress(open_sealed(order.action.box, key, action_context(order.operation)), _ACTION_MAX)
+    except zlib.error as error:
+        raise MalformedError(f"what is sealed in it cannot be inflated: {error}") from error
+    if not inflate.eof:
+        raise MalformedError("what is sealed in it breaks off, or is too large")
+    action: OpenAction = decode_document(plain, OpenAction)  # type: ignore[arg-type]
+    if action_name(action) != order.action.kind:
+        raise MalformedError(f"what is sealed in it is no {order.action.kind!r}, but a {action_name(action)!r}")
+    return msgspec.structs.replace(order, action=action)
 
 
 def secret_context(operation: str, name: str) -> str:
@@ -191,10 +230,3 @@ def _suite() -> Suite:
 def _encode(document: msgspec.Struct) -> bytes:
     """In canonical form."""
     return msgspec.json.encode(document, order="sorted")
-
-
-def _decode(payload: bytes, type: type[T]) -> T:
-    try:
-        return msgspec.json.decode(payload, type=type)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise MalformedError(f"not an understood document: {error}") from error

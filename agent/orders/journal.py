@@ -23,11 +23,13 @@ import msgspec
 
 from agent.disk import disk_errors, remove_folder, replace_file
 from agent.orders.acceptance import Code, Memory
-from agent.orders.envelopes import MalformedError, order_digest, unverified
-from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report
+from agent.orders.envelopes import order_digest
+from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report, action_name
 from relay.errors import StoreError
+from relay.folders import make_folder
 from relay.support.durable import sync_folder, write_durably
-from relay.trust.envelopes import ENVELOPE_MAX
+from relay.terminal.text import printable
+from relay.trust.envelopes import ENVELOPE_MAX, MalformedError, unverified
 
 KEPT_SECONDS = 30 * 86400.0
 """How long the result of an operation is kept that no orchestrator ever acknowledged."""
@@ -108,7 +110,7 @@ class OperationJournal:
         try:
             with disk_errors(record.folder):
                 if not os.path.isdir(self._folder):
-                    os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                    make_folder(self._folder, mode=0o700)
                     sync_folder(self._home)
                 os.mkdir(record.folder, 0o700)
                 write_durably(os.path.join(record.folder, "order"), envelope, mode=0o600)
@@ -291,7 +293,7 @@ def _record_of(order: Order, digest: str, folder: str) -> OperationRecord:
         digest=digest,
         deployment=order.deployment,
         environment=order.environment,
-        action=type(order.action).__struct_config__.tag,  # type: ignore[arg-type]
+        action=action_name(order.action),
         folder=folder,
         not_before=order.not_before,
         not_after=order.not_after,
@@ -329,4 +331,4 @@ def _names(folder: str) -> list[str]:
 
 
 def _printable(text: str, limit: int) -> str:
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)[:limit]
+    return printable(text)[:limit]

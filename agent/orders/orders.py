@@ -15,7 +15,8 @@ from relay.protocol.messages import AGENT_NAME, DEPLOYMENT_ID, OPERATION_ID, Enc
 
 ORDER_TYPE: Final = "application/vnd.waystation.order+json"
 REPORT_TYPE: Final = "application/vnd.waystation.report+json"
-PRESENCE_TYPE: Final = "application/vnd.waystation.presence+json"
+SEALED_ACTIONS: Final = "sealed-actions"
+"""What an agent that opens a `SealedAction` says of itself under `understands`."""
 
 SKEW_SECONDS: Final = 300.0
 """How far an agent's clock and the orchestrator's may be apart."""
@@ -201,7 +202,42 @@ class Acknowledge(_Said, frozen=True, tag="acknowledge"):
     ends: bool = False
 
 
-Action = Survey | Acquire | RunScript | Switch | ControlService | Verify | Settle | Stop | Acknowledge
+OpenAction = Survey | Acquire | RunScript | Switch | ControlService | Verify | Settle | Stop | Acknowledge
+
+
+class SealedAction(_Said, frozen=True, tag="sealed"):
+    """An action that only its agent can read: scripts and their variables, checks, folders, digests of packages.
+
+    Attributes:
+        kind: the type of the action in it, for lists.
+        box: see `agent.orders.envelopes.seal_action`.
+    """
+
+    kind: Annotated[str, Meta(pattern=r"\A[a-z]{1,20}\Z")]
+    box: Annotated[bytes, Meta(min_length=1)]
+
+
+Action = OpenAction | SealedAction
+
+
+def action_name(action: Action) -> str:
+    """Its type, as the documents name it; of a sealed one, that of what is sealed."""
+    return action.kind if isinstance(action, SealedAction) else str(type(action).__struct_config__.tag)
+
+
+UNLIMITED_SECONDS: Final = 900.0
+"""For what has no limit of its own: it reads or removes files of one machine."""
+
+
+def longest_of(action: Action) -> float:
+    """Seconds that it may take by its own limits, once it has begun."""
+    match action:
+        case Acquire(deadline=limit) | RunScript(timeout=limit) | ControlService(timeout=limit):
+            return limit
+        case Verify(checks=checks):
+            return max(check.deadline for check in checks)
+        case _:
+            return UNLIMITED_SECONDS
 
 
 class Order(_Said, frozen=True):
@@ -349,13 +385,17 @@ class FenceSeen(_Said, frozen=True):
     open: bool
 
 
-class Presence(_Said, frozen=True):
-    """An agent that is there, signed by itself.
+class Presence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An agent that is there, signed by itself. Fields that a newer agent adds are passed over: it orders nothing.
 
     Attributes:
         signing, sealing: its public keys, hex; their fingerprint is what the environment names.
         time: its clock, seconds since 1970.
         refused: the newest refusals of letters that could not be answered by a report, for `status`; at most 8.
+        understands: forms of orders beyond the first ones.
+        start: a word that each start of the agent draws anew; two at one time are two agents with the same keys.
+        started: its clock at that start.
+        host: what its machine calls itself.
     """
 
     format: Literal[1]
@@ -368,3 +408,7 @@ class Presence(_Said, frozen=True):
     time: float
     fences: dict[str, FenceSeen] = {}
     refused: tuple[str, ...] = ()
+    understands: tuple[str, ...] = ()
+    start: Annotated[str, Meta(max_length=64)] = ""
+    started: float = 0.0
+    host: Annotated[str, Meta(max_length=255)] = ""

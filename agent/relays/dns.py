@@ -27,6 +27,7 @@ from agent.relays.candidates import (
 )
 from relay.errors import UnreachableError, UsageError
 from relay.network.names import KeptNames, Names
+from relay.terminal.text import printable
 
 if TYPE_CHECKING:
     from dns.asyncresolver import Resolver
@@ -344,4 +345,4 @@ async def _look_up(resolver: Resolver, name: str, kind: str) -> tuple[list[Any],
 def words_of(error: BaseException) -> str:
     """For people: one line, printable and short."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(char for char in text if char.isprintable())[:_REASON_CHARS]
+    return printable(text)[:_REASON_CHARS]

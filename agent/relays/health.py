@@ -7,6 +7,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from relay.terminal.text import printable
+
 FAILS_OUT = 3
 """Failures in a row after which a source looks ill."""
 PASSES_IN = 2
@@ -146,6 +148,12 @@ def record_failure(health: Health, now: float, reason: str, *, is_final: bool = 
     return replace(health, ok=ok, fails=fails, passes=0, last_checked=now, out_since=since, reason=_plain(reason))
 
 
+def record_overtaken(health: Health, now: float, goodput: float, reason: str) -> Health:
+    """It was so slow, at `goodput` bytes/s, that another source was asked in its place: a failure that was measured."""
+    failed = record_failure(health, now, reason)
+    return replace(failed, throughput=_sampled(failed.throughput, goodput, now))
+
+
 def record_probes(healths: Mapping[str, Health], results: Mapping[str, ProbeResult], now: float) -> dict[str, Health]:
     """All healths by URL, with the probes' results taken in."""
     after = dict(healths)
@@ -189,4 +197,4 @@ def _clamp(value: float) -> float:
 
 
 def _plain(reason: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in reason)[:200]
+    return printable(reason)[:200]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,15 @@ from typing import Literal
 
 import msgspec
 
+from agent.acts import RelayIll, RelaysForgotten, RelayWell
 from agent.disk import disk_errors
 from agent.relays.dns import LastAnswer, words_of
 from agent.relays.health import UNKNOWN, Health
+from relay.audit.event import tell
+from relay.folders import make_folder
 from relay.support.durable import write_durably
 
 STATE_BYTES_MAX = 1 << 20
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_state(path: Path) -> State:
 
 
 def _start_fresh(path: Path, reason: str) -> State:
-    _log.warning("agent.relay_state_unusable", extra={"path": str(path), "reason": reason})
+    tell(RelaysForgotten(str(path), reason))
     return State()
 
 
@@ -63,7 +63,7 @@ def save_state(path: Path, state: State) -> None:
     """
     data = msgspec.json.format(msgspec.json.encode(state), indent=1)
     with disk_errors("cannot keep what is known of the relays"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(os.fspath(path.parent), mode=0o700)
         write_durably(os.fspath(path), data)
 
 
@@ -72,6 +72,6 @@ def log_changes(before: Mapping[str, Health], after: Mapping[str, Health]) -> No
     for url, health in after.items():
         was_ok = before.get(url, UNKNOWN).ok
         if was_ok and not health.ok:
-            _log.warning("agent.relay_ill", extra={"relay": url, "fails": health.fails, "reason": health.reason})
+            tell(RelayIll(url, health.fails, health.reason))
         elif health.ok and not was_ok:
-            _log.info("agent.relay_well", extra={"relay": url})
+            tell(RelayWell(url))

@@ -22,6 +22,7 @@ from agent.relays.health import (
     ProbeResult,
     next_probe,
     record_failure,
+    record_overtaken,
     record_probes,
     record_success,
 )
@@ -40,7 +41,7 @@ from relay.protocol.credentials import tls_from
 from relay.protocol.messages import Ending
 from relay.stores.catalog import Catalog
 from relay.stores.open import Store, open_store
-from relay.transfer.download import RequestTiming
+from relay.transfer.download import OvertakenError, RequestTiming
 
 _PROBES = 3
 """Relays measured at the start of a pull, where their time has come: so many of those that look well, and as many of
@@ -233,6 +234,14 @@ class Sources:
         """
         is_final = isinstance(error, UntrustedError | TokenRefusedError)
         health = record_failure(self._health(url), self._clock(), error.message, is_final=is_final)
+        self._keep({**self._kept.healths, url: health}, self._kept.current)
+
+    def overtaken(self, url: str, error: OvertakenError) -> None:
+        """Another source was faster by far. What is kept of its rate says at most "ten times slower": it may have been a
+        bad moment.
+        """
+        goodput = max(error.rate, error.of_other / 10)
+        health = record_overtaken(self._health(url), self._clock(), goodput, error.message)
         self._keep({**self._kept.healths, url: health}, self._kept.current)
 
     def _health(self, url: str) -> Health:

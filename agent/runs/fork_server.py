@@ -46,7 +46,7 @@ def serve() -> None:
     shown, wakes = platform.LastArgument(), platform.Wakes()
     gc.freeze()  # so that no fork touches, and thereby copies, what is never garbage
     while not wakes.asked_to_end:
-        asked = wakes.wait(_PARENT, None)
+        asked = wakes.wait([_PARENT], None)
         platform.ended_children()
         if asked and not _answer(shown, wakes):
             return

@@ -8,7 +8,7 @@ killed and come back.
     lock         held (flock) while the runner lives
     begun        durable before the script is started, and made only once: this alone makes "at most once"
     leader       the script's process, as `agent.platform.process_mark` names it
-    output       what it printed, masked; it only grows
+    output       what it printed, masked, as lines with time and stream (`framed`); it only grows
     stop         it is asked to end
     exit.json    how it ended; durable after the output is
 
@@ -93,11 +93,10 @@ class _Run:
     def __init__(self, folder: str, spec: dict[str, Any]) -> None:
         self.folder, self.spec = folder, spec
         self.environment = {name: os.environ[name] for name in spec["environment"]}
-        masker = Masker(self.environment[name] for name in spec["secret_names"])
         self.wakes = platform.Wakes()
-        self.output = Output(os.path.join(folder, OUTPUT), masker, spec["head_bytes"], spec["tail_bytes"])
+        self.output = Output(os.path.join(folder, OUTPUT), spec["head_bytes"], spec["tail_bytes"])
         self.started = time.time()
-        self.pipe: int | None = None
+        self.streams: dict[int, Stream] = {}
         self.leader = 0
         self.status: int | None = None
         self.cause = ""
@@ -114,22 +113,30 @@ class _Run:
 
     def start(self) -> bool:
         """Start the script; if it cannot be started, that is recorded as its end."""
-        self.pipe, printed = os.pipe()
-        os.set_blocking(self.pipe, False)
+        printed = [self.open_stream(name) for name in (b"stdout", b"stderr")]
         try:
             os.chdir(self.spec["cwd"])
             platform.adopt_orphans()
-            self.leader = platform.start_leader(self.spec["argv"], self.environment, printed)
+            self.leader = platform.start_leader(self.spec["argv"], self.environment, *printed)
         except OSError as error:
             about = f" ({error.filename})" if error.filename else ""
             self.record(f"it could not be started: {error.strerror}{about}")
             return False
         finally:
-            os.close(printed)
+            for descriptor in printed:
+                os.close(descriptor)
             os.chdir("/")
         with contextlib.suppress(OSError), open(os.path.join(self.folder, LEADER), "w", encoding="ascii") as file:
             file.write(platform.process_mark(self.leader))
         return True
+
+    def open_stream(self, name: bytes) -> int:
+        """What the script writes to."""
+        reads, writes = os.pipe()
+        os.set_blocking(reads, False)
+        secrets = (self.environment[secret] for secret in self.spec["secret_names"])
+        self.streams[reads] = Stream(name, Masker(secrets))
+        return writes
 
     def follow(self) -> None:
         """Read what it prints until it ends, or end it when its time is over or it is asked to; then record that."""
@@ -167,34 +174,37 @@ class _Run:
 
     def pump(self, seconds: float) -> None:
         """Take over what was printed, waiting no longer than that for it or for a signal."""
-        self.output.let_go(time.monotonic())
-        if self.wakes.wait(self.pipe, min(seconds, self.output.due(time.monotonic()))):
-            self.take()
+        now = time.monotonic()
+        self.output.write(*(stream.let_go(now) for stream in self.streams.values()))
+        due = min((stream.due(now) for stream in self.streams.values()), default=seconds)
+        for pipe in self.wakes.wait(self.streams, min(seconds, due)):
+            self.take(pipe)
 
-    def take(self) -> int:
+    def take(self, pipe: int) -> int:
         """Read once; how many bytes came. At the end of the stream the pipe is closed."""
-        if self.pipe is None:
-            return 0
+        stream = self.streams[pipe]
         try:
-            data = os.read(self.pipe, _READ_BYTES)
+            data = os.read(pipe, _READ_BYTES)
         except BlockingIOError:
             return 0
+        self.output.write(stream.take(data, time.monotonic()))
         if not data:
-            os.close(self.pipe)
-            self.pipe = None
-        self.output.take(data, time.monotonic())
+            self.output.write(stream.close())
+            os.close(pipe)
+            del self.streams[pipe]
         return len(data)
 
     def drain(self) -> None:
-        """After the end: what lies in the pipe, and what comes in a blink."""
+        """After the end: what lies in the pipes, and what comes in a blink."""
         taken, until = 0, time.monotonic() + _LINGER_SECONDS
-        while self.pipe is not None and taken < _PIPE_BYTES:
-            got = self.take()
+        while self.streams and taken < len(self.streams) * _PIPE_BYTES:
+            got = sum(self.take(pipe) for pipe in list(self.streams))
             taken += got
             if not got:
                 if time.monotonic() >= until:
-                    return
-                self.wakes.wait(self.pipe, until - time.monotonic())
+                    break
+                self.wakes.wait(self.streams, until - time.monotonic())
+        self.output.write(*(stream.close() for stream in self.streams.values()))
 
     def reap(self) -> None:
         ended = platform.ended_children()
@@ -219,49 +229,79 @@ class _Run:
 
     def read_on(self) -> None:
         """Stay as long as a process may still print; that is thrown away."""
-        while self.pipe is not None and not self.wakes.asked_to_end:
-            self.wakes.wait(self.pipe, None)
+        while self.streams and not self.wakes.asked_to_end:
+            for pipe in self.wakes.wait(self.streams, None):
+                with contextlib.suppress(BlockingIOError):
+                    if not os.read(pipe, _READ_BYTES):
+                        os.close(pipe)
+                        del self.streams[pipe]
             self.reap()
-            try:
-                if not os.read(self.pipe, _READ_BYTES):
-                    return
-            except BlockingIOError:
-                pass
 
 
-class Output:
-    """The file of what a script printed: masked, and only its head and tail when it is too long."""
+class Stream:
+    """One of the two that a script prints to: bytes come in, masked lines of the log go out."""
 
-    def __init__(self, path: str, masker: Masker, head: int, tail: int) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    def __init__(self, name: bytes, masker: Masker) -> None:
+        self._name = name
         self._masker = masker
-        self._cut = HeadAndTail(head, tail)
-        self._written = 0
         self._since: float | None = None
-        self._lost = 0
 
-    def take(self, data: bytes, now: float) -> None:
-        """Write what may be shown of `data`; the rest is held back since `now`."""
+    def take(self, data: bytes, now: float) -> bytes:
+        """What may be shown of `data`; the rest is held back since `now`."""
         shown = self._masker.feed(data)
-        self._write(self._cut.add(shown))
         if not self._masker.held:
             self._since = None
         elif shown or self._since is None:
             self._since = now
+        return framed(self._name, shown, time.time())
 
     def due(self, now: float) -> float:
         """Seconds until `let_go` has something to do."""
         return float("inf") if self._since is None else max(0.0, self._since + _HOLD_SECONDS - now)
 
-    def let_go(self, now: float) -> None:
-        """Show what was held back for long enough."""
-        if self._since is not None and now >= self._since + _HOLD_SECONDS:
-            self._write(self._cut.add(self._masker.flush()))
-            self._since = None
+    def let_go(self, now: float) -> bytes:
+        """What was held back for long enough."""
+        if self._since is None or now < self._since + _HOLD_SECONDS:
+            return b""
+        self._since = None
+        return framed(self._name, self._masker.flush(), time.time())
+
+    def close(self) -> bytes:
+        """The end: nothing comes after it."""
+        return framed(self._name, self._masker.close(), time.time())
+
+
+def framed(stream: bytes, data: bytes, at: float) -> bytes:
+    """`data` as lines of a log: time, stream, `F` for a line that ends there or `P` for one that goes on, and its text.
+
+    It is the form that Kubernetes gives to the output of containers (CRI). Pure.
+    """
+    if not data:
+        return b""
+    seconds, milliseconds = divmod(int(at * 1000), 1000)
+    head = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode() + b".%03dZ %b " % (milliseconds, stream)
+    end = data.rfind(b"\n") + 1
+    whole, rest = data[:end], data[end:]
+    lines = head + b"F " + whole[:-1].replace(b"\n", b"\n" + head + b"F ") + b"\n" if whole else b""
+    return lines + (head + b"P " + rest + b"\n" if rest else b"")
+
+
+class Output:
+    """The file of what a script printed: only its head and tail when it is too long."""
+
+    def __init__(self, path: str, head: int, tail: int) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._cut = HeadAndTail(head, tail)
+        self._written = 0
+        self._lost = 0
+
+    def write(self, *pieces: bytes) -> None:
+        """What the streams gave."""
+        for piece in pieces:
+            self._write(self._cut.add(piece))
 
     def close(self) -> int:
         """Write the end, durably; how many bytes the file has."""
-        self._write(self._cut.add(self._masker.close()))
         self._write(self._cut.end())
         if self._lost:
             self._write(b"\n[%d bytes of output could not be written]\n" % self._lost)

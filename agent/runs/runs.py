@@ -20,9 +20,10 @@ from msgspec import Meta
 
 from agent import platform
 from agent.runs.fork_server import ForkServer
-from agent.runs.masking import SHORTEST
 from agent.runs.runner import BEGUN, COMPLAINTS, EXIT, LEADER, LOCK, OUTPUT, SPEC, STOP
+from agent.runs.secret_forms import SHORTEST
 from relay.errors import StoreError, UsageError
+from relay.folders import make_folder
 from relay.support.durable import sync_folder, write_durably
 
 _LOOK_FIRST, _LOOK_SHARE, _LOOK_MAX = 0.001, 0.05, 0.01
@@ -93,7 +94,7 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
     folder = os.path.abspath(folder)
     try:
         if not os.path.isdir(folder):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            make_folder(folder, mode=0o700)
             sync_folder(os.path.dirname(folder))
         if _has(folder, BEGUN) or _has(folder, EXIT):
             return

@@ -7,6 +7,7 @@
 <home>/manifests/<sha256>    their manifests
 <home>/signatures/<sha256>   the envelopes that vouch for them, by the manifest's digest
 <home>/settled/<hash>.json   what was found good under one root, and how it was made so
+<home>/cursors.json          how far the mail of each relay was taken
 <home>/scripts/              root of the packages that hold scripts
 """
 
@@ -22,18 +23,23 @@ from datetime import UTC, datetime
 import msgspec
 
 from agent.config import AgentConfig
-from agent.disk import REMOVED, disk_errors, read_json, remove_all, remove_folder
+from agent.disk import REMOVED, damage_of, disk_errors, read_json, remove_all, remove_folder
 from agent.relays.dns import check_discovery
 from agent.relays.tokens import relay_key
-from relay.config import load_yaml
 from relay.errors import IdentityError, ManifestError, UsageError
+from relay.folders import make_folder
 from relay.package import manifest as manifests
 from relay.package.identity import ManifestId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.protocol.followed import Followed
+from relay.protocol.messages import Cursor
 from relay.support.durable import sync_folder, write_durably
 from relay.trust.envelopes import ENVELOPE_MAX
 from relay.trust.keys import TrustPins, parse_pins
+from relay.written.decode import fit
+from relay.written.yaml_positions import load_settings
+
+CURSORS = "cursors.json"
 
 
 class TreeRecord(msgspec.Struct, frozen=True):
@@ -76,7 +82,7 @@ class AgentState:
     def config(self) -> AgentConfig:
         """Raises `UsageError`."""
         path = os.path.join(self.home, "agent.yaml")
-        config: AgentConfig = load_yaml(path, AgentConfig) if os.path.exists(path) else AgentConfig()
+        config: AgentConfig = fit(load_settings(path), AgentConfig).value if os.path.exists(path) else AgentConfig()
         try:
             check_config(config)
         except UsageError as error:
@@ -122,6 +128,29 @@ class AgentState:
             if record is not None and os.path.isdir(record.path):
                 found.append(record)
         return sorted(found, key=lambda record: record.ulid, reverse=True)
+
+    def damages(self) -> list[str]:
+        """What of the home cannot be read, and what mends it: a sentence each. Work goes on as if it were not there."""
+        trees, settled = os.path.join(self.home, "trees"), os.path.join(self.home, "settled")
+        kinds: tuple[tuple[list[str], object, str], ...] = (
+            (
+                _files(trees),
+                TreeRecord,
+                "The tree that it named is not known any more: pull its package again, then remove it",
+            ),
+            (_files(settled), Settled, "Its root counts as not settled until the next deployment writes it anew"),
+            (
+                [os.path.join(self.home, CURSORS)],
+                dict[str, Cursor],
+                "Letters are read again from the first: none is obeyed twice",
+            ),
+        )
+        return [
+            f"{path} is damaged ({damage}). {mends}"
+            for paths, type, mends in kinds
+            for path in paths
+            if (damage := damage_of(path, type))
+        ]
 
     def manifest(self, record: TreeRecord) -> Manifest | None:
         """The manifest of an installed tree; None where it is lost or damaged."""
@@ -218,8 +247,7 @@ class AgentState:
         path = os.path.join(self.home, folder)
         with disk_errors(self.home):
             if not os.path.isdir(path):
-                os.makedirs(self.home, mode=0o700, exist_ok=True)
-                os.makedirs(path, mode=0o700, exist_ok=True)
+                make_folder(path, mode=0o700)
                 sync_folder(self.home)
             write_durably(os.path.join(path, name), data, mode=0o600)
 
@@ -240,6 +268,13 @@ def _finish_removals(releases: str) -> None:
     for name in _names(releases):
         if name.startswith(REMOVED):
             remove_all(os.path.join(releases, name))
+
+
+def _files(folder: str) -> list[str]:
+    """The JSON files in `folder`; what stands in the folder's own place, where it is none."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        return [folder]
+    return [os.path.join(folder, name) for name in sorted(_names(folder)) if name.endswith(".json")]
 
 
 def _names(folder: str) -> list[str]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ulid import ULID
 
 from agent import platform
+from agent.acts import TreeDamaged
 from agent.relays.sources import AnySource, Sources
 from agent.trees.installed import AgentState, TreeRecord
 from agent.trees.tree import IncomingTree, TreeHoldings, clear_leftovers, damage_in, take_from
+from relay.audit.event import tell
 from relay.encoding.bundle import Received
 from relay.encoding.choose_bases import worth_asking
 from relay.encoding.holdings import Holdings
@@ -28,12 +30,14 @@ from relay.errors import (
     UntrustedError,
     WaystationError,
 )
+from relay.folders import check_folder
 from relay.package.chunk import Chunk
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest
 from relay.protocol.client import ManifestDocument, RelayClient
 from relay.protocol.messages import EncodedBytes
 from relay.support.progress import Progress
+from relay.support.together import first_result
 from relay.transfer.download import (
     PERSISTENCE,
     STALL_SECONDS,
@@ -41,6 +45,7 @@ from relay.transfer.download import (
     ChunkSource,
     DownloadLimits,
     NoSourceLeftError,
+    OvertakenError,
     Receiver,
     SourceTally,
     StalledError,
@@ -50,8 +55,8 @@ from relay.transfer.download import (
 from relay.trust.envelopes import check_manifest_signature, verify_package
 from relay.trust.keys import TrustPins
 
-_log = logging.getLogger(__name__)
-
+BESIDE_SECONDS = 2.0
+"""A source that says nothing of a package for so long is not waited for alone: the next one is asked as well."""
 _OTHERS_MAX = 8
 """Trees of other packages that are offered to a relay as bases: each is read to its last byte before."""
 
@@ -217,7 +222,7 @@ def _still_stands(record: TreeRecord, manifest: Manifest) -> bool:
     """Whether the tree is as it was installed; where it is not, the log says what is wrong with it."""
     damage = damage_in(record.path, manifest)
     if damage:
-        _log.warning("agent.tree_damaged", extra={"tree": record.path, "damage": damage})
+        tell(TreeDamaged(record.path, damage))
     return not damage
 
 
@@ -302,7 +307,9 @@ class _Build(Receiver):
     async def left(self, source: ChunkSource, error: WaystationError) -> None:
         """As `Receiver`."""
         self.result.failed[source.name] = error.message
-        if not isinstance(error, ChunksAbsentError):
+        if isinstance(error, OvertakenError):
+            self.sources.overtaken(source.name, error)
+        elif not isinstance(error, ChunksAbsentError):
             self.sources.failed(source.name, error)
 
     def goodput(self, source: str) -> float:
@@ -333,7 +340,7 @@ class _Build(Receiver):
                 "bytes": tally.bytes,
                 "payload_bytes": tally.payload_bytes,
             }
-        if tally.error is None:
+        if tally.error is None and not tally.overtaken:
             self.result.failed.pop(name, None)
             # What went well before a source failed must not wash the failure away.
             for timing in tally.timings:
@@ -371,19 +378,22 @@ def switch_to(record: TreeRecord) -> bool:
     """Let `current` of its root name this tree; False where it did already. Blocking.
 
     Raises:
-        StoreError: it names what it named before.
+        RefusedError: something that is no link has that name, or another user can write to the root.
+        StoreError: the disk says no; it names what it named before.
     """
     root = record.root
-    target = os.path.relpath(record.path, root)
-    if platform.current_target(root) == target:
-        return False
+    current, target = os.path.join(root, "current"), os.path.relpath(record.path, root)
     try:
+        check_folder(root)
+        if platform.current_target(root) == target:
+            return False
         platform.point_current(root, target)
-    except OSError as error:
-        raise StoreError(
-            f"{os.path.join(root, 'current')} cannot name the new tree: {error.strerror or error}",
-            hint="Expected a link, or nothing, under that name; the tree itself is installed",
+    except FileExistsError as error:
+        raise RefusedError(
+            f"{current} is no link, and is not replaced", hint="Move it away; the tree itself is installed"
         ) from error
+    except OSError as error:
+        raise StoreError(f"{current} cannot name the new tree: {error.strerror or error}") from error
     return True
 
 
@@ -396,7 +406,10 @@ class _Finder:
         self._sources = sources
         self._pins = pins
         self._order = sources.in_order()
+        self._silent: list[str] = []
+        """Sources before which another one answered, though it was asked later."""
         self.failed: dict[str, str] = {}
+        """Why sources are not asked for chunks, or only at last."""
         self.signature = b""
         """What was verified, of the manifest that was found."""
         if not self._order:
@@ -406,25 +419,43 @@ class _Finder:
             )
 
     def remaining(self) -> list[AnySource]:
-        """Sources that did not fail so far, in order."""
-        return [source for source in self._order if source.name not in self.failed]
+        """Sources that did not fail so far, in order; those that said nothing come last."""
+        well = [source for source in self._order if source.name not in self.failed]
+        return well + [source for source in self._order if source.name in self._silent]
 
     async def manifest(self) -> Manifest:
         errors: list[WaystationError] = []
-        for source in self._order:
-            try:
-                return await self._ask(source)
-            except (UntrustedError, UnreachableError, RefusedError) as error:
-                errors.append(error)
-                self.failed[source.name] = error.message
-                if not isinstance(error, NotFoundError):
-                    self._sources.failed(source.name, error)
-        raise self._verdict(errors)
 
-    async def _ask(self, source: AnySource) -> Manifest:
+        def failed(number: int, error: Exception) -> None:
+            if not isinstance(error, UntrustedError | UnreachableError | RefusedError):
+                raise error
+            errors.append(error)
+            self._leave(self._order[number], error)
+
+        asking = [partial(self._ask, source) for source in self._order]
+        found = await first_result(asking, stagger=BESIDE_SECONDS, failed=failed)
+        if found is None:
+            raise self._verdict(errors)
+        number, (manifest, self.signature) = found
+        for source in self._order[:number]:
+            if source.name not in self.failed:
+                self._silent.append(source.name)
+                by = self._order[number].name
+                self._leave(source, UnreachableError(f"{source.name} said nothing while {by} answered"))
+        return manifest
+
+    def _leave(self, source: AnySource, error: WaystationError) -> None:
+        self.failed[source.name] = error.message
+        if not isinstance(error, NotFoundError):
+            self._sources.failed(source.name, error)
+
+    async def _ask(self, source: AnySource) -> tuple[Manifest, bytes]:
+        """The manifest, and the signature that was verified of it (empty: none was)."""
         if self._request.digest is not None:
             document = await self._document(source, self._request.digest)
-            return self._vouched_for(document, document.signature) if self._request.signed else document.manifest
+            if not self._request.signed:
+                return document.manifest, b""
+            return self._vouched_for(document, document.signature)
         assert self._pins is not None  # noqa: S101 - `pull` refused that before
         ref = self._request.package
         pointer = await source.package(ref.id, ref.version)
@@ -432,10 +463,9 @@ class _Finder:
         document = await self._document(source, ManifestId(statement.manifest))
         return self._vouched_for(document, pointer.signature)
 
-    def _vouched_for(self, document: ManifestDocument, signature: bytes) -> Manifest:
+    def _vouched_for(self, document: ManifestDocument, signature: bytes) -> tuple[Manifest, bytes]:
         check_signature(document.manifest, signature, self._pins)
-        self.signature = signature
-        return document.manifest
+        return document.manifest, signature
 
     async def _document(self, source: AnySource, id: ManifestId) -> ManifestDocument:
         document = await source.manifest(id, await asyncio.to_thread(self._base))

@@ -24,12 +24,13 @@ from agent import platform
 from agent.disk import disk_errors, remove_folder
 from relay.encoding.bundle import Places
 from relay.encoding.choose_bases import Held
-from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UntrustedError
+from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError
+from relay.folders import is_ours, make_closed_folder, make_folder
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, ManifestId, chunk_id
 from relay.package.manifest import Extent, Manifest, Part
 from relay.package.ranges import from_indexes
-from relay.support.durable import make_folder, sync_folder, write_durably
+from relay.support.durable import sync_folder, write_durably
 
 EXTRA = "not part of the package"
 """What `check_tree` says of a file that something else put there: the package's own are untouched by it."""
@@ -49,7 +50,7 @@ class IncomingTree:
         Raises:
             LockedError: another process builds the same tree under this root.
             StoreError: the file system says no; `full` where it has no room for the tree, and then nothing is left of it.
-            UntrustedError: another user could write into the build's folder.
+            RefusedError: another user could write into the root or a folder of it.
         """
         self.manifest = manifest
         self.target = target
@@ -137,7 +138,7 @@ class IncomingTree:
 
     def _open(self) -> None:
         make_folder(self.releases)
-        _make_private(self.folder)
+        make_closed_folder(self.folder)
         self._lock = platform.lock_file(os.path.join(self.folder, "lock"))
         if self._lock is None:
             raise LockedError(
@@ -198,15 +199,16 @@ class IncomingTree:
     def _places(self) -> dict[ChunkId, list[int]]:
         """Where in the tree's stream each chunk stands."""
         placed: dict[ChunkId, list[int]] = {}
-        for i in range(self.manifest.tree_chunks):
+        for i in self.manifest.tree_chunks:
             placed.setdefault(self.manifest.chunk_id(i), []).append(i)
         return placed
 
     def _write_at(self, place: int, data: bytes) -> None:
         view = memoryview(data)
         for extent in self.manifest.extents[place]:
-            with self._open_part(extent.part) as descriptor:
-                platform.write_at(descriptor, view[: extent.length], extent.offset)
+            if self.manifest.is_in_tree(extent.part):
+                with self._open_part(extent.part) as descriptor:
+                    platform.write_at(descriptor, view[: extent.length], extent.offset)
             view = view[extent.length :]
 
     @contextmanager
@@ -229,14 +231,14 @@ class IncomingTree:
     # --- finishing
 
     def _make_empty_parts(self) -> None:
-        for part in range(self.manifest.tree_parts):
+        for part in self.manifest.tree_parts:
             if self.manifest.parts[part].size == 0:
                 with self._open_part(part):
                     pass
 
     def _set_modes(self) -> None:
         """The user of a service must be able to read what was installed for it, and the umask may forbid that."""
-        for part in range(self.manifest.tree_parts):
+        for part in self.manifest.tree_parts:
             platform.set_mode(self._path(part), executable=self.manifest.parts[part].executable)
         for folder in self._folders():
             platform.set_mode(folder, executable=True)
@@ -245,7 +247,7 @@ class IncomingTree:
         return os.path.join(self.tree, self.manifest.parts[part].path)
 
     def _files(self) -> Iterator[str]:
-        return (self._path(part) for part in range(self.manifest.tree_parts))
+        return (self._path(part) for part in self.manifest.tree_parts)
 
     def _folders(self) -> Iterator[str]:
         return (folder for folder, _, _ in os.walk(self.tree))
@@ -255,7 +257,7 @@ def clear_leftovers(root: str, manifest: Manifest) -> None:
     """Remove what a crash left of a build whose tree stands and is recorded. Not while another process is at it."""
     folder = _incoming(root, manifest)
     with suppress(OSError):
-        if not platform.is_private(folder):
+        if os.path.islink(folder) or not is_ours(folder):
             return
         lock = platform.lock_file(os.path.join(folder, "lock"))
         if lock is not None:
@@ -268,7 +270,9 @@ def _incoming(root: str, manifest: Manifest) -> str:
 
 
 def read_chunk(tree: str, manifest: Manifest, index: int) -> bytes | None:
-    """The bytes of one chunk out of a tree of `manifest`, not verified; None where the files are not as they should be."""
+    """The bytes of one chunk out of a tree of `manifest`, not verified; None where the files are not as they should be,
+    or the chunk holds a part that trees leave out.
+    """
     try:
         return b"".join(_read_extent(tree, manifest, extent) for extent in manifest.extents[index])
     except OSError:
@@ -287,7 +291,7 @@ def _read_extent(tree: str, manifest: Manifest, extent: Extent) -> bytes:
 
 def take_from(tree: str, held: Manifest, wanted: set[ChunkId]) -> Iterator[Chunk]:
     """Those of `wanted` that the installed `tree` of `held` still has, hashed as they are read: an edited file is passed over."""
-    for index in range(held.tree_chunks):
+    for index in held.tree_chunks:
         id = held.chunk_id(index)
         if id not in wanted or held.index_of[id] != index:
             continue
@@ -323,14 +327,14 @@ class TreeHoldings:
 
     def _read(self, id: ManifestId, index: int) -> bytes:
         tree, manifest = self._trees[id]
-        data = read_chunk(tree, manifest, index) if index < manifest.tree_chunks else None
+        data = read_chunk(tree, manifest, index)
         if data is None:
             raise ChunkMissing(manifest.chunk_id(index))
         return Chunk(manifest.chunk_id(index), data).data
 
 
 def _good_chunks(tree: str, manifest: Manifest) -> Iterator[int]:
-    for index in range(manifest.tree_chunks):
+    for index in manifest.tree_chunks:
         data = read_chunk(tree, manifest, index)
         if data is not None and chunk_id(data) == manifest.chunk_id(index):
             yield index
@@ -342,7 +346,7 @@ def check_tree(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     A folder that is missing is told by its files. Owners do not count: what they could change, the content tells.
     """
     yield from _damages(tree, manifest)
-    expected = {part.path for part in manifest.parts[: manifest.tree_parts]} | _folders_of(manifest)
+    expected = {*manifest.tree_paths} | _folders_of(manifest)
     for path in _files_below(tree):
         if path not in expected:
             yield path, EXTRA
@@ -367,7 +371,8 @@ def _damages(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     for folder in sorted(_folders_of(manifest)):
         if problem := _folder_problem(os.path.join(tree, folder)):
             yield folder, problem
-    for index, part in enumerate(manifest.parts[: manifest.tree_parts]):
+    for index in manifest.tree_parts:
+        part = manifest.parts[index]
         if problem := _file_problem(os.path.join(tree, part.path), part, manifest.part_sha256(index)):
             yield part.path, problem
 
@@ -375,8 +380,8 @@ def _damages(tree: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _folders_of(manifest: Manifest) -> set[str]:
     """Every folder that the package's files stand in, below the tree's own."""
     found: set[str] = set()
-    for part in manifest.parts[: manifest.tree_parts]:
-        folder = os.path.dirname(part.path)
+    for path in manifest.tree_paths:
+        folder = os.path.dirname(path)
         while folder and folder not in found:
             found.add(folder)
             folder = os.path.dirname(folder)
@@ -425,22 +430,6 @@ def _files_below(tree: str) -> Iterator[str]:
     for folder, folders, files in os.walk(tree):
         for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
             yield os.path.relpath(os.path.join(folder, name), tree)
-
-
-def _make_private(folder: str) -> None:
-    parent = os.path.dirname(folder)
-    if platform.is_open_to_all(parent):
-        raise UntrustedError(
-            f"everybody can write to {parent}, and so replace what is installed there",
-            hint=f"Run 'chmod o-w {parent}'",
-        )
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    if not platform.is_private(folder):
-        raise UntrustedError(
-            f"{folder} is not a folder that only this user can write to",
-            hint="Another user made it: look at it, then remove it",
-        )
 
 
 _FULL_HINT = "Make room there and pull again; nothing of it was left behind"

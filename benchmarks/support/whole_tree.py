@@ -72,8 +72,8 @@ def _manifest_of(tree: str, nupkg: str) -> Manifest:
 
 
 def _look(tree: str, manifest: Manifest) -> None:
-    for part in manifest.parts[: manifest.tree_parts]:
-        os.lstat(os.path.join(tree, part.path))
+    for index in manifest.tree_parts:
+        os.lstat(os.path.join(tree, manifest.parts[index].path))
 
 
 def _seconds(work: Callable[[], object]) -> float:

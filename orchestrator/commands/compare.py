@@ -11,7 +11,7 @@ import click
 
 from orchestrator.commands.options import answer, depot_location, depot_option, package_ref
 from relay.errors import UsageError
-from relay.support.console import json_option, printable, progress_bars, size, table
+from relay.support.console import json_option, printable, progress_bars, share, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,8 +146,7 @@ def _diff_text(document: dict[str, Any], changes: Sequence[PartChange]) -> str:
         ("zip bytes that changed (as rsync would)", document["rsync_like_bytes"]),
         ("the whole nupkg", document["nupkg_bytes"]),
     ]
-    whole = max(document["nupkg_bytes"], 1)
-    rows = [[way, str(count), f"{100 * count / whole:.2f} %"] for way, count in ways]
+    rows = [[way, str(count), share(count, document["nupkg_bytes"], 2)] for way, count in ways]
     return "\n".join(
         [*lines, "", table(["to a holder of the old one", "bytes", "of the nupkg"], rows, right=frozenset({1, 2}))]
     )

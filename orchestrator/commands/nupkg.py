@@ -13,6 +13,7 @@ from orchestrator.commands.options import (
     depot_location,
     depot_option,
     in_depot,
+    listed_paths,
     package_ref,
     pointer_document,
     trust_option,
@@ -57,12 +58,14 @@ def _text(document: dict[str, Any]) -> str:
         ["signed", "yes" if document["signed"] else "no"],
         ["nupkg", f"{size(document['size'])}  sha256:{document['nupkg_sha256']}"],
         ["tree", f"{size(document['tree_bytes'])} in {document['parts']} parts, {document['chunks']} chunks"],
+        ["not in it", listed_paths(document["left_out"])],
         ["since", document["published"]],
         ["from", f"{provenance['how']} {provenance['source']}".strip()],
         ["vouched by", provenance["verified_by"] or "the person who added it"],
         ["description", str(document["metadata"].get("description", ""))[:200]],
         ["made again", _summary(document["exact"])],
     ]
+    rows += [["left out", fault] for fault in document["metadata_left_out"]]
     lines = [f"{document['id']} {document['version']}", *(f"  {name:12} {printable(value)}" for name, value in rows)]
     return "\n".join([*lines, _shares(document["exact"])] if document["exact"] else lines)
 
@@ -75,11 +78,13 @@ def _document(details: PackageDetails) -> dict[str, Any]:
         "stream_bytes": manifest.stream_size,
         "tree_bytes": manifest.tree_size,
         "parts": len(manifest.parts),
+        "left_out": manifest.left_out,
         "chunks": len(manifest.chunks),
         "manifest_bytes": len(manifest.canonical),
         "exact": None if recipe is None else _exact(recipe, manifest),
         "executable": [part.path for part in manifest.parts if part.executable],
         "metadata": manifest.body.metadata,
+        "metadata_left_out": details.unread,
     }
 
 
@@ -91,7 +96,7 @@ def _exact(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     found = shares(recipe, manifest)
     verbatim = recipe.verbatim
     return {
-        "records": type(recipe.records).__name__.lower().removesuffix("ly"),
+        "records": recipe.records.__struct_config__.tag,
         "whole_file": isinstance(recipe.records, Opaque),
         "shares": {
             name: {"nupkg_bytes": share.compressed, "content_bytes": share.content}

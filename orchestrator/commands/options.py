@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import UTC, datetime
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from math import inf
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from relay.config import home
 from relay.errors import IdentityError, UsageError
-from relay.support.console import print_json, run
+from relay.folders import check_folder
+from relay.support.console import print_json, run, say
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
     from relay.stores.catalog import Pointer
 
 T = TypeVar("T")
+_NUMBER: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}")
+
+_UNITS: Final = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for unit, base in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+_BYTES: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt](?:i?b)?|b|)", re.IGNORECASE)
 
 DONE, FAILED, WITH_EXCLUSIONS, CANCELLED = 0, 1, 5, 130
 """Exit codes of what deploys."""
@@ -41,9 +52,63 @@ journal_option = click.option(
 )
 
 
+class _Written(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """A value as YAML has it, `50Mbit` or `90s`; a bare number is in the unit that the option names."""
+
+    def __init__(self, name: str, expected: str, read: Callable[[str], float]) -> None:
+        self.name = name
+        self._expected = expected
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        if isinstance(value, float):
+            return value
+        try:
+            read = self._read(value)
+        except ValueError:
+            read = 0.0
+        return read if 0 < read < inf else self.fail(f"{value!r}: expected {self._expected}", param, ctx)
+
+
+def _rate(text: str) -> float:
+    """In bytes per second."""
+    from orchestrator.files.values import bytes_per_second
+
+    return float(text) * 125_000 if _NUMBER.fullmatch(text) else bytes_per_second(text)
+
+
+def _seconds(text: str) -> float:
+    from orchestrator.files.values import seconds
+
+    return float(text) if _NUMBER.fullmatch(text) else seconds(text)
+
+
+RATE = _Written("rate", "a rate above 0, such as 50Mbit, 800kbit or a number in Mbit/s", _rate)
+"""In bytes per second."""
+SECONDS = _Written("duration", "a time above 0, such as 90s, 2m or a number of seconds", _seconds)
+
+
+def byte_count(text: str) -> int:
+    """Bytes as people write them: `3000000`, `500MB`, `1.5 GiB`. For `type=` of an option."""
+    match = _BYTES.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size: expected a number of bytes, or one such as 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
 def depot_location(given: str | None) -> str:
     """Of the depot's store."""
     return given or f"disk:{os.path.join(home(), 'depot')}"
+
+
+EVENTS_FILE = "events.jsonl"
+
+
+def keep_events(context: click.Context) -> None:
+    """Let what a command of this group does be added to the audit trail of this home."""
+    from relay.audit.log import log_to_file
+
+    context.with_resource(log_to_file(os.path.join(home(), EVENTS_FILE)))
 
 
 def in_depot(given: str | None, work: Callable[[Depot], Awaitable[T]]) -> T:
@@ -60,7 +125,9 @@ def in_depot(given: str | None, work: Callable[[Depot], Awaitable[T]]) -> T:
 
 def trust_folder(given: str | None) -> str:
     """Of the keys, absolute."""
-    return os.path.abspath(given) if given else os.path.join(home(), "trust")
+    folder = os.path.abspath(given) if given else os.path.join(home(), "trust")
+    check_folder(folder, private=True)
+    return folder
 
 
 def paths_of(depot: str | None = None, trust: str | None = None, journal: str | None = None) -> Paths:
@@ -96,7 +163,7 @@ def answer(document: object, text: str, *, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:
-        click.echo(text)
+        say(*text.split("\n"))
 
 
 def time_text(seconds: float) -> str:
@@ -128,3 +195,9 @@ def package_ref(id: str, version: str, hint: str = "") -> PackageRef:
         return PackageRef(PackageId.parse(id), NuGetVersion.parse(version))
     except IdentityError as error:
         raise UsageError(error.message, hint=hint) from error
+
+
+def listed_paths(paths: list[str], most: int = 8) -> str:
+    """Paths for a line of text, the first of many."""
+    shown = ", ".join(paths[:most])
+    return f"{shown} and {len(paths) - most} more" if len(paths) > most else shown

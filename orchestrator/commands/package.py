@@ -10,10 +10,19 @@ import click
 from orchestrator.commands import options
 from orchestrator.commands.compare import diff, lint
 from orchestrator.commands.nupkg import fetch, show
-from orchestrator.commands.options import answer, depot_option, in_depot, package_ref, pointer_document, trust_option
+from orchestrator.commands.options import (
+    answer,
+    byte_count,
+    depot_option,
+    in_depot,
+    listed_paths,
+    package_ref,
+    pointer_document,
+    trust_option,
+)
 from orchestrator.commands.replicate import replicate
 from relay.errors import UsageError, WaystationError
-from relay.support.console import json_option, print_json, printable, progress_bars, size, table
+from relay.support.console import json_option, print_json, progress_bars, say, size, table
 
 if TYPE_CHECKING:
     from orchestrator.depot.depot import Added, Depot
@@ -22,8 +31,10 @@ if TYPE_CHECKING:
 
 
 @click.group()
-def package() -> None:
+@click.pass_context
+def package(context: click.Context) -> None:
     """Packages: into the depot, out of it, and to the relays."""
+    options.keep_events(context)
 
 
 @package.command(epilog="Example: waystation package pack ./publish --id Acme.Web --version 1.4.2")
@@ -67,6 +78,12 @@ def pack(
 )
 @click.option("--allow-http", is_flag=True, help="With --feed: allow plain http beyond loopback.")
 @click.option("--allow-private", is_flag=True, help="With --feed: its name may resolve to a private address.")
+@click.option(
+    "--max-inflated",
+    type=byte_count,
+    metavar="SIZE",
+    help="Refuse a package whose parts inflate to more, such as 500MB. [default: 4GiB, the most that there is]",
+)
 @depot_option
 @trust_option
 @json_option
@@ -77,16 +94,20 @@ def add(
     hosts: tuple[str, ...],
     allow_http: bool,
     allow_private: bool,
+    max_inflated: int | None,
     depot: str | None,
     trust_folder: str | None,
     as_json: bool,
 ) -> int:
     """Take packages into the depot: chunked, checked and signed. What is there already is left as it is.
 
+    Parts that belong to the nupkg itself are in no tree; they are told.
+
     As soon as the packages are told they can be listed, replicated and deployed. Then the command finds out, and proves,
     how relays can make each nupkg again, byte for byte. Where that is cut short, adding the file again does it.
     """
     from orchestrator.trust.keyring import load_signer
+    from relay.package.zip_reader import DEFAULT_LIMITS, WalkLimits
     from relay.support.malloc import share_arenas
 
     if feed and len(names) != 2:
@@ -103,7 +124,9 @@ def add(
         _print_taken(taken, as_json=as_json)
         with progress_bars() as bar:
             for manifest in taken.manifests:
-                await opened.recipe(manifest, bar(f"proof of {manifest.package}"))
+                show = bar(f"proof of {manifest.package}")
+                await opened.recipe(manifest, show)
+                show(manifest.nupkg.size, manifest.nupkg.size)
         return 1 if taken.errors else 0
 
     async def _taken(opened: Depot, bar: Bar) -> _Taken:
@@ -111,14 +134,18 @@ def add(
         from orchestrator.depot.feed_policy import FeedPolicy
 
         if not feed:
-            done, refused = await add_files(opened, signer, names, bar)
+            done, refused = await add_files(opened, signer, names, bar, limits)
             return _Taken([_added(one) for one in done], [one.manifest for one in done], refused)
         policy = FeedPolicy(allow_hosts=hosts, allow_http=allow_http, allow_private=allow_private)
         ref, progress = package_ref(*names), bar(" ".join(names))
-        one, got = await add_from_feed(opened, signer, feed, ref, sha512=sha512, policy=policy, progress=progress)
+        one, got = await add_from_feed(
+            opened, signer, feed, ref, sha512=sha512, policy=policy, progress=progress, limits=limits
+        )
         return _Taken([_added(one) | {"verified_by": got.verified_by}], [one.manifest], {})
 
     share_arenas()
+    most = DEFAULT_LIMITS.inflated
+    limits = WalkLimits(inflated=min(max_inflated or most, most))
     signer = load_signer(options.trust_folder(trust_folder), "package")
     return in_depot(depot, take)
 
@@ -138,9 +165,12 @@ def _print_taken(taken: _Taken, *, as_json: bool) -> None:
         return
     for entry in taken.documents:
         what = "added" if entry["new"] else "was there"
-        click.echo(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
+        say(f"{what}  {entry['id']} {entry['version']}  {entry['manifest']}  {size(entry['size'])}")
+        say(f"  not in trees: {listed_paths(entry['left_out'])}")
+        for fault in entry["metadata_left_out"]:
+            say(f"  left out of its metadata: {fault}")
     for path, error in taken.errors.items():
-        click.echo(printable(f"{path}: {error}"), err=True)
+        say(f"{path}: {error}", aside=True)
 
 
 def _added(result: Added) -> dict[str, Any]:
@@ -148,6 +178,8 @@ def _added(result: Added) -> dict[str, Any]:
         "new": result.new,
         "chunks": len(result.manifest.chunks),
         "chunks_stored": result.chunks_stored,
+        "left_out": result.manifest.left_out,
+        "metadata_left_out": result.unread,
     }
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -30,12 +29,13 @@ from orchestrator.commands.options import (
     trust_option,
 )
 from relay.errors import UsageError
-from relay.support.console import json_option, print_json, printable, progress_bars, run, table
+from relay.support.console import json_option, print_json, printable, progress_bars, run, say, showing, table
 
 if TYPE_CHECKING:
     from orchestrator.deployment.deployment import Result
     from orchestrator.deployment.setup import DeployRequest
     from orchestrator.journal.journal import Journal
+    from orchestrator.journal.recorder import Tell
     from orchestrator.journal.views import DeploymentView, OpenBracket
     from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan
@@ -87,8 +87,10 @@ _variable_option = click.option(
 
 
 @click.group()
-def release() -> None:
+@click.pass_context
+def release(context: click.Context) -> None:
     """Releases, and their deployments into environments."""
+    options.keep_events(context)
 
 
 # --- before
@@ -113,10 +115,10 @@ def plan(
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
     from orchestrator.deployment.create_release import plan_release
-    from orchestrator.files.environment import environment_path, load_both
+    from orchestrator.files.environment import environment_path, read_both
     from orchestrator.plan.forecast import describe, document
 
-    process, where = load_both(process_path, environment_path(environment))
+    process, where = read_both(process_path, environment_path(environment))
     label = label or next(iter(versions.values()), "0")
     made = run(plan_release(options.depot_location(depot), process, where, label, versions, prompts))
     answer(document(made), describe(made), as_json=as_json)
@@ -151,12 +153,14 @@ def create(
     """Freeze and sign the process, its scripts and package versions as LABEL."""
     check_installed()
     from orchestrator.deployment.create_release import create_release
-    from orchestrator.files.environment import environment_path, load_environment
+    from orchestrator.files.environment import environment_path, read_both
     from orchestrator.files.process import load_process
 
     paths = paths_of(depot, trust_folder, journal)
-    process = load_process(process_path)
-    where = None if environment is None else load_environment(environment_path(environment))
+    if environment is None:
+        process, where = load_process(process_path), None
+    else:
+        process, where = read_both(process_path, environment_path(environment))
     with open_journal(paths) as opened, progress_bars() as bar:
         made, new = run(
             create_release(
@@ -232,13 +236,19 @@ def deploy(
     check_installed()
     from orchestrator.deployment.create_release import create_release
     from orchestrator.deployment.setup import DeployRequest
-    from orchestrator.files.environment import environment_path, load_environment
-    from orchestrator.files.process import load_process
+    from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
     from orchestrator.journal.status import deployment_view
 
     paths = paths_of(depot, trust_folder, journal)
-    where = load_environment(environment_path(environment))
-    process = load_process(process_path) if versions or os.path.exists(process_path) else None
+    where_path, process = environment_path(environment), None
+    if versions or os.path.exists(process_path):
+        process, where = read_both(process_path, where_path)
+        if not versions:
+            # The release has a process of its own: this one only says of which project it is.
+            check_both(process, where)
+    else:
+        where = load_environment(where_path)
+    tell = _timed(aside=as_json)
     with open_journal(paths) as opened, progress_bars() as bar:
         if versions and process is not None:
             run(
@@ -251,12 +261,12 @@ def deploy(
                     environment=where,
                     prompts=prompts,
                     bar=bar,
-                    tell=_tell_aside,
+                    tell=_timed(aside=True),
                 )
             )
         project = project or (process.value.project if process else None)
         request = DeployRequest(label, project, where, prompts, adopt, force)
-        ulid, result = run(_deploy(paths, opened, request, bar, as_json))
+        ulid, result = run(_deploy(paths, opened, request, tell, bar, aside=as_json))
         if as_json:
             print_json(deployment_view(opened, ulid))
         else:
@@ -264,26 +274,28 @@ def deploy(
     return _exit_code(result)
 
 
+def _timed(*, aside: bool) -> Tell:
+    """Prints lines, each with the seconds since now."""
+    began = time.monotonic()
+    return lambda line: say(f"{time.monotonic() - began:7.1f} s  {line}", aside=aside)
+
+
 async def _deploy(
-    paths: Paths, journal: Journal, request: DeployRequest, bar: Bar, as_json: bool
+    paths: Paths, journal: Journal, request: DeployRequest, tell: Tell, bar: Bar, *, aside: bool
 ) -> tuple[str, Result]:
     """Run it in the foreground; a signal is a decision like any other."""
     from orchestrator.deployment.decisions import CANCEL
     from orchestrator.deployment.deployment import deploy as start
     from orchestrator.paths import operator
 
-    began = time.monotonic()
     running: list[str] = []
-
-    def tell(line: str) -> None:
-        click.echo(f"{time.monotonic() - began:7.1f} s  {printable(line)}", err=as_json)
 
     def begun(ulid: str, plan: Plan) -> None:
         running.append(ulid)
         what = ", ".join(f"{package.id} {package.version}" for package in plan.packages.values())
-        click.echo(f"deployment {ulid}: {plan.label} of {plan.project} into {plan.environment} ({what})", err=as_json)
+        say(f"deployment {ulid}: {plan.label} of {plan.project} into {plan.environment} ({what})", aside=aside)
         for note in plan.notes:
-            click.echo(f"  {printable(note)}", err=as_json)
+            say(f"  {note}", aside=aside)
 
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - a coroutine that runs has one
@@ -295,8 +307,8 @@ async def _deploy(
         if signals > 1 or not running:
             task.cancel()
             return
-        click.echo("cancelling: machines in flight come to their end; once more leaves now", err=True)
         journal.decide(request.environment.value.environment, running[0], CANCEL, {}, operator())
+        say("cancelling: machines in flight come to their end; once more leaves now", aside=True)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -308,20 +320,20 @@ async def _deploy(
 
 
 def _tell_aside(line: str) -> None:
-    click.echo(printable(line), err=True)
+    say(line, aside=True)
 
 
 def _tell_end(view: DeploymentView, result: Result) -> None:
     from orchestrator.journal.ledger_text import brief
 
     for line in brief(view.ledger):
-        click.echo(printable(line))
+        say(line)
     for bracket in view.brackets:
-        click.echo(f"still out: {_told(bracket)}", err=True)
+        say(f"still out: {_told(bracket)}", aside=True)
     for line in _behind(view):
-        click.echo(line, err=True)
+        say(line, aside=True)
     if result.left:
-        click.echo(f"not deployed: {', '.join(result.left)}", err=True)
+        say(f"not deployed: {', '.join(result.left)}", aside=True)
 
 
 def _exit_code(result: Result) -> int:
@@ -352,14 +364,35 @@ def status(
     with open_journal(paths_of(journal=journal)) as opened:
         ulid = find_deployment(opened, deployment, environment)
         view = deployment_view(opened, ulid)
-        while watch and view.summary.state == "running":
-            if sys.stdout.isatty() and not as_json:
-                click.clear()
-            if not as_json:
-                click.echo(_shown(view, with_ledger=ledger))
-            time.sleep(1.0)
-            view = deployment_view(opened, ulid)
+        if watch:
+            view = _watched(opened, view, with_ledger=ledger, quiet=as_json)
         answer(view, _shown(view, with_ledger=ledger), as_json=as_json)
+
+
+def _watched(journal: Journal, view: DeploymentView, *, with_ledger: bool, quiet: bool) -> DeploymentView:
+    """Show it until it has ended: below the lines of a terminal, elsewhere as lines, each time that it changed."""
+    from orchestrator.journal.status import deployment_view
+
+    board, told = _StatusBoard(), 0
+    with showing(board) as is_drawn:
+        while view.summary.state == "running":
+            board.lines = _shown(view, with_ledger=with_ledger).split("\n")
+            if view.last != told and not quiet and not is_drawn:
+                say(*board.lines)
+            told = view.last
+            time.sleep(1.0)
+            view = deployment_view(journal, view.summary.deployment)
+    return view
+
+
+class _StatusBoard:
+    """A status that stands still on a terminal."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def rows(self, width: int, height: int) -> list[str]:  # noqa: ARG002 - the screen cuts what is too much
+        return self.lines
 
 
 @release.command(epilog="Example: waystation release history --environment production")
@@ -370,9 +403,10 @@ def status(
 def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
     """List deployments, the newest first."""
     check_installed()
-    from orchestrator.journal.status import summaries
+    from orchestrator.journal.status import check_environment, summaries
 
     with open_journal(paths_of(journal=journal)) as opened:
+        check_environment(opened, environment)
         found = summaries(opened, environment, limit)
     rows = [
         [s.deployment, time_text(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator]
@@ -401,23 +435,34 @@ def log(
     """Print what scripts printed, on the server and on machines, each line with where it is from. Secrets are masked."""
     check_installed()
     from orchestrator.fleet.log_reader import LogReader
-    from orchestrator.journal.status import deployment_view, find_deployment
+    from orchestrator.journal.status import check_machine, deployment_view, find_deployment
 
     paths = paths_of(journal=journal)
     with open_journal(paths) as opened:
         ulid = find_deployment(opened, deployment, environment)
+        check_machine(deployment_view(opened, ulid), machine)
+        said = False
         reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
         while True:
             is_over = deployment_view(opened, ulid).summary.state != "running"
             for entry in reader.news(final=is_over or not follow):
+                said = True
                 if as_json:
                     # One document a line, so that a reader who follows has each as it comes.
-                    click.echo(json.dumps({"format": 1, "operation": entry.operation, "text": entry.text}))
+                    told = {
+                        "operation": entry.operation,
+                        "text": entry.text,
+                        "time": entry.time,
+                        "stream": entry.stream,
+                    }
+                    say(json.dumps({"format": 1} | told))
                 else:
-                    click.echo(f"{entry.where}  {printable(entry.text)}")
+                    say(str(entry))
             if not follow or is_over:
-                return
+                break
             time.sleep(0.3)
+    if not said and not as_json:
+        say("nothing was printed" + ("" if is_over else " yet"), aside=True)
 
 
 # --- what is shown

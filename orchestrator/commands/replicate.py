@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.commands.options import depot_location, depot_option, package_ref
+from orchestrator.commands.options import RATE, SECONDS, depot_location, depot_option, package_ref
 from relay.errors import UsageError
 from relay.support.console import (
     ca_file_option,
     json_option,
     print_json,
-    printable,
     progress_bars,
     run,
+    say,
+    share,
     size,
     table,
     token_file_option,
@@ -22,6 +23,7 @@ from relay.support.console import (
 
 if TYPE_CHECKING:
     from orchestrator.replication.replicate_package import Replication, Targets
+    from relay.encoding.planner import Prefer
 
 
 @click.command(
@@ -43,7 +45,14 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="To every relay of this environment, with the token and authority that stand there.",
 )
-@click.option("--patience", default=60.0, show_default=True, help="Seconds that a relay may be away in mid-transfer.")
+@click.option(
+    "--patience",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    metavar="TIME",
+    help="How long a relay may be away in mid-transfer: seconds, or such as 2m. One that is silent for less than 5 s may be busy.",
+)
 @click.option(
     "--encoding",
     metavar="NAME[:LEVEL]",
@@ -52,9 +61,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--limit",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="MBIT",
-    help="At most so many Mbit/s to each relay, in place of the environment's limit.",
+    type=RATE,
+    metavar="RATE",
+    help="At most so much to each relay, such as 50Mbit, or a number in Mbit/s, in place of the environment's limit.",
+)
+@click.option(
+    "--prefer",
+    type=click.Choice(["bytes", "time"]),
+    metavar="bytes|time",
+    help="Of encodings that are about as fast: the fewest bytes where times are within 10 %, or what is there first, in "
+    "place of what the environment prefers. [default: bytes]",
 )
 @click.option(
     "--explain",
@@ -80,6 +96,7 @@ def replicate(
     patience: float,
     encoding: str | None,
     limit: float | None,
+    prefer: Prefer | None,
     explain: bool,
     dry_run: bool,
     exact: bool,
@@ -97,7 +114,7 @@ def replicate(
     from relay.encoding.codecs import Coding
 
     coding = None if encoding is None else Coding.parse(encoding)
-    targets = _targets(relays, environment, token_file, ca_file).limited(None if limit is None else limit * 1e6 / 8)
+    targets = _targets(relays, environment, token_file, ca_file).told(limit, prefer)
     location, ref = depot_location(depot), package_ref(id, version)
     with progress_bars() as bar:
         if dry_run:
@@ -169,9 +186,9 @@ def _print_replication(done: Replication, documents: list[dict[str, Any]], *, dr
 
     for one in documents:
         if "explained" in one:
-            click.echo(text_of(one["relay"], one["explained"], one["package_bytes"]))
+            say(*text_of(one["relay"], one["explained"], one["package_bytes"]).split("\n"))
         elif dry_run:
-            click.echo(f"{one['relay']}: fetches from {one['source']}")
+            say(f"{one['relay']}: fetches from {one['source']}")
     rows = [
         [
             r["relay"],
@@ -179,18 +196,18 @@ def _print_replication(done: Replication, documents: list[dict[str, Any]], *, dr
             f"{r['chunks_sent']} of {r['chunks']}",
             ", ".join(entry["encoding"] for entry in r["encodings"]) or "nothing",
             size(r["wire_bytes"]),
-            f"{100 * r['wire_bytes'] / max(r['package_bytes'], 1):.1f} %",
+            share(r["wire_bytes"], r["package_bytes"]),
             f"{r['seconds']:.1f} s",
         ]
         for r in ([] if dry_run else documents)
     ]
     if rows:
         headers = ["relay", "from", "chunks sent", "as", "on the wire", "of the nupkg", "took"]
-        click.echo(table(headers, rows, right=frozenset({4, 5, 6})))
+        say(*table(headers, rows, right=frozenset({4, 5, 6})).split("\n"))
     for r in documents:
         if r.get("fallbacks"):
-            click.echo(f"{r['relay']}: {r['fallbacks']} runs were refused as deltas and went plainly", err=True)
+            say(f"{r['relay']}: {r['fallbacks']} runs were refused as deltas and went plainly", aside=True)
     for replan in done.replans:
-        click.echo(printable(replan), err=True)
+        say(replan, aside=True)
     for url, error in done.failed.items():
-        click.echo(f"{url}: {printable(str(error))}", err=True)
+        say(f"{url}: {error}", aside=True)

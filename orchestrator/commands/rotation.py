@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from orchestrator.commands.options import (
@@ -10,16 +12,24 @@ from orchestrator.commands.options import (
     answer,
     check_installed,
     journal_option,
+    keep_events,
     open_journal,
     paths_of,
     time_text,
+    trust_option,
 )
-from relay.support.console import json_option, print_json, printable, run, table
+from relay.errors import UsageError
+from relay.support.console import json_option, print_json, run, say, table
+
+if TYPE_CHECKING:
+    from orchestrator.deployment.recovery import Closing
 
 
 @click.group()
-def rotation() -> None:
+@click.pass_context
+def rotation(context: click.Context) -> None:
     """Machines that are out of their load balancer."""
+    keep_events(context)
 
 
 @rotation.command(name="list", epilog="Example: waystation rotation list")
@@ -28,9 +38,11 @@ def rotation() -> None:
 @json_option
 def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
     """List machines whose bracket is open: `before` was begun, and no `after` ended well since."""
+    from orchestrator.journal.status import check_environment
     from orchestrator.journal.views import open_brackets
 
     with open_journal(paths_of(journal=journal)) as opened:
+        check_environment(opened, environment)
         found = open_brackets(opened.brackets(environment))
     rows = [[b.machine, b.rotation, b.environment, time_text(b.since), b.label, b.owner] for b in found]
     heads = ["machine", "rotation", "environment", "out since", "opened by", "deployment"]
@@ -40,24 +52,54 @@ def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
 @rotation.command(epilog="Example: waystation rotation close web2 --environment production")
 @click.argument("machine")
 @click.option("--environment", "-e", metavar="NAME", help="Where several environments have an open one.")
-@click.option("--by-hand", is_flag=True, help="Run nothing: you have put it back yourself.")
+@click.option("--by-hand", is_flag=True, help="Run and check nothing: you have put it back yourself.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Put it back whatever its checks say; they are made, briefly. With -m, for the record.",
+)
 @click.option("-m", "--message", default="", help="Why, for the record.")
+@trust_option
 @journal_option
 @json_option
 def close(
-    machine: str, environment: str | None, by_hand: bool, message: str, journal: str | None, as_json: bool
+    machine: str,
+    environment: str | None,
+    by_hand: bool,
+    force: bool,
+    message: str,
+    trust_folder: str | None,
+    journal: str | None,
+    as_json: bool,
 ) -> int:
-    """Put MACHINE back: run its rotation's `after` with OUTCOME=put_back, and note that it is in again."""
-    check_installed()
-    from orchestrator.deployment.recovery import close_bracket
+    """Put MACHINE back: make its step's checks, then run its rotation's `after` with OUTCOME=put_back.
 
-    paths = paths_of(journal=journal)
+    The checks are those of the version that is current there. Where one fails, MACHINE stays out.
+    """
+    check_installed()
+    from orchestrator.deployment.recovery import Word, close_bracket
+
+    if force and not message.strip():
+        raise UsageError("--force needs a reason for the record", hint="Give it with -m")
+    if force and by_hand:
+        raise UsageError("--by-hand checks nothing, so there is nothing to force")
+    paths = paths_of(trust=trust_folder, journal=journal)
     with open_journal(paths) as opened:
-        name, failed = run(close_bracket(paths, opened, machine, environment, by_hand=by_hand, message=message))
+        word = Word(by_hand=by_hand, force=force, why=message.strip())
+        closing = run(close_bracket(paths, opened, machine, environment, word))
     if as_json:
-        print_json({"format": 1, "machine": machine, "closed": not failed, "reason": failed})
-    elif not failed:
-        click.echo(f"{machine} is back in {name}")
+        document = {"format": 1, "machine": machine, "closed": not closing.failed}
+        print_json(document | {"reason": closing.failed, "checks": closing.ill})
     else:
-        click.echo(f"{machine} could not be put back: {printable(failed)}", err=True)
-    return FAILED if failed else DONE
+        _tell(machine, closing)
+    return FAILED if closing.failed else DONE
+
+
+def _tell(machine: str, closing: Closing) -> None:
+    if closing.failed:
+        say(f"{machine} could not be put back: {closing.failed}", aside=True)
+        if closing.ill:
+            say(f"  mend it, deploy again with --adopt, or: rotation close {machine} --force -m WHY", aside=True)
+    else:
+        although = f", although it is not well: {closing.ill}" if closing.ill else ""
+        say(f"{machine} is back in {closing.rotation}{although}")

@@ -12,8 +12,10 @@ from relay.support.console import json_option
 
 
 @click.group()
-def trust() -> None:
+@click.pass_context
+def trust(context: click.Context) -> None:
     """Keys: the package key signs what may be installed, the order key what may run."""
+    options.keep_events(context)
 
 
 @trust.command(epilog="Example: waystation trust init")

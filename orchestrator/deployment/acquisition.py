@@ -14,12 +14,14 @@ from typing import Final
 from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acquire, AcquireFacts, PackageTree, Report, Survey, SurveyFacts
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
-from orchestrator.journal.events import Acquired, Barrier, Surveyed
-from orchestrator.plan.placement import short_of_room, trees_of
+from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
+from orchestrator.plan.placement import placed_on, short_of_room, trees_of
 from orchestrator.plan.plan import ServerStep
 from relay.errors import StoreError, UnreachableError, WaystationError
 from relay.support.together import together
 
+WAITING_SECONDS: Final = 15.0
+"""Between two looks at who is waited for; what stays the same from one to the next is told."""
 STOP_SECONDS: Final = 5.0
 """For a relay to take the order that stops a pull."""
 
@@ -52,13 +54,13 @@ async def acquire(context: DeploymentContext) -> dict[str, SurveyFacts]:
 
 
 async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str, SurveyFacts]:
-    facts = await _survey(context)
-    short = short_of_room(context.plan, facts)
-    if short:
-        raise DeploymentFailedError("there is not enough room: " + "; ".join(short))
-    context.filler.begin()
+    waiting = asyncio.create_task(_tell_who_is_waited_for(context, arriving))
     try:
         async with asyncio.timeout(context.plan.acquire.deadline):
+            facts = await _survey(context, arriving)
+            if short := short_of_room(context.plan, facts):
+                raise DeploymentFailedError("there is not enough room: " + "; ".join(short))
+            context.filler.begin()
             everywhere = asyncio.Event()
             await together([context.filler.until_settled(everywhere), _everywhere(context, arriving, everywhere)])
     except TimeoutError as error:
@@ -66,8 +68,23 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
             f"not everything was on every machine after {context.plan.acquire.deadline:.0f} s (acquire: deadline), "
             f"so no step began: {'; '.join(arriving.reasons())}"
         ) from error
+    finally:
+        waiting.cancel()
     await context.recorder.record(Barrier(tuple(machine.name for machine in context.plan.machines)))
     return facts
+
+
+async def _tell_who_is_waited_for(context: DeploymentContext, arriving: _Arriving) -> None:
+    """Where nothing changes for a while, people read what is missing; each thing once."""
+    told: set[str] = set()
+    before: set[str] = set()
+    while True:
+        await asyncio.sleep(WAITING_SECONDS)
+        now = set(arriving.reasons())
+        for reason in sorted(now & before - told):
+            context.recorder.tell(Note(f"still waits: {reason}"))
+            told.add(reason)
+        before = now
 
 
 async def _everywhere(context: DeploymentContext, arriving: _Arriving, done: asyncio.Event) -> None:
@@ -90,15 +107,17 @@ async def _stop_pulls(context: DeploymentContext, arriving: _Arriving) -> None:
 # --- what is there
 
 
-async def _survey(context: DeploymentContext) -> dict[str, SurveyFacts]:
+async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, SurveyFacts]:
     """Ask every machine at once what stands under its roots. Raises `DeploymentFailedError`, `UnreachableError`."""
 
     async def ask(name: str) -> tuple[str, SurveyFacts]:
+        arriving.lacks(name, "it was asked what it holds, and no relay has brought its answer")
         report = await context.fleet.perform(context.operation(0, name, "survey"), Survey(trees_of(context.plan, name)))
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
         await context.recorder.record(Surveyed(name, facts))
+        arriving.complete(name)
         return name, facts
 
     return dict(await together([ask(machine.name) for machine in context.plan.machines]))
@@ -176,15 +195,18 @@ async def _pull(
         arriving.lacks(name, why)
         return why
     arriving.complete(name)
+    whole = sum(tree.tree_bytes for tree in report.facts.trees)
+    context.bar(name)(whole, whole)
     await context.recorder.record(Acquired(name, report.facts))
     return ""
 
 
 def _shown(context: DeploymentContext, name: str, arriving: _Arriving) -> Callable[[Report], None]:
-    show = context.bar(name)
+    show, planned = context.bar(name), sum(package.tree_bytes for package, _, _ in placed_on(context.plan, name))
+    show(0, planned)
 
     def hear(report: Report) -> None:
-        show(report.done, report.whole)
+        show(report.done, max(planned, report.whole))
         if report.whole:
             arriving.lacks(name, f"it had {report.done} of {report.whole} bytes")
 

@@ -28,9 +28,10 @@ from orchestrator.journal.events import (
     PreAcquireEnded,
     PreAcquireStarted,
     Refused,
+    outcome_of,
 )
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
-from relay.support.together import together
+from relay.support.together import together, told_if_slow
 
 if TYPE_CHECKING:
     from orchestrator.fleet.presence import Presences
@@ -50,6 +51,7 @@ class Result:
     """How it ended.
 
     Attributes:
+        reason: why it failed or was cancelled; of what succeeded, which machines it left.
         left: machines whose turn failed, within what their step allows.
         out: machines that are left out of their rotation.
         behind: relays that have not got everything.
@@ -136,6 +138,8 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
     if not_undone and state == "succeeded":
         return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
+    if outcome.left and state == "succeeded":
+        reason = f"not deployed: {', '.join(outcome.left)}"
     return Result(state, reason, tuple(outcome.left), tuple(sorted(context.out)), tuple(sorted(context.filler.behind)))
 
 
@@ -147,7 +151,9 @@ async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) ->
     machines = {machine.name for machine in context.plan.machines}
     for bracket in brackets:
         if bracket.machine in machines:
-            await context.recorder.record(BracketAdopted(bracket.machine, bracket.rotation, bracket.owner))
+            await context.recorder.record(
+                BracketAdopted(bracket.machine, bracket.rotation, bracket.owner, bracket.label)
+            )
         context.out.add(bracket.machine)
 
 
@@ -198,7 +204,8 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
         DeploymentFailedError: a machine is not there, or its clock is wrong.
         RefusedError: another orchestrator's deployment is not over.
     """
-    here = await context.fleet.presences()
+    with told_if_slow(context.recorder.say, "waiting for relays: they are asked which machines are there"):
+        here = await context.fleet.presences()
     if here.missing:
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(here.missing.items()))
         raise DeploymentFailedError(f"not every machine can be given orders: {reasons}")
@@ -236,9 +243,10 @@ async def _claim(context: DeploymentContext, here: Presences) -> None:
 async def _close(context: DeploymentContext, result: Result) -> None:
     """Let agents forget what is on disk here, tell the plan's receivers, and write the end down."""
     if context.refused_before is not None:
-        await _note_refusals(context, context.refused_before)
-        await context.fleet.logs_arrived()
-        await together([_acknowledge(context, machine.name) for machine in context.plan.machines])
+        with told_if_slow(context.recorder.say, "waiting for the last output, and for relays to take the last word"):
+            await _note_refusals(context, context.refused_before)
+            await context.fleet.logs_arrived()
+            await together([_acknowledge(context, machine.name) for machine in context.plan.machines])
     if result.out:
         await _notify(context, "rotation_open", result)
     await _notify(context, "finished" if result.state == "succeeded" else "failed", result)
@@ -272,11 +280,12 @@ async def _notify(context: DeploymentContext, event: NotificationKind, result: R
         "label": context.plan.label,
         "environment": context.plan.environment,
         "deployment": context.recorder.deployment,
-        "state": result.state,
+        "state": outcome_of(result.state, result.reason),
         "reason": result.reason,
         "out": list(result.out),
         "behind": list(result.behind),
     }
     if targets := context.notifier.targets(event):
-        errors = await context.notifier.notify(news)
+        with told_if_slow(context.recorder.say, f"waiting for {targets} to take the news"):
+            errors = await context.notifier.notify(news)
         await context.recorder.record(*(Notified(event, targets, error) for error in errors or [""]))

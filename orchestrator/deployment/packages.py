@@ -19,7 +19,7 @@ from orchestrator.depot.feed_policy import FeedCredentials, FeedPolicy
 from orchestrator.files.process import ProcessFile, package_of
 from orchestrator.files.script_files import read_script
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage
-from relay.errors import ConflictError, NotFoundError, RefusedError, SignatureError, UsageError
+from relay.errors import ConflictError, IdentityError, NotFoundError, RefusedError, SignatureError, UsageError
 from relay.package.identity import ManifestId, parse_digest
 from relay.package.manifest import Manifest
 from relay.stores.catalog import Pointer, Provenance
@@ -59,12 +59,17 @@ async def known_packages(location: str, packages: Mapping[str, PlannedPackage]) 
     found: dict[str, PlannedPackage] = {}
     async with open_depot(location) as depot:
         for name, package in packages.items():
-            pointer = depot.catalog.find(package.ref)
-            if pointer is None:
-                found[name] = package
-                continue
-            found[name] = _with_manifest(package, await depot.manifest(pointer))
+            pointer = _find(depot, package)
+            found[name] = package if pointer is None else _with_manifest(package, await depot.manifest(pointer))
     return found
+
+
+def _find(depot: Depot, package: PlannedPackage) -> Pointer | None:
+    """None, too, where it is no package: the plan says so, with whatever else is wrong."""
+    try:
+        return depot.catalog.find(package.ref)
+    except IdentityError:
+        return None
 
 
 # --- into the depot
@@ -249,7 +254,7 @@ async def _holds(depot: Depot, pointer: Pointer, digests: Mapping[str, str]) -> 
     manifest = await depot.catalog.manifest(pointer.manifest_id)
     if manifest is None or not await depot.catalog.signature(manifest.id):
         return False
-    files = {manifest.parts[i].path: manifest.part_sha256(i) for i in range(manifest.tree_parts)}
+    files = {manifest.parts[i].path: manifest.part_sha256(i) for i in manifest.tree_parts}
     ids = set(manifest.chunk_ids())
     return files == dict(digests) and await depot.store.chunks.sound_many(ids) == ids
 

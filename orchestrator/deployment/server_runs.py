@@ -30,6 +30,7 @@ from orchestrator.fleet.logs import LogFile
 from orchestrator.journal.events import ServerRunDispatched, ServerRunEnded
 from orchestrator.trust.secrets import variable_of
 from relay.errors import StoreError, UsageError, WaystationError
+from relay.folders import make_folder
 from relay.support.durable import sync_folder
 
 if TYPE_CHECKING:
@@ -248,8 +249,7 @@ class ServerRuns:
 
     def _make_folder(self, name: str) -> None:
         """One of our three, for this user alone. Raises `OSError`."""
-        for folder in (self._folder, os.path.join(self._folder, name)):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_folder(os.path.join(self._folder, name), mode=0o700)
 
     def _attempts(self, operation: OperationId) -> list[int]:
         """Numbers of the attempts that have a folder, in order."""

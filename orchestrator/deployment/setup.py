@@ -33,6 +33,7 @@ from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.support.private_files import make_private_folder
 from relay.support.progress import Bar
+from relay.support.together import told_if_slow
 
 if TYPE_CHECKING:
     from orchestrator.files.environment import EnvironmentFile
@@ -76,16 +77,21 @@ async def set_up(
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
         held = hold(journal, plan.environment, operator=operator(), label=plan.label, why="deploy", deployment=ulid)
         stack.enter_context(held)
-        brackets = await settle(paths, journal, plan.environment, adopt=request.adopt)
+        brackets = await settle(paths, journal, plan.environment, adopt=request.adopt, tell=tell)
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
-        packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar, pins=pins)
+        with told_if_slow(
+            tell, "waiting for packages: they are taken from their feeds, or looked through in the depot"
+        ):
+            packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, signer, bar, pins=pins)
         await ensure_scripts(depot, plan.scripts, pins)
         plan = msgspec.structs.replace(plan, packages=packages, notes=(*plan.notes, *depot.notes), force=request.force)
 
         order_signer = load_signer(paths.trust, "order")
         recorder = Recorder(journal, ulid, tell)
-        for words in await check_endings(plan):
+        with told_if_slow(tell, "waiting for relays: they are asked whether their tokens and certificates last"):
+            warnings = await check_endings(plan)
+        for words in warnings:
             tell(f"warning: {words}")
         runs = ServerRuns(folder, secrets, recorder)
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))

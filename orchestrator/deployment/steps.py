@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from agent.checks import run_checks
+from agent.checks.run_checks import run_checks
 from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import (
-    Action,
     CommandCheck,
     ControlService,
     HttpCheck,
+    OpenAction,
     Report,
     RunScript,
     Settle,
@@ -32,12 +33,21 @@ from agent.orders.orders import (
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.decisions import obey
 from orchestrator.deployment.server_runs import PROBE, RunResult
-from orchestrator.journal.events import BracketClosed, BracketOpened, StepEnded, StepStarted, TurnEnded, TurnStarted
+from orchestrator.journal.events import (
+    BracketClosed,
+    BracketOpened,
+    Note,
+    StepEnded,
+    StepStarted,
+    TurnEnded,
+    TurnStarted,
+)
 from orchestrator.plan.plan import (
     OLD_VERSION,
     ApplyAction,
     MachineStep,
     MachineTurn,
+    Plan,
     PlannedCheck,
     ScriptAction,
     ServerRun,
@@ -49,11 +59,16 @@ from orchestrator.rolling import rolling, turn
 from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
 from relay.errors import StoreError, WaystationError
-from relay.support.together import together
+from relay.support.together import together, told_if_slow
+
+if TYPE_CHECKING:
+    from orchestrator.fleet.fleet import Fleet
 
 STUCK_SECONDS = 60.0
 """How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
 _LOOK_AGAIN = 1.0
+SILENCE_SECONDS = 15.0
+"""After which a turn says what it is at."""
 
 
 @dataclass(slots=True)
@@ -77,14 +92,14 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
         await obey(context.recorder, context.stop)
         skip = _why_skipped(step, outcome, context.stop.reason)
         if skip:
-            await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip))
+            await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
             continue
         await context.recorder.record(StepStarted(step.number, step.name))
         if isinstance(step, ServerStep):
             why = await _on_server(context, step)
         else:
             why = await _on_machines(context, step, facts, outcome)
-        await context.recorder.record(StepEnded(step.number, ok=not why, reason=why))
+        await context.recorder.record(StepEnded(step.number, ok=not why, reason=why, name=step.name))
         # A step that was only stopped has nothing to add to why everything stops.
         if why and why != context.stop.reason:
             outcome.failed.append(f"step {step.number} ({step.name}): {why}")
@@ -165,8 +180,10 @@ class RollingStep:
                 stuck_since = None
                 roll = await self._wait(roll)
             elif not roll.is_over:
-                stuck_since = stuck_since or clock()
                 why = rolling.why_waiting(roll, service)
+                if stuck_since is None and why:
+                    self._context.recorder.say(f"step {self._step.number} ({self._step.name}) waits: {why}")
+                stuck_since = stuck_since or clock()
                 if why and clock() - stuck_since > STUCK_SECONDS:
                     roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
@@ -217,7 +234,7 @@ class MachineTurnRunner:
         self._context = context
         self._step = step
         self._turn = planned
-        self._facts = _facts_of(context, step, planned, facts)
+        self._facts = tree_facts(context.plan, step, planned, facts.get(planned.machine))
         is_out, is_forced = planned.machine in context.out, context.plan.force
         self.shape = turn.shape_of(step, planned, self._facts, is_out=is_out, is_forced=is_forced)
         self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
@@ -227,7 +244,10 @@ class MachineTurnRunner:
         await self._context.recorder.record(TurnStarted(machine, number))
         state = turn.begin(self.shape)
         while not isinstance(do := state.do, End):
-            state = turn.did(state, await self._do(do))
+            words = f"{machine}: still at {self._words_of(do)}"
+            with told_if_slow(self._context.recorder.say, words, SILENCE_SECONDS):
+                done = await self._do(do)
+            state = turn.did(state, done)
         result = do.result
         await self._context.recorder.record(
             TurnEnded(
@@ -242,6 +262,9 @@ class MachineTurnRunner:
         )
         return result
 
+    def _words_of(self, do: turn.Do) -> str:
+        return self._turn.actions[do.index].name if isinstance(do, Act) else type(do).__name__.lower()
+
     async def _do(self, do: turn.Do) -> Done:
         try:
             match do:
@@ -250,11 +273,9 @@ class MachineTurnRunner:
                 case Act(index):
                     return await self._act(index)
                 case turn.Verify():
-                    return await self._verify("verify", [(each, each.check) for each in self._turn.verify])
+                    return await self._verify("verify", checks_of_new(self._turn))
                 case VerifyOld():
-                    return await self._verify(
-                        "verify-old", [(each, _for_old(each.for_old, self._facts)) for each in self._turn.verify]
-                    )
+                    return await self._verify("verify-old", checks_of_old(self._turn, self._facts))
                 case turn.Settle():
                     return await self._settle()
                 case After(outcome):
@@ -275,7 +296,10 @@ class MachineTurnRunner:
         machine = self._turn.machine
         await self._context.recorder.record(BracketOpened(machine, rotation.name, self._step.number))
         self._context.out.add(machine)
-        return _done(await self._here(rotation.before, "before", {}))
+        result = await self._here(rotation.before, "before", {})
+        if result.ok:
+            self._context.recorder.tell(Note(f"out of {rotation.name}", machine))
+        return _done(result)
 
     async def _after(self, outcome: str) -> Done:
         rotation = self._step.rotation
@@ -307,7 +331,7 @@ class MachineTurnRunner:
     def _operation(self, name: str, attempt: int = 1) -> OperationId:
         return self._context.operation(self._step.number, self._turn.machine, name, attempt)
 
-    def _order(self, action: ApplyAction, operation: OperationId) -> Action:
+    def _order(self, action: ApplyAction, operation: OperationId) -> OpenAction:
         match action:
             case SwitchAction():
                 return Switch(self._turn.root, self._context.plan.packages[self._step.package].manifest)
@@ -333,19 +357,44 @@ class MachineTurnRunner:
         what = Settle(self._turn.root, manifest, self._turn.fingerprint, self._step.keep)
         return _done_by(await self._context.fleet.perform(self._operation("settle"), what))
 
-    async def _verify(self, name: str, checks: Sequence[tuple[PlannedCheck, TimedCheck]]) -> Done:
-        """The machine's checks and the server's at once; the first that fails is the reason."""
-        here = [check for planned, check in checks if planned.on_server]
-        there = tuple(check for planned, check in checks if not planned.on_server)
-        works = ([self._check_there(name, there)] if there else []) + ([_check_here(here)] if here else [])
-        results = await together(works)
-        return next((done for done in results if not done.ok), turn.DONE)
+    async def _verify(self, name: str, checks: Checks) -> Done:
+        plan = self._context.plan
+        return await make_checks(
+            self._context.fleet, plan, self._operation(name), checks, self._turn.root, self.variables
+        )
 
-    async def _check_there(self, name: str, checks: tuple[TimedCheck, ...]) -> Done:
-        scripts = self._context.plan.scripts
-        signed = tuple(_signed(timed, scripts.manifest if scripts else "") for timed in checks)
-        what = Verify(signed, self._turn.root, self.variables)
-        return _done_by(await self._context.fleet.perform(self._operation(name), what))
+
+# --- the checks of one machine
+
+
+Checks = Sequence[tuple[PlannedCheck, TimedCheck]]
+"""As they were planned, and what is asked now."""
+
+
+def checks_of_new(planned: MachineTurn) -> Checks:
+    """Is the version of this release well?"""
+    return [(each, each.check) for each in planned.verify]
+
+
+def checks_of_old(planned: MachineTurn, facts: TreeFacts | None) -> Checks:
+    """Is the version well that `facts` found there?"""
+    return [(each, _for_old(each.for_old, facts)) for each in planned.verify]
+
+
+async def make_checks(
+    fleet: Fleet, plan: Plan, operation: OperationId, checks: Checks, root: str, variables: Mapping[str, str]
+) -> Done:
+    """Those of the machine, as this operation, and those of the server at once; the first that fails is the reason."""
+    here = [check for planned, check in checks if planned.on_server]
+    there = tuple(check for planned, check in checks if not planned.on_server)
+    scripts = plan.scripts.manifest if plan.scripts else ""
+
+    async def ask() -> Done:
+        signed = tuple(_signed(timed, scripts) for timed in there)
+        return _done_by(await fleet.perform(operation, Verify(signed, root, dict(variables))))
+
+    results = await together(([ask()] if there else []) + ([_check_here(here)] if here else []))
+    return next((done for done in results if not done.ok), turn.DONE)
 
 
 def _signed(timed: TimedCheck, scripts: str) -> TimedCheck:
@@ -360,14 +409,12 @@ async def _check_here(checks: Sequence[TimedCheck]) -> Done:
     return turn.DONE if result.ok else Done("failed", "; ".join(result.texts))
 
 
-def _facts_of(
-    context: DeploymentContext, step: MachineStep, planned: MachineTurn, facts: Mapping[str, SurveyFacts]
-) -> TreeFacts | None:
-    if not step.package:
+def tree_facts(plan: Plan, step: MachineStep, planned: MachineTurn, found: SurveyFacts | None) -> TreeFacts | None:
+    """What was found under this turn's root; None where nothing is deployed, or the machine was not asked."""
+    if not step.package or found is None:
         return None
-    manifest = context.plan.packages[step.package].manifest
-    trees = facts[planned.machine].trees
-    return next((tree for tree in trees if tree.root == planned.root and tree.manifest == manifest), None)
+    manifest = plan.packages[step.package].manifest
+    return next((tree for tree in found.trees if tree.root == planned.root and tree.manifest == manifest), None)
 
 
 def _for_old(check: TimedCheck, facts: TreeFacts | None) -> TimedCheck:

@@ -13,7 +13,7 @@ from relay.package.chunk import Chunk
 from relay.package.chunking import PartDigest
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
 from relay.package.nuspec import Nuspec
-from relay.package.zip_reader import Entry, read_nuspec, read_part, walk
+from relay.package.zip_reader import DEFAULT_LIMITS, Entry, WalkLimits, read_nuspec, read_part, walk
 
 BATCH_BYTES = 8 << 20
 """Chunks that are handed over in one go."""
@@ -41,9 +41,9 @@ def digests_of(file: BinaryIO) -> NupkgDigests:
     return NupkgDigests(size, sha256.hexdigest(), b64encode(sha512.digest()).decode())
 
 
-def read_directory(file: BinaryIO) -> tuple[list[Entry], Nuspec]:
+def read_directory(file: BinaryIO, limits: WalkLimits = DEFAULT_LIMITS) -> tuple[list[Entry], Nuspec]:
     """The parts, checked, and the nuspec. Raises `ArchiveError`, `MetadataError`. Blocking."""
-    entries = list(walk(file))
+    entries = list(walk(file, limits))
     return entries, read_nuspec(file, entries)
 
 

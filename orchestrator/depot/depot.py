@@ -12,17 +12,21 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from orchestrator.acts import PackageAdded, PackageRemoved
 from orchestrator.depot.cut_nupkg import NupkgCutter, digests_of, open_nupkg, read_directory
+from orchestrator.paths import operator
+from relay.audit.event import tell
 from relay.engines.encoders import Encoders
 from relay.engines.engine_pool import Engines
 from relay.errors import ChunkInvalid, ChunkMissing, MetadataError, NotFoundError, first_of
 from relay.package.chunk import Chunk
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, ManifestBuilder, NupkgDigests
-from relay.package.nuspec import Nuspec
+from relay.package.nuspec import NUSPEC_MAX, Nuspec, parse_nuspec
+from relay.package.part_reader import parts_of_chunks
 from relay.package.recipe import Recipe
-from relay.package.zip_reader import Entry, walk
-from relay.package.zip_records import STORED
+from relay.package.zip_reader import DEFAULT_LIMITS, Entry, WalkLimits, is_root_nuspec, walk
+from relay.package.zip_records import DEFLATED
 from relay.rebuild.find_recipe import find_recipe
 from relay.rebuild.nupkgs import Nupkgs
 from relay.rebuild.recipe_store import Recipes
@@ -38,22 +42,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What adding a nupkg came to. `new` is False where the same nupkg was there already."""
+    """What adding a nupkg came to. `new` is False where the same nupkg was there already.
+
+    `unread` says, a line each, what of its nuspec could not be read and is not in the manifest.
+    """
 
     pointer: Pointer
     manifest: Manifest
     new: bool
     chunks_stored: int
+    unread: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PackageDetails:
-    """All that the depot knows of a package. `recipe` is None where it was not found how its nupkg is made again."""
+    """All that the depot knows of a package. `recipe` is None where it was not found how its nupkg is made again.
+
+    `unread` as when it was added, read anew.
+    """
 
     pointer: Pointer
     manifest: Manifest
     signed: bool
     recipe: Recipe | None
+    unread: tuple[str, ...]
 
 
 class Depot:
@@ -81,6 +93,7 @@ class Depot:
         *,
         progress: Progress | None = None,
         expected: PackageRef | None = None,
+        limits: WalkLimits = DEFAULT_LIMITS,
     ) -> Added:
         """Take a nupkg in, chunked and signed: on return it is listed. Adding the same one again changes nothing, but
         brings back what the depot lost, and signs anew where the key is another one.
@@ -96,7 +109,7 @@ class Depot:
         """
         with open_nupkg(path) as file:
             digests = await asyncio.to_thread(digests_of, file)
-            entries, nuspec = await asyncio.to_thread(read_directory, file)
+            entries, nuspec = await asyncio.to_thread(read_directory, file, limits)
             ref = PackageRef(nuspec.id, nuspec.version)
             if expected is not None and ref != expected:
                 raise MetadataError(f"the file is {ref}, where {expected} was expected")
@@ -104,7 +117,8 @@ class Depot:
             if there is not None and await self._is_whole(there):
                 manifest = await self.manifest(there)
                 await self._sign(manifest, signer)
-                return Added(there, manifest, new=False, chunks_stored=0)
+                _tell_added(there, provenance)
+                return Added(there, manifest, new=False, chunks_stored=0, unread=nuspec.left_out)
             whole, show = sum(entry.size for entry in entries), progress or (lambda _done, _whole: None)
             manifest, stored = await self._store_chunks(
                 file, entries, ref, nuspec, digests, lambda done: show(done, whole)
@@ -112,7 +126,8 @@ class Depot:
         await self.store.blobs.put_file(digests.sha256, path)
         await self._sign(manifest, signer)
         pointer = await self.catalog.publish(manifest, provenance)
-        return Added(pointer, manifest, new=there is None, chunks_stored=stored)
+        _tell_added(pointer, provenance)
+        return Added(pointer, manifest, new=there is None, chunks_stored=stored, unread=nuspec.left_out)
 
     async def manifest(self, pointer: Pointer) -> Manifest:
         """The manifest behind a pointer. Raises `NotFoundError` where the store lost it."""
@@ -177,7 +192,16 @@ class Depot:
         signature = await self.catalog.signature(manifest.id)
         # The proof of a package that was just added may be under way in another process.
         recipe = await self.recipe(manifest) if await self.recipes.find(manifest) else None
-        return PackageDetails(pointer, manifest, bool(signature), recipe)
+        return PackageDetails(pointer, manifest, bool(signature), recipe, await self._unread(manifest))
+
+    async def _unread(self, manifest: Manifest) -> tuple[str, ...]:
+        """What of the nuspec is not in the manifest; nothing where the depot lost it."""
+        read = parts_of_chunks(manifest, lambda index: self.store.chunks.get(manifest.chunk_id(index)))
+        for index, part in enumerate(manifest.parts):
+            if is_root_nuspec(part.path) and part.size <= NUSPEC_MAX:
+                with suppress(ChunkMissing, ChunkInvalid, MetadataError):
+                    return parse_nuspec(b"".join([piece async for piece in read(index)])).left_out
+        return ()
 
     async def other_versions(self, ref: PackageRef, limit: int = 16) -> list[Manifest]:
         """Manifests of the newest other versions of the same id, newest first."""
@@ -191,6 +215,7 @@ class Depot:
         if not any(other.nupkg_sha256 == pointer.nupkg_sha256 for other in self.catalog.all()):
             await self.store.blobs.remove(pointer.nupkg_sha256)
             await self.recipes.forget(pointer.nupkg_sha256)
+        tell(PackageRemoved(operator(), pointer.id, pointer.version, pointer.manifest))
         return pointer
 
     async def _may_find_better(self, manifest: Manifest) -> bool:
@@ -201,10 +226,10 @@ class Depot:
         return bool(await self._engines.installed() - await self.recipes.tried(manifest))
 
     async def _find_recipe(self, path: str, manifest: Manifest, progress: Progress | None) -> None:
-        """Find and keep it. Nothing is opened for a nupkg whose parts are all stored as they are."""
+        """Find and keep it. No engine is opened for a nupkg without a deflated part."""
         try:
             entries = await asyncio.to_thread(_walk_file, path)
-            if all(entry.method == STORED for entry in entries):
+            if all(entry.method != DEFLATED for entry in entries):
                 recipe = await find_recipe(path, manifest, Encoders(1), progress)
                 tried: tuple[str, ...] = ("zlib",)
             else:
@@ -269,6 +294,11 @@ class Depot:
     async def _lacking(self, batch: list[Chunk]) -> list[Chunk]:
         here = await self.store.chunks.has_many(chunk.id for chunk in batch)
         return list({chunk.id: chunk for chunk in batch if chunk.id not in here}.values())
+
+
+def _tell_added(pointer: Pointer, provenance: Provenance) -> None:
+    what = pointer.id, pointer.version, pointer.manifest, pointer.nupkg_sha256
+    tell(PackageAdded(operator(), *what, provenance.source))
 
 
 @asynccontextmanager

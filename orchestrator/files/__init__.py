@@ -1,3 +1,3 @@
-"""What people write: YAML with positions, strict types, variables, scripts.
+"""What people write of releases: process and environment, variables, scripts.
 Start with process.py and environment.py.
 """

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from orchestrator.files.decode import Kind, Written, fit, schema_of
-from orchestrator.files.process import ProcessFile, Retry, Value, load_process
+from orchestrator.files.process import START, Process, ProcessFile, Retry, Value
 from orchestrator.files.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
-from orchestrator.files.yaml_positions import LoadedFile, Mistake, PlanError, load
+from relay.written.decode import Kind, Written, fit_with_stand_ins, load_as, schema_of
+from relay.written.yaml_positions import LoadedFile, Mistake, PlanError, load, sorted_mistakes
 
+T = TypeVar("T", Process, "Environment")
 _Date = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="a date such as 2026-12-20")]
 _VariableOfProcess = Annotated[
     str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,199}$", description="the name of an environment variable")
@@ -68,6 +69,10 @@ class Relay(Written, frozen=True):
     """
     limit: Rate | None = None
     """How fast packages may come in: `50Mbit`, `800kbit`, `1Gbit`; a bare number is in Mbit/s."""
+    prefer: Literal["bytes", "time"] = "bytes"
+    """What the origin sends it, of encodings that are about as fast: fewer `bytes` where times are within 10 %, or what is
+    there first (`time`).
+    """
 
 
 class Role(Written, frozen=True):
@@ -162,23 +167,36 @@ EnvironmentFile = LoadedFile[Environment]
 
 def load_environment(path: str) -> EnvironmentFile:
     """Raises `PlanError` with every mistake of the file."""
-    return fit(load(path), Environment)
+    return load_as(path, Environment, START)
 
 
-def load_both(process_path: str, path: str) -> tuple[ProcessFile, EnvironmentFile]:
-    """A process and an environment. Raises `PlanError` with every mistake of both."""
-    mistakes: list[Mistake] = []
-    try:
-        process = load_process(process_path)
-    except PlanError as error:
-        mistakes += error.mistakes
-    try:
-        environment = load_environment(path)
-    except PlanError as error:
-        raise PlanError([*mistakes, *error.mistakes]) from error
-    if mistakes:
-        raise PlanError(mistakes)
+def read_both(process_path: str, path: str) -> tuple[ProcessFile, EnvironmentFile]:
+    """A process and an environment, with their mistakes, for the plan to tell with its own: nothing else may use them.
+
+    Raises:
+        PlanError: one of them cannot be read at all; with every mistake of both.
+    """
+    process, mistakes = _read(process_path, Process)
+    environment, others = _read(path, Environment)
+    if process is None or environment is None:
+        raise PlanError(sorted_mistakes([*mistakes, *others], [process_path, path]))
     return process, environment
+
+
+def check_both(process: ProcessFile, environment: EnvironmentFile) -> None:
+    """Raises `PlanError` with every mistake of both, where no plan will tell them."""
+    mistakes = [*process.mistakes, *environment.mistakes]
+    if mistakes:
+        raise PlanError(sorted_mistakes(mistakes, [process.name, environment.name]))
+
+
+def _read(path: str, type: type[T]) -> tuple[LoadedFile[T] | None, tuple[Mistake, ...]]:
+    """None where nothing can be said of the rest."""
+    try:
+        found = fit_with_stand_ins(load(path, START), type)
+    except PlanError as error:
+        return None, error.mistakes
+    return found, found.mistakes
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,12 +6,11 @@ What is not built yet stands here all the same and is loaded; `orchestrator/plan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from orchestrator.files.decode import Kind, Written, fit, schema_of
 from orchestrator.files.values import (
     Command,
     Duration,
@@ -25,8 +24,10 @@ from orchestrator.files.values import (
     Title,
     VariableName,
 )
-from orchestrator.files.yaml_positions import LoadedFile, load
+from relay.written.decode import Kind, Written, load_as, schema_of
+from relay.written.yaml_positions import LoadedFile
 
+START: Final = "'waystation init' makes files to start from"
 _Count = Annotated[int, Meta(ge=0, le=100_000)]
 _ActionName = Annotated[
     str,
@@ -118,7 +119,7 @@ class Acquire(Written, frozen=True):
     """Bringing every package to every machine."""
 
     deadline: Duration = "30m"
-    """Of the whole acquisition. Machines wait for relays that are away until then, or until `stall`."""
+    """Of the whole acquisition, what machines are asked before included. Machines wait for relays that are away until then, or until `stall`."""
     stall: Duration = "60s"
     """A source that sends nothing for so long is left; a machine that gets nothing from any relay for so long has failed."""
     per_relay: Annotated[int, Meta(ge=1, le=1000)] = 20
@@ -165,10 +166,10 @@ class Rolling(Written, frozen=True):
     """Machines in flight at one time. Default: 1."""
     phases: tuple[Phase, ...] = ()
     """In place of `window`: stretches, one after another."""
-    min_in_service: _Count = 0
-    """Machines that must be known to be in service before one starts."""
-    max_failures: _Count = 0
-    """Of the whole step; one more stops it."""
+    min_in_service: Share = 0
+    """Machines that must be known to be in service before one starts; a percentage is rounded up."""
+    max_failures: Share = 0
+    """Of the whole step; one more stops it. A percentage is rounded down."""
     order: tuple[Name, ...] = ("unhealthy", "name")
     """Who goes first; machines' names between the two come first."""
     max_per: MaxPer | None = None
@@ -218,7 +219,9 @@ class Check(Written, frozen=True):
     service: Text | None = None
     """The machine's service manager says that it is active."""
     expect: str | None = None
-    """With `http`: the whole body, without spaces around it."""
+    """With `http`: the whole body, read as a person would: by its charset, without a byte order mark, spaces around it and
+    at the ends of lines.
+    """
     contains: str | None = None
     """With `http`: a part of the body."""
     status: Annotated[int, Meta(ge=100, le=599)] = 200
@@ -347,7 +350,7 @@ ProcessFile = LoadedFile[Process]
 
 def load_process(path: str) -> ProcessFile:
     """Raises `PlanError` with every mistake of the file."""
-    return fit(load(path), Process)
+    return load_as(path, Process, START)
 
 
 def json_schema() -> dict[str, Any]:

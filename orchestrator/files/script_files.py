@@ -8,8 +8,8 @@ import stat
 import subprocess
 from typing import Final, Protocol
 
-from orchestrator.files.yaml_positions import open_without_waiting
 from relay.errors import RefusedError
+from relay.written.yaml_positions import open_without_waiting
 
 SCRIPT_MAX: Final = 4 << 20
 """Bytes of one script."""

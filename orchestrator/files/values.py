@@ -102,6 +102,16 @@ def bytes_per_second(rate: int | str) -> float:
     return float(int(match[1]) * _RATES[match[2]])
 
 
+def least_of(share: int | str, whole: int) -> int:
+    """How many of `whole` machines are at least so many of a hundred: rounded up."""
+    return share if isinstance(share, int) else -(-whole * _percent(share) // 100)
+
+
+def most_of(share: int | str, whole: int) -> int:
+    """How many of `whole` machines are at most so many of a hundred: rounded down, to 0 if need be."""
+    return share if isinstance(share, int) else whole * _percent(share) // 100
+
+
 def part_of(share: int | str, whole: int) -> int:
     """How many of `whole` machines: a number as it is, a percentage rounded down, but at least 1 of it.
 
@@ -109,5 +119,8 @@ def part_of(share: int | str, whole: int) -> int:
     """
     if isinstance(share, int):
         return share
-    percent = int(share.removesuffix("%"))
-    return max(1, whole * percent // 100) if percent else 0
+    return max(1, most_of(share, whole)) if _percent(share) else 0
+
+
+def _percent(share: str) -> int:
+    return int(share.removesuffix("%"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from orchestrator.files.yaml_positions import Place, shown
+from relay.written.yaml_positions import Place, shown
 
 FILLED_MAX: Final = 32 << 10
 """Characters of a text once its variables are in: what one environment variable may well hold."""

@@ -9,12 +9,12 @@ from typing import Final
 
 from orchestrator.plan.plan import Plan, PlannedRelay
 from orchestrator.replication.send import open_relay
-from relay.errors import RefusedError, UnreachableError
+from relay.errors import RefusedError, WaystationError
 from relay.protocol.connection import TokenRefusedError
 from relay.protocol.credentials import words_of
 from relay.protocol.messages import Ending, HealthAnswer
 
-PATIENCE: Final = 5.0
+PATIENCE: Final = 2.5
 """Seconds for a relay to answer. One that does not is not asked here: it may be reached after pre-acquisition."""
 
 
@@ -65,5 +65,6 @@ async def _ask(relay: PlannedRelay) -> HealthAnswer | str | None:
             return await client.health(attempts=1, scope="order")
     except TokenRefusedError as error:
         return error.message
-    except (TimeoutError, UnreachableError):
+    except (TimeoutError, WaystationError):
+        # Whatever else is wrong with it, it is only one of the relays.
         return None

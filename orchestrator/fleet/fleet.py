@@ -21,10 +21,22 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from agent.orders.envelopes import order_digest, sign_order, verify_report
+from agent.orders.envelopes import order_digest, seal_action, sign_order, verify_report
 from agent.orders.keys import AgentIdentity
 from agent.orders.operation_id import OperationId
-from agent.orders.orders import ACCEPT_SECONDS, FINAL, SKEW_SECONDS, Acknowledge, Action, Order, Presence, Report, Stop
+from agent.orders.orders import (
+    ACCEPT_SECONDS,
+    FINAL,
+    SEALED_ACTIONS,
+    Acknowledge,
+    Action,
+    OpenAction,
+    Order,
+    Presence,
+    Report,
+    Stop,
+    longest_of,
+)
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
 from orchestrator.fleet.presence import LOST_SECONDS, Answers, Presences, merge_presences, sight_of
@@ -32,6 +44,7 @@ from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
 from orchestrator.journal.events import Dispatched, Note, Refused, Reported
 from orchestrator.plan.plan import Plan, PlannedMachine
 from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
+from relay.folders import make_folder
 from relay.protocol import messages
 from relay.protocol.mail_client import MailClient
 
@@ -64,12 +77,14 @@ class FleetLimits:
         lost: without a relay that has seen a machine, or that takes its order.
         look: between two looks at who is there, while something is in flight.
         accept: for an agent that is there to say the first word about an order.
+        report: for the end of an operation to be told, beyond the longest that it may take by its own limits.
         logs: for the rest of the output, after the last result.
     """
 
     lost: float = LOST_SECONDS
     look: float = 5.0
-    accept: float = ACCEPT_SECONDS + SKEW_SECONDS
+    accept: float = 300.0
+    report: float = 300.0
     logs: float = 5.0
     pauses: Pauses = field(default_factory=Pauses)
 
@@ -86,8 +101,11 @@ class _Flight:
     on_progress: Callable[[Report], None] | None
     result: asyncio.Future[Report]
     patience: float
+    longest: float
+    """Seconds that it may take by its own limits, from its first word on."""
     posting: Posting | None = None
     newest: int = 0
+    heard_at: float = 0.0
 
     @property
     def letter(self) -> messages.OrderLetter:
@@ -140,12 +158,13 @@ class Fleet:
         self._room = Mailroom(recorder.deployment, mail, self, self._limits.pauses)
         self._book = OrderBook(os.path.join(folder, "orders"))
         self._log_folder = os.path.join(folder, "logs")
-        os.makedirs(self._log_folder, mode=0o700, exist_ok=True)
+        make_folder(self._log_folder, mode=0o700)
         self._logs: dict[OperationId, LogFile] = {}
         self._log_news = asyncio.Event()
         self._flights: dict[OperationId, _Flight] = {}
         self._in_flight = asyncio.Event()
         self._presences: dict[str, Presence] = {}
+        self._doubled: Mapping[str, str] = {}
         self._seen: dict[str, float] = {}
         self._unproven: dict[str, deque[tuple[str, messages.NumberedReport]]] = {}
         self._finals: dict[OperationId, Report] = {}
@@ -165,8 +184,10 @@ class Fleet:
     # --- who is there
 
     async def presences(self) -> Presences:
-        """Ask all relays at once who is there. A relay that does not answer in time is named, not waited for."""
-        return await self._meet(await self._room.agents())
+        """Ask all relays at once who is there. A relay that does not answer in time is named, not waited for; and where
+        the others have seen every machine, it has hardly any.
+        """
+        return await self._meet(await self._room.agents(lambda answers: not self._merged(answers).missing))
 
     def presence(self, machine: str) -> Presence:
         """What the machine said of itself last, by its own signature: its sealing key among it.
@@ -188,7 +209,7 @@ class Fleet:
     async def perform(
         self,
         operation: OperationId,
-        action: Action,
+        action: OpenAction,
         on_progress: Callable[[Report], None] | None = None,
         *,
         patience: float = 0.0,
@@ -277,12 +298,14 @@ class Fleet:
         self,
         operation: OperationId,
         machine: PlannedMachine,
-        action: Action,
+        action: OpenAction,
         on_progress: Callable[[Report], None] | None,
         patience: float,
     ) -> _Flight:
-        if machine.name not in self._presences:
-            await self.presences()
+        # An order that was kept is sent as it is: other bytes under its name would be refused.
+        await self._see(machine.name, patience if self._book.find(operation) is None else 0.0)
+        if why := self._doubled.get(machine.name):
+            raise UnreachableError(f"{machine.name} is ordered nothing: {why}")
         envelope = await self._order(operation, machine, action)
         if operation in self._flights:
             raise ValueError(f"{operation} is in flight already")
@@ -296,6 +319,7 @@ class Fleet:
             on_progress,
             loop.create_future(),
             patience,
+            longest_of(action),
         )
         self._flights[operation] = flight
         self._in_flight.set()
@@ -303,7 +327,16 @@ class Fleet:
             await self._deliver(flight, known)
         return flight
 
-    async def _order(self, operation: OperationId, machine: PlannedMachine, action: Action) -> bytes:
+    async def _see(self, machine: str, patience: float) -> None:
+        """Look until some relay has seen it, or the patience is over."""
+        until = asyncio.get_running_loop().time() + patience
+        while machine not in self._presences:
+            await self.presences()
+            if machine in self._presences or asyncio.get_running_loop().time() >= until:
+                return
+            await asyncio.sleep(self._limits.look)
+
+    async def _order(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> bytes:
         """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""
         if (kept := self._book.find(operation)) is not None:
             return kept
@@ -322,13 +355,25 @@ class Fleet:
             not_before=now,
             not_after=now + ACCEPT_SECONDS,
             relays=tuple(self._plan.relay(name).url for name in machine.relays),
-            action=action,
+            action=self._sealed(operation, machine, action),
         )
         envelope = sign_order(order, self._signer)
         await self._book.keep(operation, envelope)
         return envelope
 
-    async def _send(self, operation: OperationId, action: Action) -> None:
+    def _sealed(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> Action:
+        """For this agent alone, where it understands that. What only names operations is no more than orders tell anyway.
+
+        Raises:
+            UnreachableError: no relay has seen the machine, so what it understands is unknown.
+        """
+        if isinstance(action, Stop | Acknowledge):
+            return action
+        seen = self.presence(machine.name)
+        understands = SEALED_ACTIONS in seen.understands
+        return seal_action(action, seen.sealing, str(operation)) if understands else action
+
+    async def _send(self, operation: OperationId, action: OpenAction) -> None:
         """A new order of which no result is awaited; it takes the next attempt."""
         while self._book.find(operation) is not None:
             operation = replace(operation, attempt=operation.attempt + 1)
@@ -401,6 +446,7 @@ class Fleet:
         elif report.state in FINAL:
             flight.result.set_result(report)
         elif report.number > flight.newest:
+            flight.heard_at = flight.heard_at or asyncio.get_running_loop().time()
             flight.newest = report.number
             if flight.on_progress is not None:
                 flight.on_progress(report)
@@ -477,6 +523,11 @@ class Fleet:
             self._seen[machine.name] = max(now - sight.age, self._seen.get(machine.name, 0.0))
             for relay, letter in self._unproven.pop(machine.name, ()):
                 await self._take_report(relay, machine, letter)
+        found = self._merged(answers)
+        self._doubled = found.doubled
+        return found
+
+    def _merged(self, answers: Answers) -> Presences:
         return merge_presences(self._plan.machines, answers, self._clock(), self._limits.lost)
 
     async def _watch(self) -> None:
@@ -500,6 +551,10 @@ class Fleet:
             return LostError(flight.machine.name, unseen)
         if not flight.newest and now - flight.since >= self._limits.accept:
             return UnreachableError(f"{flight.machine.name} is there, but says nothing of an order")
+        if flight.newest and now - flight.heard_at >= flight.longest + self._limits.report:
+            return UnreachableError(
+                f"{flight.machine.name} began, and no relay brought its end within {now - flight.heard_at:.0f} s"
+            )
         return None
 
     async def _tell(self, machine: str, text: str) -> None:

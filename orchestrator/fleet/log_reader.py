@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PIECE = 256 << 10
+_FRAME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (stdout|stderr) ([FP]) ")
+"""Before each line, see `agent.runs.runner.framed`; logs of older agents have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of output. `operation` is step~machine~action~attempt, as its file is called."""
+    """A line of output.
+
+    Attributes:
+        operation: step~machine~action~attempt, as its file is called.
+        time: when it was printed, in UTC by the clock of the machine; empty where this is not known.
+        stream: stdout or stderr; empty where this is not known.
+    """
 
     operation: str
     text: str
+    time: str = ""
+    stream: str = ""
 
     @property
     def where(self) -> str:
         """For people: machine and action."""
         _, machine, action, attempt = (*self.operation.split("~"), "", "", "", "")[:4]
         return f"{machine} {action}" + (f" (attempt {attempt})" if attempt not in {"", "1"} else "")
+
+    def __str__(self) -> str:
+        """For people: what was printed as an error has a mark. Two spaces stand before the text."""
+        mark = " stderr" if self.stream == "stderr" else ""
+        return f"{self.time} {self.where}{mark}  {self.text}".lstrip()
 
 
 class LogReader:
@@ -32,22 +48,45 @@ class LogReader:
         self._machine = machine
         self._read: dict[str, int] = {}
         self._rest: dict[str, bytes] = {}
+        self._parts: dict[tuple[str, bytes], tuple[bytes, bytes]] = {}
+        """By file and stream, of a line that goes on: its time, and its text so far."""
 
     def news(self, *, final: bool = True) -> Iterator[LogLine]:
         """Lines that came since the last call. A last line without an end waits for it, but where this is the `final`
         call.
         """
         for name in self._names():
-            operation = name.removesuffix(".log")
             with open(os.path.join(self._folder, name), "rb") as file:
                 file.seek(self._read.get(name, 0))
                 while piece := file.read(_PIECE):
                     self._read[name] = self._read.get(name, 0) + len(piece)
                     *lines, rest = (self._rest.pop(name, b"") + piece).split(b"\n")
-                    yield from (LogLine(operation, _text(line)) for line in lines)
+                    for line in lines:
+                        yield from self._told(name, line)
                     self._rest[name] = rest
-            if final and (rest := self._rest.pop(name, b"")):
-                yield LogLine(operation, _text(rest))
+            if final:
+                yield from self._ends(name)
+
+    def _told(self, name: str, line: bytes) -> Iterator[LogLine]:
+        """The line that ends in this one of the file, where one does."""
+        found = _FRAME.match(line)
+        if found is None:
+            yield _line(name, line)
+            return
+        stream, text = found[2], line[found.end() :]
+        time, before = self._parts.pop((name, stream), (found[1], b""))
+        if found[3] == b"P":
+            self._parts[name, stream] = (time, before + text)
+        else:
+            yield _line(name, before + text, time, stream)
+
+    def _ends(self, name: str) -> Iterator[LogLine]:
+        """What has no end of its own."""
+        if rest := self._rest.pop(name, b""):
+            yield from self._told(name, rest)
+        for key in [key for key in self._parts if key[0] == name]:
+            time, text = self._parts.pop(key)
+            yield _line(name, text, time, key[1])
 
     def _names(self) -> list[str]:
         """In the order in which they were begun."""
@@ -59,5 +98,6 @@ class LogReader:
         return sorted(mine, key=lambda name: os.stat(os.path.join(self._folder, name)).st_mtime_ns)
 
 
-def _text(line: bytes) -> str:
-    return line.rstrip(b"\r").decode(errors="replace")
+def _line(name: str, text: bytes, time: bytes = b"", stream: bytes = b"") -> LogLine:
+    told = text.rstrip(b"\r").decode(errors="replace")
+    return LogLine(name.removesuffix(".log"), told, time.decode(), stream.decode())

@@ -6,46 +6,64 @@ Relays are believed in nothing but availability: a presence counts where it is s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import combinations
 
 from agent.orders.envelopes import verify_presence
 from agent.orders.keys import fingerprint_of
 from agent.orders.orders import SKEW_SECONDS, Presence
 from orchestrator.plan.plan import PlannedMachine
 from relay.errors import SignatureError
-from relay.protocol.messages import AgentSeen
+from relay.protocol.messages import POLL_SECONDS, AgentSeen
 
 LOST_SECONDS = 90.0
 """A machine that no living relay has seen for so long is lost."""
+
+DOUBLED_SECONDS = 30.0
+"""One that no relay has seen for so long is no second agent with the same keys: it is gone, or was stopped."""
 
 Answers = Mapping[str, Sequence[AgentSeen] | str]
 """By the relay's name: whom it has seen, or why it did not answer."""
 
 
+_APART_SECONDS = 2 * POLL_SECONDS + 10.0
+"""Presences of one agent at several relays are so far apart at most: it makes a new one for each poll."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """A machine as a relay has seen it last. `age` is seconds since then; `skew` how far its clock is ahead of ours."""
+    """A machine as a relay has seen it.
+
+    Attributes:
+        age: seconds since then.
+        lain: seconds since the presence came.
+        skew: how far its clock is ahead of ours, in seconds.
+    """
 
     presence: Presence
     relay: str
     age: float
+    lain: float
     skew: float
 
 
 @dataclass(frozen=True, slots=True)
 class Presences:
-    """All machines that were asked for: each is in one of the two.
+    """All machines that were asked for: each is in one of the first two.
 
     Attributes:
         present: they are there, and may be given orders.
         missing: why the others may not, in words.
         silent: relays that did not answer, and why.
+        doubled: those of the missing whose keys two agents have, and which.
     """
 
     present: Mapping[str, Presence]
     missing: Mapping[str, str]
     silent: Mapping[str, str]
+    doubled: Mapping[str, str] = field(default_factory=dict)
 
 
 def merge_presences(
@@ -54,25 +72,75 @@ def merge_presences(
     """Merge the relays' `answers`. `now` is this server's clock, seconds since 1970."""
     present: dict[str, Presence] = {}
     missing: dict[str, str] = {}
+    doubled: dict[str, str] = {}
     for machine in machines:
-        sight = sight_of(machine, answers, now)
-        why = _why_unseen(machine, answers) if sight is None else _why_unfit(sight, lost_seconds)
-        if sight is None or why:
+        sights = _sights(machine, answers, now)
+        newest = _newest(sights, lost_seconds)
+        if newest is None:
+            missing[machine.name] = _why_unseen(machine, answers)
+        elif twice := _why_doubled(sights):
+            missing[machine.name] = doubled[machine.name] = twice
+        elif why := _why_unfit(newest, lost_seconds):
             missing[machine.name] = why
         else:
-            present[machine.name] = sight.presence
+            present[machine.name] = newest.presence
     silent = {relay: answer for relay, answer in answers.items() if isinstance(answer, str)}
-    return Presences(present, missing, silent)
+    return Presences(present, missing, silent, doubled)
 
 
-def sight_of(machine: PlannedMachine, answers: Answers, now: float) -> Sight | None:
-    """The freshest presence that the machine itself signed; None where no relay has one."""
-    sights = [
-        Sight(said, relay, seen.age, said.time + seen.presence_age - now)
+def sight_of(machine: PlannedMachine, answers: Answers, now: float, lost_seconds: float = LOST_SECONDS) -> Sight | None:
+    """The newest presence that the machine itself signed; None where no relay has one."""
+    return _newest(_sights(machine, answers, now), lost_seconds)
+
+
+def _sights(machine: PlannedMachine, answers: Answers, now: float) -> list[Sight]:
+    return [
+        Sight(said, relay, max(0.0, seen.age), lain := max(0.0, seen.presence_age), said.time + lain - now)
         for relay, seen in _seen(machine, answers)
         if isinstance(said := _opened(machine, seen), Presence)
     ]
-    return min(sights, key=lambda sight: sight.age, default=None)
+
+
+def _newest(sights: Sequence[Sight], lost_seconds: float) -> Sight | None:
+    """The newest by the machine's own word, whichever relay brings it: one that shows an old presence as if it had just
+    come has no say. Nor has one in what time has passed since: of those that are about as new, the one counts by
+    which the machine's clock is least wrong.
+    """
+    living = [sight for sight in sights if sight.age < lost_seconds] or sights
+    if not living:
+        return None
+    # Of one relay the last that came: an agent that was started again may have a clock that was set back.
+    came_last = {sight.relay: sight for sight in sorted(living, key=lambda sight: -sight.lain)}
+    living = list(came_last.values())
+    newest = max(living, key=lambda sight: sight.presence.time)
+    as_new = [sight for sight in living if newest.presence.time - sight.presence.time <= _APART_SECONDS]
+    least_wrong = min(as_new, key=lambda sight: abs(sight.skew))
+    return replace(least_wrong, presence=newest.presence, age=min(sight.age for sight in as_new))
+
+
+def _why_doubled(sights: Sequence[Sight]) -> str:
+    """Which two agents live with the keys of one; empty where there is one.
+
+    Of two starts, the earlier was over when the later one began, where it is one agent that was started again: what it
+    signed is from before. Only the machine's own signed words count, so no relay can make two of one.
+    """
+    last: dict[str, Presence] = {}
+    for sight in sights:
+        said = sight.presence
+        if said.start and sight.age < DOUBLED_SECONDS and said.time >= last.get(said.start, said).time:
+            last[said.start] = said
+    for one, other in combinations(sorted(last.values(), key=lambda said: (said.started, said.start)), 2):
+        if one.time > other.started and other.time > one.started:
+            return (
+                f"two agents live with its keys: {_named(one)}, and {_named(other)}; a home was copied: stop one of them, "
+                "and make keys of its own for it ('waystation agent init')"
+            )
+    return ""
+
+
+def _named(said: Presence) -> str:
+    since = datetime.fromtimestamp(said.started, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return f"one on {said.host or 'a machine without a name'} since {since} UTC (start {said.start[:16]})"
 
 
 def _seen(machine: PlannedMachine, answers: Answers) -> Iterable[tuple[str, AgentSeen]]:

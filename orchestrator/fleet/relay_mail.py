@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from orchestrator.fleet.presence import Answers
 from relay.errors import UnreachableError, WaystationError
 from relay.protocol import messages
+from relay.protocol.mail_client import Brought
 from relay.support.persistence import Bearing, Persistence
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class Pauses:
     Attributes:
         first: after a relay failed; it doubles up to `longest`.
         ask: for one relay to say who is there.
+        grace: for the others to say so, when what has come is enough.
         close: for letters on their way, when the room is closed.
     """
 
     first: float = 0.2
     longest: float = 5.0
     ask: float = 10.0
+    grace: float = 1.0
     close: float = 1.0
 
 
@@ -125,10 +128,24 @@ class Mailroom:
         """Let `task` run for as long as the room is open."""
         self._reading.append(self._group.create_task(task))
 
-    async def agents(self) -> Answers:
-        """Ask every relay at once who is there; a relay that does not answer in time is answered for."""
-        names = list(self._relays)
-        return dict(zip(names, await asyncio.gather(*map(self._ask, names)), strict=True))
+    async def agents(self, is_enough: Callable[[Answers], bool] = lambda _: False) -> Answers:
+        """Ask every relay at once who is there. A relay that does not answer in time, or only a moment after there was
+        enough without it, is answered for.
+        """
+        asking = {asyncio.create_task(self._ask(name)): name for name in self._relays}
+        answers: dict[str, tuple[messages.AgentSeen, ...] | str] = {}
+        pending = set(asking)
+        try:
+            while pending:
+                patience = self._pauses.grace if answers and is_enough(answers) else None
+                done, pending = await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                answers |= {asking[task]: task.result() for task in done}
+        finally:
+            for task in pending:
+                task.cancel()
+        return {name: answers.get(name, f"no answer for {self._pauses.grace:.0f} s") for name in self._relays}
 
     def post(self, relays: Iterable[str], letter: messages.OrderLetter) -> Posting:
         """Begin to post `letter` to all of these; see `Posting.taken`."""
@@ -170,33 +187,38 @@ class Mailroom:
         return ""
 
     async def _read_reports(self, relay: str) -> None:
-        async def read(after: messages.Cursor | None, wait: float) -> messages.Cursor:
+        brought = Brought()
+
+        async def read(after: messages.Cursor | None, wait: float) -> _Read:
             answer = await self._relays[relay].reports(self._deployment, after, wait)
             await self._reader.take_reports(relay, answer.reports)
-            return _cursor(after, answer.epoch, [letter.number for letter in answer.reports])
+            news = [brought.is_news(letter.envelope) for letter in answer.reports]
+            return _Read(_cursor(after, answer.epoch, [letter.number for letter in answer.reports]), any(news))
 
         await self._read(relay, read)
 
     async def _read_pieces(self, relay: str) -> None:
-        async def read(after: messages.Cursor | None, wait: float) -> messages.Cursor:
+        brought = Brought()
+
+        async def read(after: messages.Cursor | None, wait: float) -> _Read:
             answer = await self._relays[relay].logs(self._deployment, after, wait)
             await self._reader.take_pieces(relay, answer.pieces)
-            return _cursor(after, answer.epoch, [letter.number for letter in answer.pieces])
+            news = [brought.is_news(b"%s %d %s" % (p.operation.encode(), p.offset, p.data)) for p in answer.pieces]
+            return _Read(_cursor(after, answer.epoch, [letter.number for letter in answer.pieces]), any(news))
 
         await self._read(relay, read)
 
-    async def _read(
-        self, relay: str, read: Callable[[messages.Cursor | None, float], Awaitable[messages.Cursor]]
-    ) -> None:
+    async def _read(self, relay: str, read: Callable[[messages.Cursor | None, float], Awaitable[_Read]]) -> None:
         """Long poll after long poll. The cursor moves only when everything before it was taken."""
         after: messages.Cursor | None = None
         bearing = Bearing(self._persistence)
         wait = 0.0  # at first, and after trouble, the epoch is asked for at once: what was posted may be gone
+        fruitless = 0
         loop = asyncio.get_running_loop()
         while True:
             asked = loop.time()
             try:
-                seen = await read(after, wait)
+                seen, is_news = await read(after, wait)
             except WaystationError as error:
                 await self._reader.take_trouble(relay, error)
                 # Never given up: the policy has no number of failures.
@@ -205,11 +227,21 @@ class Mailroom:
                 continue
             if after is not None and seen.epoch != after.epoch:
                 self._reader.lose_mail(relay)
-            if wait and seen.number == (after.number if after else 0) and loop.time() - asked < 1.0:
-                # Nothing, and at once: a relay that is about to stop, or one that does not wait as it should.
-                await asyncio.sleep(self._persistence.pause())
+            if is_news or (wait and loop.time() - asked > wait / 2):
+                fruitless = 0
+            elif wait:
+                # Nothing new, and at once: a relay that is about to stop, or one that does not wait as it should.
+                fruitless += 1
+                await asyncio.sleep(self._persistence.pause(fruitless))
             bearing.gain()
             after, wait = seen, messages.POLL_SECONDS
+
+
+class _Read(NamedTuple):
+    """How far one answer brought a reader, and whether there was something in it that this relay did not bring before."""
+
+    cursor: messages.Cursor
+    is_news: bool
 
 
 def _cursor(after: messages.Cursor | None, epoch: str, numbers: list[int]) -> messages.Cursor:

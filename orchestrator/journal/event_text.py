@@ -28,6 +28,7 @@ from orchestrator.journal.events import (
     TurnStarted,
     UndoEnded,
     UndoStarted,
+    outcome_of,
 )
 from relay.support.console import size
 
@@ -50,7 +51,7 @@ def line(event: Event) -> str:
         case UndoStarted(name=name):
             return f"undoing: {name}"
         case UndoEnded(name=name, ok=ok, reason=reason):
-            return "" if ok else f"undoing {name} failed: {reason}"
+            return f"undone: {name}" if ok else f"undoing {name} failed: {reason}"
         case Replicated(relay=relay, package=package, version=version, wire_bytes=wire):
             return f"relay {relay} has {package} {version}" + (f" ({size(wire)} over the line)" if wire else " already")
         case RelayBehind(relay=relay, package=package, version=version, reason=reason):
@@ -59,9 +60,9 @@ def line(event: Event) -> str:
             fetched = sum(sum(tree.from_relays.values()) for tree in facts.trees)
             return f"{machine} has everything, verified ({size(fetched)} from relays)"
         case Barrier(machines=machines):
-            return f"everything is everywhere: {len(machines)} machines"
+            return f"everything is everywhere: {len(machines)} machine{'s' if len(machines) != 1 else ''}"
         case Ended(state=state, reason=reason):
-            return f"{state}: {reason}" if reason else state
+            return f"{outcome_of(state, reason)}: {reason}" if reason else state
         case _:
             return _of_steps(event)
 
@@ -70,21 +71,22 @@ def _of_steps(event: Event) -> str:
     match event:
         case StepStarted(step=step, name=name):
             return f"step {step}: {name}"
-        case StepEnded(step=step, skipped=True, reason=reason):
-            return f"step {step} is skipped: {reason}"
-        case StepEnded(step=step, ok=ok, reason=reason):
-            return "" if ok else f"step {step} failed: {reason}"
+        case StepEnded(step=step, name=name, skipped=True, reason=reason):
+            return f"step {step} ({name}) is skipped: {reason}"
+        case StepEnded(step=step, name=name, ok=ok, reason=reason):
+            return "" if ok else f"step {step} ({name}) failed: {reason}"
         case TurnStarted(machine=machine):
             return f"{machine}: its turn begins"
         case TurnEnded(machine=machine, outcome=outcome, reason=reason, bracket_open=is_open):
             told = f"{machine}: {outcome.replace('_', ' ')}" + (f": {reason}" if reason else "")
             return told + ("; it is left out of its rotation" if is_open else "")
         case BracketOpened(machine=machine, rotation=rotation):
-            return f"{machine}: out of {rotation}"
+            # `before` has not run yet; that it did is told when it has.
+            return f"{machine}: to be taken out of {rotation}"
         case BracketClosed(machine=machine, rotation=rotation, outcome=outcome):
             return f"{machine}: back in {rotation} ({outcome})"
-        case BracketAdopted(machine=machine, opened_by=by):
-            return f"{machine}: its bracket, opened by {by}, is adopted"
+        case BracketAdopted(machine=machine, rotation=rotation, opened_by=by, label=label):
+            return f"{machine}: its bracket in {rotation}, opened by {label or by}, is adopted"
         case (
             Reported(machine=machine, operation=operation, state=state, reason=reason)
             | ServerRunEnded(machine=machine, operation=operation, state=state, reason=reason)

@@ -20,6 +20,8 @@ from relay.protocol.messages import EncodedBytes
 Goal = Literal["deploy", "stage"]
 FinalState = Literal["succeeded", "failed", "cancelled"]
 """How a deployment ends."""
+Outcome = Literal["succeeded", "done with exclusions", "failed", "cancelled"]
+"""The same for people: `done with exclusions` where all steps are done, but not on every machine."""
 
 
 class _Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="kind"):
@@ -80,6 +82,8 @@ class DecisionTaken(_Fact, frozen=True, tag="decision_taken"):
 
 
 class Ended(_Fact, frozen=True, tag="ended"):
+    """The deployment is over: `succeeded` for a reason is not on every machine, see `outcome_of`."""
+
     state: FinalState
     reason: str = ""
 
@@ -104,16 +108,22 @@ class PreAcquireEnded(_Fact, frozen=True, tag="pre_acquire_ended"):
 
 
 class UndoStarted(_Fact, frozen=True, tag="undo_started"):
+    """What a step before acquisition opened is about to be closed."""
+
     name: str
 
 
 class UndoEnded(_Fact, frozen=True, tag="undo_ended"):
+    """It is closed, or could not be."""
+
     name: str
     ok: bool
     reason: str = ""
 
 
 class Surveyed(_Fact, frozen=True, tag="surveyed"):
+    """A machine has said what stands on it."""
+
     machine: str
     facts: SurveyFacts
 
@@ -172,15 +182,20 @@ class Barrier(_Fact, frozen=True, tag="barrier"):
 
 
 class StepStarted(_Fact, frozen=True, tag="step_started"):
+    """A step begins."""
+
     step: int
     name: str
 
 
 class StepEnded(_Fact, frozen=True, tag="step_ended"):
+    """A step is over, or was skipped."""
+
     step: int
     ok: bool
     skipped: bool = False
     reason: str = ""
+    name: str = ""
 
 
 class TurnStarted(_Fact, frozen=True, tag="turn_started"):
@@ -221,11 +236,12 @@ class BracketClosed(_Fact, frozen=True, tag="bracket_closed"):
 
 
 class BracketAdopted(_Fact, frozen=True, tag="bracket_adopted"):
-    """This deployment answers for a bracket that the deployment `opened_by` left open."""
+    """This deployment answers for a bracket that the deployment `opened_by` (of the release `label`) left open."""
 
     machine: str
     rotation: str
     opened_by: str
+    label: str = ""
 
 
 # --- operations
@@ -279,6 +295,8 @@ class ServerRunDispatched(_Fact, frozen=True, tag="server_run_dispatched"):
 
 
 class ServerRunEnded(_Fact, frozen=True, tag="server_run_ended"):
+    """What ran on the server has ended."""
+
     operation: str
     state: State
     machine: str = ""
@@ -363,6 +381,11 @@ class JournalEntry:
     deployment: str
     at: float
     event: Event
+
+
+def outcome_of(state: FinalState, reason: str) -> Outcome:
+    """The word for an end as it is written down."""
+    return "done with exclusions" if state == "succeeded" and reason else state
 
 
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

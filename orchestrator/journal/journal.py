@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 import msgspec
 import sqlalchemy as sa
 
+from orchestrator.acts import Decided, FenceClaimed, ReleaseCreated
 from orchestrator.journal import tables
 from orchestrator.journal.events import (
     BRACKET_KINDS,
@@ -34,6 +35,8 @@ from orchestrator.journal.events import (
     decode,
 )
 from orchestrator.journal.sqlite import Database
+from orchestrator.journal.trail import tell_facts
+from relay.audit.event import tell
 from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
 FORMAT: Final = 2
@@ -148,6 +151,7 @@ class Journal:
             if held is None:
                 row = {"project": project, "label": label, "document": document, "envelope": envelope}
                 connection.execute(sa.insert(tables.releases), row | {"created": self._clock(), "operator": operator})
+        tell(ReleaseCreated(operator, project, label, hashlib.sha256(document).hexdigest(), held is None))
         return held is None
 
     def release(self, project: str | None, label: str) -> StoredRelease:
@@ -208,6 +212,7 @@ class Journal:
                 connection.execute(sa.insert(tables.fences), {"environment": environment, "fence": fence})
             else:
                 connection.execute(sa.update(tables.fences).where(mine).values(fence=fence))
+        tell(FenceClaimed(environment, fence))
         return fence
 
     # --- deployments
@@ -247,7 +252,9 @@ class Journal:
             connection.execute(sa.insert(tables.deployments), row)
             # From here on there may be entries of kinds that an older Waystation does not know.
             connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
-            return self._add(connection, deployment, (started,))
+            number = self._add(connection, deployment, (started,))
+        tell_facts(deployment, (started,), project=head.project, label=head.label, environment=head.environment)
+        return number
 
     def append(self, deployment: str, *events: Event) -> int:
         """Add entries in this order, all or none, on the disk on return. Gives the number of the last.
@@ -262,7 +269,9 @@ class Journal:
         with self.database.writing() as connection:
             if connection.execute(_where_is(deployment)).first() is None:
                 raise NotFoundError(f"there is no deployment {deployment}")
-            return self._add(connection, deployment, events)
+            number = self._add(connection, deployment, events)
+        tell_facts(deployment, events)
+        return number
 
     def entries(self, deployment: str, after: int = 0) -> list[JournalEntry]:
         """What happened in a deployment after the entry `after`, in order. Raises `StoreError`."""
@@ -365,7 +374,8 @@ class Journal:
             if connection.execute(_where_is(deployment)).first() is None:
                 raise NotFoundError(f"there is no deployment {deployment}")
             done = connection.execute(sa.insert(tables.decisions), row | {"data": text, "at": self._clock()})
-            return _key_of(done)
+        tell(Decided(operator, environment, deployment, kind))
+        return _key_of(done)
 
     def pending_decisions(self, deployment: str) -> list[Decision]:
         """Decisions for this deployment that were not taken up yet, oldest first. Raises `StoreError`."""
@@ -395,6 +405,7 @@ class Journal:
             decision = _decision(row)
             taken = DecisionTaken(number, decision.operator, decision.kind, decision.data)
             self._add(connection, decision.deployment, (taken,))
+        tell_facts(decision.deployment, (taken,))
         return True
 
     # --- inside
@@ -406,6 +417,7 @@ class Journal:
             if not done.rowcount:
                 raise NotFoundError(f"there is no deployment {deployment}")
             self._add(connection, deployment, events)
+        tell_facts(deployment, events)
 
     def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
         number, at = 0, self._clock()

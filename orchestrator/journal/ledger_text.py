@@ -46,11 +46,12 @@ def _made_of(crossed: CrossedView) -> str:
 
 
 def _saved(saved: int, whole: int, what: str) -> str:
-    """In percent and bytes. Small packages may cost more than their file, and then the line says so."""
+    """What was saved in percent; what was not, in bytes: against a small file the framing is the larger part."""
     if not whole:
         return ""
-    word = "less" if saved >= 0 else "more"
-    return f"{100 * abs(saved) / whole:.1f} % {word} than {what} ({size(whole)})"
+    if saved < 0:
+        return f"{size(-saved)} more than {what} ({size(whole)}): so small a package costs more framing than it saves"
+    return f"{100 * saved / whole:.1f} % less than {what} ({size(whole)})"
 
 
 def _gathered(lines: Sequence[LineView]) -> Iterable[LineView]:

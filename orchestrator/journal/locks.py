@@ -19,9 +19,12 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from agent.platform import lock_file
+from orchestrator.acts import LockGivenBack, LockTaken
 from orchestrator.journal.journal import Journal
 from orchestrator.journal.tables import holders
+from relay.audit.event import tell
 from relay.errors import LockedError, StoreError
+from relay.folders import make_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,12 @@ def hold(
     """
     mine = Holder(environment, operator, socket.gethostname(), os.getpid(), time.time(), label, why, deployment)
     descriptor = _take(journal, mine)
+    tell(LockTaken(operator, environment, why, label, deployment))
     try:
         yield mine
     finally:
         _give_back(journal, mine, descriptor)
+        tell(LockGivenBack(operator, environment, deployment))
 
 
 def holder(journal: Journal, environment: str) -> Holder | None:
@@ -120,7 +125,7 @@ def _lock(journal: Journal, environment: str) -> int | None:
     # Names of environments are free text; a file's name is not.
     name = hashlib.sha256(environment.encode()).hexdigest()[:32]
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_folder(folder, mode=0o700)
         return lock_file(os.path.join(folder, name))
     except OSError as error:
         raise StoreError(f"the lock of {environment} in {folder} failed: {error.strerror or error}") from error

@@ -51,6 +51,10 @@ class Recorder:
         await asyncio.to_thread(self.journal.set_state, self.deployment, state, reason, ended)
         self.tell(ended)
 
+    def say(self, words: str) -> None:
+        """Tell the people who watch; the journal does not keep it."""
+        self._tell(words)
+
     def tell(self, *events: Event) -> None:
         """Show events that are in the journal already, or that only the people who watch should hear of."""
         for event in events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.orders.operation_id import SERVER
 from orchestrator.journal.journal import Journal
 from orchestrator.journal.locks import holder
 from orchestrator.journal.views import DeploymentSummary, DeploymentView, open_brackets, summary, view
@@ -19,6 +20,23 @@ def find_deployment(journal: Journal, deployment: str | None, environment: str |
     if not newest:
         raise NotFoundError("nothing was deployed yet" + (f" in {environment}" if environment else ""))
     return newest[0].deployment
+
+
+def check_environment(journal: Journal, environment: str | None) -> None:
+    """A name that nothing was ever deployed into is not silently empty. Raises `NotFoundError`, `StoreError`."""
+    if environment is not None and not journal.deployments(environment, limit=1):
+        known = sorted({record.environment for record in journal.deployments(limit=None)})
+        raise NotFoundError(
+            f"nothing was deployed yet into {environment!r}", hint=f"The journal knows {', '.join(known) or 'none'}"
+        )
+
+
+def check_machine(view: DeploymentView, machine: str | None) -> None:
+    """Raises `NotFoundError` where no part of the deployment is on a machine of this name, nor on the server."""
+    known = [SERVER, *(one.name for one in view.machines)]
+    if machine is not None and machine.lower() not in {name.lower() for name in known}:
+        label = f"{view.summary.label} in {view.summary.environment}"
+        raise NotFoundError(f"{machine!r} has no part in the deployment of {label}", hint=f"It has: {', '.join(known)}")
 
 
 def deployment_view(journal: Journal, deployment: str) -> DeploymentView:

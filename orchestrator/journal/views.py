@@ -20,8 +20,8 @@ from orchestrator.journal.events import DeploymentRecord, JournalEntry
 from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.plan.plan import MachineStep, Plan
 
-DeploymentState = Literal["running", "succeeded", "failed", "cancelled", "interrupted"]
-"""`interrupted`: written as running, but no process is alive that runs it."""
+DeploymentState = Literal["running", "succeeded", "done with exclusions", "failed", "cancelled", "interrupted"]
+"""`interrupted`: written as running, but no process is alive that runs it; the ends are those of `ev.Outcome`."""
 Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
 StepState = Literal["waiting", "running", "done", "failed", "skipped"]
 UndoState = Literal["none", "due", "running", "done", "failed"]
@@ -244,7 +244,7 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
         label=record.label,
         environment=record.environment,
         goal=record.goal,
-        state="interrupted" if record.state == "running" and not is_alive else record.state,
+        state=_state(record, is_alive=is_alive),
         reason=record.reason,
         operator=record.operator,
         host=record.host,
@@ -252,6 +252,12 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
         started=record.started,
         ended=record.ended,
     )
+
+
+def _state(record: DeploymentRecord, *, is_alive: bool) -> DeploymentState:
+    if record.state == "running":
+        return "running" if is_alive else "interrupted"
+    return ev.outcome_of(record.state, record.reason)
 
 
 # --- what a resume and the next deployment ask

@@ -15,8 +15,8 @@ from orchestrator.files.script_files import Files, ScriptPathError
 from orchestrator.files.script_names import clashes, environment_name
 from orchestrator.files.values import DURATION_MAX, seconds
 from orchestrator.files.variables import Definition, ElsewhereError, Scope, VariableError, layered, names_in
-from orchestrator.files.yaml_positions import Mistake, Place, shown
 from orchestrator.plan.plan import FrozenFile, PlannedPackage, SecretSource, ServerRun
+from relay.written.yaml_positions import Mistake, Place, shown
 
 SCRIPT_SECONDS = 600.0
 _SECRETS_MAX = 64

@@ -181,11 +181,14 @@ def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
         probe = step.rotation.probe and step.rotation.probe.script
         seen = f", probe {probe.path}" if probe else ""
         yield f"  rotation {step.rotation.name}: {_run(step.rotation.before)}, {_run(step.rotation.after)}{seen}"
+    told: dict[tuple[str, ...], str] = {}
     for turn in step.turns:
-        machine = plan.machine(turn.machine)
-        yield f"  {turn.machine} ({machine.address}, site {machine.site}, relays {', '.join(machine.relays)})"
-    if step.turns:
-        yield from (f"    {line}" for line in _turn(step.turns[0]))
+        machine, done = plan.machine(turn.machine), tuple(_turn(turn))
+        as_before = f": as {told[done]}" if done in told else ""
+        yield f"  {turn.machine} ({machine.address}, site {machine.site}, relays {', '.join(machine.relays)}){as_before}"
+        if not as_before:
+            told[done] = turn.machine
+            yield from (f"    {line}" for line in done)
 
 
 def phases_in_words(phases: Iterable[PlannedPhase], count: int) -> Iterator[str]:
@@ -198,7 +201,7 @@ def phases_in_words(phases: Iterable[PlannedPhase], count: int) -> Iterator[str]
 
 
 def _turn(turn: MachineTurn) -> Iterator[str]:
-    """What is done on the first machine, as an example for all."""
+    """What is done on its machine, in order."""
     for action in turn.actions:
         match action:
             case SwitchAction():

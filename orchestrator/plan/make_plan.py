@@ -14,7 +14,6 @@ import msgspec
 from orchestrator.files.environment import EnvironmentFile, Machine
 from orchestrator.files.process import PreAcquireStep, ProcessFile, machine_scripts, package_of, undo_of
 from orchestrator.files.script_files import Files, OnDisk
-from orchestrator.files.yaml_positions import PlanError, shown, sorted_mistakes
 from orchestrator.plan.context import Ground
 from orchestrator.plan.plan import (
     AcquirePlan,
@@ -34,6 +33,7 @@ from orchestrator.plan.steps import is_http_url, plan_steps
 from orchestrator.plan.unsupported import not_built
 from relay.errors import IdentityError
 from relay.package.identity import NuGetVersion
+from relay.written.yaml_positions import Mistake, PlanError, shown, sorted_mistakes
 
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
 """What may name a tree on a machine (`agent.orders.orders.PackageTree`)."""
@@ -52,8 +52,8 @@ def make_plan(
     """Decide everything that can be decided before the first byte moves.
 
     Args:
-        process: what to do.
-        environment: where.
+        process: what to do; it may have mistakes, which are told with those that are found here.
+        environment: where; likewise.
         label: of the release.
         packages: versions by their names in the process. A manifest may be missing while the depot lacks the package.
         scripts: the package of `machine_scripts(process)`, where there are any.
@@ -63,7 +63,32 @@ def make_plan(
     Raises:
         PlanError: with every mistake of both files and of the options.
     """
+    known = (*process.mistakes, *environment.mistakes)
     ground = Ground(process, environment, label, packages, prompts, files or OnDisk())
+    try:
+        plan = _plan(ground, scripts)
+    except Exception:
+        if not known:
+            raise
+        # What stands in for a mistake may be nothing that can be planned with.
+        plan = None
+    mistakes = [*known, *(found for found in ground.mistakes if not any(_follows(found, one) for one in known))]
+    if mistakes or plan is None:
+        raise PlanError(sorted_mistakes(mistakes, [process.name, environment.name]))
+    return plan
+
+
+def _follows(found: Mistake, known: Mistake) -> bool:
+    """Whether it may well be said of what only stands in for another mistake: at its place, below it, or right above."""
+    if found.file != known.file or not known.path:
+        return False
+    above = known.path.rpartition(".")[0] if not known.path.endswith("]") else known.path.rpartition("[")[0]
+    return found.path in {known.path, above} or found.path.startswith((f"{known.path}.", f"{known.path}["))
+
+
+def _plan(ground: Ground, scripts: PlannedPackage | None) -> Plan:
+    """Meant for use where the ground has no mistakes at the end."""
+    process, environment = ground.process, ground.environment
     ground.mistakes += not_built(process, environment)
     _check_label(ground)
     planned_packages = _packages(ground)
@@ -78,12 +103,10 @@ def make_plan(
     deadline = ground.time_limit(process.value.deadline, process.at("deadline"), 0.0)
     if scripts is None and machine_scripts(process):
         ground.notes.append("the scripts for machines are not packed yet")
-    if ground.mistakes:
-        raise PlanError(sorted_mistakes(ground.mistakes, [process.name, environment.name]))
     return Plan(
         format=1,
         project=process.value.project,
-        label=label,
+        label=ground.label,
         environment=environment.value.environment,
         packages=planned_packages,
         scripts=scripts,

@@ -63,6 +63,7 @@ class PlannedRelay(_Planned, frozen=True):
         generic: it serves every site, after the site's own.
         upstream: name of the relay that it fetches packages from; empty: the origin sends them.
         limit: most bytes per second of packages that come in; 0: no limit.
+        prefer: what the origin wants of encodings that are about as fast.
         plain_http: it is given its token over plain http, too.
     """
 
@@ -75,6 +76,7 @@ class PlannedRelay(_Planned, frozen=True):
     upstream: str = ""
     limit: float = 0.0
     plain_http: bool = False
+    prefer: Literal["bytes", "time"] = "bytes"
 
 
 class PlannedMachine(_Planned, frozen=True):

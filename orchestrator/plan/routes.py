@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from orchestrator.files.environment import Environment, EnvironmentFile, Relay, SecretFrom, Token
 from orchestrator.files.values import bytes_per_second
-from orchestrator.files.yaml_positions import Mistake, shown
 from orchestrator.plan.plan import PlannedRelay, SecretSource
 from relay.errors import UsageError
+from relay.written.yaml_positions import Mistake, shown
 
 ORIGIN = ""
 """Stands where a relay's name would: the package is sent from here."""
@@ -61,6 +61,7 @@ def planned_relay(file: EnvironmentFile, name: str, upstream: str) -> PlannedRel
         upstream,
         limit_of(relay),
         relay.plain_http,
+        relay.prefer,
     )
 
 

@@ -16,9 +16,8 @@ from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck,
 from orchestrator.files.environment import Machine, Rotation
 from orchestrator.files.process import Apply, Check, Phase, Rolling, Step, rolling_of
 from orchestrator.files.script_names import clashes, environment_name, slug
-from orchestrator.files.values import part_of
+from orchestrator.files.values import least_of, most_of, part_of
 from orchestrator.files.variables import Scope
-from orchestrator.files.yaml_positions import Place, shown
 from orchestrator.plan.context import SCRIPT_SECONDS, Ground
 from orchestrator.plan.forecast import counted, phases_in_words
 from orchestrator.plan.plan import (
@@ -36,6 +35,7 @@ from orchestrator.plan.plan import (
     ServiceAction,
     SwitchAction,
 )
+from relay.written.yaml_positions import Place, shown
 
 _SERVICE: Final = re.compile(r"[A-Za-z0-9@_][A-Za-z0-9@_.:-]{0,199}")
 _WINDOWS_ROOT: Final = re.compile(r"[A-Za-z]:[\\/].+")
@@ -67,16 +67,45 @@ def _check_titles(ground: Ground, steps: Sequence[Step]) -> None:
 
 
 def _check_roots(ground: Ground, steps: Sequence[PlannedStep]) -> None:
-    """Two packages under one root would take `current` from each other."""
-    owners: dict[tuple[str, str], MachineStep] = {}
+    """Two packages under one root would take `current` from each other, and a root inside another's folders is moved or
+    removed with them.
+    """
+    owners: dict[str, dict[str, MachineStep]] = {}
     for step in steps:
         if not isinstance(step, MachineStep) or not step.package:
             continue
+        place = ground.process.at("steps", step.number - 1, "to")
         for turn in step.turns:
-            first = owners.setdefault((turn.machine, turn.root), step)
-            if first.package != step.package:
-                place = ground.process.at("steps", step.number - 1, "to")
-                ground.wrong(place, f"{turn.root} holds package {shown(first.package)} of step {first.number} already")
+            if not turn.root:
+                continue
+            mine = owners.setdefault(turn.machine, {})
+            for root, first in mine.items():
+                if why := _why_apart(turn.root, root, step, first):
+                    ground.wrong(place, why)
+            mine.setdefault(turn.root, step)
+
+
+def _why_apart(root: str, other: str, step: MachineStep, first: MachineStep) -> str:
+    """Why one machine cannot have both roots; empty where it can."""
+    here, there = _folders(root), _folders(other)
+    if here == there:
+        same = f"{root} holds package {shown(first.package)} of step {first.number} already"
+        return "" if first.package == step.package else same
+    if here[: len(there)] == there:
+        how = "lies inside"
+    elif there[: len(here)] == here:
+        how = "is around"
+    else:
+        return ""
+    return (
+        f"{root} {how} {other}, where step {first.number} installs {shown(first.package)}: expected a folder beside it"
+    )
+
+
+def _folders(root: str) -> list[str]:
+    """From the file system's root on. Windows takes both separators, and no notice of case."""
+    is_windows = _WINDOWS_ROOT.fullmatch(root) is not None
+    return re.split(r"[\\/]", root.lower()) if is_windows else root.split("/")
 
 
 def _server_step(ground: Ground, number: int, step: Step, place: Place) -> ServerStep:
@@ -123,8 +152,8 @@ class _Roll:
             package=self._package,
             label=self._ground.label if self._package else "",
             keep=step.keep,
-            min_in_service=rolling.min_in_service if rolling else 0,
-            max_failures=rolling.max_failures if rolling else 0,
+            min_in_service=least_of(rolling.min_in_service, len(names)) if rolling else 0,
+            max_failures=most_of(rolling.max_failures, len(names)) if rolling else 0,
             unhealthy_first="unhealthy" in rolling.order if rolling else True,
             rotation=rotation,
             when=step.when,
@@ -173,7 +202,7 @@ class _Roll:
         place = self._place.below("strategy", "rolling")
         if rolling.window is not None and rolling.phases:
             self._ground.wrong(place, "has both window and phases: expected one of them; a phase has its own window")
-        if count and count - 1 < rolling.min_in_service:
+        if count and count - 1 < least_of(rolling.min_in_service, count):
             self._ground.wrong(
                 place.below("min_in_service"),
                 f"cannot be kept: of {count} machines, {count - 1} are in service while one is deployed to; "
@@ -222,10 +251,11 @@ class _Roll:
                 self._ground.notes.append(f"{title}: all {count} machines leave rotation {rotation.name} together")
             return
         words = ", then ".join(phases_in_words(phases, count))
-        service = f"at least {rolling.min_in_service} in service" if rolling.min_in_service else "no minimum in service"
-        stop = f"more than {rolling.max_failures} failures stop it"
+        least = least_of(rolling.min_in_service, count)
+        service = f"at least {least} in service" if least else "no minimum in service"
+        stop = f"more than {most_of(rolling.max_failures, count)} failures stop it"
         self._ground.notes.append(f"{title}: {words}; {service}; {stop}")
-        most = count - rolling.min_in_service
+        most = count - least
         if any(phase.window > most for phase in phases) and most > 0:
             self._ground.notes.append(f"{title}: in fact at most {most} at a time, for the minimum in service")
         if rotation and rotation.probe is None:
@@ -272,7 +302,8 @@ class _Roll:
         if self._step.to is None:
             return ""
         expected = "an absolute folder without '..', such as /srv/app"
-        return self._ground.fill(scope, self._step.to, self._place.below("to"), _is_root, expected)
+        filled = self._ground.fill(scope, self._step.to, self._place.below("to"), _is_root, expected)
+        return _plain_root(filled)
 
     def _variables(self, name: str, scope: Scope, root: str) -> dict[str, str]:
         machine = self._ground.machine(name)
@@ -470,11 +501,19 @@ def is_http_url(text: str) -> bool:
 
 
 def _is_root(text: str) -> bool:
-    """Whether `text` is an absolute folder, of Windows or of other systems, without `.` and `..`."""
+    """Whether `text` is an absolute folder, of Windows or of other systems, without `..`: behind a link, that is anywhere."""
     parts = re.split(r"[\\/]", text)
-    absolute = (text.startswith("/") and len(text) > 1) or _WINDOWS_ROOT.fullmatch(text) is not None
-    plain = text.isprintable() and not {".", ".."} & set(parts) and "" not in parts[1:] and len(text) <= 4096
-    return absolute and plain
+    absolute = text.startswith("/") or _WINDOWS_ROOT.fullmatch(text) is not None
+    names = [part for part in parts[1:] if part not in {"", "."}]
+    return absolute and bool(names) and ".." not in parts and text.isprintable() and len(text) <= 4096
+
+
+def _plain_root(text: str) -> str:
+    """The same folder without `.`, doubled separators, and one at the end."""
+    separator = "/" if text.startswith("/") else r"[\\/]"
+    first, *parts = re.split(separator, text)
+    names = [part for part in parts if part not in {"", "."}]
+    return ("/" if "/" in text[:3] else "\\").join([first, *names])
 
 
 def _unlabelled(variables: Mapping[str, str]) -> dict[str, str]:

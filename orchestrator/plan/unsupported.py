@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from orchestrator.files.environment import EnvironmentFile, Machine
 from orchestrator.files.process import OneOf, ProcessFile, package_of, rolling_of
-from orchestrator.files.yaml_positions import Mistake
+from relay.written.yaml_positions import Mistake
 
 
 def not_built(process: ProcessFile, environment: EnvironmentFile) -> Iterator[Mistake]:

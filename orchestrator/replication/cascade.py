@@ -321,11 +321,12 @@ class _Cascade:
 
 def _verdict(progress: messages.ReplicationProgress, url: str) -> Exception:
     """Whose fault it is, and so what comes next."""
+    reason, code = progress.reason[: messages.REASON_CHARS], progress.code[: messages.REASON_CHARS]
     if progress.code == "conflict":
         return ConflictError(f"relay {url} holds other bytes under this id and version; nothing was changed")
     if progress.code in _OWN_FAULTS:
-        return _RelayFailedError(f"relay {url} failed: {progress.reason} ({progress.code})")
-    return _SourceFailedError(f"{progress.reason} ({progress.code})")
+        return _RelayFailedError(f"relay {url} failed: {reason} ({code})")
+    return _SourceFailedError(f"{reason} ({code})")
 
 
 class _RelayFailedError(WaystationError):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from relay.support.console import printable, size, table
+from relay.support.console import printable, share, size, table
 
 if TYPE_CHECKING:
     from orchestrator.replication.alternatives import Alternatives
     from relay.transfer.probe import Explained
+
+_PREFERRED = {
+    "bytes": "prefer: bytes (the fewest, where times are within 10 %)",
+    "time": "prefer: time (what is there first)",
+}
 
 
 def document_of(explained: Explained, package_bytes: int, others: Alternatives) -> dict[str, Any]:
@@ -22,6 +27,7 @@ def document_of(explained: Explained, package_bytes: int, others: Alternatives) 
         "goodput": explained.goodput,
         "goodput_from": explained.goodput_from,
         "round_trip": explained.round_trip,
+        "prefer": explained.prefer,
         "rows": [
             {
                 "encoding": str(row.candidate.coding),
@@ -65,6 +71,8 @@ def text_of(relay: str, document: dict[str, Any], package_bytes: int) -> str:
     ]
     if not document["rows"]:
         return "\n".join([*lines, f"  {document['note']}"])
+    if document["prefer"]:
+        lines.append(f"  {_PREFERRED[document['prefer']]}")
     built = f", building on {document['base']}" if document["base"] else ""
     lines.append(f"  missing: {document['missing_chunks']} chunks, {size(document['missing_bytes'])}{built}")
     if document["note"]:
@@ -73,7 +81,7 @@ def text_of(relay: str, document: dict[str, Any], package_bytes: int) -> str:
         [
             f"{'*' if row['chosen'] else ' '} {row['encoding']}",
             f"{row['payload_bytes']:,}{'' if row['exact'] else ' est.'}",
-            f"{100 * row['share']:.2f} %",
+            share(row["payload_bytes"], package_bytes, 2),
             f"{row['line_seconds']:.2f}",
             f"{row['encode_seconds']:.2f}",
             f"{row['decode_seconds']:.2f}",
@@ -103,7 +111,7 @@ def _sent(runs: list[dict[str, Any]]) -> str:
 
 def _others(others: dict[str, Any], package_bytes: int) -> list[str]:
     def told(name: str, count: int, remark: str = "") -> str:
-        return f"{name:28} {count:>15,} bytes  {100 * count / max(package_bytes, 1):.1f} %{remark}"
+        return f"{name:28} {count:>15,} bytes  {share(count, package_bytes)}{remark}"
 
     lines = [told("whole file", others["whole_file"])]
     if others["per_machine"] is not None:

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
 AWAY_SECONDS: Final = 15.0
 """A relay that is away in the middle for longer counts as failed, until it is back: a restart takes less."""
+OFFER_SECONDS: Final = 4.0
+"""A relay that is no further than that behind another one of a machine's list is waited for: it is the nearer one."""
+IDLE_SECONDS: Final = 2.0
+LATE_SECONDS: Final = 8.0
+"""For relays that have not got everything when all machines have: so long for one that gets nothing, and so long for one
+that does. What is on its way there goes on beside the steps.
+"""
 _LOOK_SECONDS: Final = 60.0
 """Between two looks where nothing happens."""
 PERSISTENCE: Final = Persistence(first_pause=1.0, longest_pause=10.0)
@@ -68,6 +75,8 @@ class RelayFiller:
         """Relays and manifests of which the journal says that one has not got the other."""
         self._moved: dict[str, float] = {}
         """When each relay got something last, by the loop's clock."""
+        self._offered_at: dict[str, float] = {}
+        """When each relay had been offered everything, by the loop's clock."""
         self._here: dict[tuple[str, str], int] = {}
         """Bytes of each manifest at each relay, the most that was heard."""
         self._patience = min(AWAY_SECONDS, plan.acquire.stall)
@@ -83,7 +92,8 @@ class RelayFiller:
         return {name: self._failures.get(name, (0.0, "it was still on its way there"))[1] for name in lacking}
 
     async def until_offered(self, machine: str, patience: float) -> None:
-        """Return when the nearest relay of its list that is well was offered everything.
+        """Return when the nearest relay of its list that is well was offered everything, or when another one was offered
+        everything a while ago: one that takes nothing and does not fail holds up no machine.
 
         Raises:
             UnreachableError: all of them have failed for `patience` seconds.
@@ -91,36 +101,53 @@ class RelayFiller:
         while True:
             relays = [name for name in self._plan.machine(machine).relays if name in self._states]
             well = [name for name in relays if name not in self._failures]
-            if not relays or (well and "wanted" not in self._states[well[0]].values()):
+            offered = [name for name in well if "wanted" not in self._states[name].values()]
+            if not relays or (offered and offered[0] == well[0]):
                 return
-            failed_at = None if well else max(self._failures[name][0] for name in relays)
+            until = min(self._offered_at[name] for name in offered) + OFFER_SECONDS if offered else None
+            if not well:
+                until = max(self._failures[name][0] for name in relays) + patience
             try:
-                async with asyncio.timeout_at(None if failed_at is None else failed_at + patience):
+                async with asyncio.timeout_at(until):
                     await self._news.wait()
             except TimeoutError:
+                if offered:
+                    return
                 told = "; ".join(f"relay {name}: {self._failures[name][1]}" for name in relays)
                 raise UnreachableError(f"{told}, for {patience:.0f} s (acquire: stall)") from None
 
     async def until_settled(self, machines: asyncio.Event) -> None:
         """Return when each relay has everything, or has failed. Once all `machines` have everything, one that gets nothing
-        any more has failed: without room, say, it is asked again and again.
+        any more has failed: without room, say, it is asked again and again. One that still gets some is behind, too, and
+        what is on its way there goes on until the deployment ends.
 
         Raises:
             StoreError, ChunkInvalid, ChunkMissing: the depot's medium failed, or the depot lost some of a package.
             NotFoundError, RefusedError: a package is not in the depot, or not signed.
         """
+        clock = asyncio.get_running_loop().time
+        everywhere_at = 0.0
+        is_told = False
         while lacking := self._lacking():
             if not machines.is_set():
                 await any_of(_LOOK_SECONDS, self._news.wait(), machines.wait())
                 continue
-            until = max(self._moved[name] for name in lacking) + self._patience
-            left = until - asyncio.get_running_loop().time()
+            everywhere_at = everywhere_at or clock()
+            moved = max(everywhere_at, *(self._moved[name] for name in lacking))
+            left = min(moved + IDLE_SECONDS, everywhere_at + LATE_SECONDS) - clock()
             if left > 0:
+                if not is_told:
+                    is_told = True
+                    names = ", ".join(sorted(lacking))
+                    self._recorder.say(
+                        f"machines have everything; waiting for relay {names}, which still takes packages"
+                    )
                 await any_of(left, self._news.wait())
                 continue
             for name in lacking:
                 for package in self._packages_lacking(name):
-                    await self._fail(name, package, f"it took nothing for {self._patience:.0f} s")
+                    await self._fail(name, package, self._why_late(name))
+            return
 
     def _lacking(self) -> list[str]:
         """Relays that did not fail, and have not got everything. Raises what ended the work on one."""
@@ -129,6 +156,10 @@ class RelayFiller:
                 work.result()
         open_ones = [name for name in self._states if name not in self._failures]
         return [name for name in open_ones if set(self._states[name].values()) != {"delivered"}]
+
+    def _why_late(self, relay: str) -> str:
+        idle = asyncio.get_running_loop().time() - self._moved[relay]
+        return f"it took nothing for {idle:.0f} s" if idle > IDLE_SECONDS else "every machine had everything before it"
 
     def _packages_lacking(self, relay: str) -> list[PlannedPackage]:
         states = self._states[relay]
@@ -188,7 +219,9 @@ class RelayFiller:
         on_the_way = {above for name in names for above in self._way_to(name)}
         relays = [relay for relay in self._plan.relays if relay.name in on_the_way]
         what = await package_to_send(self._depot, package.ref)
-        bars = {name: self._bar(f"{name} {what.ref}") for name in names}
+        bars, content = {name: self._bar(f"{name} {what.ref}") for name in names}, what.manifest.stream_size
+        for name, show in bars.items():
+            show(self._here.get((name, package.manifest), 0), content)
 
         def heard(relay: str, here: int, whole: int) -> None:
             if here > self._here.get((relay, package.manifest), -1):
@@ -200,6 +233,7 @@ class RelayFiller:
 
         async def delivered(done: Delivered) -> None:
             if done.relay in names:
+                bars[done.relay](content, content)
                 await self._recorder.record(_replicated(done, package))
                 self._reach(done.relay, package, "delivered")
 
@@ -246,6 +280,8 @@ class RelayFiller:
         states = self._states.get(relay, {})
         if states.get(package.manifest, "delivered") != "delivered":
             states[package.manifest] = state
+            if "wanted" not in states.values():
+                self._offered_at.setdefault(relay, asyncio.get_running_loop().time())
             self._failures.pop(relay, None)
             self._told.discard((relay, package.manifest))
             self._tell()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from orchestrator.files.environment import EnvironmentFile
     from relay.encoding.codecs import Coding
+    from relay.encoding.planner import Prefer
     from relay.protocol.followed import Current
 
 
@@ -63,9 +64,11 @@ class Targets:
         relays = [PlannedRelay(client.url, client.url, "") for client in clients]
         return cls(relays, {client.url: client for client in clients})
 
-    def limited(self, limit: float | None) -> Targets:
-        """The same with this limit, in bytes per second, in place of their own."""
-        relays = [msgspec.structs.replace(one, limit=limit or one.limit) for one in self.relays]
+    def told(self, limit: float | None, prefer: Prefer | None) -> Targets:
+        """The same with this limit (bytes per second) and this wish in place of their own, where they are given."""
+        relays = [
+            msgspec.structs.replace(one, limit=limit or one.limit, prefer=prefer or one.prefer) for one in self.relays
+        ]
         return replace(self, relays=relays)
 
 
@@ -110,6 +113,12 @@ async def replicate_package(
     """
     relays, bars = targets.relays, {relay.name: bar(relay.name) for relay in targets.relays}
     async with _ready(location, ref, targets, encoding, explains=explains, exact=exact) as (depot, package, shipping):
+        for client in targets.clients.values():
+            client.limits = client.limits.within(patience)
+
+        async def delivered(one: Delivered) -> None:
+            bars[one.relay](package.manifest.stream_size, package.manifest.stream_size)
+
         done = await send(
             depot,
             package,
@@ -119,6 +128,7 @@ async def replicate_package(
             lambda relay, here, whole: bars[relay](here, whole),
             pacers=pacers_of(relays),
             patience=patience,
+            delivered=delivered,
         )
         explained = {one.relay: one.sent.explained for one in done.delivered if one.sent and one.sent.explained}
         return Replication(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from orchestrator.depot.depot import Depot
 from orchestrator.files.environment import EnvironmentFile
-from orchestrator.files.yaml_positions import PlanError
 from orchestrator.plan.plan import PlannedRelay
 from orchestrator.plan.routes import planned_relay, upstreams_of, wrong_ways
 from orchestrator.replication.cascade import Cascaded, Heard, OnDelivered, OnFailed, replicate_all
 from orchestrator.trust.secrets import read_secret
 from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX
+from relay.encoding.planner import Prefer
 from relay.errors import RefusedError, WaystationError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
@@ -26,6 +26,7 @@ from relay.transfer.encoder_pool import Payloads
 from relay.transfer.link_history import Lines
 from relay.transfer.probe import Explained
 from relay.transfer.replicate import PATIENCE, ReplicationResult, Shipping, plan, replicate
+from relay.written.yaml_positions import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,9 @@ async def shipping_from(depot: Depot) -> AsyncIterator[Shipping]:
         await payloads.close()
 
 
-def shipping_of(what: PackageToSend, shipping: Shipping, pacer: Pacer | None) -> Shipping:
+def shipping_of(what: PackageToSend, shipping: Shipping, pacer: Pacer | None, prefer: Prefer) -> Shipping:
     """How `what` is sent, given what it shares with all others."""
-    return replace(shipping, known=what.known, others=what.others, pacer=pacer)
+    return replace(shipping, known=what.known, others=what.others, pacer=pacer, prefer=prefer)
 
 
 async def send_to(
@@ -91,9 +92,10 @@ async def send_to(
     *,
     shipping: Shipping,
     pacer: Pacer | None = None,
+    prefer: Prefer = "bytes",
 ) -> ReplicationResult:
     """To one relay. `pacer` is the limit of its line, shared by all that goes there. Raises as `relay.transfer.replicate.replicate`."""
-    how = shipping_of(what, shipping, pacer)
+    how = shipping_of(what, shipping, pacer, prefer)
     return await replicate(
         what.manifest, what.signature, depot.store.chunks, relay, how, progress=progress, patience=patience
     )
@@ -115,7 +117,8 @@ async def send(
     """To all relays at once, by the ways that they name. `clients` and `pacers` are by name; see `replicate_all`."""
 
     async def to(relay: PlannedRelay, client: RelayClient, progress: Progress) -> ReplicationResult:
-        return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacers[relay.name])
+        pacer, prefer = pacers[relay.name], relay.prefer
+        return await send_to(depot, what, client, progress, patience, shipping=shipping, pacer=pacer, prefer=prefer)
 
     return await replicate_all(
         what.manifest, relays, clients, to, heard, delivered=delivered, failed=failed, patience=patience
@@ -143,7 +146,7 @@ async def plan_for(
     for relay in relays:
         if relay.upstream:
             continue
-        how = shipping_of(what, shipping, pacers[relay.name])
+        how = shipping_of(what, shipping, pacers[relay.name], relay.prefer)
         try:
             planned[relay.name] = await plan(what.manifest, depot.store.chunks, clients[relay.name], how)
         except WaystationError as error:

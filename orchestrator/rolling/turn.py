@@ -48,6 +48,7 @@ class Shape:
 
     Attributes:
         actions: how many.
+        names: of the actions, for people.
         switch: which of them (the first) lets `current` name the new tree; None where none does.
         verify: there are checks.
         old: the same checks can be made of what ran before.
@@ -64,6 +65,7 @@ class Shape:
     settle: bool
     current: bool = False
     bare: bool = False
+    names: tuple[str, ...] = ()
 
 
 def shape_of(
@@ -91,6 +93,7 @@ def shape_of(
         settle=deploys,
         current=deploys and is_settled and not is_out and not is_forced,
         bare=deploys and (facts is None or not facts.current_version),
+        names=tuple(action.name for action in turn.actions),
     )
 
 
@@ -222,7 +225,8 @@ def _did_before(turn: Turn, done: Done) -> Turn:
 
 
 def _did_act(turn: Turn, index: int, done: Done) -> Turn:
-    what = f"action {index + 1}"
+    named = f" ({turn.shape.names[index]})" if turn.shape.names else ""
+    what = f"action {index + 1}{named}"
     if done.how == "refused":
         return _did_not_act(_failed(turn, done, what), index)
     turn = replace(turn, began=index + 1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
+from orchestrator.acts import KeysMade
+from orchestrator.paths import operator
+from relay.audit.event import tell
 from relay.errors import NotFoundError, RefusedError
 from relay.support.private_files import make_private_folder, read_signer, write_new_file, write_private_key
 from relay.trust.keys import OrderKey, PublicKey, TrustPins, encode_pins, keyid_of, parse_pins
@@ -41,6 +44,7 @@ def init_trust(folder: str) -> TrustPins:
     write_private_key(os.path.join(folder, "package.key"), package)
     write_private_key(os.path.join(folder, "order.key"), order)
     write_new_file(os.path.join(folder, PINS_FILE), encode_pins(pins), mode=0o644)
+    tell(KeysMade(operator(), folder, pins.package[0].keyid, pins.order[0].keyid))
     return pins
 
 

@@ -168,7 +168,10 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class RunRefused:
-    """A run, or the rest of one, that could not be taken; the frames after it may be good."""
+    """A run, or the rest of one, that could not be taken; the frames after it may be good.
+
+    It names one chunk at least: the last one, where all of them were verified before their payload broke its format.
+    """
 
     run: tuple[tuple[ManifestId, int], ...]
     error: FrameError | ChunkInvalid
@@ -252,6 +255,9 @@ Resolve = Callable[[ManifestId], Manifest | None]
 Wanted = Callable[[ManifestId, int], bool]
 """Whether the receiver asked for this chunk."""
 
+Offered = Callable[[ManifestId, int], bool]
+"""Whether the receiver named this chunk as a base."""
+
 
 class Sink(Protocol):
     """Gets the payload of one run as it came, stretch by stretch, behind the decoder."""
@@ -283,9 +289,16 @@ class BundleDecoder:
     whoever sends it.
     """
 
-    def __init__(self, resolve: Resolve, wanted: Wanted = lambda *_: True, tap: Tap = lambda *_: None) -> None:
+    def __init__(
+        self,
+        resolve: Resolve,
+        wanted: Wanted = lambda *_: True,
+        tap: Tap = lambda *_: None,
+        offered: Offered = lambda *_: True,
+    ) -> None:
         self._resolve = resolve
         self._wanted = wanted
+        self._offered = offered
         self._tap = tap
         self._unread = memoryview(b"")
         """Of what was fed last."""
@@ -470,6 +483,8 @@ class BundleDecoder:
             if len(bases) + rg.count(span.ranges) > PLACES_MAX:
                 raise FrameError(f"a run that names more than {PLACES_MAX} bases")
             for index in rg.indexes(span.ranges):
+                if not self._offered(manifest.id, index):
+                    raise FrameError(f"a run builds on chunk {index} of {manifest.id[:16]}…, which was never offered")
                 base_size += manifest.chunks[index].size
                 if size + base_size > RUN_AND_BASES_MAX:
                     raise FrameError(f"a run and bases of more than {RUN_AND_BASES_MAX} bytes")
@@ -513,6 +528,7 @@ class _RunDecoder:
         self._decoder: Decoder | None = None
         self._sink: Sink | None = None
         self._targets = deque(targets)
+        self._last = self._targets[-1][:2]
         self._payload_max = size + (size >> 8) + _ENCODING_COST
         self._size = size
         self._pending = BytesIO()
@@ -581,7 +597,7 @@ class _RunDecoder:
         self._pending = BytesIO()
         if self._sink is not None:
             self._sink.fail()
-        return (RunRefused(self.places, error),)
+        return (RunRefused(self.places or (self._last,), error),)
 
     def _take(self, data: memoryview) -> Iterator[Event]:
         """Raises `ChunkInvalid`: a chunk has other bytes than its name says."""

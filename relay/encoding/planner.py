@@ -87,6 +87,10 @@ RUN_BYTES_MIN = _MIB
 """The shortest runs that are planned: the first ones of a line that is not known, and of one that must not wait."""
 
 
+Prefer = Literal["bytes", "time"]
+"""`bytes`: the fewest, where times are within a tenth of the best. `time`: the soonest, whatever crosses for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """What is known of the way to one receiver.
@@ -95,11 +99,13 @@ class Line:
         goodput: bytes of payload per second, of late; None where nothing was measured yet.
         round_trip: seconds.
         limit: the most that may be sent, bytes per second; None: no limit.
+        prefer: what a person wants of encodings that are about as fast; None: what suits the line's class.
     """
 
     goodput: float | None = None
     round_trip: float = 0.0
     limit: float | None = None
+    prefer: Prefer | None = None
 
     @property
     def rate(self) -> float:
@@ -415,6 +421,8 @@ _TURN: Final = 0.3
 """Seconds of an encoder that count as they are reckoned."""
 _SAME: Final = 1.04
 """Times that differ by less are the same."""
+_ALIKE: Final = 1.1
+"""The same, where bytes are preferred: what is saved is worth a tenth of the time."""
 _SAME_BYTES: Final = 1.02
 """Times the smallest payload: more is really more."""
 _SAME_SECONDS: Final = 0.005
@@ -423,18 +431,19 @@ _SAME_SECONDS: Final = 0.005
 def choose(candidates: Sequence[Candidate], line: Line, moment: Moment = AT_ONCE) -> Choice:
     """The candidate with which the last chunk is there first.
 
-    Of several that are as good as that, the smallest; on a fast line the one that takes the least CPU.
+    Of several that are as good as that, the smallest; on a fast line the one that takes the least CPU, unless a person
+    prefers otherwise.
 
     Args:
         candidates: at least one.
         line: that they are to cross.
         moment: what keeps the line and the cores busy.
     """
-    spares = line.kind.spares
+    spares = _spares(line)
     timed = [(_seconds(candidate, line, moment), candidate) for candidate in candidates]
     wasteful = _wasteful(candidates) + (_less_hard(candidates) if spares == "bytes" else [])
     best = min(seconds for seconds, candidate in timed if candidate not in wasteful)
-    bearable = best * _SAME + _SAME_SECONDS
+    bearable = best * (_ALIKE if line.prefer == "bytes" else _SAME) + _SAME_SECONDS
     if spares == "bytes":
         bearable = moment.waiting + (best - moment.waiting) * 1.1 + _THIN_PATIENCE
     good = [one for one in timed if one[0] <= bearable and one[1] not in wasteful]
@@ -457,6 +466,14 @@ def choose(candidates: Sequence[Candidate], line: Line, moment: Moment = AT_ONCE
         for one in timed
     ]
     return Choice(tuple(sorted(rows, key=lambda row: (not row.chosen, row.seconds))))
+
+
+def _spares(line: Line) -> Literal["bytes", "both", "work"]:
+    """What is taken of all that is there as soon."""
+    of_class = line.kind.spares
+    if line.prefer == "bytes" and of_class == "work":
+        return "both"
+    return "both" if line.prefer == "time" and of_class == "bytes" else of_class
 
 
 def _less_hard(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -6,13 +6,14 @@ line in the log, and changes the epoch.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from typing import Final
 
 import msgspec
 from xxhash import xxh3_64_digest
 
+from relay.audit.acts import MailLost
+from relay.audit.event import tell
 from relay.mail.letters import Numbered
 from relay.mail.mailbox import Mail
 from relay.stores.contract import Documents
@@ -21,8 +22,6 @@ _FOLDER: Final = "state/mail/letters"
 _DAMAGED: Final = "state/mail/damaged"
 _STATE: Final = "state/mail/state"
 _DIGEST_BYTES: Final = 8
-
-log = logging.getLogger(__name__)
 
 
 class _Content(msgspec.Struct, frozen=True, array_like=True):
@@ -52,7 +51,7 @@ async def import_documents(documents: Documents, mail: Mail) -> None:
         try:
             content = _parse(raw)
         except (ValueError, RecursionError):
-            log.warning("mail: %s is damaged; it is put aside under %s, and readers begin anew", name, _DAMAGED)
+            tell(MailLost(f"{name} is damaged, and put aside under {_DAMAGED}"))
             await documents.write(f"{_DAMAGED}/{name.rpartition('/')[2]}", raw)
             known = _State(secrets.token_hex(16), known.number)
         else:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Final
 
 from relay.errors import ConflictError, StoreError, WaystationError
+from relay.folders import make_folder
 from relay.mail.letters import Account, Box, Letter, MailLimits, Numbered, accounts, charges, check_room
 from relay.protocol import messages
 from relay.support.durable import sync_folder
@@ -267,7 +268,7 @@ class LetterDatabase:
 def put_aside(folder: str) -> None:
     """Move the file in `folder` to the damaged ones, in the place of what was put there last. Raises `StoreError`."""
     try:
-        os.makedirs(os.path.join(folder, DAMAGED), mode=0o700, exist_ok=True)
+        make_folder(os.path.join(folder, DAMAGED), mode=0o700)
         for name in (FILE, f"{FILE}-wal", f"{FILE}-shm"):
             with suppress(FileNotFoundError):
                 os.replace(os.path.join(folder, name), os.path.join(folder, DAMAGED, name))

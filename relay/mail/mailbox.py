@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from relay.audit.acts import MailLost
+from relay.audit.event import tell
 from relay.errors import StoreError
 from relay.mail.letter_database import DamagedError, LetterDatabase, put_aside
 from relay.mail.letters import Box, Letter, MailLimits, Numbered
@@ -171,13 +173,13 @@ class Mail:
         except DamagedError as error:
             if self._folder is None:
                 raise
-            log.warning("mail: %s; it is put aside, and readers begin anew", error)
+            tell(MailLost(str(error)))
             put_aside(self._folder)
             database = LetterDatabase(self._folder, self._limits)
         return database
 
     def _lose(self, numbers: Sequence[int]) -> None:
-        log.warning("mail: letters %s are damaged; they are let go, and readers begin anew", numbers)
+        tell(MailLost(f"letters {', '.join(map(str, numbers))} are damaged, and let go"))
         self._database.forget(numbers)
         self._database.go_on(secrets.token_hex(16))
 

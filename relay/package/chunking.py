@@ -35,8 +35,12 @@ GATHER_EVERY = 8
 """One masked path in so many ends a gathering."""
 
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
-_CONTAINER_FOLDERS = ("_rels/", "package/")
-_CONTAINER_FILES = ("[content_types].xml", ".signature.p7s")
+_CONTAINER = re.compile(
+    r"\[Content_Types\]\.xml|\.signature\.p7s|[^/]*(?i:\.nuspec)|(?i:_rels)/\.rels|(?i:package/services/metadata)/.+\.psmdcp",
+    re.DOTALL,
+)
+_LAST_FOLDERS = ("_rels/", "package/")
+_LAST_FILES = ("[content_types].xml", ".signature.p7s")
 _CDC_BUFFER = 2 * CDC_MAX
 
 P = TypeVar("P")
@@ -48,18 +52,24 @@ def mask(text: str) -> str:
 
 
 def is_container(path: str) -> bool:
-    """Whether the part belongs to the zip container (OPC, signature, nuspec) and not to the tree of files.
+    """Whether the part belongs to the zip container and not to the tree of files: what OPC adds (NuGet leaves out the
+    same, wherever they lie), the signature of the nupkg, and the root nuspec.
+    """
+    return _CONTAINER.fullmatch(path) is not None
 
-    The same paths that NuGet leaves out when it installs (`PackageHelper.ExcludePaths`), the root nuspec and the signature.
+
+def comes_last(path: str) -> bool:
+    """Whether the part stands at the stream's end, in chunks that it shares with no other: what belongs to the container,
+    and whatever has a name like it. That is part of the format; some of it are files of the tree.
     """
     lowered = path.lower()
     is_root_nuspec = "/" not in lowered and lowered.endswith(".nuspec")
-    return is_root_nuspec or lowered.startswith(_CONTAINER_FOLDERS) or lowered in _CONTAINER_FILES
+    return is_root_nuspec or lowered.startswith(_LAST_FOLDERS) or lowered in _LAST_FILES
 
 
 def stream_key(path: str) -> tuple[bool, str, str, str]:
-    """The sort key of the tree stream: container parts last, then masked name, masked path, path."""
-    return (is_container(path), mask(path.rpartition("/")[2]), mask(path), path)
+    """The sort key of the tree stream: what comes last, then masked name, masked path, path."""
+    return (comes_last(path), mask(path.rpartition("/")[2]), mask(path), path)
 
 
 def ends_gathering(path: str) -> bool:
@@ -94,11 +104,11 @@ def cut(
         yield from waiting
         waiting.clear()
 
-    in_container = False
+    is_last = False
     for index, part in enumerate(parts):
         path, size = path_of(part), size_of(part)
-        if is_container(path) != in_container:
-            in_container = True
+        if comes_last(path) != is_last:
+            is_last = True
             yield from flush()
         if size >= LARGE_PART:
             yield from flush()

@@ -24,19 +24,25 @@ from relay.package.identity import (
     manifest_id,
     parse_digest,
 )
-from relay.package.zip_reader import Entry, check_paths
+from relay.package.part_names import NameLimits, check_paths
+from relay.package.zip_reader import Entry
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 from relay.support.zstd import FrameFault, inflate, prefix, zstd
 
-MANIFEST_MAX = 16 << 20
-"""Bytes of canonical JSON."""
+MANIFEST_MAX = 64 << 20
+"""Bytes of canonical JSON: 250,000 parts whose paths have 150 characters each."""
+PACKED_MAX = 16 << 20
+"""Bytes of a manifest on the wire, without a base: what half as much again would be for those parts."""
 DEPTH_MAX = 16
 """Nesting of the canonical JSON."""
-PARTS_MAX = 100_000
+PARTS_MAX = 250_000
+_CONTAINERS_MAX = 3 * PARTS_MAX
+"""Objects and lists of the canonical JSON, each of which takes more memory than bytes. No package has as many chunks."""
 PACKAGE_MAX = 4 << 30
 """Bytes of the tree stream, and of the nupkg."""
 
-_WINDOW_LOG_MAX = 25
+_WINDOW_LOG_MAX = 26
+"""64 MiB: as far back as the same line of the largest base lies."""
 
 _Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _Size = Annotated[int, Meta(ge=0, le=PACKAGE_MAX)]
@@ -136,21 +142,37 @@ class Manifest:
         """Bytes of all parts."""
         return sum(part.size for part in self.body.parts)
 
+    def is_in_tree(self, part: int) -> bool:
+        """Whether the part is a file of the tree. The others belong to the container."""
+        return not chunking.is_container(self.body.parts[part].path)
+
     @cached_property
-    def tree_parts(self) -> int:
-        """How many parts, from the first, are files of the tree. The rest belong to the container."""
-        return sum(not chunking.is_container(part.path) for part in self.body.parts)
+    def tree_parts(self) -> list[int]:
+        """The parts that are files of the tree, in stream order."""
+        return [index for index in range(len(self.body.parts)) if self.is_in_tree(index)]
+
+    @property
+    def tree_paths(self) -> list[str]:
+        return [self.body.parts[index].path for index in self.tree_parts]
 
     @cached_property
     def tree_size(self) -> int:
         """Bytes of the tree's files."""
-        return sum(part.size for part in self.body.parts[: self.tree_parts])
+        return sum(self.body.parts[index].size for index in self.tree_parts)
 
     @cached_property
-    def tree_chunks(self) -> int:
-        """How many chunks, from the first, an agent asks for. The rest hold container parts only."""
-        starts = self.chunk_starts
-        return next((i for i, start in enumerate(starts) if start >= self.tree_size), len(starts))
+    def tree_chunks(self) -> list[int]:
+        """The chunks that an agent asks for, in stream order: those with bytes of the tree's files."""
+        return [
+            index
+            for index, extents in enumerate(self.extents)
+            if any(self.is_in_tree(extent.part) for extent in extents)
+        ]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Paths of the parts that no tree has."""
+        return [part.path for index, part in enumerate(self.body.parts) if not self.is_in_tree(index)]
 
     @cached_property
     def extents(self) -> list[list[Extent]]:
@@ -201,7 +223,7 @@ def parse(canonical: bytes) -> Manifest:
     if len(canonical) > MANIFEST_MAX:
         raise ManifestError(f"manifest of {len(canonical)} bytes: expected at most {MANIFEST_MAX}")
     try:
-        check_depth(canonical, DEPTH_MAX)
+        check_depth(canonical, DEPTH_MAX, _CONTAINERS_MAX)
         body = msgspec.json.decode(canonical, type=ManifestBody)
     except (msgspec.DecodeError, JsonTooDeepError, UnicodeDecodeError) as error:
         raise ManifestError(f"not a manifest: {error}") from error
@@ -239,9 +261,11 @@ def _check(manifest: Manifest) -> None:
     keys = [chunking.stream_key(part.path) for part in body.parts]
     is_ordered = all(before < after for before, after in pairwise(keys))
     _demand(is_ordered, "parts are not in stream order, or one is named twice")
-    check_paths([part.path for part in body.parts])
-    is_parted = manifest.tree_size == size or manifest.tree_size in manifest.chunk_at
-    _demand(is_parted, "a chunk holds both files of the tree and parts of the container")
+    check_paths([part.path for part in body.parts], NameLimits())
+    last = next((start for key, start in zip(keys, manifest.part_starts, strict=True) if key[0]), size)
+    _demand(
+        last == size or last in manifest.chunk_at, "a chunk holds both files of the tree and parts of the container"
+    )
     _demand(len(set(body.chunks)) == len({entry.id for entry in body.chunks}), "one chunk has two sizes")
     for start, part in zip(manifest.part_starts, manifest.parts, strict=True):
         index = manifest.chunk_at.get(start)
@@ -287,7 +311,10 @@ class ManifestBuilder:
             parts=parts,
             metadata=self._metadata,
         )
-        return parse(encode(body))
+        canonical = encode(body)
+        if len(canonical) > PACKED_MAX:
+            to_wire(canonical)
+        return parse(canonical)
 
 
 def parse_named(canonical: bytes, expected: str) -> Manifest:
@@ -309,13 +336,22 @@ def parse_wire(data: bytes, base: bytes | None, expected: str) -> Manifest:
 
 
 def to_wire(canonical: bytes, base: bytes | None = None) -> bytes:
-    """The manifest as one zstd frame; with `base` (another manifest's canonical bytes) as prefix, what both say vanishes."""
+    """The manifest as one zstd frame; with `base` (another manifest's canonical bytes) as prefix, what both say vanishes.
+
+    Raises:
+        ManifestError: it takes more than `PACKED_MAX`.
+    """
     size = len(canonical) + len(base or b"")
+    is_large = len(canonical) > 1 << 20
     options: dict[int, int] = {
-        zstd.CompressionParameter.compression_level: 19 if len(canonical) <= 1 << 20 else 9,
+        zstd.CompressionParameter.compression_level: 3 if is_large else 19,
+        # Finds the same lines in a large base, which the tables of a quick level do not: 9 kB in place of 4 MB.
+        zstd.CompressionParameter.enable_long_distance_matching: int(is_large),
         zstd.CompressionParameter.window_log: max(17, min(_WINDOW_LOG_MAX, max(size - 1, 1).bit_length())),
     }
-    return zstd.compress(canonical, options=options, zstd_dict=prefix(base))
+    packed = zstd.compress(canonical, options=options, zstd_dict=prefix(base))
+    _check_packed(packed)
+    return packed
 
 
 def from_wire(data: bytes, base: bytes | None = None) -> bytes:
@@ -324,7 +360,12 @@ def from_wire(data: bytes, base: bytes | None = None) -> bytes:
     Raises:
         ManifestError: not one whole zstd frame within the bounds, or another base than it was made with.
     """
+    _check_packed(data)
     try:
         return inflate(data, MANIFEST_MAX, window_log=_WINDOW_LOG_MAX, base=base)
     except FrameFault as fault:
         raise ManifestError(f"a manifest {fault}") from fault
+
+
+def _check_packed(data: bytes) -> None:
+    _demand(len(data) <= PACKED_MAX, f"a manifest of {len(data)} bytes when packed: expected at most {PACKED_MAX}")

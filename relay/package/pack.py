@@ -20,8 +20,9 @@ from urllib.parse import quote
 from relay.errors import ArchiveError, MetadataError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
 from relay.package.nuspec import NUSPEC_MAX, parse_nuspec
+from relay.package.part_names import check_collisions, path_fault
 from relay.package.recipe import CONTENT_TYPES, canonical_name
-from relay.package.zip_reader import DEFAULT_LIMITS, WalkLimits, check_collisions, is_root_nuspec, path_fault
+from relay.package.zip_reader import DEFAULT_LIMITS, WalkLimits, is_root_nuspec
 from relay.package.zip_records import (
     CENTRAL,
     CENTRAL_MARK,
@@ -41,14 +42,17 @@ from relay.package.zip_records import (
     VERSION_NEEDED,
     Directory,
 )
+from relay.support.durable import take_after
 
 _COPY: Final = 256 << 10
 _DOS_DATE: Final = 1 << 5 | 1
 """1980-01-01, the first day a zip knows."""
 _MADE_BY_UNIX: Final = 3 << 8 | 20
 _CONTAINER: Final = re.compile(
-    r"\[content_types\]\.xml|\.signature\.p7s|(_rels|package)(/.*)?", re.IGNORECASE | re.DOTALL
+    r"\[content_types\]\.xml|\.signature\.p7s|(_rels|package/services/metadata)(/.*)?", re.IGNORECASE | re.DOTALL
 )
+_INFLATES_MOST: Final = 100
+"""Bytes that a deflated byte may stand for: other readers, and earlier versions of this one, refuse more as a bomb."""
 
 
 class _Source(NamedTuple):
@@ -70,7 +74,7 @@ def pack(
     """Make a nupkg of all files below `folder`: the same files and zlib give the same bytes, whatever their times.
 
     A nuspec at the folder's root is used as it is and must agree with `id` and `version`; else one is made. Empty
-    folders are left out, as in every nupkg. A part that deflates better than the walk allows is stored instead.
+    folders are left out, as in every nupkg. A part that deflates extremely well is stored instead.
 
     Args:
         folder: read without following links.
@@ -104,7 +108,8 @@ def pack_file(folder: str, path: str, *, id: PackageId, version: NuGetVersion, a
         try:
             output = cast("BinaryIO", temporary)
             pack(folder, output, id=id, version=version, authors=authors, description=description)
-            os.fchmod(temporary.fileno(), 0o644)
+            if not take_after(temporary.fileno(), path):
+                os.fchmod(temporary.fileno(), 0o644)
             os.rename(temporary.name, path)
         except BaseException:
             os.unlink(temporary.name)
@@ -137,7 +142,9 @@ def _check_names(parts: list[_Source], limits: WalkLimits) -> None:
     try:
         check_collisions([part.path for part in parts])
     except ArchiveError as error:
-        raise UsageError(f"cannot pack {error.member!r}: another name differs only in case, or is a folder") from error
+        raise UsageError(
+            f"cannot pack {error.member!r}: another name differs only in case or form, or is a folder"
+        ) from error
 
 
 def _check_amount(sources: list[_Source], limits: WalkLimits) -> None:
@@ -155,7 +162,8 @@ def _pack_nuspec(files: list[_Source], id: PackageId, version: NuGetVersion, aut
         raise UsageError(f"cannot pack: {len(own)} .nuspec files at the root of the folder")
     if not own:
         made = _made_nuspec(id, version, authors, description)
-        parse_nuspec(made)
+        for fault in parse_nuspec(made).left_out:
+            raise MetadataError(f"the nuspec that would be made: {fault}")
         return _Source.made(f"{id}.nuspec", made)
     with open(own[0].content, "rb") as file:
         data = file.read(NUSPEC_MAX + 1)
@@ -240,7 +248,7 @@ def _write_part(source: _Source, name: bytes, output: BinaryIO) -> _Form:
         output.seek(data)
         size, crc = _write_data(source, method, output)
         compressed = output.tell() - data
-        if size <= DEFAULT_LIMITS.ratio_total * compressed:
+        if size <= _INFLATES_MOST * compressed:
             break
     form = (VERSION_NEEDED, 0, method, 0, _DOS_DATE, crc, compressed, size)
     end = output.tell()

@@ -313,13 +313,14 @@ def _check_canonical(records: Canonical, recipe: Recipe, manifest: Manifest) -> 
     for place, part in enumerate(_parts_in_order(recipe, manifest)):
         path = manifest.parts[part].path
         name = names.get(place)
-        if name is not None and not _is_other_name(name, path):
+        if name is not None and not is_other_name(name, path):
             raise RecipeError(f"refused recipe: a name that is not that of {path[:100]!r}")
         size += LOCAL.size + CENTRAL.size + 2 * len(name or canonical_name(path))
     return size
 
 
-def _is_other_name(name: bytes, path: str) -> bool:
+def is_other_name(name: bytes, path: str) -> bool:
+    """Whether the name is an escaped form of the path, but not NuGet's. Names that are only laid down there are neither."""
     try:
         return name != canonical_name(path) and unquote(name.decode(), errors="strict") == path
     except UnicodeDecodeError:

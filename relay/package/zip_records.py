@@ -7,6 +7,31 @@ from typing import Final, NamedTuple
 
 STORED: Final = 0
 DEFLATED: Final = 8
+ZSTD: Final = frozenset({93, 20})
+"""The number since APPNOTE 6.3.8, and the one of 6.3.7."""
+METHODS: Final = frozenset({STORED, DEFLATED}) | ZSTD
+"""Those whose parts are read."""
+METHOD_NAMES: Final = {
+    1: "Shrink",
+    2: "Reduce",
+    3: "Reduce",
+    4: "Reduce",
+    5: "Reduce",
+    6: "Implode",
+    9: "Deflate64",
+    10: "PKWARE DCL Implode",
+    12: "bzip2",
+    14: "LZMA",
+    16: "IBM CMPSC",
+    18: "IBM TERSE",
+    19: "IBM LZ77",
+    94: "MP3",
+    95: "XZ",
+    96: "JPEG",
+    97: "WavPack",
+    98: "PPMd",
+}
+"""The others that the format knows (APPNOTE 4.4.5)."""
 VERSION_NEEDED: Final = 20
 
 LOCAL: Final = struct.Struct("<4s5H3L2H")

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import msgspec
 
 from relay.encoding.bundle import BundleDecoder, Event, NeedsBases, Tap
+from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import ENCODINGS
 from relay.encoding.holdings import Holdings, answer, next_events
 from relay.errors import FrameError, ManifestError, NotFoundError, UnreachableError, UntrustedError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest, parse_wire, to_wire
 from relay.package.ranges import check, in_order
+from relay.package.ranges import indexes as indexes_of
 from relay.package.recipe import Recipe, encode_recipe, parse_recipe_wire
 from relay.protocol import messages
 from relay.protocol.connection import Connection, MissingChunksError, Request
@@ -70,8 +72,19 @@ class RelayClient(Connection):
         return await self.ask(request, messages.HealthAnswer)
 
     async def wait_until_ready(self, patience: float) -> None:
-        """Ask for health, with growing pauses, for at most `patience` seconds. Raises `UnreachableError`."""
-        await _UNTIL_READY.call(lambda: self.health(attempts=1), seconds=patience)
+        """Ask for health, with growing pauses, until it was away for `patience` seconds, those included in which a
+        request waited for it before.
+
+        Raises:
+            UnreachableError: it was away for so long.
+        """
+        # What is left of it, and one try in any case.
+        left = max(patience - (time.monotonic() - self.waiting_since), 0.01)
+        try:
+            async with asyncio.timeout(max(left, 1.0)):
+                await _UNTIL_READY.call(lambda: self.health(attempts=1), seconds=left)
+        except TimeoutError as error:
+            raise UnreachableError(f"relay {self.url} was away for {patience:.0f} s") from error
 
     async def measure_up(self, size: int) -> float:
         """Send `size` bytes that do not compress; the seconds until the relay said that it has them. Not retried."""
@@ -127,7 +140,8 @@ class RelayClient(Connection):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ManifestError(f"{self.url} answered with something that is no manifest document") from error
         prefix = used_base.canonical if used_base else None
-        manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
+        with self.reading():
+            manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
         return ManifestDocument(manifest, document.signature)
 
     # --- sending
@@ -231,10 +245,11 @@ class RelayClient(Connection):
         """
         held = () if bases is None else bases.held[:_BASES_MAX]
         known = {one.manifest.id: one.manifest for one in held} | {manifest.id: manifest}
-        asked = set(indexes)
+        asked, offered = set(indexes), _places_of(held)
         decoder = BundleDecoder(
             resolve=known.get,
             wanted=lambda id, index: id == manifest.id and index in asked,
+            offered=lambda id, index: index in offered.get(id, ()),
             **({} if tap is None else {"tap": tap}),
         )
         request = messages.BundleRequest(
@@ -271,7 +286,8 @@ class RelayClient(Connection):
             body = await self.fetch(Request("GET", path, answer_max=messages.RECIPE_BODY_MAX, attempts=1))
         except NotFoundError:
             return None
-        return await asyncio.to_thread(parse_recipe_wire, body, None, manifest)
+        with self.reading():
+            return await asyncio.to_thread(parse_recipe_wire, body, None, manifest)
 
     async def put_recipe(self, manifest: Manifest, recipe: Recipe) -> messages.RecipeAnswer:
         """Have the relay keep it, and learn what else it takes to make the identical nupkg there.
@@ -315,6 +331,11 @@ class RelayClient(Connection):
         async with self.open(Request("GET", path, answer_seconds=messages.NUPKG_SECONDS)) as response:
             async for piece in self.pieces(response):
                 yield piece
+
+
+def _places_of(held: Sequence[Held]) -> dict[ManifestId, set[int]]:
+    """What was offered as bases: the relay may name no other, though it knows that there are more."""
+    return {one.manifest.id: set(indexes_of(one.ranges)) for one in held}
 
 
 def _against(base: Manifest | None) -> dict[str, str]:

@@ -7,12 +7,13 @@ bytes (`UntrustedError`), or a rule of the relay (`RefusedError`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
@@ -44,10 +45,24 @@ from relay.support.persistence import Persistence, is_passing, seconds_asked
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
+_LOST = (
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientConnectionError,
+    ConnectionError,
+    socket.gaierror,
+    ssl.SSLError,
+)
+"""What is raised where the road breaks."""
 _PERSISTENCE = Persistence(first_pause=0.5, longest_pause=2.0, spread=0.5)
 """Of a small request."""
 _LINE_MAX = 64 << 10
 """Bytes of one line of progress."""
+
+
+LEAST_SECONDS = 5.0
+"""A relay that says nothing for less may be busy, and is not called away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,18 @@ class ClientLimits:
     window_bytes: int = 30 << 10
     attempts: int = 3
     """Tries of a small request."""
+    tries_seconds: float = 3600.0
+    """For all tries of a small request together."""
+
+    def within(self, seconds: float) -> ClientLimits:
+        """Limits for one who bears with the relay for so long; what may be a busy moment is borne in any case."""
+        most = max(seconds, LEAST_SECONDS)
+        return replace(
+            self,
+            connect_seconds=min(self.connect_seconds, most),
+            answer_seconds=min(self.answer_seconds, most),
+            tries_seconds=most,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +212,8 @@ class Connection:
         self._tls = (tls or tls_from(None)) if parts.scheme == "https" else None
         self._line: _Line | None = None
         self._left: set[_Line] = set()
+        self.waiting_since = time.monotonic()
+        """When it was asked for something, took something, or something came from it, last."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -213,10 +242,14 @@ class Connection:
             async with self.open(request) as response:
                 return await self.body(response, request.answer_max or messages.JSON_MAX)
 
+        self.waiting_since = time.monotonic()
         attempts = request.attempts or self.limits.attempts
         shown = self._current_token()
         try:
-            return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
+            async with asyncio.timeout(self.limits.tries_seconds):
+                return await replace(_PERSISTENCE, failures=attempts - 1).call(once)
+        except TimeoutError as error:
+            raise UnreachableError(f"{self._where} did not answer in time", hint=self._hint) from error
         except TokenRefusedError as error:
             # The file may have been replaced meanwhile, or in a way that its stamps do not show.
             is_once = request.body is not None and not isinstance(request.body, bytes)
@@ -234,6 +267,7 @@ class Connection:
                 async for piece in body:
                     self.traffic.sent += chunked_bytes(len(piece))
                     yield piece
+                    self.waiting_since = time.monotonic()
                     patience.reschedule(loop.time() + self.limits.answer_seconds)
                 self.traffic.sent += chunked_bytes(0)
             except WaystationError as error:
@@ -273,7 +307,7 @@ class Connection:
             headers["Content-Type"] = request.content_type
         wait = self.limits.answer_seconds if request.answer_seconds == 0.0 else request.answer_seconds
         try:
-            with through(self._proxy, self._where):
+            with self.reading(), through(self._proxy, self._where):
                 async with (
                     asyncio.timeout(wait) as deadline,
                     self._session() as session,
@@ -289,6 +323,7 @@ class Connection:
                     ) as response,
                 ):
                     deadline.reschedule(None)
+                    self.waiting_since = time.monotonic()
                     self._count_heads(request.method, response)
                     if response.status >= 300:
                         await self._raise_problem(response, bore_token=token is not None)
@@ -305,13 +340,29 @@ class Connection:
             hint = "If it speaks TLS, its URL begins with https" if self.url.startswith("http:") else ""
             message = f"{self._where} closed the connection without an answer"
             raise UnreachableError(message, hint=self._hint or hint) from error
-        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError, socket.gaierror) as error:
+        except _LOST as error:
             self._way.turn()
             raise UnreachableError(f"{self._where} cannot be reached: {_reason(error)}", hint=self._hint) from error
         except TimeoutError as error:
             raise UnreachableError(f"{self._where} did not answer in time", hint=self._hint) from error
         except aiohttp.ClientError as error:
             message = f"{self._where} does not speak the protocol: {_reason(error)}"
+            raise UntrustedError(message, hint=self._hint) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around whatever takes an answer apart: bytes of a relay that our own code stumbles over are untrusted bytes.
+
+        A fault of this machine (`OSError`), and what says itself whose fault it is, goes through as it is.
+        """
+        try:
+            yield
+        except (WaystationError, aiohttp.ClientError, OSError, TimeoutError):
+            raise
+        except Exception as error:
+            # The trace is for us: code that stumbles wants mending.
+            _log.exception("client.stumbled", extra={"relay": self.url})
+            message = f"{self.url} answered with something that cannot be read ({type(error).__name__})"
             raise UntrustedError(message, hint=self._hint) from error
 
     async def pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -471,7 +522,8 @@ def _split_url(url: str) -> SplitResult:
 
 def _parse_problem(body: bytes) -> messages.ProblemAnswer:
     try:
-        return msgspec.json.decode(body, type=messages.ProblemAnswer)
+        problem = msgspec.json.decode(body, type=messages.ProblemAnswer)
+        return msgspec.structs.replace(problem, code=problem.code[: messages.REASON_CHARS])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return messages.ProblemAnswer()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import ssl
 from collections.abc import Callable, Iterable
@@ -11,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from typing import Final
 
+from relay.audit.acts import EndsSoon, HasEnded
+from relay.audit.event import tell
 from relay.errors import UsageError
 from relay.protocol.followed import Current, Followed
 from relay.protocol.messages import Ending
@@ -19,8 +20,6 @@ PLAIN_HTTP: Final = "WAYSTATION_PLAIN_HTTP"
 """The variable that names hosts and networks, with commas between them, which are given tokens over plain http."""
 SOON: Final = timedelta(days=14)
 """What ends sooner is told as a warning."""
-
-_log = logging.getLogger(__name__)
 
 
 def token_from(file: str | None, environment: Callable[[str], str | None] = os.environ.get) -> Current[str | None]:
@@ -37,7 +36,7 @@ def token_from(file: str | None, environment: Callable[[str], str | None] = os.e
 
 def _read_token(file: str) -> str:
     try:
-        with open(file, encoding="utf-8") as handle:
+        with open(file, encoding="utf-8-sig") as handle:
             token = handle.read(4096).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"token file {file!r} cannot be read: {error}") from error
@@ -68,8 +67,8 @@ def _read_authorities(ca_file: str) -> ssl.SSLContext:
     now = datetime.now(UTC)
     for authority in context.get_ca_certs():
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(authority["notAfter"])), UTC)
-        if words := ending(ends, now):
-            _log.warning("an authority in CA file %r %s", ca_file, words)
+        if ending(ends, now):
+            tell(_told_of("authority", "", ca_file, ends, now))
     return context
 
 
@@ -97,9 +96,13 @@ def ending(ends: datetime, now: datetime) -> str:
 
 def words_of(one: Ending, now: datetime) -> str:
     """For people, such as "token 8e1d3c4f (fra-agents) ends in 3 days"; empty where that is far away."""
-    said = ending(datetime.fromtimestamp(one.ends, UTC), now)
-    name = f" {one.id}" * bool(one.id) + f" ({one.name})" * bool(one.name)
-    return f"{one.what}{name} {said}" if said else ""
+    return _words(one.what, one.id, one.name, datetime.fromtimestamp(one.ends, UTC), now)
+
+
+def _words(what: str, id: str, name: str, ends: datetime, now: datetime) -> str:
+    said = ending(ends, now)
+    shown = f" {id}" * bool(id) + f" ({name})" * bool(name)
+    return f"{what}{shown} {said}" if said else ""
 
 
 class EndingsTold:
@@ -110,11 +113,18 @@ class EndingsTold:
 
     def tell(self, all: Iterable[Ending], now: datetime) -> None:
         """Say in the log what is due to be said."""
-        for said in filter(None, (words_of(one, now) for one in all)):
-            last = self._told.get(said)
-            if last is None or (now - last).total_seconds() >= 86400:
-                self._told[said] = now
-                _log.warning("ends: %s", said)
+        for one in all:
+            event = _told_of(one.what, one.id, one.name, datetime.fromtimestamp(one.ends, UTC), now)
+            # By its words: those of a token that ends are others once it has ended.
+            last = self._told.get(event.message)
+            if event.message and (last is None or (now - last).total_seconds() >= 86400):
+                self._told[event.message] = now
+                tell(event)
+
+
+def _told_of(what: str, id: str, name: str, ends: datetime, now: datetime) -> EndsSoon | HasEnded:
+    kind = HasEnded if ends <= now else EndsSoon
+    return kind(what, id, name, ends.isoformat(timespec="seconds"), _words(what, id, name, ends, now))
 
 
 def may_be_shown(scheme: str, host: str, environment: Callable[[str], str | None] = os.environ.get) -> bool:

@@ -6,12 +6,13 @@ the value of now, at each use: that costs a stat of each file.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from relay.audit.acts import NotReadAgain, ReadAgain
+from relay.audit.event import tell
 from relay.errors import WaystationError
 
 T = TypeVar("T")
@@ -23,8 +24,6 @@ _SETTLED_SECONDS = 2.0
 """A change so young may be followed by another one under the same time stamp (FAT and some network shares: 2 s)."""
 
 _Stamp = tuple[tuple[int, int, int, int] | None, ...]
-
-_log = logging.getLogger(__name__)
 
 
 class Followed(Generic[T]):
@@ -72,11 +71,11 @@ class Followed(Generic[T]):
             value = self._read()
         except WaystationError as error:
             if error.message != self._trouble:
-                _log.warning("%s cannot be read again, the former one stays in use: %s", self._what, error.message)
+                tell(NotReadAgain(self._what, error.message))
             self._trouble = error.message
             return
         if stamp != self._stamp or self._trouble:
-            _log.warning("%s has changed and was read again", self._what)
+            tell(ReadAgain(self._what))
         self._value, self._stamp, self._settled, self._trouble = value, stamp, _is_settled(stamp), ""
 
     def _stamp_of_now(self) -> _Stamp:

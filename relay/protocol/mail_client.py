@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -13,6 +14,27 @@ from relay.protocol import messages
 from relay.protocol.connection import Connection, Request
 
 T = TypeVar("T")
+
+
+REMEMBERED = 4096
+"""Letters of each relay."""
+
+
+class Brought:
+    """The letters that one relay brought of late: what it brings again is no news."""
+
+    def __init__(self) -> None:
+        self._letters: dict[bytes, None] = {}
+
+    def is_news(self, letter: bytes) -> bool:
+        """Whether it brings this for the first time; from now on it has."""
+        digest = hashlib.sha256(letter).digest()
+        if digest in self._letters:
+            return False
+        self._letters[digest] = None
+        if len(self._letters) > REMEMBERED:
+            del self._letters[next(iter(self._letters))]
+        return True
 
 
 class MailClient:

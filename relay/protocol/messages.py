@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from relay.config import AGENT_NAME as AGENT_NAME  # noqa: PLC0414 - part of the protocol, too
 from relay.package.identity import ManifestId
 from relay.package.ranges import Ranges
 from relay.trust.envelopes import ENVELOPE_MAX
@@ -65,6 +66,8 @@ NUPKG_SECONDS = 300.0
 SIGNATURE_MAX = ENVELOPE_MAX
 """Bytes of one DSSE envelope."""
 JSON_MAX = 16 << 20
+RANGES_BODY_MAX = 4 << 20
+"""Bytes of a request that names chunks, or one package: some 300,000 ranges. Larger JSON is mail."""
 JSON_DEPTH = 16
 BUNDLE_PAYLOAD_MAX = 64 << 20
 """Bytes of payload in one uploaded bundle."""
@@ -88,14 +91,20 @@ AGENTS_BODY_MAX = 64 << 20
 """Bytes of an answer that tells of all agents."""
 LOG_PIECE_MAX = 64 << 10
 """Bytes of one piece of a log."""
-AGENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
-"""Names of agents and machines. They are compared lower-cased."""
+PRESENCE_TYPE = "application/vnd.waystation.presence+json"
+"""Payload type of a signed presence: the one letter that a relay reads."""
 OPERATION_ID = r"\A[A-Za-z0-9][A-Za-z0-9._/-]{0,254}\Z"
 """deployment ULID/step/machine/action/attempt."""
 DEPLOYMENT_ID = r"\A[0-9A-HJKMNP-TV-Z]{26}\Z"
 """A ULID: https://github.com/ulid/spec."""
 
+_MOMENT_MAX = 253402300799.0
+"""Seconds since 1970 of the last moment that a calendar can tell (the end of the year 9999)."""
+
 _Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+_Epoch = Annotated[str, Meta(max_length=64)]
+_Seconds = Annotated[float, Meta(ge=0.0, le=_MOMENT_MAX)]
 _Pairs = Annotated[Ranges, Meta(max_length=100_000)]
 
 
@@ -218,6 +227,10 @@ class ExactLacks(Answer, frozen=True):
     chunks: bool = False
 
 
+REASON_CHARS = 500
+"""As much of another side's words as a person is shown."""
+
+
 class ProblemAnswer(Answer, frozen=True):
     """A refused publish: which ranges are missing, where that is why. Of `not_exact`: what is lacking."""
 
@@ -273,10 +286,10 @@ class EncodedBytes(msgspec.Struct, frozen=True):
     """One line of the ledger: what crossed one line in one encoding."""
 
     encoding: str
-    chunks: int
-    stream_bytes: int
+    chunks: _Count
+    stream_bytes: _Count
     """Of the chunks themselves."""
-    payload_bytes: int
+    payload_bytes: _Count
     """Of the frames that carried them."""
 
 
@@ -301,12 +314,12 @@ class ReplicationProgress(Answer, frozen=True):
     """
 
     state: Literal["waiting", "running", "done", "failed"]
-    bytes: int = 0
-    whole: int = 0
-    wire_bytes: int = 0
+    bytes: _Count = 0
+    whole: _Count = 0
+    wire_bytes: _Count = 0
     encodings: tuple[EncodedBytes, ...] = ()
-    fallbacks: int = 0
-    seconds: float = 0.0
+    fallbacks: _Count = 0
+    seconds: _Seconds = 0.0
     code: str = ""
     reason: str = ""
 
@@ -317,7 +330,7 @@ class Ending(Answer, frozen=True, omit_defaults=True):
     what: Literal["token", "certificate"]
     id: str = ""
     name: str = ""
-    ends: float = 0.0
+    ends: _Seconds = 0.0
 
 
 class HealthAnswer(Answer, frozen=True):
@@ -330,6 +343,8 @@ class HealthAnswer(Answer, frozen=True):
     site: str = ""
     reason: str = ""
     cpu: CpuRates | None = None
+    space: Literal["enough", "low", "full"] = "enough"
+    """Of the relay's store: when it is `full`, the relay is read-only."""
     token: Ending | None = None
     certificate: Ending | None = None
     endings: tuple[Ending, ...] = ()
@@ -348,13 +363,12 @@ _AgentName = Annotated[str, Meta(pattern=AGENT_NAME)]
 _Operation = Annotated[str, Meta(pattern=OPERATION_ID)]
 _Deployment = Annotated[str, Meta(pattern=DEPLOYMENT_ID)]
 _Envelope = Annotated[bytes, Meta(min_length=1, max_length=ENVELOPE_MAX)]
-_Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 
 
 class Cursor(Body, frozen=True):
     """How far a reader has read at one relay. The epoch changes when a relay lost its mail: then it begins anew."""
 
-    epoch: Annotated[str, Meta(max_length=64)]
+    epoch: _Epoch
     number: _Count
 
 
@@ -373,8 +387,8 @@ class OrdersRequest(Body, frozen=True):
 class TakenAnswer(Answer, frozen=True):
     """How many letters are durable now, and how many of them the relay held before, with the same bytes."""
 
-    taken: int
-    known: int = 0
+    taken: _Count
+    known: _Count = 0
 
 
 class PollRequest(Body, frozen=True):
@@ -386,7 +400,7 @@ class PollRequest(Body, frozen=True):
 
 
 class NumberedOrder(Answer, frozen=True):
-    number: int
+    number: _Count
     operation: str
     envelope: bytes
 
@@ -394,7 +408,7 @@ class NumberedOrder(Answer, frozen=True):
 class PollAnswer(Answer, frozen=True):
     """Orders after the cursor, oldest first; none when the time was over."""
 
-    epoch: str
+    epoch: _Epoch
     orders: tuple[NumberedOrder, ...] = ()
 
 
@@ -405,8 +419,8 @@ class AgentSeen(Answer, frozen=True):
 
     name: str
     presence: bytes
-    age: float
-    presence_age: float
+    age: _Seconds
+    presence_age: _Seconds
 
 
 class AgentsAnswer(Answer, frozen=True):
@@ -417,7 +431,7 @@ class ReadQuery(Body, frozen=True):
     """The query of a reader of reports or logs: `epoch` and `after` are its cursor."""
 
     deployment: _Deployment
-    epoch: Annotated[str, Meta(max_length=64)] = ""
+    epoch: _Epoch = ""
     after: _Count = 0
     wait: Annotated[float, Meta(ge=0.0, le=POLL_SECONDS)] = 0.0
 
@@ -438,15 +452,15 @@ class ReportsRequest(Body, frozen=True):
 class NumberedReport(Answer, frozen=True):
     """`number` is the relay's, for the cursor; `report` the operation's."""
 
-    number: int
+    number: _Count
     agent: str
     operation: str
-    report: int
+    report: _Count
     envelope: bytes
 
 
 class ReportsAnswer(Answer, frozen=True):
-    epoch: str
+    epoch: _Epoch
     reports: tuple[NumberedReport, ...] = ()
 
 
@@ -464,15 +478,15 @@ class LogsRequest(Body, frozen=True):
 
 
 class NumberedPiece(Answer, frozen=True):
-    number: int
+    number: _Count
     agent: str
     operation: str
-    offset: int
+    offset: _Count
     data: bytes
 
 
 class LogsAnswer(Answer, frozen=True):
-    epoch: str
+    epoch: _Epoch
     pieces: tuple[NumberedPiece, ...] = ()
 
 

@@ -28,7 +28,7 @@ from relay.package.recipe import (
     steps,
 )
 from relay.package.zip_reader import Entry, read_part, walk
-from relay.package.zip_records import STORED
+from relay.package.zip_records import DEFLATED, STORED
 from relay.rebuild.zip_layout import Layout, compose, describe, pieces_of, verbatim_bytes
 from relay.support.progress import Progress
 from relay.support.together import together
@@ -150,8 +150,10 @@ async def _find_encoders(
 async def _find_encoder(
     path: str | os.PathLike[str], entry: Entry, names: list[str], encoders: Encoders
 ) -> tuple[str, Feeding]:
-    if entry.method == STORED:
+    if entry.method == STORED or not entry.compressed_size:
         return STORED_AS_IS, ""
+    if entry.method != DEFLATED:
+        return VERBATIM, ""
     raw = await asyncio.to_thread(_raw_end, path, entry)
     flushed = raw == _SYNC_END
     for feeding in ENCODER_FEEDINGS:

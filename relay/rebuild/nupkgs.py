@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 import secrets
 import tempfile
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 import aiofiles
 import msgspec
 
+from relay.audit.acts import NupkgMade
+from relay.audit.event import tell
 from relay.engines.encoders import EncoderDiedError
 from relay.engines.engine_pool import Engines
 from relay.errors import (
@@ -36,7 +37,7 @@ from relay.package.zip_reader import Entry, walk
 from relay.protocol.messages import ExactLacks
 from relay.protocol.not_exact import NotExactError
 from relay.rebuild.rebuilder import RebuildError, rebuild
-from relay.rebuild.recipe_store import Recipes
+from relay.rebuild.recipe_store import Recipes, no_nupkg
 from relay.rebuild.zip_layout import verbatim_bytes
 from relay.stores.open import Store, parse_location
 from relay.stores.volume import translated
@@ -44,8 +45,6 @@ from relay.support.together import Flights
 
 if TYPE_CHECKING:
     from relay.protocol.client import RelayClient
-
-log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 2
 """Nupkgs that are made or taken at the same time; later ones wait."""
@@ -227,16 +226,17 @@ class Nupkgs:
                 await rebuild(manifest, recipe, read, verbatim, encoders, output)
                 await self._store.blobs.put_file(manifest.nupkg.sha256, output)
         except RebuildError as error:
-            log.warning("the recipe of %s lies, it is forgotten: %s", manifest.package, error)
+            tell(no_nupkg(manifest.package, f"its recipe lies, and is forgotten: {error}"))
             await self.recipes.forget(manifest.nupkg.sha256)
             return ExactLacks(recipe=True)
         except (ChunkInvalid, ChunkMissing, EncoderDiedError) as error:
-            log.warning("no nupkg of %s: %s", manifest.package, error)
+            tell(no_nupkg(manifest.package, str(error)))
             if isinstance(error, EncoderDiedError):
                 return ExactLacks(encoders=tuple(sorted(recipe.encoders)))
             is_verbatim = blob is not None and error.id == blob.id
             return ExactLacks(verbatim_bytes=blob.size) if blob and is_verbatim else ExactLacks(chunks=True)
         self.rebuilt += 1
+        _tell_made(manifest)
         return None
 
     # --- the parent
@@ -252,7 +252,7 @@ class Nupkgs:
                 await self.take_blob(blob.id, blob.size, pieces)
         except (RefusedError, UntrustedError) as error:
             # Another recipe is there: the whole file may still be had.
-            log.warning("no verbatim bytes of %s from %s: %s", manifest.package, parent.url, error)
+            tell(no_nupkg(manifest.package, f"no verbatim bytes from {parent.url}: {error}"))
             return False
         return True
 
@@ -265,8 +265,9 @@ class Nupkgs:
             ):
                 await asyncio.to_thread(_check_sha512, path, manifest)
                 await self._store.blobs.put_file(manifest.nupkg.sha256, path)
+                _tell_made(manifest, parent.url)
         except (RefusedError, UntrustedError) as error:
-            log.warning("no nupkg of %s from %s: %s", manifest.package, parent.url, error)
+            tell(no_nupkg(manifest.package, f"not from {parent.url} either: {error}"))
             raise _not_exact(manifest, lacks) from error
 
     @asynccontextmanager
@@ -296,6 +297,11 @@ class Nupkgs:
                 os.unlink(path)
 
 
+def _tell_made(manifest: Manifest, source: str = "") -> None:
+    package = manifest.package
+    tell(NupkgMade(str(package.id), package.version.normalized, manifest.nupkg.sha256, source))
+
+
 def _not_exact(manifest: Manifest, lacks: ExactLacks) -> NotExactError:
     return NotExactError(f"the identical nupkg of {manifest.package} cannot be had here", lacks)
 
@@ -304,7 +310,7 @@ async def _recipe_of(parent: RelayClient, manifest: Manifest) -> Recipe | None:
     try:
         return await parent.recipe(manifest)
     except (RefusedError, UntrustedError) as error:
-        log.warning("no recipe of %s from %s: %s", manifest.package, parent.url, error)
+        tell(no_nupkg(manifest.package, f"no recipe from {parent.url}: {error}"))
         return None
 
 

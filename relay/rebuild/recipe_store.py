@@ -9,14 +9,19 @@ A recipe is kept apart from its manifest, so that a better one changes no name.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 
+from relay.audit.acts import NupkgNotMade
+from relay.audit.event import tell
+from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest, to_wire
 from relay.package.recipe import Recipe, RecipeError, encode_recipe, parse_recipe, parse_recipe_wire
 from relay.stores.open import Store
 
-log = logging.getLogger(__name__)
+
+def no_nupkg(package: PackageRef, why: str) -> NupkgNotMade:
+    """To be told where a nupkg, or something that it takes, cannot be had."""
+    return NupkgNotMade(str(package.id), package.version.normalized, why)
 
 
 class Recipes:
@@ -34,7 +39,7 @@ class Recipes:
         try:
             return await asyncio.to_thread(parse_recipe, data, manifest)
         except RecipeError as error:
-            log.warning("the recipe of %s cannot be used: %s", manifest.package, error)
+            tell(no_nupkg(manifest.package, f"the recipe cannot be used: {error}"))
             return None
 
     async def keep(self, manifest: Manifest, recipe: Recipe, tried: Iterable[str] = ()) -> None:

@@ -22,6 +22,7 @@ from relay.package.recipe import (
     by_path,
     canonical_name,
     fits_canonical,
+    is_other_name,
     steps,
     values,
 )
@@ -189,7 +190,7 @@ def _read_directory(tail: bytes, entries: Sequence[Entry]) -> Canonical | None:
         attributes.append(fields[15])
         if name != canonical_name(entry.path):
             names.append((place, name))
-    if not all(name for _, name in names):
+    if not all(is_other_name(name, entries[place].path) for place, name in names):
         return None
     runs = list(_runs(times))
     steps_of_times = zip(_steps(time for time, _ in runs), (count for _, count in runs), strict=True)

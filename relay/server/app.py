@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import importlib.metadata
+import os
 import re
 import signal
 import ssl
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from relay.config import RelayConfig, split_listen
-from relay.errors import UntrustedError, UsageError, WaystationError
+from relay.audit.acts import (
+    PackageConflict,
+    PackageOffered,
+    PackagePublished,
+    RelayReady,
+    RelayStarted,
+    RelayStopped,
+    Reloaded,
+    ReloadRefused,
+)
+from relay.audit.event import tell
+from relay.config import RelayConfig, TokenRecord, split_listen
+from relay.errors import ConflictError, UntrustedError, UsageError, WaystationError
 from relay.mail.import_documents import import_documents
 from relay.mail.mailbox import Mail
 from relay.package.identity import ChunkId, ManifestId, PackageId, parse_digest
@@ -29,11 +42,10 @@ from relay.protocol.connection import MissingChunksError
 from relay.protocol.credentials import EndingsTold, words_of
 from relay.rebuild.nupkgs import Nupkgs
 from relay.server import metrics
-from relay.server.http.access import DRAINING, IDENTITY, OPEN, Access, Routed, Routes, add, guarded_app, require
+from relay.server.http.access import DRAINING, OPEN, Access, Routed, Routes, add, guarded_app, require
 from relay.server.http.bodies import (
     IMMUTABLE,
     body_pieces,
-    budget_of,
     check_media_type,
     digest_of,
     json_answer,
@@ -41,13 +53,15 @@ from relay.server.http.bodies import (
     package_of,
     read_body,
     read_json,
+    share_of,
     stream,
 )
+from relay.server.http.callers import IDENTITY, caller_of, path_of
 from relay.server.http.connection import Limits
 from relay.server.http.credentials import certificate_of, endings
 from relay.server.http.listen import Running, raise_open_files, start_guarded
 from relay.server.http.problems import HttpRefusal, problem
-from relay.server.http.tokens import Identity, TokenRecord, parse_tokens
+from relay.server.http.tokens import Identity, parse_tokens
 from relay.server.line_routes import LineRoutes
 from relay.server.mail_routes import MailRoutes, mail_limits_of
 from relay.server.nupkg_routes import RebuildRoutes, engines_of, parent_of
@@ -56,7 +70,9 @@ from relay.server.peers import Peers
 from relay.server.replications import Replications
 from relay.stores.catalog import Pointer
 from relay.stores.open import Store, open_store
-from relay.support.malloc import tame_malloc
+from relay.stores.watch import StoreWatch
+from relay.support.byte_budget import ByteBudget
+from relay.support.malloc import give_back_free, tame_malloc
 from relay.transfer.cpu_rates import measure_rates
 
 _BUNDLE_MEMORY = 24 << 20
@@ -67,7 +83,8 @@ _LEASE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _ENDINGS_SECONDS = 3600.0
 """How often a relay looks whether something of its own is about to end."""
 
-_log = logging.getLogger(__name__)
+_GIVE_BACK_SECONDS = 5.0
+"""Between two times that freed memory is given back to the system."""
 
 
 class Live:
@@ -136,6 +153,7 @@ class RelayApp:
         replications: Replications | None = None,
         nupkgs: Nupkgs | None = None,
         live: Live | None = None,
+        watch: StoreWatch | None = None,
     ) -> None:
         parts: list[Routed | None] = [
             LineRoutes(limits),
@@ -147,7 +165,9 @@ class RelayApp:
         self._transfer = transfer
         self._live = live or Live(config)
         self._limits = limits
+        self._bundle_room = ByteBudget(limits.bundle_bytes_in_flight)
         self._rates = rates
+        self._watch = watch or StoreWatch(transfer.store, config.low_space)
 
     def build(self) -> web.Application:
         """The application, every route with the scope that it asks for."""
@@ -174,21 +194,22 @@ class RelayApp:
         )
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002 - the signature of a handler
-        return metrics.answer(self._live.endings())
+        return metrics.answer(self._live.endings(), await self._watch.look(), time.time())
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """With `?scope=`, whether the caller may do what takes that scope."""
         if scope := request.query.get("scope"):
             require(request, scope)
         draining = request.app[DRAINING].is_set()
-        read_only = self._transfer.closed_to_writes()
+        sight = await self._watch.look()
         answer = messages.HealthAnswer(
-            status="draining" if draining else "read-only" if read_only else "ok",
+            status="draining" if draining else "read-only" if sight.takes_nothing else "ok",
             versions=(messages.VERSION,),
             time=time.time(),
             site=self._live.config.site,
-            reason="this relay is about to stop" if draining else read_only,
+            reason="this relay is about to stop" if draining else sight.words,
             cpu=self._rates,
+            space=sight.space,
         )
         identity = request.get(IDENTITY)
         if identity is not None or not self._live.access.required:
@@ -215,10 +236,16 @@ class RelayApp:
             raise UntrustedError(f"not a manifest document: {error}") from error
         if len(document.signature) > messages.SIGNATURE_MAX:
             raise HttpRefusal(413, "too_large")
-        return json_answer(await self._transfer.offer(ManifestId(digest_of(request)), document, _base(request)))
+        id = ManifestId(digest_of(request))
+        with _conflicts_told(request):
+            answer = await self._transfer.offer(id, document, _base(request))
+        manifest = await self._transfer.manifest(id)
+        ref, missing = manifest.package, count(answer.missing)
+        tell(PackageOffered(caller_of(request), str(ref.id), ref.version.normalized, id, len(manifest.chunks), missing))
+        return json_answer(answer)
 
     async def missing(self, request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, self._limits, messages.MissingRequest)
+        body = await read_json(request, self._limits, messages.MissingRequest, messages.RANGES_BODY_MAX)
         return json_answer(await self._transfer.missing(body))
 
     async def take_bundle(self, request: web.Request) -> web.StreamResponse:
@@ -227,7 +254,7 @@ class RelayApp:
         if not _LEASE.fullmatch(lease):
             raise HttpRefusal(404, "unknown_lease")
         pieces = metrics.counted(body_pieces(request, self._limits, messages.BUNDLE_BODY_MAX), metrics.RECEIVED)
-        with budget_of(request, self._limits).place() as place:
+        with self._bundle_room.place() as place:
             place.take(_BUNDLE_MEMORY)
             answer = await self._transfer.take_bundle(lease, pieces)
         metrics.CHUNKS.labels("stored").inc(answer.stored)
@@ -236,11 +263,14 @@ class RelayApp:
         return json_answer(answer)
 
     async def publish(self, request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, self._limits, messages.PublishRequest)
+        body = await read_json(request, self._limits, messages.PublishRequest, messages.RANGES_BODY_MAX)
         try:
-            pointer = await self._transfer.publish(package_of(request), body)
+            with _conflicts_told(request):
+                pointer = await self._transfer.publish(package_of(request), body)
         except MissingChunksError as error:
             return problem(409, "missing_chunks", extra={"missing": error.missing}, cause=error)
+        by, digest = caller_of(request), pointer.nupkg_sha256
+        tell(PackagePublished(by, pointer.id, pointer.version, pointer.manifest, digest, pointer.size))
         if request.headers.get("Prefer") == messages.PREFER_MINIMAL:
             # Who publishes brought all that the answer would say, perhaps over a thin line.
             return web.Response(status=204)
@@ -264,17 +294,17 @@ class RelayApp:
         return web.Response(body=msgspec.msgpack.encode(document), content_type=messages.DOCUMENT_TYPE, headers=headers)
 
     async def give_bundle(self, request: web.Request) -> web.StreamResponse:
-        body = await read_json(request, self._limits, messages.BundleRequest)
+        body = await read_json(request, self._limits, messages.BundleRequest, messages.RANGES_BODY_MAX)
         if "zstd" not in body.encodings:
             raise HttpRefusal(400, "bad_fields")
         wanted, reader = await self._transfer.wanted(body), await self._transfer.reader(body)
-        pieces = metrics.counted(self._transfer.give(wanted, reader), metrics.SENT)
+        pieces = metrics.counted(self._transfer.give(wanted, reader, share_of(request, self._limits)), metrics.SENT)
         return await stream(request, pieces, self._limits, {"Content-Type": messages.BUNDLE_TYPE})
 
     async def chunk(self, request: web.Request) -> web.StreamResponse:
         stored = await self._transfer.chunk(ChunkId(digest_of(request)))
         headers = {"Content-Type": messages.CHUNK_TYPE, "Cache-Control": IMMUTABLE, "ETag": f'"{stored.id}"'}
-        pieces = metrics.counted(stored.pieces(), metrics.SENT)
+        pieces = metrics.counted(stored.pieces(share_of(request, self._limits)), metrics.SENT)
         response = await stream(request, pieces, self._limits, headers, stored.length)
         metrics.sent("stored", stored.length, stored.size)
         return response
@@ -289,6 +319,16 @@ class RelayApp:
             published=pointer.published,
             signature=await self._transfer.catalog.signature(pointer.manifest_id),
         )
+
+
+@contextmanager
+def _conflicts_told(request: web.Request) -> Iterator[None]:
+    """Other bytes under a name that is taken are worth an alarm."""
+    try:
+        yield
+    except ConflictError as error:
+        tell(PackageConflict(caller_of(request), path_of(request), error.message))
+        raise
 
 
 def _base(request: web.Request) -> ManifestId | None:
@@ -325,11 +365,16 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, hang_up.set)
     async with AsyncExitStack() as stack:
         live = Live(config)
+        version, tokens = importlib.metadata.version("waystation"), len(live.access.tokens)
+        tell(RelayStarted(version, os.getpid(), config.listen, config.store, config.site, tokens))
         running = await start(config, limits, stack, live)
-        for task in (_reload(live, hang_up, again or (lambda: config)), _tell_endings(live)):
+        for task in (_reload(live, hang_up, again or (lambda: config)), _tell_endings(live), _give_back_memory()):
             stack.callback(asyncio.create_task(task).cancel)
         on_ready(running.url)
+        tell(RelayReady(running.url, config.site))
         await stop.wait()
+        cut = await running.stop()
+    tell(RelayStopped(cut))
 
 
 async def _reload(live: Live, hang_up: asyncio.Event, again: Callable[[], RelayConfig]) -> None:
@@ -342,12 +387,19 @@ async def _reload(live: Live, hang_up: asyncio.Event, again: Callable[[], RelayC
             limits_of(config)
             changes = live.replace(config)
         except (WaystationError, OSError) as error:
-            _log.error("relay.reload_refused: %s; the configuration that was in force stays so", error)
+            tell(ReloadRefused("; ".join(str(error).splitlines())))
             continue
-        except Exception:  # a mistake of ours must not be the end of reloading
-            _log.exception("relay.reload_failed")
+        except Exception as error:  # a mistake of ours must not be the end of reloading
+            tell(ReloadRefused(type(error).__name__), error)
             continue
-        _log.warning("relay.reloaded: %s", "; ".join(changes) or "nothing differs")
+        tell(Reloaded(changes or ("nothing differs",)))
+
+
+async def _give_back_memory() -> None:
+    """What many peers made a relay hold at one time would stay its own, as holes between what others still hold."""
+    while True:
+        await asyncio.sleep(_GIVE_BACK_SECONDS)
+        await asyncio.to_thread(give_back_free)
 
 
 async def _tell_endings(live: Live) -> None:
@@ -378,10 +430,34 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack, live
     stack.push_async_callback(engines.close)
     nupkgs = Nupkgs(store, engines, parent_of(config, live.peers))
     stack.push_async_callback(nupkgs.close)
-    app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs, live).build()
+    watch = StoreWatch(store, config.low_space)
+    await watch.look()
+    stack.callback(asyncio.create_task(watch.watch()).cancel)
+    app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs, live, watch).build()
     running = await start_guarded(app, host, port, limits, ssl_context=live.context if live.certificate else None)
     stack.push_async_callback(running.stop)
     return running
+
+
+def wrong_settings(config: RelayConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What of relay.yaml cannot be used, although it is of the right form: where it stands, and why."""
+    uses: list[tuple[tuple[str, ...], Callable[[], object]]] = [
+        (("listen",), partial(split_listen, config.listen)),
+        (("tokens",), partial(parse_tokens, config.tokens)),
+        (("peers",), partial(Peers, RelayConfig(peers=config.peers))),
+        (("parent",), partial(Peers, RelayConfig(parent=config.parent))),
+    ]
+    if config.tls is not None:
+        uses.append((("tls",), partial(certificate_of, config.tls)))
+    uses += [
+        (("limits", name), partial(limits_of, RelayConfig(limits={name: config.limits[name]})))
+        for name in config.limits
+    ]
+    for where, use in uses:
+        try:
+            use()
+        except UsageError as error:
+            yield where, str(error).removeprefix(f"{where[0]}: ")
 
 
 def limits_of(config: RelayConfig) -> Limits:

@@ -29,7 +29,7 @@ from relay.package.ranges import from_indexes, indexes
 from relay.protocol.messages import CpuRates
 from relay.server import metrics
 from relay.server.arrivals import ArrivingChunks
-from relay.stores.contract import StoredChunk
+from relay.stores.contract import PIECE, StoredChunk
 from relay.support.together import any_of
 from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec
 
@@ -66,12 +66,15 @@ ANYBODY: Final = Reader()
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """Where chunks and payloads come from. `patience`: seconds to wait for a chunk that arrives."""
+    """Where chunks and payloads come from. `patience`: seconds to wait for a chunk that arrives; `piece`: bytes at most
+    that are handed out at a time.
+    """
 
     chunks: ArrivingChunks
     payloads: Payloads
     patience: float
     rates: CpuRates | None = None
+    piece: int = PIECE
 
 
 async def give(
@@ -292,6 +295,7 @@ class _Giving:
     async def _encoded(self, run: _Encoded) -> AsyncGenerator[bytes, None]:
         writer, begun = self._writer, False
         spans, encoding = (Span.of(self._manifest.id, run.indexes),), run.spec.coding.encoding
+        run.payload.most = self._ground.piece
         try:
             async for stretch, more in run.payload.stretches(1, self._ground.patience):
                 header = data_header(spans, encoding, stretch, bases=run.bases, more=more, goes_on=begun)
@@ -299,7 +303,8 @@ class _Giving:
                     metrics.PAYLOADS.labels("kept" if run.is_kept else "encoded").inc()
                 begun = True
                 metrics.sent(encoding, len(stretch), 0 if more else run.spec.size)
-                yield writer.frame(header) + stretch
+                stretch = writer.frame(header) + stretch  # noqa: PLW2901 - one of the two is held while it is written
+                yield stretch
         except (ChunkMissing, ChunkInvalid, StoreError, TimeoutError) as error:
             log.warning("payload: %s", str(error) or "it stands still")
             if begun:
@@ -340,9 +345,10 @@ class _Giving:
             return
         run = (Span.of(self._manifest.id, (index,)),)
         head = self._writer.frame(Data(run, (), "zstd", stored.length, stored.xxh3))
-        async for piece in stored.pieces():
-            yield head + piece if head else piece
-            head = b""
+        async for piece in stored.pieces(self._ground.piece):
+            # One piece is held here while the reader takes it, not two.
+            piece, head = (head + piece if head else piece), b""  # noqa: PLW2901
+            yield piece
         metrics.sent("stored", stored.length, stored.size)
 
 

@@ -15,6 +15,8 @@ from relay.encoding.holdings import size_of
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
 from relay.protocol.messages import Ending
+from relay.server.http import counts
+from relay.stores.watch import Sight
 
 RECEIVED = Counter("waystation_received_bytes", "Bytes of bundles received")
 SENT = Counter("waystation_sent_bytes", "Bytes of bundles and chunks sent")
@@ -28,6 +30,10 @@ CONTENT = Counter(
 FALLBACKS = Counter("waystation_fallbacks", "Encoded runs that failed and were followed by plain ones", ["direction"])
 REPLICATIONS = Counter("waystation_replications", "Packages fetched from another relay, by how it ended", ["outcome"])
 PAYLOADS = Counter("waystation_payloads", "Payloads of runs by where they came from", ["outcome"])
+REFUSALS, CONNECTIONS_REFUSED = counts.REFUSALS, counts.CONNECTIONS_REFUSED
+EVENTS_MERGED = Counter(
+    "waystation_events_merged", "Events that were counted in place of being told, as they repeat", ["event"]
+)
 LETTERS = Counter(
     "waystation_mail_letters", "Letters posted, by kind and by whether they were new", ["kind", "outcome"]
 )
@@ -38,6 +44,15 @@ ENDS = Gauge(
     "When a token of the relay's callers, or its certificate, ends: seconds since 1970",
     ["what", "id", "name"],
 )
+ENDS_IN = Gauge(
+    "waystation_ends_in_seconds",
+    "Seconds until a token of the relay's callers, or its certificate, ends; below 0 once it has",
+    ["what", "id", "name"],
+)
+DISK_FREE = Gauge("waystation_disk_free_bytes", "Bytes that are free on the store's file system")
+DISK_FLOOR = Gauge("waystation_disk_floor_bytes", "Bytes of them that are kept free")
+DISK_LOW = Gauge("waystation_disk_low", "1 where the store is low on space or full")
+READ_ONLY = Gauge("waystation_read_only", "1 where the store takes nothing more")
 
 
 def sent(encoding: Encoding | Literal["stored"], payload: int, content: int) -> None:
@@ -96,9 +111,21 @@ async def counted(pieces: AsyncGenerator[bytes, None], counter: Counter) -> Asyn
             yield piece
 
 
-def answer(endings: Iterable[Ending]) -> web.StreamResponse:
+def merged(event: str) -> None:
+    """An event of this name was counted in place of being told."""
+    EVENTS_MERGED.labels(event).inc()
+
+
+def answer(endings: Iterable[Ending], store: Sight, now: float) -> web.StreamResponse:
     """To `GET /metrics`."""
     ENDS.clear()
+    ENDS_IN.clear()
     for one in endings:
         ENDS.labels(one.what, one.id, one.name).set(one.ends)
+        ENDS_IN.labels(one.what, one.id, one.name).set(one.ends - now)
+    if store.room is not None:
+        DISK_FREE.set(store.room.free)
+        DISK_FLOOR.set(store.room.floor)
+    DISK_LOW.set(store.space != "enough")
+    READ_ONLY.set(store.takes_nothing)
     return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

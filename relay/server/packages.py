@@ -12,6 +12,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
+from relay.audit.acts import ChunksRefused
+from relay.audit.event import tell
 from relay.encoding.bundle import (
     PLACES_MAX,
     Aborted,
@@ -30,6 +32,7 @@ from relay.errors import (
     ChunkMissing,
     FrameError,
     NotFoundError,
+    UnknownLeaseError,
     UnreachableError,
     UntrustedError,
 )
@@ -45,7 +48,7 @@ from relay.server.arrivals import Arrivals, ArrivingChunks, Landing, adopting
 from relay.server.bundle_answer import ANYBODY, Ground, Reader, give
 from relay.server.leases import Leases
 from relay.stores.catalog import Catalog, Pointer, Provenance
-from relay.stores.contract import StoredChunk
+from relay.stores.contract import PIECE, StoredChunk
 from relay.stores.open import Store
 from relay.support.byte_budget import ByteBudget
 from relay.transfer.encoder_pool import Payloads
@@ -55,7 +58,7 @@ log = logging.getLogger(__name__)
 _KEPT_BYTES: Final = 12 << 20
 """Bytes of finished payloads that a relay keeps: all of a common package, and of a large one enough, as readers take what is
 kept first, wherever in the package it stands, and so meet at the same runs. With 64 MiB a relay encoded no less."""
-_BASES_BYTES: Final = 192 << 20
+_BASES_BYTES: Final = 96 << 20
 """Bytes that the bases of all incoming runs take together, as they are read and as they are joined."""
 
 
@@ -86,11 +89,13 @@ class Transfer:
         """`rates`: of this machine, to plan by."""
         self.catalog = Catalog(store.documents)
         self.leases = Leases(store.documents)
-        self.closed_to_writes = store.closed_to_writes
+        self.store = store
         self._store = store.chunks
         self._recipes = Recipes(store)
         self._completing: set[ManifestId] = set()
         """Offered with chunks missing, and not published since."""
+        self._reading = asyncio.Lock()
+        """One offered manifest is read at a time: the largest takes 330 MB meanwhile."""
         self.arrivals = Arrivals()
         """Of all that lands chunks in this relay's name."""
         self._chunks = ArrivingChunks(self._store, self.arrivals, self._is_arriving)
@@ -120,7 +125,8 @@ class Transfer:
             UnknownManifestError: `base` is not here.
         """
         prefix = (await self.manifest(base)).canonical if base else None
-        manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
+        async with self._reading:
+            manifest = await asyncio.to_thread(parse_wire, document.manifest, prefix, id)
         self.catalog.check_free(manifest)
         signature = document.signature
         if document.packed_signature:
@@ -179,6 +185,9 @@ class Transfer:
         """
         lease = await self.leases.use(lease_id)
         known = await self.catalog.manifests_of(map(ManifestId, lease.manifests))
+        if len(known) < len(lease.manifests):
+            # The disk lost one of them since: what the lease promised cannot be kept, and its holder offers again.
+            raise UnknownLeaseError
         incoming = metrics.Incoming(known, adopting(self.payloads, known))
         decoder = BundleDecoder(known.get, tap=incoming)
         outcome = _Outcome(incoming)
@@ -210,7 +219,7 @@ class Transfer:
         for event in events:
             match event:
                 case RunRefused():
-                    log.warning("bundle: run refused: %s", event.error)
+                    tell(ChunksRefused(_reason(event.error)))
                     outcome.incoming.refused(event)
                     outcome.refused.extend(_refused(event))
                 case NeedsBases():
@@ -266,13 +275,13 @@ class Transfer:
         return Reader(frozenset(request.encodings), held, request.goodput)
 
     def give(
-        self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]], reader: Reader = ANYBODY
+        self, wanted: Sequence[tuple[Manifest, tuple[int, ...]]], reader: Reader = ANYBODY, piece: int = PIECE
     ) -> AsyncGenerator[bytes, None]:
-        """One bundle. Chunks on their way here are awaited.
+        """One bundle, in pieces of about `piece` bytes at most. Chunks on their way here are awaited.
 
         Where the store's medium fails before a chunk has begun, the bundle says so and ends.
         """
-        return give(wanted, reader, Ground(self._chunks, self.payloads, self._arriving_seconds, self.rates))
+        return give(wanted, reader, Ground(self._chunks, self.payloads, self._arriving_seconds, self.rates, piece))
 
     async def chunk(self, id: ChunkId) -> StoredChunk:
         """One chunk, awaited where it is on its way here.

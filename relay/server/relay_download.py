@@ -7,11 +7,11 @@ kept as they come: readers of this relay, machines and relays below alike, get t
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from relay.audit.event import tell
 from relay.encoding.bundle import Places, Received, Sink
 from relay.encoding.choose_bases import MOSTLY_NEW, OTHERS_MAX, Held, worth_asking
 from relay.encoding.codecs import Encoding
@@ -30,7 +30,7 @@ from relay.package.ranges import indexes
 from relay.protocol import messages
 from relay.protocol.client import ManifestDocument, RelayClient
 from relay.protocol.connection import MissingChunksError
-from relay.rebuild.recipe_store import Recipes
+from relay.rebuild.recipe_store import Recipes, no_nupkg
 from relay.server import metrics
 from relay.server.arrivals import Landing, adopting
 from relay.server.packages import Transfer
@@ -49,8 +49,6 @@ from relay.transfer.download import (
 )
 from relay.transfer.link_history import Lines, Meter
 from relay.transfer.probe import line_of
-
-log = logging.getLogger(__name__)
 
 UNKNOWN_SECONDS = 20.0
 """For a source that does not know the package yet: its own copy may be on the way to it."""
@@ -181,7 +179,7 @@ class RelayDownload(Receiver):
         try:
             recipe = await self._source.recipe(manifest)
         except (UnreachableError, RefusedError, UntrustedError) as error:
-            log.info("no recipe of %s from %s: %s", manifest.package, self._source.url, error)
+            tell(no_nupkg(manifest.package, f"no recipe from {self._source.url}: {error}"))
             return
         if recipe is not None:
             await recipes.take(manifest, recipe)

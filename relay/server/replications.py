@@ -7,7 +7,6 @@ What came stays; asked again, it goes on from there.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -17,13 +16,16 @@ from weakref import WeakValueDictionary
 import msgspec
 from aiohttp import web
 
-from relay.errors import IdentityError, StoreError, WaystationError
+from relay.audit.acts import PackageConflict, ReplicationBegun, ReplicationEnded, ReplicationFailed
+from relay.audit.event import NOBODY, Caller, tell
+from relay.errors import ConflictError, IdentityError, StoreError, WaystationError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.server import metrics
 from relay.server.http.access import DRAINING, Routes
 from relay.server.http.bodies import read_json, stream
+from relay.server.http.callers import caller_of
 from relay.server.http.connection import Limits
 from relay.server.http.problems import TITLES, HttpRefusal, verdict_of
 from relay.server.packages import Transfer
@@ -32,8 +34,6 @@ from relay.server.relay_download import DownloadState, RelayDownload
 from relay.stores.open import Store
 from relay.support.rate_limit import Pacer
 from relay.support.together import any_of
-
-log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 3
 """Replications that fetch at one time; the others wait for their turn."""
@@ -53,9 +53,11 @@ class Flight:
         order: messages.ReplicationRequest,
         bring: Callable[[DownloadState], Coroutine[Any, Any, None]],
         places: asyncio.Semaphore,
+        by: Caller = NOBODY,
     ) -> None:
-        """Begin at once, or as soon as one of `places` is free."""
+        """Begin at once, or as soon as one of `places` is free. `by` asked for it."""
         self.order = order
+        self._by = by
         self.download = DownloadState()
         self._state: Literal["waiting", "running", "done", "failed"] = "waiting"
         self._code = self._reason = ""
@@ -119,24 +121,33 @@ class Flight:
         try:
             async with places:
                 self._state = "running"
+                order = self.order
+                tell(ReplicationBegun(self._by, order.id, order.version, order.manifest, order.source))
                 await bring(self.download)
             self._state = "done"
         except WaystationError as error:
-            log.warning("replication of %s %s from %s: %s", self.order.id, self.order.version, self.order.source, error)
+            if isinstance(error, ConflictError):
+                tell(PackageConflict(self._by, messages.REPLICATIONS, error.message))
             code = verdict_of(error).code
             # What went wrong with our own store names folders of ours: that is for the log.
-            self._fail(code, TITLES[code] if isinstance(error, StoreError) else error.message)
+            self._fail(code, TITLES[code] if isinstance(error, StoreError) else error.message, error.message)
         except asyncio.CancelledError:
             self._fail("busy", "the relay was asked to stop fetching from there")
-        except Exception:
-            log.exception("replication of %s %s", self.order.id, self.order.version)
-            self._fail("internal", TITLES["internal"])
+        except Exception as error:
+            self._fail("internal", TITLES["internal"], type(error).__name__, error)
         finally:
             self._ended = time.monotonic()
             metrics.REPLICATIONS.labels(self._state).inc()
+        if self._state == "done":
+            done = self.progress
+            what = self.order.id, self.order.version, self.order.source
+            tell(ReplicationEnded(*what, done.bytes, done.wire_bytes, done.seconds))
 
-    def _fail(self, code: str, reason: str) -> None:
+    def _fail(self, code: str, reason: str, why: str = "", error: Exception | None = None) -> None:
+        """`why` and `error` are for the log alone."""
         self._state, self._code, self._reason = "failed", code, reason[:300]
+        now, what = self.progress, (self.order.id, self.order.version, self.order.source)
+        tell(ReplicationFailed(*what, now.wire_bytes, now.seconds, code, why or reason), error)
 
 
 def _is_news(now: messages.ReplicationProgress, before: messages.ReplicationProgress) -> bool:
@@ -177,13 +188,13 @@ class Replications:
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Begin or join a flight, and stream how far it is. The peer may go away at any time."""
-        body = await read_json(request, self._limits, messages.ReplicationRequest)
-        flight = await self.begin(body)
+        body = await read_json(request, self._limits, messages.ReplicationRequest, messages.RANGES_BODY_MAX)
+        flight = await self.begin(body, caller_of(request))
         lines = _lines(flight.watch(request.app[DRAINING]))
         headers = {"Content-Type": messages.PROGRESS_TYPE, "Cache-Control": "no-store"}
         return await stream(request, lines, self._limits, headers)
 
-    async def begin(self, request: messages.ReplicationRequest) -> Flight:
+    async def begin(self, request: messages.ReplicationRequest, by: Caller = NOBODY) -> Flight:
         """The flight that brings this package: the one under way where there is one, else a new one.
 
         One that fetches from elsewhere ends first: the last request knows best which relays are alive.
@@ -201,7 +212,7 @@ class Replications:
                 return running
             if running is not None:
                 await running.stop()
-            flight = Flight(request, lambda state: self._bring(package, request, client, state), self._places)
+            flight = Flight(request, lambda state: self._bring(package, request, client, state), self._places, by)
             living = {manifest: flight for manifest, flight in self._flights.items() if flight.can_be_joined}
             self._flights = living | {request.manifest: flight}
             return flight

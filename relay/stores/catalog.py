@@ -8,7 +8,6 @@ packages/<id>/<version>     the pointer: this id and version is that manifest, s
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -16,13 +15,13 @@ from typing import Literal
 
 import msgspec
 
+from relay.audit.acts import DocumentDamaged
+from relay.audit.event import tell
 from relay.errors import ConflictError, IdentityError, ManifestError, NotFoundError
 from relay.package.identity import ManifestId, NuGetVersion, PackageId, PackageRef, parse_digest
 from relay.package.manifest import Manifest, parse_named
 from relay.stores.contract import Documents
 from relay.support.together import Flights
-
-log = logging.getLogger(__name__)
 
 _CACHED_BYTES = 32 << 20
 """Canonical bytes of the manifests kept parsed."""
@@ -207,7 +206,7 @@ class Catalog:
             pointer = msgspec.json.decode(raw, type=Pointer)
             same = _pointer_name(pointer.ref) == name and bool(pointer.manifest_id)
         except (msgspec.DecodeError, UnicodeDecodeError, IdentityError) as error:
-            log.warning("catalog: %s is damaged: %s", name, error)
+            tell(DocumentDamaged(name, str(error)))
             return None
         return pointer if same else None
 

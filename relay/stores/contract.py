@@ -23,7 +23,7 @@ from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId
 
 PIECE = 256 << 10
-"""Bytes. Stored chunks stream in pieces of about this size."""
+"""Bytes. Stored chunks stream in pieces of at most this size."""
 
 LockName = Literal["serve", "sweep"]
 """What one process at a time may do with a store. Writing needs no such lock: names are contents."""
@@ -79,8 +79,8 @@ class StoredChunk(ABC):
     """XXH3-64 (seed 0) of the stored form."""
 
     @abstractmethod
-    def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The stored form in order, in pieces of at most `PIECE` bytes.
+    def pieces(self, most: int = PIECE) -> AsyncGenerator[bytes, None]:
+        """The stored form in order, in pieces of at most `most` bytes.
 
         Raises:
             StoreError: it went away or changed while it was read.
@@ -166,7 +166,7 @@ class Documents(ABC):
 
     @abstractmethod
     async def read(self, name: str) -> bytes | None:
-        """The whole document, or None where there is none."""
+        """The whole document, or None where there is none, or none that can be read."""
 
     @abstractmethod
     async def write(self, name: str, data: bytes) -> None:

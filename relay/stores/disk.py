@@ -17,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import builtins
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import aiofiles
 import xxhash
@@ -50,6 +52,7 @@ from relay.stores.stored_form import (
     stored_pieces,
 )
 from relay.stores.volume import (
+    UNREADABLE,
     Look,
     NameTakenError,
     NewFile,
@@ -62,6 +65,8 @@ from relay.stores.volume import (
     translated,
 )
 
+_log = logging.getLogger(__name__)
+
 # --- chunks
 
 
@@ -72,7 +77,7 @@ class DiskChunk(StoredChunk):
     path: str
     seen: os.stat_result
 
-    async def pieces(self) -> AsyncGenerator[bytes, None]:
+    async def pieces(self, most: int = PIECE) -> AsyncGenerator[bytes, None]:
         look = Look()
         try:
             async with aiofiles.open(self.path, "rb", buffering=0, opener=look) as file:
@@ -81,7 +86,7 @@ class DiskChunk(StoredChunk):
                 await file.seek(HEADER_SIZE)
                 left = self.length
                 while left:
-                    piece = await file.read(min(PIECE, left))
+                    piece = await file.read(min(most, left))
                     if not piece:
                         raise StoreError(f"chunk {self.id[:16]}… ended early")
                     left -= len(piece)
@@ -219,7 +224,12 @@ class DiskDocuments(_OnVolume, Documents):
                 return None
             raise StoreError(f"{name} in {self._volume.root} is not a file") from error
         except OSError as error:
-            raise translate(error, f"read {name} in {self._volume.root}") from error
+            if error.errno not in UNREADABLE:
+                raise translate(error, f"read {name} in {self._volume.root}") from error
+            # As good as gone: whatever it said is written anew, over it.
+            _log.warning("disk.unreadable: %s: %s", path, error.strerror)
+            self._volume.require_here()
+            return None
 
     def _create(self, name: str, data: bytes) -> bool:
         if not os.path.lexists(self._volume.path(name)):
@@ -260,6 +270,9 @@ def _passes(check: Callable[[str], str], name: str) -> bool:
 
 # --- blobs
 
+_BLOB_PIECE: Final = 64 << 10
+"""Bytes that are read at a time of a file that is sent: two of them are held for each peer that does not read on."""
+
 
 class DiskBlobs(_OnVolume, Blobs):
     """The whole files of a volume."""
@@ -275,7 +288,7 @@ class DiskBlobs(_OnVolume, Blobs):
         with self._volume.judging(sha256, below) as look:
             async with aiofiles.open(self._volume.path(below), "rb", buffering=0, opener=look) as file:
                 digest, held = hashlib.sha256(), b""
-                while piece := await file.read(PIECE):
+                while piece := await file.read(_BLOB_PIECE):
                     await asyncio.to_thread(digest.update, piece)
                     if held:
                         yield held

@@ -48,7 +48,7 @@ class Cached(ChunkReader):
         try:
             return await self._local.get(id)
         except (ChunkInvalid, UnreachableError) as error:
-            _log.debug("cached.miss", extra={"chunk": id, "reason": str(error)})
+            _log.debug("chunk %s is not in %s: %s", id, self._local.name, error)
         return await self._flights.join(id, lambda: self._fetch(id))
 
     async def has_many(self, ids: Iterable[ChunkId]) -> set[ChunkId]:
@@ -73,7 +73,7 @@ class Cached(ChunkReader):
         try:
             await self._local.put(chunk)
         except StoreError as error:
-            _log.warning("cached.not_kept", extra={"store": self._local.name, "chunk": id, "reason": str(error)})
+            _log.warning("chunk %s is not kept in %s: %s", id, self._local.name, error)
         return chunk
 
 

@@ -49,8 +49,8 @@ class StoredBytes(StoredChunk):
             raise ChunkInvalid(id, damage.found) from damage
         super().__init__(id, header.size, len(self._frame), header.xxh3)
 
-    async def pieces(self) -> AsyncGenerator[bytes, None]:
-        for piece in _cut(self._frame):
+    async def pieces(self, most: int = PIECE) -> AsyncGenerator[bytes, None]:
+        for piece in _cut(self._frame, most):
             yield piece
 
 
@@ -186,5 +186,5 @@ def _checked(sha256: str, data: bytes) -> bytes:
     return data
 
 
-def _cut(data: bytes) -> Iterator[bytes]:
-    return (data[start : start + PIECE] for start in range(0, len(data), PIECE))
+def _cut(data: bytes, most: int = PIECE) -> Iterator[bytes]:
+    return (data[start : start + most] for start in range(0, len(data), most))

@@ -21,6 +21,7 @@ from relay.stores.contract import Blobs, ChunkReader, ChunkSweeper, Documents, L
 from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
 from relay.stores.layers import Failover
 from relay.stores.memory import MemoryBlobs, MemoryChunks, MemoryDocuments, MemoryLocks
+from relay.stores.room import Room
 from relay.stores.volume import open_disk
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
@@ -50,6 +51,8 @@ class Store:
     """Hold this lock while the context lasts. Entering raises `LockedError`, which names the holder."""
     closed_to_writes: Callable[[], str] = lambda: ""
     """Why nothing can be written any more (after fsync failed, say); empty while all is well."""
+    room: Callable[[], Room] | None = None
+    """What is free where it lies; None where that has no bounds of its own. Raises `OSError`."""
 
     def own_folder(self, below: str) -> str | None:
         """A folder of the local file system for what is this process's alone; None where the location has no path."""
@@ -106,6 +109,7 @@ async def open_store(location: str, *, free_floor: int | None = None, read_only:
         str(parsed),
         volume.exclusive,
         volume.closed_to_writes,
+        volume.room,
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import logging
 import os
 import secrets
 import socket
@@ -29,11 +28,14 @@ from functools import partial
 from itertools import islice
 from typing import Final, ParamSpec, TypeVar
 
+from relay.audit.acts import NotQuarantined, Quarantined, SyncFailed
+from relay.audit.event import tell
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
+from relay.folders import make_folder
 from relay.package.identity import ChunkId, parse_digest
 from relay.stores.contract import LockName
+from relay.stores.room import Room
 from relay.stores.stored_form import DamageError
-from relay.support.durable import make_folder
 
 FORMAT: Final = b"waystation-store 1\n"
 
@@ -60,13 +62,13 @@ SYNC_FAILURES_MAX: Final = 2
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+UNREADABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
+"""What the system says where this one file cannot be read: it belongs to another user, or its sectors are gone."""
 _NOT_A_FILE: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR})
 _OWN_BEFORE_FORMAT: Final = frozenset({"lock", "tmp", "quarantine", "lost+found"})
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
 
 
 async def open_disk(root: str, *, free_floor: int | None = None, read_only: bool = False) -> Volume:
@@ -232,6 +234,17 @@ def is_same(one: os.stat_result, other: os.stat_result) -> bool:
     )
 
 
+def _unreadable(path: str) -> os.stat_result | None:
+    """What stands there, if it cannot be opened; another process may have put a good file into its place meanwhile."""
+    with suppress(OSError):
+        found = os.lstat(path)
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError:
+            return found
+    return None
+
+
 def hashed(kind: str, digest: str) -> str:
     """Path below the root. Raises `IdentityError` before a path is built."""
     name = parse_digest(digest)
@@ -253,6 +266,7 @@ class Volume:
         self._health = threading.Lock()
         self._promised = 0
         """Bytes that writers at work may still write."""
+        self._turned_away = 0
         self._durable_folders: set[str] = set()
         self._shared_lock: int | None = None
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="disk-batch")
@@ -353,25 +367,30 @@ class Volume:
 
     @contextmanager
     def judging(self, id: str, below: str) -> Iterator[Look]:
-        """Read the file of the digest `id` in this context: damage found inside puts it aside.
+        """Read the file of the digest `id` in this context: damage found inside puts it aside, and one that cannot be
+        read is damaged.
 
         Raises:
             ChunkMissing, ChunkInvalid, StoreError: as the contract says.
         """
-        look = Look()
+        look, path = Look(), self.path(below)
         try:
             yield look
         except FileNotFoundError as error:
             self.require_here()
             raise ChunkMissing(ChunkId(id)) from error
         except DamageError as damage:
-            self._set_aside(self.path(below), look.seen)
+            self._set_aside(path, look.seen)
             raise ChunkInvalid(id, damage.found) from damage
         except ChunkInvalid:
-            self._set_aside(self.path(below), look.seen)
+            self._set_aside(path, look.seen)
             raise
         except OSError as error:
-            raise translate(error, f"read from {self.root}") from error
+            if error.errno not in UNREADABLE:
+                raise translate(error, f"read from {self.root}") from error
+            self.require_here()
+            self._set_aside(path, look.seen or _unreadable(path))
+            raise ChunkInvalid(id, "unreadable") from error
 
     def require_here(self) -> None:
         """A missing file proves nothing where the whole store is missing (a share that is not mounted).
@@ -388,7 +407,7 @@ class Volume:
         _make_root(self.root)
         known = self._has_our_format()
         for folder in ("tmp", "quarantine"):
-            os.makedirs(self.path(folder), exist_ok=True)
+            make_folder(self.path(folder))
         self._take_shared_lock()
         if not known:
             self.write([NewFile("format", lambda: [FORMAT])])
@@ -523,7 +542,7 @@ class Volume:
         new = set(folders) - self._durable_folders - {""}
         above = set()
         for folder in new:
-            os.makedirs(self.path(folder), exist_ok=True)
+            make_folder(self.path(folder))
             while folder:
                 folder = os.path.dirname(folder)  # noqa: PLW2901
                 above.add(folder)
@@ -571,15 +590,20 @@ class Volume:
             with self._health:
                 self._promised -= bulk
 
-    def _require_room(self, bulk: int) -> None:
+    def room(self) -> Room:
+        """What is free on the file system now, and what of it is kept so. Raises `OSError`."""
         system = os.statvfs(self.root)
         floor = self._free_floor
         if floor is None:
             floor = max(int(system.f_blocks * system.f_frsize * FLOOR_SHARE), FLOOR_BYTES)
-        free = system.f_bavail * system.f_frsize
-        if free - bulk < floor:
+        return Room(system.f_bavail * system.f_frsize, floor, self._turned_away)
+
+    def _require_room(self, bulk: int) -> None:
+        room = self.room()
+        self._turned_away = bulk if room.free - bulk < room.floor else 0
+        if self._turned_away:
             raise StoreError(
-                f"no space left in {self.root}: {free} bytes are free and {floor} of them are kept so",
+                f"no space left in {self.root}: {room.free} bytes are free and {room.floor} of them are kept so",
                 full=True,
                 retry_after=RETRY_FULL,
             )
@@ -598,7 +622,7 @@ class Volume:
         with self._health:
             self._sync_failures += 1
             failures = self._sync_failures
-        _log.error("disk.sync_failed", extra={"root": self.root, "errno": error.errno, "in_a_row": failures})
+        tell(SyncFailed(self.root, error.strerror or str(error), failures))
         if failures >= SYNC_FAILURES_MAX:
             self._closed_to_writes = (
                 f"fsync failed {failures} times in a row ({error.strerror}); see to the disk, then start again"
@@ -616,11 +640,11 @@ class Volume:
             now = os.lstat(path)
             if is_same(now, seen) if seen else not stat.S_ISREG(now.st_mode):
                 os.rename(path, aside)
-                _log.warning("disk.set_aside", extra={"path": path, "quarantine": aside})
+                tell(Quarantined(path, aside))
         except FileNotFoundError:
             return
         except OSError as error:
-            _log.warning("disk.set_aside_failed", extra={"path": path, "error": str(error)})
+            tell(NotQuarantined(path, error.strerror or str(error)))
 
 
 def _sign(fd: int, text: str) -> None:

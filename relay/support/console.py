@@ -1,4 +1,4 @@
-"""What every command shares: running the loop, JSON or text, a progress bar only where somebody watches."""
+"""What every command shares: running the loop, JSON or text, lines and bars that people see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 
 import click
 
-from relay.support.progress import Bar, Progress
+from relay.support.progress import Bar
+from relay.terminal.bars import Bars
+from relay.terminal.screen import say, say_error, showing
+from relay.terminal.text import printable, share, size
+
+__all__ = ["printable", "say", "say_error", "share", "showing", "size"]
 
 T = TypeVar("T")
 
@@ -77,33 +82,15 @@ def print_json(document: object) -> None:
     """One JSON document on standard output."""
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+    say(*msgspec.json.format(msgspec.json.encode(document), indent=2).decode().split("\n"))
 
 
 @contextmanager
 def progress_bars() -> Iterator[Bar]:
-    """Gives what makes bars. They are silent where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _name: lambda _done, _whole: None
-        return
-    from rich import progress as rich_progress
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-
-        def bar(name: str) -> Progress:
-            task = progress.add_task(printable(name), total=None)
-            return lambda done, whole: progress.update(task, completed=done, total=whole)
-
-        yield bar
+    """Gives what makes bars: they stand below the lines while the block runs, where there is a terminal for them."""
+    bars = Bars()
+    with showing(bars):
+        yield bars.bar
 
 
 def table(headers: list[str], rows: list[list[str]], *, right: frozenset[int] = frozenset()) -> str:
@@ -117,17 +104,3 @@ def table(headers: list[str], rows: list[list[str]], *, right: frozenset[int] = 
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in units of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError  # pragma: no cover - the loop returns
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: what came from elsewhere must not drive a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -10,7 +10,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from relay.errors import NotFoundError, RefusedError, StoreError, UsageError
-from relay.support.durable import make_folder, sync_folder
+from relay.folders import make_folder
+from relay.support.durable import sync_folder, write_durably
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -83,6 +84,33 @@ def write_new_file(path: str, data: bytes, *, mode: int) -> None:
     except OSError as error:
         os.unlink(path)
         raise RefusedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_private_text(path: str, text: str) -> None:
+    """Write a line that its owner alone may read. A file that is there is replaced, and keeps owner, group and mode.
+
+    Raises:
+        RefusedError: it cannot be written; what is there is untouched.
+    """
+    try:
+        write_durably(path, f"{text}\n".encode(), mode=0o600, must_keep_owner=True)
+    except OSError as error:
+        raise RefusedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def close_to_others(descriptor: int) -> None:
+    """Where a shell has just made the file that we write into (`> FILE`), it is for its owner alone.
+
+    A file whose mode is not the one that shells give was made with another thought, and stays as it is.
+    """
+    if os.name == "nt":
+        return
+    umask = os.umask(0o077)
+    os.umask(umask)
+    status = os.fstat(descriptor)
+    made_by_shell = stat.S_IMODE(status.st_mode) == 0o666 & ~umask and not status.st_size
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and made_by_shell:
+        os.fchmod(descriptor, 0o600)
 
 
 def write_private_key(path: str, key: Ed25519PrivateKey | X25519PrivateKey) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -32,6 +33,49 @@ async def any_of(seconds: float, *works: Awaitable[object]) -> bool:
         for task in tasks:
             task.cancel()
     return bool(done)
+
+
+async def first_result(
+    works: Sequence[Callable[[], Coroutine[Any, Any, T]]], *, stagger: float, failed: Callable[[int, Exception], None]
+) -> tuple[int, T] | None:
+    """The first result, and the number of the work that gave it; None where all failed. The others are cancelled.
+
+    Args:
+        works: each begins `stagger` seconds after the one before it, or at once when one has failed.
+        stagger: seconds.
+        failed: hears of each that failed; what it raises ends all.
+    """
+    running: dict[asyncio.Task[T], int] = {}
+    left = list(enumerate(works))
+    try:
+        while left or running:
+            if left:
+                number, work = left.pop(0)
+                running[asyncio.create_task(work())] = number
+            timeout = stagger if left else None
+            done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=running.__getitem__):
+                number, error = running.pop(task), task.exception()
+                if error is None:
+                    return number, task.result()
+                if not isinstance(error, Exception):
+                    raise error
+                failed(number, error)
+        return None
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@contextmanager
+def told_if_slow(tell: Callable[[str], None], words: str, seconds: float = 2.0) -> Iterator[None]:
+    """Say what is waited for, once, where the block takes longer than `seconds`: a person must not look at silence."""
+    timer = asyncio.get_running_loop().call_later(seconds, tell, words)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Flights(Generic[K, T]):

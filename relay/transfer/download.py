@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import inf
+from typing import Any, Protocol, TypeVar
 
 from relay.encoding.bundle import (
     Aborted,
@@ -43,6 +44,9 @@ from relay.errors import (
 from relay.package.manifest import Manifest
 from relay.protocol.messages import EncodedBytes, summed
 from relay.support.persistence import Bearing, Persistence
+from relay.transfer.pace import ENCODER_SECONDS, WINDOW_SECONDS, Outlook, Pace, is_slow, is_sooner
+
+T = TypeVar("T")
 
 FALLBACKS_MAX = 3
 """Differences of one source that may fail, before it is asked for none any more."""
@@ -52,6 +56,16 @@ STALL_SECONDS = 60.0
 """A source where chunks are still arriving is left when none came for so long."""
 PERSISTENCE = Persistence(first_pause=0.2, longest_pause=5.0, longest_asked=5.0, failures=0, patience=STALL_SECONDS)
 """With one source: one that fails is left for the next at once, unless it asks for patience."""
+LOOK_SECONDS = 0.5
+"""Between two looks at how fast the source in use is."""
+TRY_BYTES = 1 << 20
+"""Bytes of tree that another source is tried with, or one chunk: enough to measure it, and little where it was in vain."""
+TRY_AGAIN_SECONDS = 15.0
+"""Before a source that gave nothing when it was tried is tried once more."""
+WAITING_SECONDS = 15.0
+"""So long a source's word counts that it waits for chunks itself: it waits for ten seconds before it says so again."""
+END_SECONDS = 2.0
+"""Until the end of an answer, once every chunk is there."""
 _BATCH_BYTES = 2 << 20
 _TELLING_BYTES = 256 << 10
 """Bytes of payload behind the first chunk from which on a request says something about the line."""
@@ -110,6 +124,8 @@ class SourceTally:
     payload_bytes: int = 0
     error: WaystationError | None = None
     timings: list[RequestTiming] = field(default_factory=list)
+    overtaken: bool = False
+    """Whether another source was faster by far, and brought the rest."""
     fallbacks: int = 0
     """Runs that could not be decoded and were asked for again plainly."""
     encodings: dict[str, EncodedBytes] = field(default_factory=dict)
@@ -162,6 +178,15 @@ class StalledError(UnreachableError):
     """The source still waits for chunks, and none came for so long that asking again is no use."""
 
 
+class OvertakenError(UnreachableError):
+    """Another source brings the rest much sooner. Rates in bytes per second."""
+
+    def __init__(self, name: str, other: str, rate: float, of_other: float) -> None:
+        super().__init__(f"{name} sends {rate:,.0f} bytes in a second, and {other} {of_other:,.0f}")
+        self.rate = rate
+        self.of_other = of_other
+
+
 class _NotTakenError(Exception):
     """Around what `Receiver.take` raised: that is the receiver's own trouble, and no source is left for it."""
 
@@ -188,7 +213,7 @@ class Receiver:
         return None
 
     async def left(self, source: ChunkSource, error: WaystationError) -> None:
-        """A source failed; it will not be asked again in this download."""
+        """A source failed; it will not be asked again in this download. Or (`OvertakenError`) only where others fail."""
 
 
 async def download(
@@ -220,13 +245,41 @@ class _Asked:
         self.tally = tally
         self.bearing = bearing
         self.goodput = goodput
-        self.open = 0
-        """Requests."""
+        self.open: set[_Request] = set()
+        self.pace = Pace(time.monotonic())
+        self.overtaken = asyncio.Event()
+        """Set while another source is taken for faster by far: requests that are open go on, and none is added."""
+        self.waited_at = -inf
+        """When it said last that chunks are on their way to it."""
+        self.rests_until = 0.0
+        """When it may be tried beside the one in use again."""
+        self.tried_rate = 0.0
+        """Bytes of payload per second, when it was tried last; 0: it was not, or gave nothing."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a request of it lacks no chunk any more, only its end."""
+        return any(not request.owed for request in self.open)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it said of late that it waits for chunks itself."""
+        return time.monotonic() - self.waited_at < WAITING_SECONDS
+
+    @property
+    def window(self) -> float:
+        """Seconds that it is judged by."""
+        return ENCODER_SECONDS if any(request.may_encode for request in self.open) else WINDOW_SECONDS
 
     def learn(self, timing: RequestTiming) -> None:
         self.tally.timings.append(timing)
         if timing.goodput is not None and (timing.is_steady or 0.0 < self.goodput < timing.goodput):
             self.goodput = timing.goodput
+
+    def outlook(self, rest: int, rate: float) -> Outlook:
+        """On `rest` bytes of tree, by how its chunks shrank so far."""
+        shrunk = self.tally.payload_bytes / self.tally.bytes if self.tally.bytes else 1.0
+        return Outlook(rest * shrunk, rate)
 
 
 class _Download:
@@ -241,6 +294,10 @@ class _Download:
         self.tallies = tallies
         self._manifest = manifest
         self._missing = set(wanted)
+        self._landing: set[int] = set()
+        """Chunks that the receiver is just taking: one that two sources bring is taken once."""
+        self._complete = asyncio.Event()
+        """Set when nothing is missing any more."""
         self._sources = sources
         self._receiver = receiver
         self._limits = receiver.limits
@@ -249,46 +306,116 @@ class _Download:
         self._todo: deque[int] = deque()
         self._plainly: set[int] = set()
         """Chunks whose difference failed."""
+        self._requests: set[asyncio.Task[Any]] = set()
+        """Those that are open."""
+        self._used: _Asked | None = None
+        """The source that was asked last."""
+        self._next_try = 0.0
+        """When another source may be tried beside the one in use."""
 
     async def work(self) -> None:
-        while self._missing:
-            if not self._todo:
-                self._todo = deque(sorted(self._missing))
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for number in range(self._limits.connections):
-                        group.create_task(self._worker(is_first=not number))
-            except BaseExceptionGroup as errors:
-                first = first_of(errors)
-                raise (first.__cause__ or first if isinstance(first, _NotTakenError) else first) from None
+        if not self._missing:
+            return
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                watching = self._group.create_task(self._watch())
+                while self._missing:
+                    await self._round()
+                watching.cancel()
+                await self._end_requests()
+        except BaseExceptionGroup as errors:
+            first = first_of(errors)
+            raise (first.__cause__ or first if isinstance(first, _NotTakenError) else first) from None
+
+    async def _round(self) -> None:
+        """Ask until nothing is left to be asked for, or all is there."""
+        if not self._todo:
+            self._todo = deque(sorted(self._missing))
+        numbers = range(self._limits.connections)
+        working = {self._group.create_task(self._worker(is_first=not number)) for number in numbers}
+        complete = self._group.create_task(self._complete.wait())
+        while working and not complete.done():
+            await asyncio.wait({*working, complete}, return_when=asyncio.FIRST_COMPLETED)
+            working = {task for task in working if not task.done()}
+        complete.cancel()
+        if working and any(asked.is_ending for asked in self._asked.values()):
+            # What comes behind the last chunk still counts: an answer that does not end as it should is a lie.
+            await asyncio.wait(working, timeout=END_SECONDS)
+
+    async def _end_requests(self) -> None:
+        """Nothing is missing: end what is still open, and name the sources that did not end by themselves."""
+        for asked in self._asked.values():
+            if asked.is_ending and asked.tally.error is None:
+                await self._leave(asked, UnreachableError(f"{asked.name} gave everything and does not end its answer"))
+        for task in self._requests:
+            task.cancel()
 
     async def _worker(self, *, is_first: bool) -> None:
-        while self._todo:
+        while self._missing and self._todo:
             asked = self._best()
             shape = await self._shape(asked)
             if not self._todo or (shape.one_at_a_time and not is_first):
                 return
             segment, plainly = self._next_segment(shape.segment_bytes)
-            try:
-                await self._ask(asked, segment, with_bases=shape.with_bases and not plainly)
-            except StoreError:
-                raise
-            except (UntrustedError, UnreachableError, RefusedError) as error:
-                await self._bear(asked, error)
-            else:
-                if self._missing.issuperset(segment) and self._plainly.isdisjoint(segment):
-                    # Everything is still on its way there. A relay waits itself before it says so; one that does not
-                    # must not be asked without end.
-                    await asyncio.sleep(self._limits.persistence.first_pause)
-            self._todo.extendleft(index for index in reversed(segment) if index in self._missing)
+            if segment:
+                await self._carry(asked, segment, with_bases=shape.with_bases and not plainly)
+                self._todo.extendleft(index for index in reversed(segment) if index in self._missing)
+
+    async def _carry(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
+        """One request, to its end; or until its source is overtaken: then it goes on by itself, and what it owes is
+        asked for elsewhere as well.
+        """
+        if asked is not self._used:
+            self._used = asked
+            asked.pace.begin(time.monotonic())
+        request = self._open(self._request(asked, segment, with_bases=with_bases))
+        overtaken = self._group.create_task(asked.overtaken.wait())
+        await asyncio.wait({request, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+        overtaken.cancel()
+
+    def _open(self, request: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A request that may go on behind the back of what began it: it ends with the download at the latest."""
+        task = self._group.create_task(request)
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+        return task
+
+    async def _request(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
+        try:
+            await self._ask(asked, segment, with_bases=with_bases)
+        except StoreError:
+            raise
+        except (UntrustedError, UnreachableError, RefusedError) as error:
+            await self._bear(asked, error)
+        else:
+            if self._missing.issuperset(segment) and self._plainly.isdisjoint(segment):
+                # Everything is still on its way there. A relay waits itself before it says so; one that does not
+                # must not be asked without end.
+                await asyncio.sleep(self._limits.persistence.first_pause)
+
+    # --- which source
 
     def _best(self) -> _Asked:
+        """The source to ask now. Raises `NoSourceLeftError`."""
+        asked = self._first()
+        if asked is None:
+            errors = {name: tally.error for name, tally in self.tallies.items() if tally.error}
+            raise NoSourceLeftError(self._manifest, len(self._missing), errors)
+        if asked.overtaken.is_set():
+            # Those that overtook it have failed since: a slow source is better than none.
+            asked.overtaken.clear()
+        return asked
+
+    def _first(self) -> _Asked | None:
+        """The first that did not fail; one that was overtaken where there is no other."""
+        slow: _Asked | None = None
         for source in self._sources:
             asked = self._asked.get(source.name) or self._begin(source)
-            if asked.tally.error is None:
+            if asked.tally.error is None and not asked.overtaken.is_set():
                 return asked
-        errors = {name: tally.error for name, tally in self.tallies.items() if tally.error}
-        raise NoSourceLeftError(self._manifest, len(self._missing), errors)
+            if asked.tally.error is None:
+                slow = slow or asked
+        return slow
 
     def _begin(self, source: ChunkSource) -> _Asked:
         tally = self.tallies.setdefault(source.name, SourceTally())
@@ -313,7 +440,10 @@ class _Download:
 
     def _next_segment(self, most: int) -> tuple[list[int], bool]:
         """What to ask for next, and whether to ask for it plainly: chunks of one kind, so that the others need not be."""
-        plainly = self._todo[0] in self._plainly
+        while self._todo and self._todo[0] not in self._missing:
+            # Another source brought it meanwhile.
+            self._todo.popleft()
+        plainly = bool(self._todo) and self._todo[0] in self._plainly
         segment: list[int] = []
         size = 0
         while self._todo and (self._todo[0] in self._plainly) == plainly:
@@ -333,25 +463,119 @@ class _Download:
         if pause is not None:
             await asyncio.sleep(pause)
         elif asked.tally.error is None:
-            asked.tally.error = error
-            await self._receiver.left(asked.source, error)
+            await self._leave(asked, error)
+
+    async def _leave(self, asked: _Asked, error: WaystationError) -> None:
+        asked.tally.error = error
+        await self._receiver.left(asked.source, error)
+
+    # --- another source beside the one in use
+
+    async def _watch(self) -> None:
+        """Look now and then how fast the source in use is, and try another one beside it where that may pay."""
+        while len(self._sources) > 1:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            for asked in self._asked.values():
+                asked.pace.mark(now)
+            used = self._used
+            outlook = self._outlook(used, now) if used is not None and used is self._first() else None
+            if used is None or outlook is None or not is_slow(outlook) or now < self._next_try:
+                continue
+            other = self._worth_trying(used, outlook, now)
+            if other is not None:
+                self._next_try = now + WINDOW_SECONDS
+                other.rests_until = inf
+                self._group.create_task(self._try(other, used))
+
+    def _outlook(self, used: _Asked, now: float) -> Outlook | None:
+        """None where it cannot be said yet, or where it says that it waits itself, and chunks do come."""
+        rate = used.pace.rate(now, used.window)
+        return None if rate is None or (rate and used.waits) else used.outlook(self._rest, rate)
+
+    @property
+    def _rest(self) -> int:
+        return self._manifest.size_of(self._missing)
+
+    def _worth_trying(self, used: _Asked, outlook: Outlook, now: float) -> _Asked | None:
+        """The next source that is not known to be as slow."""
+        for source in self._sources:
+            other = self._asked.get(source.name) or self._begin(source)
+            if other is used or other.tally.error is not None or now < other.rests_until:
+                continue
+            known = other.tried_rate or other.goodput
+            if not known or is_sooner(Outlook(outlook.payload, known), outlook):
+                return other
+        return None
+
+    async def _try(self, other: _Asked, used: _Asked) -> None:
+        """Ask `other` for a little of the end. Where it is faster by far, it is the one in use from now on."""
+        shape = await self._shape(other)
+        piece, rest = self._last_piece(), self._rest
+        asked_at, before = time.monotonic(), other.pace.bytes
+        request = self._open(self._tried(other, piece, with_bases=shape.with_bases))
+        await asyncio.wait({request})
+        now = time.monotonic()
+        of_used = used.pace.rate(now, used.window)
+        of_other = (other.pace.bytes - before) / max(now - asked_at, 1e-6)
+        other.rests_until = now + TRY_AGAIN_SECONDS
+        if request.cancelled() or not request.result() or of_used is None or used is not self._first():
+            return
+        # Once its rate is known, a look at the one in use is enough to see whether that has become worth a change.
+        other.rests_until, other.tried_rate = now + WINDOW_SECONDS, of_other
+        if is_sooner(other.outlook(rest, of_other), used.outlook(rest, of_used)):
+            await self._overtake(used, other, of_used, of_other)
+
+    async def _tried(self, other: _Asked, piece: Sequence[int], *, with_bases: bool) -> bool:
+        """Whether it gave what it was asked for. One that does not is left only for a lie: it was not its turn."""
+        if not piece:
+            return False
+        try:
+            await self._ask(other, piece, with_bases=with_bases)
+        except StoreError:
+            raise
+        except UntrustedError as error:
+            await self._bear(other, error)
+        except (UnreachableError, RefusedError):
+            return False
+        return self._missing.isdisjoint(piece)
+
+    def _last_piece(self) -> list[int]:
+        """Chunks that the source in use would bring last."""
+        piece: list[int] = []
+        size = 0
+        for index in sorted(self._missing - self._landing, reverse=True):
+            size += self._manifest.chunks[index].size
+            piece.append(index)
+            if size >= TRY_BYTES:
+                break
+        return piece[::-1]
+
+    async def _overtake(self, used: _Asked, other: _Asked, rate: float, of_other: float) -> None:
+        """From now on `other` is asked; a way back is kept, as it may fail."""
+        for request in list(used.open):
+            await self._take(request)
+        used.tally.overtaken = True
+        self._sources = [other.source, *(source for source in self._sources if source is not other.source)]
+        await self._receiver.left(used.source, OvertakenError(used.name, other.name, rate, of_other))
+        used.overtaken.set()
 
     # --- one request
 
     async def _ask(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
         bases = await self._bases() if with_bases else None
-        request = _Request(asked, segment)
+        request = _Request(asked, segment, with_bases=with_bases)
 
-        def tap(run: Places, built_on: Places, encoding: Encoding) -> Sink | None:
+        def tap(run: Places, built_on: Places, encoding: Encoding) -> Sink:
             request.begins(run, built_on, encoding)
-            return self._receiver.tap(run, built_on, encoding)
+            return _Heard(request, self._receiver.tap(run, built_on, encoding))
 
         stream = asked.source.stream(self._manifest, segment, bases=bases, goodput=asked.goodput, tap=tap)
         try:
             async for event in stream:
                 if isinstance(event, Received):
                     request.took(event)
-                    if request.untaken_bytes >= self._limits.batch_bytes:
+                    if request.untaken_bytes >= self._limits.batch_bytes or not request.owed:
                         await self._take(request)
                     continue
                 await self._take(request)
@@ -368,14 +592,20 @@ class _Download:
             asked.learn(request.timing())
 
     async def _take(self, request: _Request) -> None:
-        fresh = [received for received in request.untaken() if received.index in self._missing]
+        fresh = [one for one in request.untaken() if one.index in self._missing and one.index not in self._landing]
         if not fresh:
             return
+        indexes = {received.index for received in fresh}
+        self._landing |= indexes
         try:
             await self._receiver.take(fresh)
         except WaystationError as error:
             raise _NotTakenError from error
-        self._missing.difference_update(received.index for received in fresh)
+        finally:
+            self._landing -= indexes
+        self._missing -= indexes
+        if not self._missing:
+            self._complete.set()
         request.asked.bearing.gain()
         for received in fresh:
             encoding = request.encodings.get(received.index, "zstd")
@@ -402,7 +632,29 @@ class _Download:
                     seconds = self._limits.persistence.patience
                     raise StalledError(f"{name} still waits for chunks, none came for {seconds:.0f} s")
                 request.is_steady = False
+                request.asked.waited_at = time.monotonic()
                 request.excuse(event)
+
+
+class _Heard:
+    """Counts the payload of a run while it comes, and hands it on to what the receiver taps it with."""
+
+    def __init__(self, request: _Request, behind: Sink | None) -> None:
+        self._request = request
+        self._behind = behind
+
+    def add(self, piece: bytes) -> None:
+        self._request.hear(len(piece))
+        if self._behind is not None:
+            self._behind.add(piece)
+
+    def finish(self) -> None:
+        if self._behind is not None:
+            self._behind.finish()
+
+    def fail(self) -> None:
+        if self._behind is not None:
+            self._behind.fail()
 
 
 class _Request:
@@ -411,8 +663,9 @@ class _Request:
     The line is shared by all requests that are open to the same source.
     """
 
-    def __init__(self, asked: _Asked, segment: Sequence[int]) -> None:
+    def __init__(self, asked: _Asked, segment: Sequence[int], *, with_bases: bool) -> None:
         self.asked = asked
+        self.with_bases = with_bases
         self.owed = set(segment)
         self.encodings: dict[int, Encoding] = {}
         """Of each chunk that was announced."""
@@ -421,12 +674,26 @@ class _Request:
         """Whether it was the line that set the pace, and neither an encoder nor chunks that had to arrive first."""
         self.untaken_bytes = 0
         self._untaken: list[Received] = []
-        asked.open += 1
-        self._open_at_first = self._open_at_last = asked.open
+        asked.open.add(self)
+        self._open_at_first = self._open_at_last = len(asked.open)
         self._asked_at = time.monotonic()
         self._first_at: float | None = None
         self._payload_bytes = 0
         """Behind the first chunk."""
+        self._heard = 0
+        """Bytes of payload, also of chunks that are not whole yet."""
+        self._told = 0
+        """The same of whole chunks."""
+
+    @property
+    def may_encode(self) -> bool:
+        """Whether differences were asked for, and nothing of them came yet."""
+        return self.with_bases and not self._heard
+
+    def hear(self, size: int) -> None:
+        """Payload came."""
+        self._heard += size
+        self.asked.pace.bytes += size
 
     def begins(self, run: Places, built_on: Places, encoding: Encoding) -> None:
         """A run is about to come."""
@@ -441,6 +708,8 @@ class _Request:
         self._untaken.append(received)
         self.untaken_bytes += received.chunk.size
         self.bytes += received.chunk.size
+        self._told += received.payload_bytes
+        self.hear(max(0, self._told - self._heard))
         if self._first_at is None:
             self._first_at = time.monotonic()
         else:
@@ -463,8 +732,8 @@ class _Request:
 
     def close(self) -> None:
         """It has ended."""
-        self._open_at_last = self.asked.open
-        self.asked.open -= 1
+        self._open_at_last = len(self.asked.open)
+        self.asked.open.discard(self)
 
     def timing(self) -> RequestTiming:
         """How it went. Of one that brought something."""

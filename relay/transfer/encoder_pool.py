@@ -40,7 +40,7 @@ zstd level 19 at once, so that a thin line waits for no encoder."""
 _STRETCH_MIN: Final = 128 << 10
 """Bytes of payload under one header, at least, of a sender; but for the last one."""
 _STRETCH: Final = 256 << 10
-"""The same, at most: each of many readers holds one twice."""
+"""The same, at most."""
 _READS: Final = 2
 """Chunks that are read from the store at once, for one run."""
 _KEPT: Final = 4096
@@ -148,6 +148,8 @@ class PayloadReader:
     def __init__(self, payload: _Payload, left: Callable[[_Payload], None]) -> None:
         self.taken = 0
         """Bytes."""
+        self.most = _STRETCH
+        """Bytes of one stretch."""
         self._payload = payload
         self._left = left
         self._at = self._offset = 0
@@ -172,7 +174,7 @@ class PayloadReader:
     async def stretches(
         self, least: int = _STRETCH_MIN, patience: float | None = None
     ) -> AsyncIterator[tuple[bytes, bool]]:
-        """The payload in stretches of up to 1 MiB, each with whether more follows.
+        """The payload in stretches of up to `self.most` bytes, each with whether more follows.
 
         Raises:
             ChunkMissing, ChunkInvalid, StoreError: what the encoder or its store raised.
@@ -184,9 +186,10 @@ class PayloadReader:
                 await self.ready(least)
             self.check()
             room = self._payload.size - self.taken - (0 if self._payload.is_whole else 1)
-            stretch = b"".join(self._take(min(room, _STRETCH)))
-            more = not (self._payload.is_whole and self.taken == self._payload.size)
-            yield stretch, more
+            size = min(room, self.most)
+            more = not (self._payload.is_whole and self.taken + size == self._payload.size)
+            # Under no name here: it would be held until the next one is asked for.
+            yield b"".join(self._take(size)), more
 
     def close(self) -> None:
         """Nothing more is read. Twice is once."""

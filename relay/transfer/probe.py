@@ -10,7 +10,7 @@ from typing import Final
 from relay.encoding import planner
 from relay.encoding.choose_bases import Held, worth_asking
 from relay.encoding.codecs import Coding
-from relay.encoding.planner import Choice, Line, Row
+from relay.encoding.planner import Choice, Line, Prefer, Row
 from relay.package.identity import ManifestId
 from relay.package.manifest import Manifest
 from relay.package.ranges import Ranges, count, from_indexes, indexes
@@ -147,6 +147,8 @@ class Explained:
     note: str
     runs: tuple[PlannedRun, ...] = ()
     """What is sent, in this order. Where a payload was made, its bytes are exact; else they are an estimate."""
+    prefer: Prefer | None = None
+    """What was wanted of codings that are about as fast."""
     rows: tuple[Row, ...] = ()
     """What each coding would take for all runs."""
 
@@ -156,10 +158,10 @@ class Explained:
         return ", ".join(dict.fromkeys(str(run.coding) for run in self.runs))
 
 
-def line_of(remembered: Remembered | None, limit: float | None = None) -> Line:
+def line_of(remembered: Remembered | None, limit: float | None = None, prefer: Prefer | None = None) -> Line:
     if remembered is None:
-        return Line(limit=limit)
-    return Line(remembered.goodput, remembered.round_trip, limit)
+        return Line(limit=limit, prefer=prefer)
+    return Line(remembered.goodput, remembered.round_trip, limit, prefer)
 
 
 async def explain(
@@ -213,7 +215,7 @@ def explained(
     size = manifest.size_of(indexes(missing))
     known = (line.rate, _told_of(line, remembered), line.round_trip)
     if not runs:
-        return Explained("", "", count(missing), size, *known, "nothing is missing")
+        return Explained("", "", count(missing), size, *known, "nothing is missing", prefer=line.prefer)
     planned = tuple(_with_payload(run, payload) for run, payload in runs)
     has_bases = any(run.run.bases for run in planned)
     versions = [str(one.manifest.package.version) for one in held if one.manifest.package.id == manifest.package.id]
@@ -221,7 +223,7 @@ def explained(
     base = " and ".join(part for part in (version, f"{more} other packages" if more else "") if part)
     note = forced(force, has_bases=has_bases)[1]
     rows = planner.add_up([run.choice for run in planned], line, CORES)
-    return Explained(base if has_bases else "", version, count(missing), size, *known, note, planned, rows)
+    return Explained(base if has_bases else "", version, count(missing), size, *known, note, planned, line.prefer, rows)
 
 
 def _with_payload(run: PlannedRun, payload: int | None) -> PlannedRun:

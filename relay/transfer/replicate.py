@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding
-from relay.encoding.planner import Line
+from relay.encoding.planner import Line, Prefer
 from relay.errors import NotFoundError, RefusedError, UnreachableError
 from relay.package.identity import PackageRef
 from relay.package.manifest import Manifest
@@ -48,6 +48,7 @@ class Shipping:
         others: manifests of other packages at hand, whose parts may be found again in this one.
         force: the encoding to use, whatever the plan; a delta without a base goes as zstd.
         pacer: the limit of the line, shared by all that is sent over it.
+        prefer: what is wanted of encodings that are about as fast.
         explains: whether the result carries the plan of each run that was sent, with its whole arithmetic.
         recipes: how nupkgs are made again, to be sent along.
         nupkgs: where given, the relay gets what it takes to make the identical nupkg by itself: the bytes that no
@@ -60,6 +61,7 @@ class Shipping:
     others: Sequence[Manifest] = ()
     force: Coding | None = None
     pacer: Pacer | None = None
+    prefer: Prefer = "bytes"
     explains: bool = False
     recipes: Recipes | None = None
     nupkgs: Nupkgs | None = None
@@ -130,7 +132,7 @@ async def plan(
         payloads = shipping.payloads or _own_payloads(source, stack)
         remembered = await shipping.lines.recall(relay.url) if shipping.lines else None
         there = await survey(manifest, relay, shipping.known, shipping.others)
-        line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None)
+        line = line_of(remembered, shipping.pacer.rate if shipping.pacer else None, shipping.prefer)
         missing = there.missing(manifest)
         return await explain(
             manifest,
@@ -184,7 +186,7 @@ class _Replication:
         started, before = time.monotonic(), self._relay.traffic.total
         lines, pacer = self._shipping.lines, self._shipping.pacer
         remembered = await lines.recall(self._relay.url) if lines else None
-        meter = Meter(line_of(remembered, pacer.rate if pacer else None))
+        meter = Meter(line_of(remembered, pacer.rate if pacer else None, self._shipping.prefer))
         sender = Sender(
             self._manifest,
             self._payloads,
@@ -233,7 +235,8 @@ class _Replication:
 
         def may_help(error: Exception) -> bool:
             # A relay that was never there is a wrong address, not an interruption: said at once.
-            is_lost = isinstance(error, UnreachableError | LeaseLostError)
+            # One whose disk lost what it was given is offered everything again.
+            is_lost = isinstance(error, UnreachableError | LeaseLostError | NotFoundError)
             return is_lost and self._reached and not sender.queue.source_failed
 
         persistence = replace(PERSISTENCE, longest_asked=self._patience, patience=self._patience)

@@ -243,7 +243,7 @@ class RunQueue:
         line, has_bases = self._meter.line, bool(run.bases)
         if force is None or self._explains:
             await self._try(run)
-        codings = codings_for(has_bases=has_bases and line.kind.delta_run > 0)
+        codings = codings_for(has_bases=has_bases and (line.kind.delta_run > 0 or line.prefer == "bytes"))
         if force is not None and force not in codings:
             codings = (*codings, force)
         moment = self._schedule.moment(line, self._depth + self._connections.number - 1)

@@ -15,9 +15,9 @@ from typing import Final
 from relay.encoding.bundle import BundleWriter, Span, data_header
 from relay.encoding.choose_bases import Held
 from relay.encoding.codecs import Coding
-from relay.errors import RefusedError, UnreachableError, WaystationError, first_of
+from relay.errors import FrameError, RefusedError, UnreachableError, WaystationError, first_of
 from relay.package.manifest import Manifest
-from relay.package.ranges import Ranges, count, indexes
+from relay.package.ranges import Ranges, check, count, indexes
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
 from relay.support.progress import Progress
@@ -191,7 +191,7 @@ class Sender:
 
     def _check_taken(self, answer: messages.BundleAnswer, flying: _Flying) -> None:
         """A delta that was refused is followed by a plain run; a plain one that is refused ends it all."""
-        refused = {index for run in answer.refused for index in indexes(run.ranges)}
+        refused = {index for run in answer.refused for index in indexes(self._checked(run))}
         if not refused:
             return
         for ahead in flying.runs:
@@ -204,8 +204,14 @@ class Sender:
         if refused:
             raise RefusedError(
                 f"relay {self._relay.url} refuses {len(refused)} chunks of {self._manifest.package}: "
-                f"{answer.refused[0].reason}"
+                f"{answer.refused[0].reason[: messages.REASON_CHARS]}"
             )
+
+    def _checked(self, run: messages.RefusedRun) -> Ranges:
+        """Raises `FrameError`: it speaks of what this package has not."""
+        if run.manifest != self._manifest.id:
+            raise FrameError(f"relay {self._relay.url} refuses chunks of another package than was sent")
+        return check(run.ranges, len(self._manifest.chunks))
 
     # --- one bundle
 

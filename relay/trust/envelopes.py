@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ ENVELOPE_MAX = 64 << 10
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 STATEMENT_PAYLOAD = "application/vnd.in-toto+json"
 PACKAGE_PREDICATE: Final = "https://waystation.dev/package/v1"
+
+T = TypeVar("T")
 
 _SIGNATURES_MAX = 16
 _SIGNATURE_BYTES = 64  # Ed25519, RFC 8032
@@ -100,7 +102,34 @@ class PackageStatement:
         return f"{self.id} {self.version}"
 
 
+class MalformedError(SignatureError):
+    """Signed by the right key, but not a document that this version understands."""
+
+
 # --- any document
+
+
+class _Unopened(msgspec.Struct, frozen=True):
+    payload: bytes
+
+
+def unverified(envelope: bytes, type: type[T]) -> T:
+    """What an envelope says, with nothing checked: for what names its own key, or was checked before it was kept.
+
+    Raises:
+        MalformedError: it is no such document.
+    """
+    if len(envelope) > ENVELOPE_MAX:
+        raise MalformedError(f"an envelope of {len(envelope)} bytes is refused, at most {ENVELOPE_MAX} are read")
+    return decode_document(decode_document(envelope, _Unopened).payload, type)
+
+
+def decode_document(payload: bytes, type: type[T]) -> T:
+    """JSON as a `type`. Raises `MalformedError`."""
+    try:
+        return msgspec.json.decode(payload, type=type)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise MalformedError(f"not an understood document: {error}") from error
 
 
 def sign_document(payload: bytes, payload_type: str, signer: Signer) -> bytes:

@@ -335,6 +335,7 @@ def test_verify_reads_every_byte(ready: Agent) -> None:
     assert ready.json("verify") == {
         "format": 1,
         "trees": [{"package": "Acme.Web", "version": "1.0.0", "tree": tree, "differences": []}],
+        "damaged": [],
     }
     with open(os.path.join(tree, "lib.dll"), "r+b") as file:
         file.seek(1000)
@@ -425,3 +426,74 @@ def test_init_keeps_which_token_goes_to_which_relay(tmp_path):
         refused = run(tmp_path, "agent", "init", "--home", tmp_path / "other", "--relay-token", wrong, cwd=tmp_path)
         assert refused.code == 2, wrong
     assert not (tmp_path / "other").exists()
+
+
+# --- what is damaged on this machine
+
+
+def test_damaged_files_of_the_home_are_told_with_what_mends_them(ready: Agent) -> None:
+    ready.json("pull", "Acme.Web", "1.0.0", "--root", str(ready.root), "--switch")
+    (record,) = (ready.home / "trees").iterdir()
+    (ready.home / "settled").mkdir()
+    damaged = {
+        record: "pull its package again",
+        ready.home / "settled" / "x.json": "until the next deployment writes it anew",
+        ready.home / "cursors.json": "none is obeyed twice",
+    }
+    for path in damaged:
+        path.write_text('{"torn')
+
+    document = ready.json("verify", code=1)
+    texts = [ready("status"), ready("verify"), ready("pull", "Acme.Web", "1.0.0", "--root", ready.root)]
+
+    assert document["damaged"] == ready.json("status")["damaged"]
+    for path, mends in damaged.items():
+        assert any(str(path) in told and mends in told for told in document["damaged"]), path
+        assert all(f"{path} is damaged" in text.err for text in texts), path
+    record.unlink()
+    assert len(ready.json("verify", code=1)["damaged"]) == 2
+    assert len(ready.json("verify", code=1)["trees"]) == 1, "the pull did not mend it"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# name: web7\n"])
+def test_an_agent_yaml_that_says_nothing_is_refused(ready: Agent, text: str) -> None:
+    (ready.home / "agent.yaml").write_text(text)
+
+    assert "agent.yaml: says nothing" in ready.refused("serve", code=2)
+
+
+def test_what_fails_on_this_machine_is_not_called_unreachable(ready: Agent) -> None:
+    (ready.home / "journal.json").write_text("{")
+    said = ready.refused("status")
+    assert "error (this machine): " in said
+    assert "journal.json is damaged" in said
+
+    (ready.root / "current").mkdir(parents=True)
+    done = ready("pull", "Acme.Web", "1.0.0", "--root", ready.root, "--switch")
+    assert done.code == 1
+    assert "error (refused): " in done.err
+    assert "is no link" in done.err
+
+
+def test_a_home_that_others_can_write_to_is_refused(ready: Agent) -> None:
+    ready.home.parent.chmod(0o777)
+    assert "chmod" in ready.refused("status")
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_umask_decides_neither_over_homes_nor_over_roots(agent: Agent, world: World, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        words = ("--trust", str(world.trust), "--name", "web7", "--scheme", "http", "--relay", world.url)
+        done = run(agent.home.parent, "agent", "init", *words, cold=True)
+        assert done.code == 0, done.err
+        words = ("pull", "Acme.Web", "1.0.0", "--root", str(agent.root / "app"), "--switch")
+        done = run(agent.home.parent, "agent", *words, cold=True)
+        assert done.code == 0, done.err
+    finally:
+        os.umask(before)
+
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (agent.root, *agent.root.rglob("*"))}
+    assert {oct(mode) for path, mode in modes.items() if path.is_dir()} == {"0o755"}
+    assert stat.S_IMODE(agent.home.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(agent.home.stat().st_mode) == 0o700

@@ -96,7 +96,7 @@ async def test_a_running_agent_takes_the_new_token_and_goes_where_the_relays_nam
     other.write_text(f"{AGENT}\n")
     other.rename(world.token)
     wait_for(lambda: f"agent web1 ready at http://{HOST}:{world.port}" in world.agent.said, 30.0)
-    assert "has changed and was read again" in world.agent.said
+    assert "file.read_again" in world.agent.said
     assert AGENT not in world.agent.said
 
     world.token.write_text("")  # for a moment, as some tools write files

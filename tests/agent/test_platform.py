@@ -153,12 +153,12 @@ def test_wakes_tell_of_a_child_that_ended_and_of_being_asked_to_end() -> None:
     code = (
         "import signal\nwakes = platform.Wakes()\n"
         "child = platform.start_leader(['true'], {'PATH': os.environ['PATH']}, 1)\n"
-        "assert wakes.wait(None, 60) is False\n"
+        "assert wakes.wait([], 60) == []\n"
         "print(child in platform.ended_children() or 'not yet', wakes.asked_to_end)\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\nwakes.wait(None, 60)\nprint(wakes.asked_to_end)\n"
-        "reading, writing = os.pipe()\nos.write(writing, b'x')\nprint(wakes.wait(reading, 60), wakes.wait(None, 0))"
+        "os.kill(os.getpid(), signal.SIGTERM)\nwakes.wait([], 60)\nprint(wakes.asked_to_end)\n"
+        "reading, writing = os.pipe()\nos.write(writing, b'x')\nprint(wakes.wait([reading], 60) == [reading], wakes.wait([], 0))"
     )
-    assert in_a_process(code).split() == ["True", "False", "True", "True", "False"]
+    assert in_a_process(code).split() == ["True", "False", "True", "True", "[]"]
 
 
 def test_signals_have_names() -> None:

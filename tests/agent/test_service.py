@@ -12,11 +12,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from harness.logs import printed
 from harness.orders_kit import DEPLOYMENT, JOURNAL, OTHER, Desk, desk_in, new_signer, tree
 from harness.origins import Origin, depot_with
 from harness.packages import make_nupkg
 from harness.process import Done, Process, eventually, run
 from harness.relays import Relay, running_relay
+from harness.trail import troubles
 
 from agent.orders.envelopes import order_digest, sign_order, sign_report, verify_presence, verify_report
 from agent.orders.journal import OperationJournal
@@ -79,7 +81,7 @@ class Reader:
         async with asyncio.timeout(20):
             while len(self.log.get(report.operation, b"")) < report.log_bytes:
                 await self.read()
-        return bytes(self.log.get(report.operation, b""))
+        return printed(bytes(self.log.get(report.operation, b"")))
 
     def finals(self, operation: str) -> list[Report]:
         return [report for report in self.reports if report.operation == operation and report.state in FINAL]
@@ -717,7 +719,7 @@ async def test_killed_and_started_while_a_script_runs_the_agent_follows_it(place
     assert (report.state, report.exit_status) == ("failed", 7)
     assert output == b"first half\nsecond half\n"
     assert place.runs() == ["begin", "end"]
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, troubles(done.err)) == (0, [])
 
 
 async def test_killed_again_and_again_a_script_still_runs_once(place: Place) -> None:

@@ -119,7 +119,12 @@ def test_people_get_a_table_and_without_root_a_shaped_proxy_stands_in_and_is_tol
     monkeypatch.setattr(Laboratory, "why_not", staticmethod(lambda: "this is a test"))
     done = bench_transfer(files[1], "--line", "50,4", "--encodings", "zstd:3,hdiff", "--repeat", "1")
     assert done.exit_code == 0, f"{done.output} {done.exception}"
-    for words in (f"{ID} 1.1.0", "the relay holds nothing of it", "a shaped proxy, as this is a test"):
+    for words in (
+        f"{ID} 1.1.0",
+        "the relay holds nothing of it",
+        "a shaped proxy, as this is a test",
+        "    limit: 38Mbit",
+    ):
         assert words in done.stdout
     # There is nothing to build on, so it is left out.
     assert "hdiff" not in done.stdout

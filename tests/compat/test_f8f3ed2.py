@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.packages import make_nupkg
 from harness.process import run
 from harness.relays import RelayProcess
 from old_commit import COMMIT, NotInHistoryError, take_out
@@ -167,7 +168,7 @@ def test_what_scripts_printed_can_be_read(kept: Yesterday) -> None:
 def test_the_machine_that_is_out_can_be_put_back(tmp_path: Path) -> None:
     copy = Yesterday.unpacked(tmp_path)
     (tmp_path / "balancer").mkdir()
-    assert copy.json("rotation", "close", "web2")["closed"]
+    assert copy.json("rotation", "close", "web2", "--force", "-m", "its agent is gone")["closed"]
     assert (tmp_path / "balancer" / "web2").read_text() == "in put_back\n"
     assert copy.json("rotation", "list")["open"] == []
 
@@ -213,6 +214,26 @@ def test_the_code_beside_todays_is_that_of_the_commit(old_code: dict[str, str]) 
     words = [sys.executable, "-P", "-c", "import agent, orchestrator, relay; print(agent, orchestrator, relay)"]
     said = subprocess.run(words, env=old_code, capture_output=True, text=True, check=True).stdout
     assert said.count(old_code["PYTHONPATH"]) == 3
+
+
+def test_a_package_that_yesterday_took_parts_of_for_the_container_is_the_same_today_and_comes_whole(
+    new_relay: RelayProcess, old_code: dict[str, str], tmp_path: Path
+) -> None:
+    """Yesterday everything below package/ was left out of trees; its place in the manifest was settled by that."""
+    copy = Yesterday.unpacked(tmp_path)
+    files = {"package/start.js": b"run()", "Package/help.txt": b"help", "web.config": b"<c/>"}
+    nupkg = make_nupkg(tmp_path, files, id="Acme.Folder")
+    home = {"WAYSTATION_HOME": str(copy.home)}
+    (taken,) = run(copy.home, "package", "add", nupkg, "--json", **home, **old_code).json["packages"]
+
+    (again,) = copy.json("package", "add", nupkg)["packages"]
+
+    assert (again["new"], again["manifest"]) == (False, taken["manifest"])
+    copy.json("package", "replicate", "Acme.Folder", "1.0.0", "--relay", new_relay.url)
+    machine, root = _new_machine(copy, tmp_path / "machine"), tmp_path / "machine" / "srv"
+    words = ("agent", "pull", "Acme.Folder", "1.0.0", "--home", machine, "--root", root, "--relay", new_relay.url)
+    tree = Path(copy.json(*words)["tree"])
+    assert {str(f.relative_to(tree)): f.read_bytes() for f in tree.rglob("*") if f.is_file()} == files
 
 
 def test_todays_sender_replicates_to_yesterdays_relay(kept: Yesterday, old_relay: RelayProcess) -> None:

@@ -216,7 +216,7 @@ def test_the_fingerprint_on_the_page_is_that_of_the_example() -> None:
 
 
 def test_the_payload_types_and_the_context_of_secrets_are_told() -> None:
-    for name in (orders.ORDER_TYPE, orders.REPORT_TYPE, orders.PRESENCE_TYPE, releases.RELEASE_TYPE):
+    for name in (orders.ORDER_TYPE, orders.REPORT_TYPE, messages.PRESENCE_TYPE, releases.RELEASE_TYPE):
         assert f"`{name}`" in PAGE, name
     assert f"`{secret_context('<operation>', '<NAME>')}`" in PAGE
 
@@ -295,9 +295,10 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "agent.checks",
+        "agent.checks.run_checks",
         "agent.orders.journal",
         "agent.runs.masking",
+        "agent.runs.secret_forms",
         "agent.orders.orders",
         "agent.orders.outbox",
         "agent.operations",
@@ -305,7 +306,7 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "agent.reporter",
         "agent.service",
         "orchestrator.replication.cascade",
-        "orchestrator.files.yaml_positions",
+        "relay.written.yaml_positions",
         "orchestrator.fleet.presence",
         "orchestrator.deployment.notify",
         "orchestrator.deployment.releases",
@@ -337,6 +338,7 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.transfer.sender",
         "relay.server.arrivals",
         "relay.mail.presences",
+        "relay.server.http.misuse",
         "relay.server.replications",
         "relay.stores.volume",
         "relay.trust.envelopes",
@@ -424,8 +426,8 @@ def test_problems_are_told_with_a_status_that_the_relay_answers() -> None:
 def test_the_manifest_example_is_canonical_and_has_the_digest_that_the_page_says() -> None:
     assert f"`sha256:{EXAMPLE.id}`" in PAGE
     assert manifest.encode(EXAMPLE.body) == EXAMPLE.canonical
-    assert EXAMPLE.tree_parts == 2
-    assert EXAMPLE.tree_chunks == 1
+    assert EXAMPLE.tree_parts == [0, 1]
+    assert EXAMPLE.tree_chunks == [0]
 
 
 def test_the_stored_chunk_example_decodes_to_the_first_chunk_of_the_example() -> None:

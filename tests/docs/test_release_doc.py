@@ -20,9 +20,7 @@ from orchestrator.deployment.notify import SIGNATURE_HEADER
 from orchestrator.deployment.releases import SNAPSHOT_BYTES, SNAPSHOT_FILES
 from orchestrator.deployment.steps import STUCK_SECONDS
 from orchestrator.files import environment, process
-from orchestrator.files.decode import Written, _written_in
 from orchestrator.files.values import NotificationKind
-from orchestrator.files.yaml_positions import PlanError
 from orchestrator.fleet.presence import LOST_SECONDS
 from orchestrator.plan import unsupported
 from orchestrator.plan.make_plan import make_plan
@@ -30,6 +28,8 @@ from orchestrator.plan.plan import MachineStep, Plan, PlannedPackage, ServerStep
 from orchestrator.rolling import turn
 from orchestrator.trust.secrets import SECRET_MAX, SECRET_MIN
 from relay.main import waystation
+from relay.written.decode import Written, _written_in
+from relay.written.yaml_positions import PlanError
 
 PAGE = (DOCS / "release.md").read_text(encoding="utf-8")
 PLAIN = " ".join(PAGE.split())

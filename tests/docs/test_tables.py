@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
+from harness.paths import ROOT
 
-from docs.tables import PAGES, keys, options, rewritten, sources
+from docs.tables import PAGES, events, keys, options, rewritten, sources
 
 MADE = ["agent.config.AgentConfig", "relay.config.RelayConfig"]
+EVENTS = ["agent.acts", "orchestrator.acts", "orchestrator.journal.trail", "relay.audit.acts"]
 
 
 class Farm(msgspec.Struct):
@@ -40,9 +42,19 @@ def test_the_tables_of_a_page_are_current(page: Path) -> None:
     assert rewritten(text) == text, "make docs"
 
 
-def test_both_files_of_settings_have_their_table() -> None:
+def test_both_files_of_settings_and_all_events_have_their_table() -> None:
     (page,) = [page for page in PAGES if page.name == "operations.md"]
-    assert sorted(sources(page.read_text(encoding="utf-8"))) == MADE
+    assert sorted(sources(page.read_text(encoding="utf-8"))) == sorted(MADE + EVENTS)
+
+
+def test_every_event_of_every_house_is_in_a_table() -> None:
+    files = [file for house in ("relay", "agent", "orchestrator") for file in (ROOT / house).rglob("acts.py")]
+    assert sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files) == [
+        source for source in EVENTS if source.endswith("acts")
+    ]
+    rows = [row for source in EVENTS for row in events(source)]
+    assert len({name for name, _, _ in rows}) == len(rows) > 70
+    assert all(fields.startswith("`") and when.endswith((".", ")")) for _, fields, when in rows)
 
 
 def test_a_table_that_is_not_current_is_seen() -> None:

@@ -125,7 +125,8 @@ class EvilRelay:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 await self._answer(head, reader, send)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            # Cancelled only where the loop ends; asyncio's own server would call that an error.
             pass
         except Exception as error:
             # A mistake of ours must not pass for an attack that was refused.
@@ -303,14 +304,14 @@ def endless(start: Callable[[Scene, Reply], bytes], again: Callable[[Scene, Repl
     return play
 
 
-def slow(cut: Callable[[bytes], int]) -> Play:
-    """The honest answer; from some byte on, a byte now and then."""
+def slow(cut: Callable[[bytes], int], at_a_time: int = 1) -> Play:
+    """The honest answer; from some byte on, a few bytes now and then."""
 
     async def play(scene: Scene, reply: Reply, send: Wire) -> None:
         at = cut(reply.body)
         await send(reply.head(f"Content-Length: {len(reply.body)}") + reply.body[:at])
-        for byte in reply.body[at:]:
-            await send(bytes([byte]))
+        for start in range(at, len(reply.body), at_a_time):
+            await send(reply.body[start : start + at_a_time])
             await asyncio.sleep(0.05)
 
     return play
@@ -384,7 +385,7 @@ def replace_run(header: Data, run: tuple[Span, ...]) -> Data:
 def _not_asked_for(scene: Scene, found: list[tuple[Data, bytes]]) -> Iterable[Frame]:
     """A good chunk of the same package that no agent asks for: a part of the container."""
     last = len(scene.manifest.chunks) - 1
-    assert last >= scene.manifest.tree_chunks
+    assert last not in scene.manifest.tree_chunks
     (_, payload), *_ = found
     return [zstandard((Span.of(scene.manifest.id, [last]),), payload), *found]
 
@@ -410,6 +411,17 @@ def _unwanted_encoding(name: str) -> Callable[[Scene, list[tuple[Data, bytes]]],
 def _with_bases(scene: Scene, found: list[tuple[Data, bytes]]) -> Iterable[Frame]:
     (first, payload), *rest = found
     return [(msgspec.structs.replace(first, bases=first.run), payload), *rest]
+
+
+def _on_base(of: Callable[[Scene], ManifestId]) -> Callable[[Scene, list[tuple[Data, bytes]]], Iterable[Frame]]:
+    """A difference from a chunk that is well known, and that the machine never said it holds."""
+
+    def change(scene: Scene, found: list[tuple[Data, bytes]]) -> Iterable[Frame]:
+        (first, payload), *rest = found
+        base = (Span.of(of(scene), [0]),)
+        return [(msgspec.structs.replace(first, bases=base, encoding="zstd-prefix"), payload), *rest]
+
+    return change
 
 
 def _zstd_bomb(scene: Scene, found: list[tuple[Data, bytes]]) -> Iterable[Frame]:
@@ -501,6 +513,10 @@ BUNDLE_ATTACKS = [
     Attack("an unknown encoding", "bundle", frames(_unwanted_encoding("lzma"))),
     Attack("an encoding that was not offered", "bundle", frames(_unwanted_encoding("hdiff"))),
     Attack("bases that nobody named", "bundle", frames(_with_bases)),
+    Attack("a base of the very package", "bundle", frames(_on_base(lambda scene: scene.manifest.id))),
+    Attack("a base of the very package, late", "bundle", frames(_late(_on_base(lambda scene: scene.manifest.id)))),
+    Attack("a base of another package", "bundle", frames(_on_base(lambda scene: scene.foreign.id))),
+    Attack("a base of a version before", "bundle", frames(_on_base(lambda scene: scene.older.id))),
     Attack("a zstd bomb", "bundle", frames(_zstd_bomb)),
     Attack("a zstd window of 2 GiB", "bundle", frames(_window_bomb)),
     Attack("a payload of empty blocks", "bundle", frames(_huge_payload)),

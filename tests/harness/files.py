@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.files.decode import fit
 from orchestrator.files.environment import Environment, EnvironmentFile
 from orchestrator.files.process import Process, ProcessFile
-from orchestrator.files.yaml_positions import parse
+from relay.written.decode import fit
+from relay.written.yaml_positions import parse
 
 
 def parse_process(text: bytes, name: str, folder: str) -> ProcessFile:

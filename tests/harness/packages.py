@@ -22,6 +22,19 @@ def noise(seed: int | str, size: int) -> bytes:
     return Random(seed).randbytes(size)
 
 
+SMALL = {
+    "a.bin": noise("a", 70_000),
+    "b.bin": noise("b", 80_000),
+    "c.bin": bytes(90_000),
+    "run.sh": b"#!/bin/sh\n",
+    "empty": b"",
+    "text/readme.txt": b"Read me.\n" * 100,
+}
+"""Files of a package that is quick to send and has a bit of everything: several chunks, zeros, a program, nothing, a folder."""
+SMALL_TREE = {path: (data, path == "run.sh") for path, data in SMALL.items()}
+"""What a machine then has: by path, the bytes and whether it may be run."""
+
+
 def nuspec(id: str = "Acme.Web", version: str = "1.0.0") -> bytes:
     return (
         '<?xml version="1.0" encoding="utf-8"?>\n'

@@ -135,6 +135,7 @@ class Process:
         new_session: bool = False,
         code: str = "",
         stdin: int | None = None,
+        terminal: int | None = None,
         **more: str,
     ) -> None:
         """Start it.
@@ -148,6 +149,7 @@ class Process:
             new_session: it gets no signal that is meant for the group of the tests.
             code: Python to run in place of the command, with `words` as its arguments.
             stdin: the descriptor that it reads; nothing by default.
+            terminal: the descriptor of one that it prints to, all of it, in place of the files.
             more: environment.
         """
         self.words = list(map(str, words))
@@ -157,7 +159,8 @@ class Process:
         folder, variables = os.fspath(cwd or os.getcwd()), environment(home, **more)
         self._process: _Child | subprocess.Popen[bytes]
         with open(os.devnull, "rb") as nothing:
-            descriptors = [nothing.fileno() if stdin is None else stdin, self._out.fileno(), self._err.fileno()]
+            outputs = [self._out.fileno(), self._err.fileno()] if terminal is None else [terminal, terminal]
+            descriptors = [nothing.fileno() if stdin is None else stdin, *outputs]
             if under or cold or any(name.startswith("PYTHON") for name in more):
                 streams = dict(zip(("stdin", "stdout", "stderr"), descriptors, strict=True))
                 self._process = subprocess.Popen(

@@ -16,14 +16,14 @@ import pytest
 from aiohttp import web
 
 from harness.process import Done, Process
-from relay.config import Engine, RelayConfig
+from relay.config import Engine, RelayConfig, TokenRecord
 from relay.package.manifest import Manifest
 from relay.protocol.client import RelayClient
 from relay.protocol.connection import ClientLimits, Connection
 from relay.protocol.mail_client import MailClient
 from relay.server.app import start
 from relay.server.http.connection import Limits
-from relay.server.http.tokens import TokenRecord, make_token
+from relay.server.http.tokens import make_token
 from relay.stores.open import open_reader
 
 CLIENT_LIMITS = ClientLimits(connect_seconds=2.0, answer_seconds=20.0, window_seconds=10.0, window_bytes=1)
@@ -79,9 +79,9 @@ async def running_relay(
         yield Relay(running.url, running.port, location)
 
 
-def token(*scopes: str) -> tuple[str, TokenRecord]:
+def token(*scopes: str, agent: str = "") -> tuple[str, TokenRecord]:
     """A bearer token's text, and the record for `running_relay(tokens=[…])`."""
-    return make_token(scopes, datetime.now(UTC), name=" ".join(scopes))
+    return make_token(scopes, datetime.now(UTC), name=" ".join(scopes), agent=agent)
 
 
 @asynccontextmanager

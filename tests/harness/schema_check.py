@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files.yaml_positions import Items, Keys, Node, Scalar, load
+from relay.written.yaml_positions import Items, Keys, Node, Scalar, load
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
@@ -20,17 +20,18 @@ _HANDLED = {
 
 def plain_document(path: Path) -> object:
     """A file of ours as an editor's validator sees it."""
-
-    def plain(node: Node) -> object:
-        match node:
-            case Scalar(value=value):
-                return value
-            case Items(items=items):
-                return [plain(item) for item in items]
-            case Keys(entries=entries):
-                return {entry.key: plain(entry.node) for entry in entries}
-
     return plain(load(str(path)).root)
+
+
+def plain(node: Node) -> object:
+    """A document without the places of what stands in it."""
+    match node:
+        case Scalar(value=value):
+            return value
+        case Items(items=items):
+            return [plain(item) for item in items]
+        case Keys(entries=entries):
+            return {entry.key: plain(entry.node) for entry in entries}
 
 
 def misfits(value: object, root: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ order in which it happened.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -207,7 +208,9 @@ def story(world: tuple[Farm, Path, Application]) -> Story:
 
     write_environment(farm, {})
     story.deploy("refused", "1.1.0")
-    story.tell("put back", "rotation", "close", "web4")
+    story.tell("not well", "rotation", "close", "web4", "--json")
+    story.tell("no reason", "rotation", "close", "web4", "--force")
+    story.tell("put back", "rotation", "close", "web4", "--force", "-m", "the old one will do until noon")
     story.tell("by hand", "rotation", "close", "web5", "--by-hand", "-m", "looked at it myself")
     story.tell("none", "rotation", "close", "web6")
     story.seen["open then"] = farm.do("rotation", "list", "--json").json["open"]
@@ -282,6 +285,21 @@ def test_a_deployment_within_its_failures_ends_with_5_and_names_who_was_not_depl
     assert sorted(out) == LEFT_OUT
 
 
+def test_a_machine_is_told_as_out_only_when_before_has_run(story: Story) -> None:
+    lines = story.done["fates"].out.splitlines()
+    to_be = {line.split()[2].rstrip(":") for line in lines if line.endswith(": to be taken out of web")}
+    out = {line.split()[2].rstrip(":") for line in lines if line.endswith(": out of web")}
+    assert to_be == set(FATES)
+    assert out == set(FATES) - {"web1", "web2"}, "before_fails and before_hangs"
+
+
+def test_what_failed_is_told_by_its_name(story: Story) -> None:
+    machines = {machine["name"]: machine for machine in story.seen["status"]["machines"]}
+    assert "(configure)" in machines["web3"]["reason"]
+    assert story.seen["status"]["summary"]["state"] == "done with exclusions"
+    assert "not deployed: web1" in story.seen["status"]["summary"]["reason"]
+
+
 def test_status_tells_of_each_machine_how_its_turn_ended_and_why(story: Story) -> None:
     machines = {machine["name"]: machine for machine in story.seen["status"]["machines"]}
     assert {name: machine["outcome"] for name, machine in machines.items()} == {
@@ -322,9 +340,35 @@ def test_the_next_deployment_is_refused_while_machines_are_out(story: Story) -> 
     assert story.told["refused"] == []
 
 
-def test_rotation_close_runs_after_with_put_back(story: Story) -> None:
-    assert story.done["put back"].code == 0, story.done["put back"].err
-    assert story.told["put back"] == ["web4 after put_back, attempt 1"]
+def test_rotation_close_leaves_a_machine_out_whose_checks_do_not_hold(story: Story) -> None:
+    """1.1.0 is current on web4, and what runs there says 1.0.0."""
+    done = story.done["not well"]
+    assert done.code == 1
+    told = json.loads(done.out)
+    assert (told["machine"], told["closed"]) == ("web4", False)
+    assert "expected '1.1.0'" in told["checks"]
+    assert set(story.of("web4", "not well")) == {"says 1.0.0"}
+    assert [bracket["machine"] for bracket in story.seen["open"] if bracket["machine"] == "web4"] == ["web4"]
+
+
+def test_a_person_who_puts_back_what_is_not_well_says_why(story: Story) -> None:
+    assert story.done["no reason"].code == 2
+    assert "reason" in story.done["no reason"].err
+    assert story.told["no reason"] == []
+
+
+def test_rotation_close_by_force_runs_after_and_the_journal_keeps_what_was_found_and_why(story: Story) -> None:
+    done = story.done["put back"]
+    assert done.code == 0, done.err
+    assert "not well" in done.out
+    assert story.of("web4", "put back") == ["says 1.0.0", "after put_back, attempt 1"]
+    earlier = story.seen["status"]["summary"]["deployment"]
+    notes = [note["text"] for note in story.farm.do("release", "status", earlier, "--json").json["notes"]]
+    (refused,) = [note for note in notes if "could not put it back: it is not well" in note]
+    (forced,) = [note for note in notes if "by force" in note]
+    assert "expected '1.1.0'" in refused
+    assert "expected '1.1.0'" in forced
+    assert forced.endswith(": the old one will do until noon")
 
 
 def test_rotation_close_by_hand_runs_nothing(story: Story) -> None:
@@ -378,4 +422,5 @@ def test_a_machine_that_could_not_be_put_back_stays_listed_and_may_be_closed_aga
     assert [bracket["machine"] for bracket in story.seen["open still"]] == ["web1"]
     done = story.done["put back later"]
     assert done.code == 0, done.err
-    assert [line.split(",")[0] for line in story.told["put back later"]] == ["web1 after put_back"]
+    # Its checks hold first: 1.0.0 runs well there.
+    assert [line.split(",")[0] for line in story.told["put back later"]] == ["web1 says 1.0.0", "web1 after put_back"]

@@ -184,6 +184,11 @@ def test_after_kill_9_the_open_machine_is_told_its_script_ends_once_and_adopting
     assert world.lines[-6:] == [*turn("web2"), "vpn closed"]
     assert world.deployments("web1 after deployed") == [second]
     assert world.lines.count("vpn closed") == 2, "what the dead deployment had opened is closed for it, too"
+    told = done.out.splitlines()
+    undone = [at for at, line in enumerate(told) if line.endswith("  undone: open vpn")]
+    begun = next(at for at, line in enumerate(told) if line.startswith("deployment "))
+    assert undone[0] < begun < undone[1], "and a person reads of it"
+    assert [line for line in told[:begun] if "was interrupted" in line]
 
     assert world.out == []
     states = {
@@ -202,7 +207,7 @@ def test_closing_a_machine_waits_for_the_before_that_a_killed_engine_left_runnin
     world.until("web1 before begins")
     engine.kill()
 
-    closing = world.farm.start("rotation", "close", "web1", "-e", "orphan")
+    closing = world.farm.start("rotation", "close", "web1", "-e", "orphan", "--force", "-m", "nothing was there before")
     with pytest.raises(subprocess.TimeoutExpired):  # time enough for one that does not wait
         closing.wait(2.0)
     (world.folder / "go-before").touch()
@@ -227,6 +232,7 @@ def test_adopting_a_machine_waits_for_the_before_that_a_killed_engine_left_runni
     assert done.code == 0, done.out + done.err
     of_before = [line for line in world.lines if "web1 before" in line]
     assert of_before == ["web1 before begins", "web1 before ends"] * 2
+    assert "waiting for 'before' of web1, which heir left running" in done.out
 
 
 # --- twice at once

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from harness.farm import Agent, Farm
 from harness.process import Done, Process, run, wait_for
 from harness.relays import RelayProcess
 
-from agent.orders.envelopes import sign_order, unverified
-from agent.orders.orders import Order, RunScript
+from agent.orders.envelopes import open_order, sign_order
+from agent.orders.orders import Order, Presence, RunScript
 from orchestrator.trust.keyring import init_trust, load_signer
 from relay.protocol import messages
 from relay.protocol.connection import Connection
 from relay.protocol.mail_client import MailClient
+from relay.support.private_files import read_sealing_key
+from relay.trust.envelopes import unverified
 from relay.trust.keys import OrderKey, encode_pins, keyid_of, parse_pins
 
 CANARY = """#!/bin/sh
@@ -108,7 +111,8 @@ class World:
     def recorded(self, agent: str = "web1") -> tuple[bytes, Order]:
         """The envelope of the newest script that this agent was truly ordered to run."""
         paths = (self.farm.agents[agent].home / "operations").glob("*/order")
-        orders = [(unverified(path.read_bytes(), Order), path.read_bytes()) for path in paths]
+        key = read_sealing_key(str(self.farm.agents[agent].home / "sealing.key"))
+        orders = [(open_order(unverified(path.read_bytes(), Order), key), path.read_bytes()) for path in paths]
         genuine = [
             (o.not_before, o, e) for o, e in orders if isinstance(o.action, RunScript) and o.deployment != ATTACK
         ]
@@ -144,6 +148,16 @@ class World:
                 return await MailClient(relay).post_orders(letters)
 
         return asyncio.run(send())
+
+    def presences(self, agent: str) -> list[float]:
+        """When those that live under this name said last, at the relay, that they are there."""
+
+        async def ask() -> list[float]:
+            async with Connection(self.farm.urls["fra"], token=self.tokens["attacker"]) as relay:
+                seen = await MailClient(relay).agents()
+            return [unverified(each.presence, Presence).time for each in seen if each.name == agent and each.age == 0.0]
+
+        return asyncio.run(ask())
 
     def agent_status(self, agent: str) -> Any:
         home = self.farm.agents[agent].home
@@ -493,3 +507,27 @@ def start_with_clock(agent: Agent, shift: int) -> None:
     agent.how = {"under": (sys.executable, "-c", SHIFTED.format(shift=shift))}
     agent.start()
     agent.how = usual
+
+
+# --- a copied home
+
+
+def test_a_machine_whose_home_was_copied_is_refused_and_both_are_named(world: World) -> None:
+    before, orders = world.counts(), len(orders_of(world, "web1"))
+    agent = world.farm.agents["web2"]
+    home = world.farm.folder / "copied"
+    shutil.copytree(agent.home, home, ignore=shutil.ignore_patterns("serve.lock"))
+    copied_at = time.time()
+    copy = replace(agent, home=home, process=None)
+    copy.start()
+    try:
+        # The first one is called to show itself again.
+        wait_for(lambda: sum(at > copied_at for at in world.presences("web2")) == 2, 30.0)
+        done = world.farm.call(*world.words("copied", new=False))
+    finally:
+        copy.stop()
+    assert done.code == 1, done.out + done.err
+    assert "web2: two agents live with its keys: one on " in done.out
+    assert done.out.count(" (start ") == 2
+    assert world.counts() == before
+    assert len(orders_of(world, "web1")) == orders, "somebody was given orders"

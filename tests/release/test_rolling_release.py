@@ -190,6 +190,29 @@ def test_a_failure_that_is_allowed_lets_the_others_go_on_and_is_told_by_5_and_th
     assert rolled.begun == list(THREE)
     assert rolled.outcomes == {"web1": "deployed", "web2": "kept_old", "web3": "deployed"}
     assert "not deployed: web2" in rolled.done.err.splitlines()
+    assert "done with exclusions: not deployed: web2" in rolled.done.out
+    assert rolled.status["summary"]["state"] == "done with exclusions"
+    assert " done with exclusions " in yard.farm.do("release", "history").out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("release", "log", "nosuch"),
+        ("release", "history", "--environment", "nosuch"),
+        ("rotation", "list", "--environment", "nosuch"),
+        ("release", "status", "--environment", "nosuch"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_nothing_has_is_an_error_and_not_an_empty_answer(
+    yard: Farmyard, phased: Rolled, words: tuple[str, ...]
+) -> None:
+    assert phased.done.code == 0
+    done = yard.farm.call(*words)
+    assert (done.code, done.out) == (1, "")
+    assert "nosuch" in done.err
+    assert yard.farm.do("release", "log", "WEB1").code == 0
 
 
 def test_by_default_the_first_failure_stops_the_roll(yard: Farmyard) -> None:

@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import pytest
 from harness.farm import Farm
 from harness.process import Done, Process, run, wait_for
+from harness.trail import events
 
-from agent.orders.envelopes import open_sealed, secret_context
+from agent.orders.envelopes import open_order, open_sealed, secret_context
+from agent.orders.orders import Order, RunScript
 from relay.errors import SignatureError
 from relay.support.private_files import read_sealing_key
 from relay.support.zstd import zstd
@@ -38,6 +41,7 @@ LB_TOKEN = "lb/Token+0f=the&server?1"
 LB_PIN = "pin~of+the/Balancer=2"
 APP_KEY = "app/Key+0f=the&machine?3"
 MARKER = "marker-in-a-variable-4711"
+OPERATION_MARKER = "1-the-action-configure"
 FILE_MARKER = "marker-in-a-package-4712"
 LOG_MARKER = "marker-in-the-output-4713"
 DEPTH = 4
@@ -266,7 +270,10 @@ def write_release(farm: Farm, vault: Path, proofs: Path) -> None:
                 "deploy": "web",
                 "to": f"{farm.folder}/srv/${{machine.name}}",
                 "rotation": "web",
-                "apply": [{"name": "configure", "script": "ops/configure.py", "secrets": ["app_key"]}, "switch"],
+                "apply": [
+                    {"name": OPERATION_MARKER[2:], "script": "ops/configure.py", "secrets": ["app_key"]},
+                    "switch",
+                ],
             },
             {
                 "name": "work",
@@ -371,15 +378,24 @@ def everywhere(world: World) -> list[Path]:
 
 def test_the_search_finds_what_takes_the_same_roads_and_is_no_secret(world: World) -> None:
     wire = world.tap.bytes
-    assert holds(wire, MARKER), "an order's variables"
+    assert holds(wire, OPERATION_MARKER), "an order"
     assert holds(wire, FILE_MARKER), "a package's content"
     assert holds(wire, LOG_MARKER), "a script's output"
+    assert folders_with(world, OPERATION_MARKER) >= {"origin", "machines", "relay-fra"}
     found = places_of(MARKER, *everywhere(world))
-    below = {path.relative_to(world.folder).parts[0] for path in found}
-    assert below >= {"origin", "machines", "relay-fra", "project"}, below
+    assert folders_with(world, MARKER) >= {"origin", "project"}
     assert any(path.name == "journal.db" for path in found)
-    with_file = {path.relative_to(world.folder).parts[0] for path in places_of(FILE_MARKER, *everywhere(world))}
-    assert with_file >= {"origin", "relay-fra", "srv", "Acme.Web.1.0.0.nupkg"}, with_file
+    assert folders_with(world, FILE_MARKER) >= {"origin", "relay-fra", "srv", "Acme.Web.1.0.0.nupkg"}
+
+
+def folders_with(world: World, value: str) -> set[str]:
+    return {path.relative_to(world.folder).parts[0] for path in places_of(value, *everywhere(world))}
+
+
+def test_variables_of_orders_are_read_by_no_relay_and_on_no_line(world: World) -> None:
+    """Nor do they lie on a machine, where the order is kept as it came."""
+    assert not holds(world.tap.bytes, MARKER)
+    assert folders_with(world, MARKER).isdisjoint({"relay-fra", "machines"})
 
 
 @pytest.mark.parametrize("coded", [lambda raw: raw, base64.b64encode, base64.urlsafe_b64encode, bytes.hex, quote])
@@ -493,27 +509,90 @@ def test_a_machine_script_that_prints_its_secret_gives_stars(world: World) -> No
     assert re.search(r"in more: \S{0,5}\*{8}\S{0,5}$", log, re.MULTILINE), log
 
 
-def test_a_sealed_value_from_the_wire_opens_for_its_agent_in_its_operation_alone(world: World) -> None:
-    [(operation, sealed)] = set(sealed_values(world.tap.bytes))
+def test_what_an_order_on_the_wire_says_opens_for_its_agent_in_its_operation_alone(world: World) -> None:
     keys = {name: read_sealing_key(str(agent.home / "sealing.key")) for name, agent in world.farm.agents.items()}
-    assert "/web1/" in operation
-    context = secret_context(operation, "SECRET_APP_KEY")
-    assert open_sealed(sealed, keys["web1"], context).decode() == APP_KEY
+    [order] = {
+        each.operation: each for each in orders_on(world.tap.bytes) if OPERATION_MARKER in each.operation
+    }.values()
+    assert "/web1/" in order.operation
+    action = open_order(order, keys["web1"]).action
+    assert isinstance(action, RunScript)
+    assert action.variables["VAR_MARKER"] == MARKER
     with pytest.raises(SignatureError):
-        open_sealed(sealed, keys["work1"], context)
-    for other in (
-        secret_context(operation[:-1] + "2", "SECRET_APP_KEY"),
-        secret_context(operation, "SECRET_LB_TOKEN"),
-    ):
-        with pytest.raises(SignatureError):
-            open_sealed(sealed, keys["web1"], other)
+        open_order(order, keys["work1"])
+    with pytest.raises(SignatureError):
+        open_order(msgspec.structs.replace(order, operation=order.operation[:-1] + "2"), keys["web1"])
+    sealed = action.secrets["SECRET_APP_KEY"]
+    assert open_sealed(sealed, keys["web1"], secret_context(order.operation, "SECRET_APP_KEY")).decode() == APP_KEY
+    with pytest.raises(SignatureError):
+        open_sealed(sealed, keys["web1"], secret_context(order.operation, "SECRET_LB_TOKEN"))
 
 
-def sealed_values(data: bytes) -> Iterable[tuple[str, bytes]]:
-    """Operation and sealed value of each order that carries one."""
+def orders_on(data: bytes) -> Iterable[Order]:
     for layer in peeled(data):
-        if b'"secrets":{' in layer and layer.startswith(b"{"):
-            with suppress(ValueError):
-                order = json.loads(layer)
-                for value in order["action"]["secrets"].values():
-                    yield order["operation"], base64.b64decode(value)
+        if layer.startswith(b'{"action":'):
+            with suppress(msgspec.MsgspecError):
+                yield msgspec.json.decode(layer, type=Order)
+
+
+# --- the audit trail of the release
+
+
+def trails(world: World) -> dict[str, str]:
+    """Every line of the events of this farm, by whose they are."""
+    relay = world.farm.relays["fra"].process
+    assert relay is not None
+    said = {name: agent.process.err for name, agent in world.farm.agents.items() if agent.process is not None}
+    return {"relay": relay.err, **said, "orchestrator": (world.farm.home / "events.jsonl").read_text()}
+
+
+def test_the_events_of_a_whole_release_say_who_did_what(world: World) -> None:
+    told = {who: events(text) for who, text in trails(world).items()}
+    [begun] = [event for event in told["orchestrator"] if event["event"] == "deployment.started"]
+    mine = [event for event in told["orchestrator"] if event.get("deployment") == begun["deployment"]]
+    assert begun["operator"] == mine[0]["operator"]
+    assert [
+        event["event"].partition(".")[2] for event in mine if event.get("machine", "web1") == "web1"
+    ] == ORCHESTRATED
+    assert [event["event"].partition(".")[2] for event in told["web1"]] == ON_WEB1
+    here = [f"{event['event'].partition('.')[2]} {event.get('agent', '')}".strip() for event in told["relay"]]
+    assert set(here) == AT_THE_RELAY
+    assert {event["address"] for event in told["relay"] if "address" in event} == {"127.0.0.1"}
+    [keys] = [event for event in told["orchestrator"] if event["event"] == "orchestrator.keys_made"]
+    accepted = [event for event in told["web1"] if event["event"] == "agent.order_accepted"]
+    assert {event["key"] for event in accepted} == {keys["order_key"]}, "whose order it was"
+    sent = {
+        event["order"] for event in mine if event["event"] == "deployment.dispatched" and event["machine"] == "web1"
+    }
+    assert sent == {event["order"] for event in accepted if event["action"] != "acknowledge"}
+
+
+def test_no_event_holds_the_value_of_a_secret_or_a_variable(world: World) -> None:
+    for who, text in trails(world).items():
+        for value in (LB_TOKEN, LB_PIN, APP_KEY, MARKER, LOG_MARKER):
+            assert not holds(text.encode(), value), who
+
+
+ORCHESTRATED = [
+    "lock_taken", "started",
+    *("dispatched", "reported", "surveyed"),
+    *("dispatched", "replicated", "replicated", "reported", "acquired", "barrier"),
+    *("step_started", "turn_started", "bracket_opened", "server_run_dispatched", "server_run_ended"),
+    *("dispatched", "reported") * 3,
+    *("server_run_dispatched", "server_run_ended", "bracket_closed", "turn_ended", "step_ended"),
+    *("step_started", "step_ended"),
+    "ended", "lock_given_back",
+]  # fmt: skip
+ON_WEB1 = [
+    "started", "ready",
+    *("order_accepted", "operation_ended"),
+    *("order_accepted", "pull_begun", "pull_ended", "pull_begun", "pull_ended", "operation_ended"),
+    *("order_accepted", "script_started", "script_ended", "operation_ended"),
+    *("order_accepted", "switched", "operation_ended"),
+    *("order_accepted", "settled", "operation_ended"),
+    "order_accepted",
+]  # fmt: skip
+AT_THE_RELAY = {
+    "started", "ready", "package_offered", "package_published",
+    *(f"{what} {agent}" for agent in ("web1", "work1") for what in ("order_posted", "order_taken", "report_posted")),
+}  # fmt: skip

@@ -130,7 +130,7 @@ async def test_sixty_machines_cost_the_origin_no_byte_more_than_six(tmp_path: Pa
 
 def tree_bytes(manifest: Manifest) -> int:
     """Bytes of the chunks that an agent asks for, each once."""
-    return sum({entry.id: entry.size for entry in manifest.chunks[: manifest.tree_chunks]}.values())
+    return sum({entry.id: entry.size for entry in map(manifest.chunks.__getitem__, manifest.tree_chunks)}.values())
 
 
 # --- the next version
@@ -159,7 +159,7 @@ class Step:
     @property
     def new_tree_chunks(self) -> dict[ChunkId, int]:
         """Those that machines lack, with their sizes."""
-        tree = {self.new.chunk_id(i): self.new.chunks[i].size for i in range(self.new.tree_chunks)}
+        tree = {self.new.chunk_id(i): self.new.chunks[i].size for i in self.new.tree_chunks}
         return {id: size for id, size in tree.items() if id in self.new_chunks}
 
     def parts_of(self, id: ChunkId) -> set[str]:

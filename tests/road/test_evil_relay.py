@@ -29,11 +29,13 @@ from harness.evil_relay import (
     in_place_of,
     make_scene,
     replace_run,
+    slow,
     tree_of,
 )
 from harness.origins import Keys, Origin, depot_with, trust_keys
-from harness.packages import cut_package, make_nupkg, noise
+from harness.packages import SMALL, SMALL_TREE, cut_package, make_nupkg, noise
 from harness.relays import RELAY_LIMITS
+from harness.seed import SOAK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -142,7 +144,7 @@ async def _open_stage(prepared: Path, folder: Path, stack: AsyncExitStack) -> St
     origin = Origin(depot, Keys(trust, pins, load_signer(trust, "package")), [])
     for name in (("Acme.Web", "1.0.0"), ("Acme.Web", "0.9.0"), ("Acme.Other", "1.0.0")):
         pointer = depot.catalog.get(PackageRef(PackageId.parse(name[0]), NuGetVersion.parse(name[1])))
-        origin.added.append(Added(pointer, await depot.manifest(pointer), new=False, chunks_stored=0))
+        origin.added.append(Added(pointer, await depot.manifest(pointer), new=False, chunks_stored=0, unread=()))
     thief, order_key = load_signer(str(prepared / "thief"), "package"), load_signer(trust, "order")
     scene = await make_scene(origin, cut_package(FORGED), thief, order_key)
     transfer = Transfer(depot.store)
@@ -195,7 +197,7 @@ async def test_a_lying_relay_is_named_and_the_next_one_gives_the_rest(stage: Sta
     given = sum(tally["bytes"] for tally in result.from_relays.values())
     assert stage.honest.url in result.from_relays
     assert given == sum(
-        {c.id: c.size for c in stage.scene.manifest.chunks[: stage.scene.manifest.tree_chunks]}.values()
+        {c.id: c.size for c in map(stage.scene.manifest.chunks.__getitem__, stage.scene.manifest.tree_chunks)}.values()
     )
 
 
@@ -231,6 +233,47 @@ async def test_a_lying_relay_alone_changes_nothing_on_the_machine(stage: Stage, 
 
     assert tree_of(result.tree) == TREE
     assert not result.failed
+
+
+JUST_ABOVE = [
+    Attack("a trickle just above the minimum rate", "bundle", slow(lambda whole: 0, at_a_time=150)),
+    Attack("a trickle after two thirds", "bundle", slow(lambda whole: len(whole) * 2 // 3, at_a_time=150)),
+]
+
+
+@pytest.mark.parametrize("attack", JUST_ABOVE, ids=str)
+async def test_a_relay_that_is_only_just_fast_enough_is_left_where_another_one_is_faster_by_far(
+    stage: Stage, attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At this rate it would take minutes, and no limit of ours would ever end it."""
+    monkeypatch.setattr("relay.transfer.download.WINDOW_SECONDS", 0.4)
+    evil = await stage.evil(attack)
+    stage.machine.prefer(evil.url, stage.honest.url)
+
+    result = await stage.machine.pull(evil.url, stage.honest.url)
+
+    assert evil.played, "the attack did not take place"
+    assert "bytes in a second" in result.failed[evil.url]
+    assert tree_of(result.tree) == TREE
+    kept = load_state(stage.machine.relays_file)
+    assert kept.current == stage.honest.url
+    assert kept.healths[evil.url].ok, "it is slow, and that is all"
+    assert (kept.healths[evil.url].goodput or 0) < 10_000
+
+
+async def test_an_answer_that_has_every_chunk_and_no_end_is_not_waited_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.transfer.download.END_SECONDS", 0.2)
+    evil = await stage.evil(Attack("all but the end", "bundle", slow(lambda whole: len(whole) - 30)))
+    stage.machine.prefer(evil.url, stage.honest.url)
+
+    result = await stage.machine.pull(evil.url, stage.honest.url)
+
+    assert evil.played, "the attack did not take place"
+    assert "does not end its answer" in result.failed[evil.url]
+    assert list(result.from_relays) == [evil.url]
+    assert tree_of(result.tree) == TREE
 
 
 async def test_what_was_good_before_the_lie_is_kept(stage: Stage) -> None:
@@ -455,19 +498,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = {
-    "a.bin": noise("a", 70_000),
-    "b.bin": noise("b", 80_000),
-    "c.bin": bytes(90_000),
-    "run.sh": b"#!/bin/sh\n",
-    "empty": b"",
-    "text/readme.txt": b"Read me.\n" * 100,
-}
-SMALL_TREE = {path: (data, path == "run.sh") for path, data in SMALL.items()}
-
-
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=200 if SOAK else 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(mutation=mutations())
 def test_whatever_the_bytes_the_tree_is_the_signed_one_or_nothing_changed(
@@ -497,7 +531,9 @@ def test_whatever_the_bytes_the_tree_is_the_signed_one_or_nothing_changed(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=200 if SOAK else 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(order=st.permutations(range(3)), runs=st.permutations(range(3)), drop=st.integers(0, 3))
 def test_however_frames_are_shuffled_no_byte_stands_in_a_wrong_place(

@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, get_args
 
-from aiohttp import web
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 from aiohttp.typedefs import Handler
 
+from relay.config import Scope
 from relay.errors import UsageError
+from relay.server.http.callers import IDENTITY
 from relay.server.http.connection import GuardedHandler
 from relay.server.http.problems import SERVER, HttpRefusal
-from relay.server.http.tokens import Identity, Scope, TokenSet, UnauthenticatedError, authenticate
+from relay.server.http.tokens import Identity, TokenSet, UnauthenticatedError, authenticate
 
 HostRule = Callable[[str], bool]
 """Whether a relay answers for a host name (lower case, without port and brackets)."""
@@ -48,7 +50,7 @@ def check_request_line(request: web.BaseRequest, allowed_hosts: HostRule | None)
     Raises:
         HttpRefusal: 400, 421 or 505.
     """
-    if request.version not in {(1, 0), (1, 1)}:
+    if request[VERSION] not in SPOKEN:
         raise HttpRefusal(505, "http_version")
     header = request.headers.get("Host")
     if header is None:
@@ -91,8 +93,11 @@ class Access:
 ACCESS: Final = web.AppKey("access", Access)
 DRAINING: Final = web.AppKey("draining", asyncio.Event)
 """Set when the relay begins to stop: long polls answer at once, and readiness says no."""
-IDENTITY: Final = web.RequestKey("identity", Identity)
 _ROUTES: Final = web.AppKey("route_scopes", dict[web.AbstractRoute, str])
+
+VERSION: Final = web.RequestKey("version", HttpVersion)
+"""Of HTTP, as the request has it."""
+SPOKEN: Final = frozenset({HttpVersion10, HttpVersion11})
 
 OPEN: Final = "open"
 

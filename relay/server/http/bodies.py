@@ -12,11 +12,12 @@ from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from relay.errors import IdentityError
 from relay.package.identity import NuGetVersion, PackageId, PackageRef, Sha256, parse_digest
 from relay.protocol import messages
-from relay.server.http.access import IDENTITY
+from relay.server.http.callers import IDENTITY
 from relay.server.http.connection import ACKS_ARE_COUNTED, GuardedHandler, Ledger, Limits, address_key
 from relay.server.http.problems import HttpRefusal
 from relay.support.byte_budget import ByteBudget
@@ -38,6 +39,11 @@ def _ledger_of(request: web.BaseRequest, limits: Limits) -> Ledger:
 def budget_of(request: web.BaseRequest, limits: Limits) -> ByteBudget:
     """The bytes in flight of this relay, for handlers that hold more than a piece of a body at a time."""
     return _ledger_of(request, limits).budget
+
+
+def share_of(request: web.BaseRequest, limits: Limits) -> int:
+    """Bytes that an answer's pieces are to have: what one connection may take, as each that does not read holds one."""
+    return _ledger_of(request, limits).share()
 
 
 async def body_pieces(request: web.Request, limits: Limits, cap: int) -> AsyncGenerator[bytes, None]:
@@ -105,8 +111,8 @@ async def read_body(request: web.Request, limits: Limits, cap: int) -> bytes:
     return bytes(collected)
 
 
-async def read_json(request: web.Request, limits: Limits, type: type[T]) -> T:
-    """The body as a `type`, which says itself whether it forbids unknown fields.
+async def read_json(request: web.Request, limits: Limits, type: type[T], cap: int = messages.JSON_MAX) -> T:
+    """The body, of `cap` bytes at most, as a `type`, which says itself whether it forbids unknown fields.
 
     Only `application/json` is taken: a web page can send anything else to a loopback relay without asking first.
 
@@ -115,7 +121,7 @@ async def read_json(request: web.Request, limits: Limits, type: type[T]) -> T:
             `body_pieces`.
     """
     check_media_type(request, messages.JSON)
-    raw = await read_body(request, limits, limits.json_bytes)
+    raw = await read_body(request, limits, min(limits.json_bytes, cap))
     return await parse_json_aside(raw, type, limits.json_depth)
 
 
@@ -145,8 +151,8 @@ def parse_json(raw: bytes, type: type[T], depth: int) -> T:
     return value
 
 
-async def write_guarded(response: web.StreamResponse, data: bytes | bytearray | memoryview, limits: Limits) -> None:
-    """Write and wait until the peer has taken all but the last piece.
+async def write_guarded(writer: AbstractStreamWriter, data: bytes | bytearray | memoryview, limits: Limits) -> None:
+    """Write and wait until the peer has taken all but the last piece, or some of that.
 
     A peer that stops reading is cut off by the connection's `StallWatch`; a timeout around the write does it where the
     system does not count acknowledged bytes.
@@ -156,12 +162,13 @@ async def write_guarded(response: web.StreamResponse, data: bytes | bytearray | 
     """
     view = memoryview(data)
     for start in range(0, len(view), PIECE):
-        if ACKS_ARE_COUNTED:
-            await response.write(view[start : start + PIECE])
-            continue
+        # The kernel may take megabytes without a pause: others get their turn between two pieces.
+        await asyncio.sleep(0)
         try:
-            async with asyncio.timeout(limits.write_stall_seconds):
-                await response.write(view[start : start + PIECE])
+            async with asyncio.timeout(None if ACKS_ARE_COUNTED else limits.write_stall_seconds):
+                await writer.write(view[start : start + PIECE])
+                # By itself aiohttp waits only where more than 64 KiB were written: a piece more would be held for each.
+                await writer.drain()
         except TimeoutError as error:
             raise ConnectionResetError("the peer does not read") from error
 
@@ -180,11 +187,13 @@ async def stream(
     response = web.StreamResponse(headers=headers)
     response.content_length = length
     async with aclosing(pieces):
-        first = await anext(pieces, b"")
-        await response.prepare(request)
-        await write_guarded(response, first, limits)
+        # Under one name, so that the first piece is not held until the last.
+        piece = await anext(pieces, b"")
+        writer = await response.prepare(request)
+        assert writer is not None  # noqa: S101 - only an answer that was sent already has none
+        await write_guarded(writer, piece, limits)
         async for piece in pieces:
-            await write_guarded(response, piece, limits)
+            await write_guarded(writer, piece, limits)
     await response.write_eof()
     return response
 

@@ -23,13 +23,23 @@ from weakref import WeakValueDictionary
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from relay.audit.acts import ConnectionCut, ConnectionRefused, HandshakeFailed
+from relay.audit.event import Caller, tell
 from relay.errors import UnreachableError
 from relay.protocol import messages
-from relay.server.http.problems import HttpRefusal, log, problem_of
+from relay.server.http.counts import CONNECTIONS_REFUSED
+from relay.server.http.problems import HttpRefusal, problem_of, tell_problem
 from relay.support.byte_budget import ByteBudget
 
 ACKS_ARE_COUNTED: Final[bool] = sys.platform == "linux"
 """Whether the system tells how many bytes a peer has acknowledged."""
+
+
+SHARED_BYTES: Final = 16 << 20
+"""Bytes that all connections together take with one read, or one piece of an answer, of each."""
+_WRITTEN_AHEAD: Final = 16 << 10
+"""Bytes that may wait in a connection's buffer while the next ones are made."""
+_SHARE_LEAST, _SHARE_MOST = 8 << 10, 256 << 10
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,11 @@ class Limits:
     long_polls: int = 10_000
     json_bytes: int = messages.JSON_MAX
     json_depth: int = messages.JSON_DEPTH
-    bytes_in_flight: int = 256 << 20
-    """Bytes of bodies held in memory at one time, over all requests but those of the next limit."""
-    mail_bytes_in_flight: int = 64 << 20
+    bytes_in_flight: int = 32 << 20
+    """Bytes of bodies held in memory at one time, over all requests but those of the next two limits."""
+    bundle_bytes_in_flight: int = 192 << 20
+    """The same for incoming bundles, of which each counts for 24 MiB: what one holds when it is decoded."""
+    mail_bytes_in_flight: int = 16 << 20
     """The same for orders, and once more for polls and reports."""
     mail_bytes: int = 1 << 30
     """Of letters that are kept, 512 bytes added for each."""
@@ -167,6 +179,8 @@ class Ledger:
         self.polling = 0
         self.by_address: Counter[str] = Counter()
         self.by_identity: Counter[str] = Counter()
+        self.read_buffer = memoryview(bytearray(_SHARE_MOST))
+        """What was read goes on in the same moment, so that one buffer serves all."""
         self.handshakes: set[GuardedHandler] = set()
         """Connections whose TLS handshake is not done."""
         # Weak: a meter is forgotten with the last body that it counts.
@@ -175,11 +189,22 @@ class Ledger:
     def admit(self, address: str) -> Ticket | None:
         """A place for a new connection, or None where there is none left."""
         key = address_key(address)
-        if self.total >= self.limits.connections or self.by_address[key] >= self.limits.connections_per_address:
-            return None
+        limits = self.limits
+        for why, count, limit in (
+            ("connections", self.total, limits.connections),
+            ("connections_per_address", self.by_address[key], limits.connections_per_address),
+        ):
+            if count >= limit:
+                CONNECTIONS_REFUSED.labels(why).inc()
+                tell(ConnectionRefused(address, why, limit))
+                return None
         ticket = Ticket(self, key)
         self.count(ticket, 1)
         return ticket
+
+    def share(self) -> int:
+        """Bytes that one connection reads at a time, or is handed of an answer: where there are many, each gets less."""
+        return max(_SHARE_LEAST, min(_SHARE_MOST, SHARED_BYTES // (self.total or 1)))
 
     def count(self, ticket: Ticket, step: int) -> None:
         """As what `ticket` stands for now: one more, or one less."""
@@ -271,6 +296,8 @@ class GuardedHandler(web.RequestHandler):
             self.force_close()
             transport.abort()
             return
+        # By default one that does not read has two pieces of an answer in its buffer.
+        transport.set_write_buffer_limits(high=_WRITTEN_AHEAD)
         self._wire = transport
         self.ledger.handshakes.discard(self)
         super().connection_made(transport)
@@ -288,8 +315,10 @@ class GuardedHandler(web.RequestHandler):
         self.ledger.handshakes.add(self)
         return True
 
-    def end_handshake(self) -> None:
+    def end_handshake(self, error: BaseException | None) -> None:
         """The TCP connection is gone, before or after the handshake was done."""
+        if self in self.ledger.handshakes and self.ticket is not None:
+            tell(HandshakeFailed(self.ticket.address, str(error or "the peer has gone")))
         self.ledger.handshakes.discard(self)
         if self.ticket is not None:
             self.ticket.release()
@@ -325,6 +354,7 @@ class GuardedHandler(web.RequestHandler):
         if request.writer.output_size or isinstance(exc, ConnectionError):
             raise ConnectionResetError("the connection is broken")
         response = problem_of(exc or web.HTTPInternalServerError())
+        tell_problem(request, response)
         response.force_close()
         return response
 
@@ -346,7 +376,12 @@ class GuardedHandler(web.RequestHandler):
 
     def _end_of_header_time(self) -> None:
         if not self._request_count:
+            self._tell_cut("no_request")
             self.force_close()
+
+    def _tell_cut(self, why: str) -> None:
+        if self.ticket is not None:
+            tell(ConnectionCut(Caller(self.ticket.address, self.ticket.identity or ""), why))
 
     def _watch_writing(self) -> None:
         """Also after `close()`: a transport that waits for its buffer to empty waits for ever."""
@@ -355,7 +390,7 @@ class GuardedHandler(web.RequestHandler):
         waiting = self._wire.get_write_buffer_size()
         acked = acknowledged(self._wire) if waiting else 0
         if acked is not None and self._stall.stalled(self._loop.time(), waiting, acked):
-            log.info("a peer stopped reading; its connection is cut")
+            self._tell_cut("not_read")
             self._wire.abort()
             return
         pause = self.ledger.limits.write_stall_seconds / 4
@@ -367,6 +402,28 @@ def _address_of(transport: asyncio.BaseTransport) -> str:
     return str(peer[0]) if isinstance(peer, tuple) and peer else "local"
 
 
+class Plain(asyncio.BufferedProtocol):
+    """What reads for a connection without TLS, into a buffer of ours.
+
+    uvloop by itself reads 256 KiB at a time, which 900 connections that send at once make 230 MiB of, and aiohttp's
+    protocol cannot name a buffer of its own.
+    """
+
+    def __init__(self, handler: GuardedHandler) -> None:
+        self._handler = handler
+        self.connection_made = handler.connection_made  # type: ignore[method-assign]
+        self.connection_lost = handler.connection_lost  # type: ignore[method-assign]
+        self.eof_received = handler.eof_received  # type: ignore[method-assign]
+        self.pause_writing = handler.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = handler.resume_writing  # type: ignore[method-assign]
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the signature
+        return self._handler.ledger.read_buffer[: self._handler.ledger.share()]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._handler.data_received(bytes(self._handler.ledger.read_buffer[:nbytes]))
+
+
 class CountedTls(SSLProtocol):
     """The TLS layer of one connection, counted from its first byte on.
 
@@ -374,6 +431,9 @@ class CountedTls(SSLProtocol):
     finish one. `loop.start_tls` from a plain protocol would do, but uvloop may deliver the handshake's first bytes to
     that protocol before.
     """
+
+    max_size = 64 << 10
+    """Bytes of its buffer, in place of 256 KiB: each connection has one of its own."""
 
     def __init__(self, handler: GuardedHandler, context: ssl.SSLContext) -> None:
         self._handler = handler
@@ -392,5 +452,5 @@ class CountedTls(SSLProtocol):
             super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._handler.end_handshake()
+        self._handler.end_handshake(exc)
         super().connection_lost(exc)

@@ -8,21 +8,30 @@ request-smuggling advisories are about.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import socket
 import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Final
 
-from aiohttp import http_parser, web
+from aiohttp import HttpVersion11, http_parser, web
+from aiohttp.http_parser import RawRequestMessage
 from aiohttp.typedefs import Handler
 
-from relay.errors import UsageError
+from relay.audit.acts import RelayDraining
+from relay.audit.event import tell
+from relay.errors import UnreachableError, UsageError, WaystationError
 from relay.protocol.credentials import is_loopback
 from relay.protocol.followed import Current
-from relay.server.http.access import ACCESS, DRAINING, HostRule, check_request, check_routes
-from relay.server.http.connection import CountedTls, GuardedHandler, Ledger, Limits
+from relay.server.http.access import ACCESS, DRAINING, SPOKEN, VERSION, HostRule, check_request, check_routes
+from relay.server.http.connection import CountedTls, GuardedHandler, Ledger, Limits, Plain
 from relay.server.http.problems import problem_middleware
+
+_NEVER: Final = frozenset({errno.EACCES, errno.EPERM, errno.EAFNOSUPPORT, errno.EINVAL})
+"""No right to the port, no such family of addresses. A missing address (EADDRNOTAVAIL) may come with its interface."""
 
 
 def check_c_parser() -> None:
@@ -69,11 +78,17 @@ class Running:
         host, self.port = listener.sockets[0].getsockname()[:2]
         self.url = f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
-    async def stop(self) -> None:
-        """Take no new connection, let running requests end for `drain_seconds`, then cut what is left. Twice is once."""
+    async def stop(self) -> int:
+        """Take no new connection, let running requests end for `drain_seconds`, then cut what is left: how many that was.
+
+        Twice is once.
+        """
+        if not self._draining.is_set():
+            tell(RelayDraining(len(self._handlers()), self.ledger.limits.drain_seconds))
         self._listener.close()
         self._draining.set()
-        for handler in list(self.ledger.handshakes):
+        waiting, self.ledger.handshakes = self.ledger.handshakes, set()
+        for handler in waiting:
             handler.abort()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.ledger.limits.drain_seconds
@@ -81,9 +96,11 @@ class Running:
             for handler in handlers:
                 handler.drain()
             await asyncio.sleep(0.05)
-        for handler in self._handlers():
+        handlers = self._handlers()
+        for handler in handlers:
             handler.abort()
         await self._runner.cleanup()
+        return len(handlers)
 
     def _handlers(self) -> list[GuardedHandler]:
         server = self._runner.server
@@ -106,7 +123,8 @@ async def start_guarded(
 
     Raises:
         UsageError: no C parser, a route without a scope, a listener beyond loopback without tokens, or an address that
-            cannot be listened on.
+            this user or system can never listen on.
+        UnreachableError: the address cannot be listened on now: it is in use, or its interface or name is not there yet.
     """
     check_c_parser()
     check_routes(app)
@@ -125,15 +143,33 @@ async def start_guarded(
         assert server is not None  # noqa: S101 - set up one line above
         inner = partial(check_request, handler=server.request_handler, allowed_hosts=allowed_hosts)
         server.request_handler = partial(_answer, handler=inner)
+        server.request_factory = partial(_make_request, make=server.request_factory)
         ledger = Ledger(limits)
         factory = _connection_factory(server, ledger, ssl_context)
         listener = await asyncio.get_running_loop().create_server(factory, host, port, backlog=1024)
     except BaseException as error:
         await runner.cleanup()
         if isinstance(error, OSError):
-            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+            raise _cannot_listen(host, port, error) from error
         raise
     return Running(runner, listener, ledger, app[DRAINING], "https" if ssl_context else "http")
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> WaystationError:
+    """What trying again may mend is no mistake of usage: an init system starts a relay again for it."""
+    kind = UsageError if error.errno in _NEVER and not isinstance(error, socket.gaierror) else UnreachableError
+    return kind(f"cannot listen on {host}:{port}: {error.strerror or error}")
+
+
+def _make_request(
+    message: RawRequestMessage,
+    *rest: Any,  # noqa: ANN401 - handed on as it is
+    make: Callable[..., web.BaseRequest],
+) -> web.BaseRequest:
+    """Aiohttp begins its answer with the request's own version, whatever that is; ours begins with one that is spoken."""
+    request = make(message if message.version in SPOKEN else message._replace(version=HttpVersion11), *rest)
+    request[VERSION] = message.version
+    return request
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -157,8 +193,9 @@ def _connection_factory(
             max_line_size=limits.line_bytes,
             max_field_size=limits.line_bytes,
             max_headers=limits.headers,
+            read_bufsize=ledger.share() // 4,
             auto_decompress=False,
             access_log=None,
         )
 
-    return handler if context is None else lambda: CountedTls(handler(), context())
+    return (lambda: Plain(handler())) if context is None else (lambda: CountedTls(handler(), context()))

@@ -6,7 +6,6 @@ random id leads to the line in the log that says more.
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import secrets
@@ -19,6 +18,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.typedefs import Handler
 
+from relay.audit.acts import AnswerBroken, NothingThere, RequestFailed, RequestRefused
+from relay.audit.event import tell
 from relay.errors import (
     ChunkInvalid,
     ChunkMissing,
@@ -31,7 +32,10 @@ from relay.errors import (
     UnknownLeaseError,
     UnreachableError,
     UntrustedError,
+    WaystationError,
 )
+from relay.server.http.callers import caller_of, path_of
+from relay.server.http.counts import REFUSALS
 from relay.server.http.tokens import TokenError
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -53,6 +57,9 @@ TITLES: Final[Mapping[str, str]] = {
     "misplaced_token": "A token belongs into one Authorization header and nowhere else",
     "unauthenticated": "A valid token is needed",
     "forbidden": "The token has not the scope for this",
+    "other_agent": "The token is bound to another agent",
+    "forged": "The presence is not signed by the key that it names, or is another agent's",
+    "too_many_refusals": "This token was refused too often for this",
     "unknown_peer": "This relay does not fetch from there",
     "not_found": "There is nothing here under this name",
     "not_exact": "The identical nupkg is not here, and cannot be made here",
@@ -111,8 +118,20 @@ _BY_ERROR: Final[tuple[tuple[type[BaseException], int, str], ...]] = (
 """The first that an error is counts: the nearer kind stands before the wider."""
 
 _ENDS: Final = frozenset({400, 408, 421, 505})
+_EVENTS: Final = {404: NothingThere, 500: RequestFailed}
+"""By status; all others are refusals."""
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What stands behind an answer that is a problem, for the audit trail."""
+
+    id: str
+    code: str
+    cause: BaseException | None
+
+
+PROBLEM: Final = web.ResponseKey("problem", Problem)
 
 
 class HttpRefusal(RefusedError):  # noqa: N818 - a refusal, in the word of its root
@@ -163,7 +182,7 @@ def problem(
     headers: Mapping[str, str] | None = None,
     cause: BaseException | None = None,
 ) -> web.Response:
-    """A problem document, and a line in the log under the same id.
+    """A problem document. Its id stands in the event that `tell_problem` makes of it.
 
     Args:
         status: the HTTP status.
@@ -171,19 +190,9 @@ def problem(
         retry_after: seconds; up to half as much again is added, so that refused peers do not come back as one.
         extra: further members, such as the ranges that are missing. Never put a request's own text here.
         headers: further headers.
-        cause: what happened, for the log alone; with its traceback when `status` is 500.
+        cause: what happened, for the log alone; with its traceback where it is a mistake of ours (`internal`).
     """
     id = secrets.token_hex(8)
-    # ascii() keeps control characters of a hostile message from forging lines of the log.
-    log.log(
-        logging.ERROR if status == 500 else logging.INFO,
-        "problem %s: %d %s %s",
-        id,
-        status,
-        code,
-        ascii(f"{type(cause).__name__}: {cause}")[:300] if cause else "",
-        exc_info=cause if status == 500 else None,
-    )
     document = dict(extra or {}) | {
         "type": f"urn:waystation:problem:{code}",
         "title": TITLES[code],
@@ -195,7 +204,9 @@ def problem(
     if retry_after is not None:
         # Spread, not secrecy: an ordinary random number will do.
         told["Retry-After"] = str(math.ceil(retry_after * random.uniform(1.0, 1.5)))  # noqa: S311
-    return web.Response(status=status, body=msgspec.json.encode(document), content_type=PROBLEM_TYPE, headers=told)
+    response = web.Response(status=status, body=msgspec.json.encode(document), content_type=PROBLEM_TYPE, headers=told)
+    response[PROBLEM] = Problem(id, code, cause if status == 500 else _without_frames(cause))
+    return response
 
 
 def problem_of(error: BaseException) -> web.Response:
@@ -217,9 +228,37 @@ async def problem_middleware(request: web.Request, handler: Handler) -> web.Stre
             raise TypeError("a handler returned no response")
     except Exception as error:
         response = _answer_to(request, error)
+    tell_problem(request, response)
     if response.status in _ENDS or (response.status >= 400 and not request.content.is_eof()):
         response.force_close()
     return response
+
+
+def _without_frames(error: BaseException | None) -> BaseException | None:
+    """A peer may be slow to take its answer: what the frames behind it hold, such as a body, is not held for so long."""
+    if error is not None:
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+def tell_problem(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Tell who was refused what and why, where `response` is a problem; every problem goes through here once."""
+    found = response.get(PROBLEM)
+    if found is None:
+        return
+    REFUSALS.labels(found.code).inc()
+    kind = _EVENTS.get(response.status, RequestRefused)
+    by, path = caller_of(request, found.cause), path_of(request)
+    event = kind(by, request.method, path, response.status, found.code, found.id, _why(found.cause))
+    tell(event, found.cause if response.status == 500 else None)
+
+
+def _why(cause: BaseException | None) -> str:
+    if cause is None:
+        return ""
+    # The words of aiohttp's parser quote what was sent, and that may be a credential.
+    is_quote = isinstance(cause, HttpProcessingError | web.RequestPayloadError)
+    return type(cause).__name__ if is_quote else f"{type(cause).__name__}: {cause}"
 
 
 def _answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
@@ -229,7 +268,9 @@ def _answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
     if isinstance(error, web.HTTPException) and error.status < 400:
         raise error
     if request.writer.output_size:
-        log.warning("an answer broke off", exc_info=error)
+        is_expected = isinstance(error, WaystationError | OSError)
+        broken = AnswerBroken(caller_of(request), request.method, path_of(request), _why(error))
+        tell(broken, None if is_expected else error)
         transport.abort()
         raise ConnectionResetError("the answer broke off") from error
     return problem_of(error)

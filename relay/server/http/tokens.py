@@ -11,27 +11,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, get_args
 from urllib.parse import unquote_plus
 
 import msgspec
-from msgspec import Meta
 
+from relay.config import Scope, TokenRecord
 from relay.errors import RefusedError, UsageError
+from relay.protocol import messages
 from relay.support.durable import write_durably
 
 if TYPE_CHECKING:
     from aiohttp import web
-
-Scope = Literal["read", "write", "agent", "order"]
-"""`read` packages; `write` packages; `agent` poll and report; `order` post orders and read reports."""
 
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 TOKEN_DAYS_MAX: Final = 90
@@ -78,24 +75,14 @@ class MisplacedTokenError(TokenError):
     code = "misplaced_token"
 
 
-class TokenRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One entry under `tokens:` in relay.yaml. `sha256` is that of the token's secret part, in hex."""
-
-    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{8}\Z")]
-    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)]
-    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-    created: Annotated[datetime, Meta(tz=True)]
-    expires: Annotated[datetime, Meta(tz=True)]
-    name: str = ""
-
-
 @dataclass(frozen=True)
 class Identity:
-    """A peer with a valid token. `scopes` holds the implied ones too."""
+    """A peer with a valid token. `scopes` holds the implied ones too. `agent`: the only one that it may be; empty: any."""
 
     id: str
     scopes: frozenset[str]
     name: str = ""
+    agent: str = ""
 
     def require(self, scope: str) -> None:
         """Pass, or say no.
@@ -107,11 +94,14 @@ class Identity:
             raise ForbiddenError(self.id, scope)
 
 
-def make_token(scopes: Iterable[str], now: datetime, days: int = 90, name: str = "") -> tuple[str, TokenRecord]:
-    """A new token's text, to be shown once, and what to keep of it. `now` needs a zone.
+def make_token(
+    scopes: Iterable[str], now: datetime, days: int = 90, name: str = "", agent: str = ""
+) -> tuple[str, TokenRecord]:
+    """A new token's text, to be shown once, and what to keep of it. `now` needs a zone; `agent` binds it to that one.
 
     Raises:
-        UsageError: no scope, one that does not exist, or a life of not 1 to 90 days.
+        UsageError: no scope, one that does not exist, a life of not 1 to 90 days, or no name of an agent; or a token
+            that is no agent's is bound to one.
     """
     wanted = set(scopes)
     chosen = tuple(scope for scope in SCOPES if scope in wanted)
@@ -119,9 +109,15 @@ def make_token(scopes: Iterable[str], now: datetime, days: int = 90, name: str =
         raise UsageError("a token needs one or more scopes", hint=f"There are: {', '.join(SCOPES)}")
     if not 1 <= days <= TOKEN_DAYS_MAX:
         raise UsageError(f"a token lives 1 to {TOKEN_DAYS_MAX} days")
+    if agent and not re.search(messages.AGENT_NAME, agent):
+        raise UsageError(f"{agent!r} is no name for an agent", hint="Letters, digits, . _ -")
+    if agent and "agent" not in chosen:
+        raise UsageError("only a token with the scope agent can be bound to one")
     id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     created = now.astimezone(UTC).replace(microsecond=0)
-    record = TokenRecord(id, chosen, _hash(secret), created, created + timedelta(days=days), name)
+    record = TokenRecord(
+        id, chosen, _hash(secret), created, created + timedelta(days=days), name, agent or msgspec.UNSET
+    )
     return _with_checksum(f"wst_{id}_{secret}"), record
 
 
@@ -155,7 +151,7 @@ class TokenSet:
         if not (record and same and now < record.expires):
             raise UnauthenticatedError
         implied = (_IMPLIED.get(scope, frozenset()) for scope in record.scopes)
-        return Identity(record.id, frozenset(record.scopes).union(*implied), record.name)
+        return Identity(record.id, frozenset(record.scopes).union(*implied), record.name, record.agent or "")
 
 
 def authenticate(request: web.BaseRequest, tokens: TokenSet, now: datetime | None = None) -> Identity | None:
@@ -290,7 +286,5 @@ def _item(entry: dict[str, Any], indent: int) -> str:
 
 
 def _write_durably(path: str, text: str) -> None:
-    """In place of what is there, with its mode; a new file is for its owner alone."""
-    target = os.path.realpath(path)
-    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o600
-    write_durably(target, text.encode(), mode=mode)
+    """A new file is for its owner alone. One that another user must be able to read has to stay readable for it."""
+    write_durably(path, text.encode(), mode=0o600, must_keep_owner=True)

@@ -12,11 +12,12 @@ from harness.orders_kit import DEPLOYMENT, OTHER, Desk, desk_in
 
 from agent.disk import REMOVED
 from agent.orders.acceptance import Accepted, Known, Me, Refused, judge
-from agent.orders.envelopes import order_digest, sign_report, unverified
+from agent.orders.envelopes import order_digest, sign_report
 from agent.orders.journal import KEPT_SECONDS, REFUSALS_MAX, OperationJournal, OperationRecord
 from agent.orders.keys import load_report_signer
 from agent.orders.orders import SKEW_SECONDS, Order, Report, Survey
 from relay.errors import StoreError
+from relay.trust.envelopes import unverified
 
 NOW = 1_800_000_000.0
 GONE = NOW + 3600 + 2 * SKEW_SECONDS + 1

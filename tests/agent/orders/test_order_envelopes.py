@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.envelopes import (
-    MalformedError,
     ScopeError,
     open_sealed,
     order_digest,
@@ -19,7 +18,6 @@ from agent.orders.envelopes import (
     sign_order,
     sign_presence,
     sign_report,
-    unverified,
     verify_order,
     verify_presence,
     verify_report,
@@ -50,7 +48,7 @@ from agent.orders.orders import (
     Verify,
 )
 from relay.errors import SignatureError, UsageError
-from relay.trust.envelopes import sign_document
+from relay.trust.envelopes import MalformedError, sign_document, unverified
 
 ACTIONS: list[Action] = [
     Survey((tree("0" * 64, "/srv"),)),

@@ -22,6 +22,7 @@ from agent.relays.health import (
     ProbeResult,
     next_probe,
     record_failure,
+    record_overtaken,
     record_probes,
     record_success,
 )
@@ -463,6 +464,21 @@ def test_equal_relays_with_heavy_noise_do_not_flap(seed):
 def test_a_relay_twice_as_fast_is_found_and_kept(seed):
     _, _, used = simulate({"a": 0.10, "b": 0.05}, seed)
     assert set(used[500:]) == {B.url}
+
+
+def test_a_relay_that_was_overtaken_stands_behind_the_one_that_overtook_it():
+    """Its pace was measured, so no probe that it answers well brings it back in front."""
+    slow, fast = source("slow"), source("fast")
+    before = record_success(UNKNOWN, 1.0, 0.001, None)
+    overtaken = record_overtaken(before, 2.0, 1200.0, "1,200 bytes in a second")
+    healths = {
+        slow.url: record_success(overtaken, 3.0, 0.001, None),
+        fast.url: record_success(UNKNOWN, 2.0, 0.005, 10e6),
+    }
+
+    assert (overtaken.ok, overtaken.fails, overtaken.goodput) == (True, 1, 1200.0)
+    assert [ranked.source for ranked in rank([slow, fast], healths, fast.url, 4.0, "m1")] == [fast, slow]
+    assert [ranked.source for ranked in rank([slow, fast], healths, slow.url, 4.0, "m1")] == [fast, slow]
 
 
 def test_a_relay_in_use_that_gets_worse_is_left():

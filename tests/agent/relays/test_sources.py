@@ -25,7 +25,7 @@ from agent.trees.pull import Pulled, parse_request, pull
 from relay.errors import FrameError, NotFoundError, StoreError, UnreachableError, UntrustedError, UsageError
 from relay.package.identity import NuGetVersion, PackageId
 from relay.protocol.connection import ClientLimits, TokenRefusedError
-from relay.transfer.download import RequestTiming
+from relay.transfer.download import OvertakenError, RequestTiming
 
 LIMITS = ClientLimits(connect_seconds=2, answer_seconds=5, window_seconds=5, window_bytes=1, attempts=1)
 FILES = {"bin/app.dll": noise("app", 200_000), "data/big.bin": noise("big", 3_000_000), "readme.txt": b"Read me."}
@@ -474,3 +474,15 @@ def test_the_two_ways_to_fail_are_told_apart() -> None:
     """What the tests above rely on."""
     assert issubclass(FrameError, UntrustedError)
     assert issubclass(StoreError, UnreachableError)
+
+
+async def test_a_bad_moment_of_a_relay_counts_for_no_more_than_ten_times_slower(machine: Machine) -> None:
+    slow, silent = "http://slow.example.net:7400", "http://silent.example.net:7400"
+    sources = machine.sources(config=AgentConfig(name="m1", relays=(slow, silent)))
+    async with sources:
+        sources.overtaken(slow, OvertakenError(slow, "another", 500_000.0, 2e6))
+        sources.overtaken(silent, OvertakenError(silent, "another", 0.0, 2e6))
+
+        assert sources.goodput(slow) == pytest.approx(500_000.0)
+        assert sources.goodput(silent) == pytest.approx(200_000.0)
+        assert sources.healths[silent].fails == 1

@@ -30,6 +30,7 @@ from relay.errors import (
     IdentityError,
     LockedError,
     NotFoundError,
+    RefusedError,
     SignatureError,
     StoreError,
     UnreachableError,
@@ -97,6 +98,19 @@ async def test_every_byte_of_the_tree_is_accounted_for(machine: Machine) -> None
     assert content(second.tree) == NEWER
 
 
+async def test_a_package_folder_comes_whole_and_again_as_a_difference(machine: Machine, tmp_path: Path) -> None:
+    files = {"package/start.js": b"run()", "package/lib.bin": noise("code", 300_000), "a/b": b"x"}
+    await machine.origin.add(make_nupkg(tmp_path, files, version="2.0.0"))
+    await machine.origin.add(make_nupkg(tmp_path, files | {"package/start.js": b"ran()"}, version="2.0.1"))
+
+    assert content((await machine.pull("2.0.0")).tree) == files
+    following = await machine.pull("2.0.1")
+
+    assert content(following.tree) == files | {"package/start.js": b"ran()"}
+    assert following.from_disk_bytes > 300_000
+    assert sum(tally["bytes"] for tally in following.from_relays.values()) < 2_000
+
+
 async def test_the_same_again_is_done_already(machine: Machine) -> None:
     first = await machine.pull(switch=True)
 
@@ -120,17 +134,34 @@ async def test_current_names_what_was_switched_to_and_only_that(machine: Machine
     assert not os.path.isabs(os.readlink(os.path.join(machine.root, "current"))), "the root could not be moved"
 
 
-async def test_a_folder_named_current_is_told_and_left_alone(machine: Machine) -> None:
-    kept = Path(machine.root, "current", "kept.txt")
+@pytest.mark.parametrize("name", ["current/kept.txt", "current"], ids=["folder", "file"])
+async def test_what_is_no_link_and_named_current_is_told_and_left_alone(machine: Machine, name: str) -> None:
+    kept = Path(machine.root, name)
     kept.parent.mkdir(parents=True)
     kept.write_text("x")
 
-    with pytest.raises(StoreError, match="current cannot name the new tree"):
+    with pytest.raises(RefusedError, match="is no link"):
         await machine.pull(switch=True)
 
     assert kept.read_text() == "x"
     assert [name for name in os.listdir(machine.root) if name.startswith(".current")] == []
     assert (await machine.pull()).already, "the tree itself was not kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
+async def test_a_root_that_another_user_could_replace_gets_no_tree_and_no_switch(machine: Machine) -> None:
+    await machine.pull()
+    Path(machine.root).chmod(0o777)
+    with pytest.raises(RefusedError, match="everybody can write"):
+        await machine.pull(switch=True)
+    Path(machine.root).chmod(0o755)
+    os.chown(machine.root, 12345, 12345)
+
+    with pytest.raises(RefusedError, match="another user"):
+        await machine.pull("1.1.0")
+
+    assert len(machine.releases()) == 1
+    assert not os.path.lexists(os.path.join(machine.root, "current"))
 
 
 async def test_a_tree_that_was_removed_is_built_again(machine: Machine) -> None:

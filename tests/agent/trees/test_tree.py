@@ -21,8 +21,17 @@ from hypothesis import strategies as st
 
 from agent import platform
 from agent.trees import tree as trees
-from agent.trees.tree import EXTRA, IncomingTree, check_tree, clear_leftovers, is_whole, read_chunk, take_from
-from relay.errors import LockedError, StoreError, UntrustedError
+from agent.trees.tree import (
+    EXTRA,
+    IncomingTree,
+    check_tree,
+    clear_leftovers,
+    damage_in,
+    is_whole,
+    read_chunk,
+    take_from,
+)
+from relay.errors import LockedError, RefusedError, StoreError
 from relay.package.chunk import Chunk
 from relay.package.manifest import Manifest
 
@@ -82,11 +91,40 @@ def test_the_tree_is_the_packages_files_without_the_container(tmp_path: Path, cu
     assert os.listdir(tmp_path / "releases") == ["1.0.0-A"]
 
 
+OF_A_PACKAGE_FOLDER = FILES | {"package/start.js": b"run()", "package/help.bin": noise("help", 700)}
+
+
+def test_files_of_a_package_folder_are_taken_out_of_the_chunk_that_they_share_with_the_container(
+    tmp_path: Path,
+) -> None:
+    shared = cut_package(OF_A_PACKAGE_FOLDER)
+    mixed = len(shared.manifest.chunks) - 1
+    parts = {shared.manifest.parts[extent.part].path for extent in shared.manifest.extents[mixed]}
+    assert {"package/start.js", "_rels/.rels"} < parts
+    tree = build(tmp_path, shared)
+    tree.close()
+
+    again = IncomingTree(str(tmp_path), shared.manifest, "1.0.0-A")
+    assert again.missing == [mixed], "what the tree leaves out cannot be read back"
+    again.write(shared.chunk(mixed))
+    path = again.finish()
+    again.clear()
+
+    assert content(path) == OF_A_PACKAGE_FOLDER
+    assert is_whole(path, shared.manifest)
+    wanted = set(shared.manifest.chunk_ids())
+    assert {chunk.id for chunk in take_from(path, shared.manifest, wanted)} == wanted - {
+        shared.manifest.chunk_id(mixed)
+    }
+    os.remove(os.path.join(path, "package/start.js"))
+    assert damage_in(path, shared.manifest) == "package/start.js: missing"
+
+
 def test_a_chunk_that_stands_in_several_places_is_asked_for_once(tmp_path: Path, cut: Cut) -> None:
     tree = build(tmp_path, cut, upto=0)
     ids = [cut.manifest.chunk_id(i) for i in tree.missing]
 
-    assert len(ids) == len(set(ids)) < cut.manifest.tree_chunks
+    assert len(ids) == len(set(ids)) < len(cut.manifest.tree_chunks)
     tree.close()
 
 
@@ -402,7 +440,7 @@ def test_a_planted_link_in_place_of_the_build_is_refused(tmp_path: Path, cut: Cu
     (tmp_path / "releases").mkdir()
     (tmp_path / "releases" / f".incoming-{cut.manifest.id}").symlink_to(elsewhere)
 
-    with pytest.raises(UntrustedError, match="only this user can write"):
+    with pytest.raises(RefusedError, match="is a link"):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
     assert list(elsewhere.iterdir()) == []
@@ -414,7 +452,7 @@ def test_a_planted_folder_that_others_can_enter_is_refused(tmp_path: Path, cut: 
     folder.mkdir(parents=True)
     folder.chmod(mode)
 
-    with pytest.raises(UntrustedError):
+    with pytest.raises(RefusedError):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
     assert list(folder.iterdir()) == []
@@ -426,7 +464,7 @@ def test_another_users_folder_is_refused(tmp_path: Path, cut: Cut) -> None:
     folder.mkdir(parents=True, mode=0o700)
     os.chown(folder, 12345, 12345)
 
-    with pytest.raises(UntrustedError):
+    with pytest.raises(RefusedError):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
 
@@ -434,7 +472,7 @@ def test_a_file_in_place_of_the_build_is_refused(tmp_path: Path, cut: Cut) -> No
     (tmp_path / "releases").mkdir()
     (tmp_path / "releases" / f".incoming-{cut.manifest.id}").write_text("mine")
 
-    with pytest.raises(UntrustedError):
+    with pytest.raises(StoreError, match="directory"):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
 
@@ -443,7 +481,7 @@ def test_releases_that_everybody_can_write_to_are_refused(tmp_path: Path, cut: C
     releases.mkdir()
     releases.chmod(0o777)
 
-    with pytest.raises(UntrustedError, match="chmod o-w"):
+    with pytest.raises(RefusedError, match="chmod o-w"):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
 
@@ -564,7 +602,7 @@ def test_no_descriptor_is_lost_on_any_way_out(
         monkeypatch.setattr(platform, "free_bytes", lambda folder: 0)
     before = descriptors()
 
-    with pytest.raises((LockedError, UntrustedError, StoreError)):
+    with pytest.raises((LockedError, RefusedError, StoreError)):
         IncomingTree(str(tmp_path), cut.manifest, "x")
 
     assert {path for path in descriptors() - before if str(tmp_path) in path} == set()
@@ -591,14 +629,14 @@ def test_closing_twice_is_once(tmp_path: Path, cut: Cut) -> None:
 
 
 def held_by(tree: str, manifest: Manifest, wanted: Cut) -> set[str]:
-    ids = {wanted.manifest.chunk_id(i) for i in range(wanted.manifest.tree_chunks)}
+    ids = {wanted.manifest.chunk_id(i) for i in wanted.manifest.tree_chunks}
     return {chunk.id for chunk in take_from(tree, manifest, ids)}
 
 
 def test_all_that_two_versions_share_is_taken(tmp_path: Path, cut: Cut) -> None:
     path = finished(tmp_path, cut)
     newer = cut_package({**FILES, "bin/app": b"\x7fELF" + noise("new", 100_000)}, version="1.1.0")
-    shared = {c.id for c in newer.manifest.chunks[: newer.manifest.tree_chunks]} & {c.id for c in cut.manifest.chunks}
+    shared = {newer.manifest.chunks[i].id for i in newer.manifest.tree_chunks} & {c.id for c in cut.manifest.chunks}
 
     assert held_by(path, cut.manifest, newer) == shared
     assert len(shared) >= 3

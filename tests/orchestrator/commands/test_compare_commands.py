@@ -153,7 +153,7 @@ def test_names_in_a_package_do_not_drive_the_terminal(tmp_path: Path) -> None:
     done = run(tmp_path, *DIFF, *paths)
     assert done.code == 0, done.err
     assert "\u202e" not in done.out
-    assert "\N{REPLACEMENT CHARACTER}gpj.txt" in done.out
+    assert r"\u202egpj.txt" in done.out
 
 
 def test_one_failed_encoder_ends_the_others_and_is_told() -> None:

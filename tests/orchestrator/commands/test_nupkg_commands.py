@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.crafted import Member, craft
 from harness.engines import ENGINES, PACKAGES, needs_engines
-from harness.packages import deflated, words
+from harness.machines import Machine
+from harness.packages import deflated, nuspec, words
 from harness.process import Process, run
 from harness.relays import RelayProcess
+
+from relay.support.zstd import zstd
 
 PARTS = {"lib/a.dll": words(1, 400_000), "b.txt": words(2, 2_000)}
 EF = PACKAGES / "microsoft.entityframeworkcore.10.0.14.nupkg"
@@ -82,6 +86,33 @@ def test_engines_that_come_later_mend_the_recipe(by: str, home: Path) -> None:
     told = exact(home, *name)
     assert set(told["shares"]) == {"dotnet-10", "stored"}
     assert told["verbatim"] is None
+
+
+# --- zstd
+
+
+def test_a_package_with_parts_in_zstd_goes_all_the_way(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
+    """Into the depot, to a relay, onto a machine, and out again as the identical nupkg."""
+    frames = {"lib/c.dll": words(3, 300_000), "empty": b""}
+    members = [Member(name, data, method=93, raw=zstd.compress(data)) for name, data in frames.items()]
+    parts = [Member("A.nuspec", nuspec(*NAME)), *(Member(name, data) for name, data in PARTS.items()), *members]
+    nupkg = tmp_path / "zstd.nupkg"
+    nupkg.write_bytes(craft(*parts, nuspec=False))
+    assert run(home, "package", "add", nupkg).code == 0
+    told = exact(home, *NAME)
+    assert told["verbatim"]["bytes"] == sum(len(member.compressed) for member in members)
+    assert set(told["shares"]) == {"zlib", "verbatim"}
+
+    sent = run(home, "package", "replicate", *NAME, "--relay", relay.url, "--exact", "--json").json
+    assert sent["relays"][0]["exact_bytes"] == told["verbatim"]["bytes"]
+    machine = Machine.made(tmp_path / "web1", home / "trust" / "trust.json")
+    tree = Path(machine.pull(*NAME, relay.url)["tree"])
+    assert {name: (tree / name).read_bytes() for name in (*PARTS, *frames)} == PARTS | frames
+    assert machine.verified() == ["Acme.Web 1.0.0"]
+    for number, source in enumerate([(), ("--relay", relay.url)]):
+        out = tmp_path / f"{number}.nupkg"
+        assert run(home, "package", "fetch", *NAME, *source, "--output", out).code == 0
+        assert out.read_bytes() == nupkg.read_bytes()
 
 
 # --- between publication and proof
@@ -186,8 +217,12 @@ def test_fetch_never_overwrites_another_file(home: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob("out.*")] == ["out.nupkg"]
 
 
-def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(home: Path, tmp_path: Path, relay: RelayProcess) -> None:
-    nupkg = deflated(tmp_path, PARTS)
+@pytest.mark.parametrize("names", [(), ("tools//run.sh", "./a.txt", "/c.txt", "caf%E9.txt")], ids=["plain", "odd"])
+def test_fetch_takes_it_from_a_relay_that_never_saw_the_file(
+    home: Path, tmp_path: Path, relay: RelayProcess, names: tuple[str, ...]
+) -> None:
+    """Names that are laid down as others are kept in the recipe as they are."""
+    nupkg = deflated(tmp_path, PARTS | dict.fromkeys(names, b"some text, some text"))
     run(home, "package", "add", nupkg)
     assert run(home, "package", "replicate", *NAME, "--relay", relay.url).code == 0
     out = tmp_path / "out.nupkg"

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 from harness.feed import body, running_feed
-from harness.packages import make_nupkg, noise, nuspec
+from harness.packages import deflated, make_nupkg, noise, nuspec
 from harness.process import WAYSTATION, Done, environment, run
 from harness.relays import RelayProcess
 
@@ -217,6 +217,61 @@ def test_the_json_of_add_says_what_was_stored(home: Path, tmp_path: Path) -> Non
     assert first["provenance"] == {"how": "added", "source": "Acme.Web.1.0.0.nupkg", "verified_by": ""}
     assert (first["new"], again["new"]) == (True, False)
     assert (first["chunks_stored"], again["chunks_stored"]) == (first["chunks"], 0)
+
+
+def test_what_trees_leave_out_is_told(home: Path, tmp_path: Path) -> None:
+    psmdcp = "package/services/metadata/core-properties/0123.psmdcp"
+    files = FILES | {
+        "package/start.js": b"run()",
+        "Package/help.txt": b"help",
+        psmdcp: b"<x/>",
+        "odd\u202egpj.exe": b"",
+    }
+    nupkg = make_nupkg(tmp_path, files)
+    left_out = ["_rels/.rels", "[Content_Types].xml", psmdcp, "Acme.Web.nuspec"]
+    told = re.search(r"^  not in trees: (.*)$", run(home, "package", "add", nupkg).out, re.MULTILINE)
+    assert told is not None
+    assert sorted(told[1].split(", ")) == sorted(left_out)
+    assert sorted(add(home, nupkg)[0]["left_out"]) == sorted(left_out)
+    shown = run(home, "package", "show", "Acme.Web", "1.0.0")
+    assert re.search(rf"^  not in it +{re.escape(told[1])}$", shown.out, re.MULTILINE)
+    document = run(home, "package", "show", "Acme.Web", "1.0.0", "--json").json
+    assert sorted(document["left_out"]) == sorted(left_out)
+    assert document["tree_bytes"] == sum(len(data) for path, data in files.items() if path != psmdcp)
+
+
+def test_what_a_package_inflates_to_is_bounded_by_the_user(home: Path, tmp_path: Path) -> None:
+    nupkg = deflated(tmp_path, {"template.mdf": bytes(3 << 20)})
+    assert os.path.getsize(nupkg) < 10_000
+    for most in ("1000", "3 MB", "3MB", "2.9MiB"):
+        check_told(run(home, "package", "add", nupkg, "--max-inflated", most), 1, "refused archive, size: inflates to")
+    assert listed(home) == []
+    for wrong in ("", "x", "1x", "-1", "1e9", "1 KiBB", "nan"):
+        check_told(run(home, "package", "add", nupkg, "--max-inflated", wrong), 2, "is not a size")
+    for most in ("4MB", "3.1 MiB", "1GiB", "5TiB", "4000000", "4000000B"):
+        assert run(home, "package", "add", nupkg, "--max-inflated", most).code == 0
+    assert listed(home) == ["Acme.Web 1.0.0"]
+
+
+def test_what_of_a_nuspec_cannot_be_read_is_told_by_add_and_show(home: Path, tmp_path: Path) -> None:
+    inner = '<license>MIT</license><dependencies><dependency id="\x1b[2J"/></dependencies>'.replace(ESCAPE, "&#x9b;")
+    text = nuspec().decode().replace("</metadata>", f"{inner}<title>Grüße</title></metadata>")
+    nupkg = tmp_path / "odd.nupkg"
+    with zipfile.ZipFile(nupkg, "w") as archive:
+        archive.writestr("Acme.Web.nuspec", text.replace("utf-8", "utf-16").encode("utf-16"))
+        archive.writestr("a.txt", b"a")
+    told = [
+        "<license> is of type '', neither 'expression' nor 'file'",
+        "<dependency> is of '\\x9b[2J', which is no package's id",
+    ]
+    done = run(home, "package", "add", nupkg)
+    check_told(done, 0)
+    assert [line.split(": ", 1)[1] for line in done.out.splitlines() if "left out of its metadata" in line] == told
+    assert add(home, str(nupkg))[0]["metadata_left_out"] == told
+    shown = run(home, "package", "show", "Acme.Web", "1.0.0", "--json").json
+    assert shown["metadata_left_out"] == told
+    assert shown["metadata"]["title"] == "Grüße"
+    assert all(line in run(home, "package", "show", "Acme.Web", "1.0.0").out for line in told)
 
 
 def test_with_a_file_that_is_missing_nothing_is_added(home: Path, tmp_path: Path) -> None:
@@ -471,7 +526,7 @@ def test_a_dry_run_shows_the_arithmetic_and_sends_nothing(
     id, relay = versions_of(home, tmp_path, request), relays[0]
     run(home, "package", "replicate", id, "1.0.0", "--relay", relay.url)
     # Without a limit, a loopback may be too fast for differences to be weighed up at all.
-    words = ["package", "replicate", id, "1.1.0", "--relay", relay.url, "--dry-run", "--limit", "100"]
+    words = ["package", "replicate", id, "1.1.0", "--relay", relay.url, "--dry-run", "--limit", "100Mbit"]
     shown = run(home, *words)
     assert shown.code == 0
     for word in (relay.url, "Mbit/s (", "building on 1.0.0", "chosen", "hdiff:19", "whole file", "rsync-like"):
@@ -512,7 +567,13 @@ def test_a_forced_encoding_is_used_and_the_ledger_says_so(
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--encoding", "gzip"], "'gzip' is no encoding"), (["--limit", "0"], "--limit"), (["--limit", "-1"], "--limit")],
+    [
+        (["--encoding", "gzip"], "'gzip' is no encoding"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "-1"], "--limit"),
+        (["--limit", "2mbit"], "such as 50Mbit"),
+        (["--patience", "nan"], "such as 90s"),
+    ],
 )
 def test_an_encoding_or_limit_that_there_is_not_is_a_usage_error(home: Path, words: list[str], told: str) -> None:
     check_told(run(home, "package", "replicate", "Acme.Web", "1.0.0", "--relay", "http://127.0.0.1:1", *words), 2, told)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from harness.logs import printed
 from harness.process import eventually
 
 from agent.orders.operation_id import OperationId
@@ -96,7 +97,7 @@ def server(tmp_path: Path) -> Server:
 
 
 def log(result) -> str:
-    return Path(result.log_path).read_text()
+    return printed(Path(result.log_path).read_bytes()).decode()
 
 
 def runner_of(folder: Path) -> int:
@@ -315,7 +316,7 @@ async def test_commands_run_one_after_another_until_one_fails(server: Server) ->
     assert "sh (command 2 of 3)" in result.reason
     assert log(result) == "one; echo not a shell\ntwo\n"
     [outcome, *_] = server.ended
-    assert outcome.log_bytes == len(log(result))
+    assert outcome.log_bytes == Path(result.log_path).stat().st_size
     result = await server.runs.run(ServerRun("x", None, commands[::2]), BEFORE, {})
     assert (result.ok, log(result)) == (True, "one; echo not a shell\nthree\n")
 

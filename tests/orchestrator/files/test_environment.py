@@ -7,7 +7,7 @@ from harness.files import parse_environment
 from harness.paths import ROOT
 
 from orchestrator.files.environment import Machine, Token, json_schema, load_environment
-from orchestrator.files.yaml_positions import PlanError
+from relay.written.yaml_positions import PlanError
 
 DATA = ROOT / "tests/orchestrator/data"
 

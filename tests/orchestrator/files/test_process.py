@@ -9,7 +9,6 @@ import pytest
 from harness.files import parse_process
 from harness.paths import ROOT
 
-from orchestrator.files.decode import Written
 from orchestrator.files.process import (
     OneOf,
     Package,
@@ -25,7 +24,8 @@ from orchestrator.files.process import (
     undo_of,
 )
 from orchestrator.files.values import part_of, seconds
-from orchestrator.files.yaml_positions import PlanError
+from relay.written.decode import Written
+from relay.written.yaml_positions import PlanError
 
 DATA = ROOT / "tests/orchestrator/data"
 LEAST = (DATA / "least.yaml").read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ def test_every_mistake_of_a_file_is_told_and_none_twice() -> None:
 project: -x-
 packages: { web: Acme.Web, web: Acme.Web }
 """
-    assert len(mistakes(text)) == 1  # where keys stand twice, nobody knows which one is meant
+    assert [each.split(": ")[0] for each in mistakes(text)] == [f"release.yaml:{line}" for line in (1, 2, 3)]
     told = mistakes(
         """format: 3
 project: -x-

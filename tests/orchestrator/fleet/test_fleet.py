@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import os
 import time
@@ -20,10 +21,20 @@ from harness.relays import CLIENT_LIMITS, Relay, running_relay
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.orders.envelopes import order_digest, sign_presence, sign_report, verify_order
-from agent.orders.keys import load_agent_identity, load_report_signer, make_agent_keys
+from agent.orders.envelopes import open_order, order_digest, sign_order, sign_presence, sign_report, verify_order
+from agent.orders.keys import load_agent_identity, load_report_signer, load_sealing_key, make_agent_keys
 from agent.orders.operation_id import OperationId
-from agent.orders.orders import Acknowledge, Order, Presence, Report, RunScript, Stop, Survey
+from agent.orders.orders import (
+    SEALED_ACTIONS,
+    Acknowledge,
+    Order,
+    Presence,
+    Report,
+    RunScript,
+    SealedAction,
+    Stop,
+    Survey,
+)
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
@@ -32,7 +43,7 @@ from orchestrator.fleet.relay_mail import Mailroom, Pauses
 from orchestrator.journal.events import Dispatched, Event, Note, Reported
 from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
-from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.errors import SignatureError, StoreError, UnreachableError, WaystationError
 from relay.protocol import messages
 from relay.protocol.connection import Connection
 from relay.protocol.mail_client import MailClient
@@ -89,6 +100,7 @@ class Agent:
         self.orders: list[Order] = []
         self.envelopes: list[bytes] = []
         self.skew = 0.0
+        self.says: dict[str, Any] = {}
         self.answers: Callable[[Order, bytes, Connection], Awaitable[None]] = self.answer_done
 
     def presence(self, **changes: Any) -> bytes:
@@ -102,7 +114,7 @@ class Agent:
             site="fra",
             time=time.time() + self.skew,
         )
-        return sign_presence(msgspec.structs.replace(said, **changes), self.signer)
+        return sign_presence(msgspec.structs.replace(said, **self.says | changes), self.signer)
 
     def report(self, order: Order, envelope: bytes, state: str = "done", number: int = 1, **more: Any) -> Report:
         return Report(
@@ -216,12 +228,18 @@ class World:
         return await self.stack.enter_async_context(Connection(url, limits=CLIENT_LIMITS))
 
     async def scene(
-        self, *, extra: dict[str, str] | None = None, polls: Sequence[str] | None = None, limits: FleetLimits = QUICK
+        self,
+        *,
+        extra: dict[str, str] | None = None,
+        polls: Sequence[str] | None = None,
+        limits: FleetLimits = QUICK,
+        **said: Any,
     ) -> Scene:
-        """Relay `a` (and what `extra` names by URL); web1 polls `polls`, or all that are alive."""
+        """Relay `a` (and what `extra` names by URL); web1 polls `polls`, or all that are alive. `said`: in its presence."""
         urls = {"a": (await self.relay("a")).url, **(extra or {})}
         clients = {name: await self.client(url) for name, url in urls.items()}
         agent = Agent(self.folder)
+        agent.says = said
         alive = [name for name, url in urls.items() if url != DEAD] if polls is None else polls
         await self.stack.enter_async_context(agent.polling(*[await self.client(urls[name]) for name in alive]))
         fleet = self.fleet(agent, urls, clients, limits=limits)
@@ -247,6 +265,28 @@ class World:
             fence=7,
             limits=limits,
         )
+
+
+async def keep_order(world: World, agent: Agent) -> bytes:
+    """An order that was written down before a crash."""
+    now = time.time()
+    order = Order(
+        format=1,
+        operation=str(OPERATION),
+        deployment=DEPLOYMENT,
+        environment="production",
+        fence=7,
+        journal=JOURNAL,
+        agent="web1",
+        key=agent.identity.fingerprint,
+        not_before=now,
+        not_after=now + 3600,
+        relays=(),
+        action=SURVEY,
+    )
+    envelope = sign_order(order, order_signer(agent))
+    await OrderBook(str(world.folder / "deployment" / "orders")).keep(OPERATION, envelope)
+    return envelope
 
 
 def order_signer(agent: Agent) -> Any:
@@ -464,11 +504,10 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     agent = Agent(world.folder)
     urls = {"a": relay.url}
     fleet = world.fleet(agent, urls, {"a": client})
+    envelope = await keep_order(world, agent)
     async with fleet:
         running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
-        envelope = OrderBook(str(world.folder / "deployment" / "orders")).find(OPERATION)
-        assert envelope is not None
         order = verify_order(envelope, agent.pins.pins)
         await agent.send(client, agent.report(order, envelope))
         await eventually(lambda: bool(fleet._unproven))
@@ -550,6 +589,7 @@ async def test_a_machine_that_is_seen_is_not_lost_however_long_it_takes(world: W
 async def test_where_no_relay_takes_the_order_the_road_is_named(world: World) -> None:
     agent = Agent(world.folder)
     client = await world.client(DEAD)
+    await keep_order(world, agent)
     async with world.fleet(agent, {"a": DEAD}, {"a": client}, limits=limits_with(lost=0.3, look=30.0)) as fleet:
         with pytest.raises(UnreachableError, match="no relay has taken an order for web1") as caught:
             await fleet.perform(OPERATION, SURVEY)
@@ -587,12 +627,96 @@ async def test_an_agent_that_is_there_and_says_nothing_is_given_up(world: World)
         await perform(scene)
 
 
+async def test_an_operation_whose_end_no_relay_brings_is_given_up_behind_its_own_limit(world: World) -> None:
+    scene = await world.scene(limits=limits_with(report=0.2))
+
+    async def only_begin(order: Order, envelope: bytes, relay: Connection) -> None:
+        await scene.agent.send(relay, scene.agent.report(order, envelope, "running"))
+
+    scene.agent.answers = only_begin
+    script = msgspec.structs.replace(SCRIPT, timeout=0.1)
+    with pytest.raises(UnreachableError, match="web1 began, and no relay brought its end"):
+        await perform(scene, script)
+
+
 async def test_without_a_fence_nothing_leaves(world: World) -> None:
     scene = await world.scene()
     scene.fleet.fence = 0
     with pytest.raises(ValueError, match="fence"):
         await perform(scene)
     assert scene.agent.orders == []
+
+
+# --- who can read an order
+
+
+async def test_a_machine_that_no_relay_has_seen_is_ordered_nothing_new(world: World) -> None:
+    """What it understands is not known, and an order in the clear would be read by others."""
+    scene = await world.scene(polls=[], limits=limits_with(lost=0.2))
+    with pytest.raises(UnreachableError, match="no relay has seen web1"):
+        await perform(scene)
+    assert scene.told.kinds == []
+
+
+CONFIGURE = RunScript("ab" * 32, "ops/configure.sh", {"VAR_DB": "db-of-production"})
+
+
+async def test_an_action_travels_sealed_to_an_agent_that_understands_it(world: World) -> None:
+    scene = await world.scene(understands=(SEALED_ACTIONS,))
+    assert (await perform(scene, CONFIGURE)).state == "done"
+    await scene.fleet.acknowledge("web1")
+    await eventually(lambda: len(scene.agent.orders) == 2)
+    order, acknowledge = scene.agent.orders
+    assert isinstance(order.action, SealedAction)
+    assert isinstance(acknowledge.action, Acknowledge), "it names operations, as every order does"
+    assert open_order(order, load_sealing_key(str(world.folder / "web1"))).action == CONFIGURE
+
+
+async def test_an_agent_of_before_is_ordered_in_the_clear(world: World) -> None:
+    scene = await world.scene()
+    assert (await perform(scene, CONFIGURE)).state == "done"
+    assert scene.agent.orders[0].action == CONFIGURE
+
+
+async def test_a_stranger_with_an_agents_token_neither_blocks_a_machine_nor_reads_its_variables(world: World) -> None:
+    """It polls under the machine's name with keys of its own, all the time, and takes all letters."""
+    scene = await world.scene(understands=(SEALED_ACTIONS,))
+    stranger = Agent(world.folder / "stranger", "web1")
+
+    async def nothing(order: Order, envelope: bytes, relay: Connection) -> None:
+        pass
+
+    stranger.answers = nothing
+    stranger.pins = scene.agent.pins
+    async with stranger.polling(scene.relays["a"]):
+        await are_there(scene, 2)
+        assert (await scene.fleet.presences()).missing == {}
+        assert (await perform(scene, CONFIGURE)).state == "done"
+        await eventually(lambda: bool(stranger.orders))
+    assert isinstance(stranger.orders[0].action, SealedAction)
+    with pytest.raises(SignatureError):
+        open_order(stranger.orders[0], load_sealing_key(str(world.folder / "stranger" / "web1")))
+
+
+async def test_two_agents_with_the_same_keys_are_ordered_nothing(world: World) -> None:
+    scene = await world.scene(start="one", started=time.time())
+    twin = copy.copy(scene.agent)
+    twin.says, twin.orders = {"start": "two", "started": time.time()}, []
+    async with twin.polling(scene.relays["a"]):
+        await are_there(scene, 2)
+        # Each has said that it lives after the other one began.
+        await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
+        await scene.fleet.presences()
+        with pytest.raises(UnreachableError, match="two agents live with its keys"):
+            await perform(scene, CONFIGURE)
+    assert scene.agent.orders == twin.orders == []
+
+
+async def are_there(scene: Scene, count: int) -> None:
+    """Until the relay tells of so many presences."""
+    async with asyncio.timeout(10):
+        while len(await MailClient(scene.relays["a"]).agents()) < count:
+            await asyncio.sleep(0.02)
 
 
 # --- presences
@@ -606,6 +730,24 @@ async def test_a_present_machine_shows_its_keys(world: World) -> None:
     assert scene.fleet.presence("web1").signing == scene.agent.identity.signing_public
     with pytest.raises(UnreachableError):
         scene.fleet.presence("web9")
+
+
+async def test_a_relay_that_is_silent_is_hardly_waited_for_where_the_others_have_seen_all(world: World) -> None:
+    """It would have a minute to answer."""
+    async with AsyncExitStack() as stack:
+        # It takes connections, and leaves it at that.
+        server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+        stack.callback(server.close)
+        silent = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        pauses = Pauses(first=0.02, longest=0.1, ask=60.0, grace=0.05, close=0.2)
+        scene = await world.scene(extra={"b": silent}, polls=["a"], limits=limits_with(pauses=pauses, look=60.0))
+        async with asyncio.timeout(20):
+            while not await MailClient(scene.relays["a"]).agents():
+                await asyncio.sleep(0.01)
+            found = await scene.fleet.presences()
+
+    assert set(found.present) == {"web1"}
+    assert set(found.silent) == {"b"}
 
 
 def seen(agent: Agent, presence: bytes | None = None, *, age: float = 0.0) -> messages.AgentSeen:

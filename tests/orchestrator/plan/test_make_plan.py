@@ -15,11 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck
-from orchestrator.files.environment import load_environment
-from orchestrator.files.process import load_process
+from orchestrator.files.environment import Environment, load_environment
+from orchestrator.files.process import Process, load_process
 from orchestrator.files.scaffold import write_scaffold
 from orchestrator.files.script_files import Files, ScriptPathError, check_script_path
-from orchestrator.files.yaml_positions import PlanError
 from orchestrator.plan.forecast import describe, document, forecast
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import (
@@ -33,6 +32,8 @@ from orchestrator.plan.plan import (
     ServiceAction,
     SwitchAction,
 )
+from relay.written.decode import fit_with_stand_ins
+from relay.written.yaml_positions import PlanError, parse
 
 DATA = ROOT / "tests/orchestrator/data"
 WEB = PlannedPackage("Acme.Web", "1.4.2", "ab" * 32, tree_bytes=1000, nupkg_bytes=400)
@@ -666,6 +667,138 @@ steps:
     ]
 
 
+def two_roots(first: str, second: str) -> str:
+    return f"""format: 1
+project: webshop
+packages: {{ web: Acme.Web, db: Acme.Schema }}
+steps:
+  - {{ name: a, roles: [web], deploy: web, to: '{first}' }}
+  - {{ name: b, roles: [web], deploy: db, to: '{second}' }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "how"),
+    [
+        ("/srv/app", "/srv/app/current", "/srv/app/current lies inside /srv/app"),
+        ("/srv/app", "/srv/app/releases/x", "/srv/app/releases/x lies inside /srv/app"),
+        ("/srv/app", "/srv/app//shared/./plugins/", "/srv/app/shared/plugins lies inside /srv/app"),
+        ("/srv/app/", "/srv/app/extra", "/srv/app/extra lies inside /srv/app"),
+        ("/srv/app/current/db", "/srv/app", "/srv/app is around /srv/app/current/db"),
+        ("/srv/${machine.name}", "/srv/web1/x", "/srv/web1/x lies inside /srv/web1"),
+        ("C:\\App", "c:/app/current", "c:/app/current lies inside C:\\App"),
+        ("/srv/x/", "/srv//x", "/srv/x holds package 'web' of step 1 already"),
+    ],
+)
+def test_roots_of_one_machine_never_overlap(first: str, second: str, how: str) -> None:
+    (told,) = mistakes(two_roots(first, second), packages={"web": WEB, "db": DB})
+    assert told.startswith(f"release.yaml:6: steps[1].to: {how}")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("/srv/app", "/srv/app2"),
+        ("/srv/app", "/srv/App"),
+        ("C:\\app", "D:\\app"),
+        ("/srv/${machine.name}/a", "/srv/${machine.name}/b"),
+    ],
+)
+def test_roots_beside_each_other_are_taken_as_plain_folders(first: str, second: str) -> None:
+    made = plan(two_roots(f"{first}/", second), packages={"web": WEB, "db": DB})
+    assert machine_step(made).turns[0].root == first.replace("${machine.name}", "web1")
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "counts"),
+    [("50%", "25%", (2, 1)), ("51%", "20%", (3, 0)), ("1%", "0%", (1, 0)), ("75%", "100%", (3, 4))],
+)
+def test_a_minimum_in_percent_is_rounded_up_and_a_maximum_down(least: str, most: str, counts: tuple[int, int]) -> None:
+    step = machine_step(plan(process(ROLL + f"{{ min_in_service: {least}, max_failures: {most} }} }}")))
+    assert (step.min_in_service, step.max_failures) == counts
+
+
+def test_a_minimum_in_percent_that_cannot_be_kept_is_refused() -> None:
+    assert "cannot be kept: of 4 machines" in mistakes(process(ROLL + "{ min_in_service: 76% } }"))[0]
+
+
+def read_all(process: str, environment: str) -> list[str]:
+    """Every mistake of a process and an environment, of whatever kind."""
+    files = (process, "release.yaml", Process), (environment, "staging.yaml", Environment)
+    first, second = (fit_with_stand_ins(parse(text.encode(), name, "/"), type) for text, name, type in files)
+    with pytest.raises(PlanError) as caught:
+        make_plan(
+            first,
+            second,
+            label="1",
+            packages={"web": WEB},
+            scripts=None,
+            prompts={},
+            files=Scripts(missing=("gone.sh",)),
+        )
+    return [str(mistake).partition(": expected")[0] for mistake in caught.value.mistakes]
+
+
+def test_mistakes_of_every_kind_in_both_files_are_told_in_one_pass() -> None:
+    text = """format: 1
+project: webshop
+project: webshop
+packages: { web: Acme.Web }
+steps:
+  - name: farm
+    roles: [web]
+    deploy: web
+    too: /srv/webshop
+    rotation: sideways
+    strategy: { rolling: { window: 0% } }
+    apply: [ { script: gone.sh }, { service: x, action: dance }, switch ]
+    verify:
+      - { http: "http://${machine.adress}/", deadline: soon }
+      - { tcp: "${machine.address}:1", expect: x }
+"""
+    environment = ENVIRONMENT.replace("roles: [web]", "roles: web", 1).replace(
+        "relays:", "relays:\n  far: { url: nonsense, limit: quick }", 1
+    )
+    told = read_all(text, environment)
+    places = [each.split(": ")[1] for each in told]
+    assert places == [
+        "project",
+        "steps[0].too",
+        "steps[0].rotation",
+        "steps[0].strategy.rolling.window",
+        "steps[0].apply[1].action",
+        "steps[0].apply[0].script",
+        "steps[0].verify[0].deadline",
+        "steps[0].verify[0].http",
+        "steps[0].verify[1].expect",
+        "relays.far.limit",
+        "relays.far.url",
+        "machines.web1.roles",
+    ], told
+
+
+@given(st.data())
+def test_whatever_is_wrong_it_is_told_and_nothing_else_happens(data: st.DataObject) -> None:
+    lines = [LEAST.splitlines(), ENVIRONMENT.splitlines()]
+    for text in lines:
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(1, len(text) - 1))
+            old = data.draw(st.sampled_from(["web", ": ", "fra", "[", "{", "http", "10", "1", "sha256"]))
+            text[at] = text[at].replace(old, data.draw(st.sampled_from(["", "x", "5", "[]", "~", "{}", "a: b"])))
+    try:
+        files = ("\n".join(lines[0]), "release.yaml", Process), ("\n".join(lines[1]), "staging.yaml", Environment)
+        first, second = (fit_with_stand_ins(parse(text.encode(), name, "/"), type) for text, name, type in files)
+    except PlanError:
+        return  # not YAML any more
+    own = {str(mistake) for mistake in (*first.mistakes, *second.mistakes)}
+    try:
+        make_plan(first, second, label="1", packages={"web": WEB}, scripts=None, prompts={}, files=Scripts())
+        told = set()
+    except PlanError as error:
+        told = {str(mistake) for mistake in error.mistakes}
+    assert own <= told
+
+
 def test_program_text_of_a_shell_may_hold_its_own_variables_and_take_arguments() -> None:
     made = plan(process("run_on: server, commands: [ [sh, -c, 'echo $${HOME} $1', x, '${release.label}'] ]"))
     step = made.steps[0]
@@ -717,6 +850,24 @@ def test_the_description_names_all_that_will_happen_and_no_secret_value() -> Non
         "tells the address in secret chat_hook of failed, finished", "deadline: 3 h",
     ):  # fmt: skip
         assert words in text
+
+
+def test_what_is_done_on_a_machine_stands_under_it_and_what_is_the_same_is_not_told_twice() -> None:
+    turns = {"web1": "/srv/one", "web2": "/srv/two", "web3": "/srv/one"}
+    [step] = [step for step in built().steps if isinstance(step, MachineStep)]
+    machines = [step.turns[0].machine, step.turns[1].machine, step.turns[2].machine]
+    made = tuple(
+        msgspec.structs.replace(turn, root=root, verify=())
+        for turn, root in zip(step.turns[:3], turns.values(), strict=True)
+    )
+    plan_ = msgspec.structs.replace(built(), steps=(msgspec.structs.replace(step, turns=made),))
+    lines = describe(plan_).splitlines()
+    first, second, third = (
+        next(at for at, line in enumerate(lines) if line.startswith(f"  {name} (")) for name in machines
+    )
+    assert "    switch /srv/one/current" in lines[first:second]
+    assert "    switch /srv/two/current" in lines[second:third]
+    assert lines[third].endswith(f": as {machines[0]}")
 
 
 def test_the_json_document_has_a_version_and_holds_the_plan() -> None:

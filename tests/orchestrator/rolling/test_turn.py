@@ -362,6 +362,12 @@ def with_reason(result: TurnOutcome, reason: str) -> TurnOutcome:
 
 def test_a_failure_says_what_failed_and_why() -> None:
     assert words(FULL, *ok(1), FAILED)[1].reason == "action 1: exit status 3"
+
+
+def test_an_action_that_fails_is_told_by_its_name() -> None:
+    named = with_(FULL, names=("configure", "switch", "restart"))
+    assert words(named, *ok(1), FAILED)[1].reason == "action 1 (configure): exit status 3"
+    assert words(named, *ok(3), FAILED)[1].reason == "action 3 (restart): exit status 3"
     both = words(FULL, FAILED, Done("failed", "503"))[1].reason
     assert both == "before: exit status 3; verify of the old version: 503"
     assert words(FULL, *ok(6), Done("failed"))[1].reason == "after deployed: failed"
@@ -497,12 +503,13 @@ def shape(planned: MachineStep, found: TreeFacts | None, *, is_out: bool = False
 
 
 def test_a_planned_turn_has_its_shape() -> None:
-    assert shape(step(ACTIONS), facts()) == FULL
-    assert shape(step(ACTIONS, rotation=False), facts()) == BARE
+    names = ("configure", "switch", "restart")
+    assert shape(step(ACTIONS), facts()) == with_(FULL, names=names)
+    assert shape(step(ACTIONS, rotation=False), facts()) == with_(BARE, names=names)
     assert shape(step(ACTIONS), facts(current="", version="")).old is False
     without = shape(step(ACTIONS, verify=False), facts())
     assert (without.verify, without.old) == (False, False)
-    assert shape(step(ACTIONS[:1], package=""), None) == with_(SCRIPTS, actions=1)
+    assert shape(step(ACTIONS[:1], package=""), None) == with_(SCRIPTS, actions=1, names=("configure",))
 
 
 def test_the_same_again_on_the_same_tree_is_already_current() -> None:

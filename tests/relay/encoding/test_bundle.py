@@ -500,3 +500,18 @@ def test_runs_keep_order_and_their_bound(sizes, bound):
         assert len(run) == 1 or sum(sizes[i] for i in run) <= bound
     for run, following in pairwise(runs):
         assert sum(sizes[i] for i in run) + sizes[following[0]] > bound
+
+
+# --- bases
+
+
+@pytest.mark.parametrize("encoding", ["zstd-prefix", "hdiff"])
+def test_a_base_that_the_receiver_never_offered_breaks_the_bundle(encoding):
+    """Though its manifest is known here: it is the one that is being read."""
+    writer = BundleWriter()
+    header = Data((Span.of(MANIFEST.id, [1]),), (Span.of(MANIFEST.id, [0]),), encoding, 1, 0)
+    body = writer.start() + writer.frame(header) + b"x" + writer.end()
+    decoder = BundleDecoder({MANIFEST.id: MANIFEST}.get, offered=lambda _manifest, index: index != 0)
+
+    with pytest.raises(FrameError, match="never offered"):
+        list(decoder.feed(body))

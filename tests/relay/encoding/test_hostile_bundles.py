@@ -637,6 +637,7 @@ def test_damaged_bundles_give_verified_chunks_and_nothing_but_refusals():
         assert len(list(reader.told)) == len(reader.events)  # each chunk is the one that it is called
         assert len(set(reader.received)) == len(reader.received)
         assert all(isinstance(refusal.error, FrameError | ChunkInvalid) for refusal in reader.refusals)
+        assert all(refusal.run for refusal in reader.refusals)
         assert all(len(sink.ended) == 1 for sink in sinks.runs)
         return reader.error is not None or bool(reader.refusals)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -444,3 +446,26 @@ def test_a_table_of_several_runs_sums_them_and_names_all_that_were_chosen() -> N
     }
     assert {coding for coding, row in rows.items() if row.chosen} == {PLAIN, PREFIX}
     assert "its encoder is slower than the line" in rows[HARD].why_not
+
+
+# --- what a person prefers
+
+
+@pytest.mark.parametrize("mbit", [3, 10, 40, 150, 250, 1000])
+def test_bytes_are_preferred_where_times_are_within_a_tenth(mbit: int) -> None:
+    """A second of the line, or a difference of 9 kB that takes about as long to be put together again."""
+    plain, delta = Candidate(PLAIN, mbit * MBIT, 0.0, 0.0), Candidate(PREFIX, 9_000, 0.0, 0.0)
+    about_as_fast, late = replace(delta, decode_seconds=1.0), replace(delta, decode_seconds=1.6)
+    far_sooner = replace(delta, decode_seconds=0.2)
+    frugal, hasty = Line(mbit * MBIT, prefer="bytes"), Line(mbit * MBIT, prefer="time")
+    assert [choose([plain, one], frugal).coding for one in (about_as_fast, late)] == [PREFIX, PLAIN]
+    assert [choose([plain, one], hasty).coding for one in (far_sooner, late)] == [PREFIX, PLAIN]
+    some_later = replace(delta, decode_seconds=1.07)
+    assert [choose([plain, some_later], line).coding for line in (frugal, hasty)] == [PREFIX, PLAIN]
+
+
+def test_without_a_wish_a_line_goes_by_its_class() -> None:
+    """A relay's readers have its processors in common."""
+    plain, delta = Candidate(PLAIN, 4_000_000, 0.02, 0.01), Candidate(PREFIX, 9_000, 0.13, 0.01)
+    assert choose([plain, delta], Line(250 * MBIT)).coding == PLAIN
+    assert choose([plain, delta], Line(250 * MBIT, prefer="bytes")).coding == PREFIX

@@ -18,6 +18,7 @@ from relay.package.chunking import (
     GATHER_MIN,
     LARGE_PART,
     PartDigest,
+    comes_last,
     cut,
     ends_gathering,
     is_container,
@@ -93,8 +94,8 @@ def test_chunk_sizes_keep_their_bounds(files):
 def test_no_chunk_holds_both_files_and_container_parts(files):
     files = {**files, "a.nuspec": b"nuspec", "_rels/.rels": b"rels", "z/file.txt": b"file"}
     ordered, chunks, _ = cut_files(files)
-    tree_size = sum(len(files[path]) for path in ordered if not is_container(path))
-    assert tree_size in set(accumulate(chunk.size for chunk in chunks))
+    before = sum(len(files[path]) for path in ordered if not comes_last(path))
+    assert before in set(accumulate(chunk.size for chunk in chunks))
 
 
 @given(trees, trees, st.integers(LARGE_PART, 200 * KIB))
@@ -197,7 +198,7 @@ def gathered(files):
         if (
             large
             or following is None
-            or is_container(path) != is_container(following)
+            or comes_last(path) != comes_last(following)
             or (len(group) >= GATHER_MIN and ends_gathering(path))
             or (len(files[following]) < LARGE_PART and len(group) + len(files[following]) > GATHER_MAX)
         ):
@@ -220,9 +221,17 @@ def test_gathering_ends_by_name_or_by_size_and_nowhere_else(files):
     ("path", "container"),
     [
         ("[Content_Types].xml", True),
-        ("[content_types].XML", True),
+        ("[content_types].XML", False),
         ("_rels/.rels", True),
+        ("_RELS/.rels", True),
+        ("_rels/readme.txt", False),
+        ("_rels/.rels/x", False),
         ("package/services/metadata/core-properties/1.psmdcp", True),
+        ("Package/Services/Metadata/1.psmdcp", True),
+        ("package/services/metadata/readme.txt", False),
+        ("package/start.js", False),
+        ("package/1.psmdcp", False),
+        ("Package/help.txt", False),
         (".signature.p7s", True),
         ("Acme.Web.nuspec", True),
         ("acme.NUSPEC", True),
@@ -234,7 +243,7 @@ def test_gathering_ends_by_name_or_by_size_and_nowhere_else(files):
         ("lib/net8.0/a.dll", False),
     ],
 )
-def test_container_parts_are_those_that_nuget_leaves_out(path, container):
+def test_container_parts_are_those_that_opc_adds_and_nuget_leaves_out(path, container):
     assert is_container(path) is container
 
 
@@ -264,6 +273,20 @@ def test_a_version_in_a_name_does_not_move_it(path, one, other):
 
 
 # --- format 1 does not drift
+
+
+def test_format_one_keeps_its_order_whatever_belongs_to_the_tree():
+    last = [
+        "[content_types].XML",
+        "_rels/readme.txt",
+        "Package/help.txt",
+        "package/start.js",
+        ".Signature.p7s",
+        "a.nuspec",
+    ]
+    assert all(comes_last(path) for path in last)
+    assert not any(comes_last(path) for path in ("package", "packages/a", "lib/_rels/.rels", "sub/package/x", "z.txt"))
+    assert sorted(["package/a.js", "z.txt"], key=stream_key) == ["z.txt", "package/a.js"]
 
 
 def test_format_one_masks_and_hashes_names_as_ever():

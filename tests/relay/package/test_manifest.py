@@ -8,6 +8,7 @@ import tracemalloc
 import msgspec
 import pytest
 from harness.packages import cut_package, noise
+from harness.seed import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -263,15 +264,15 @@ def test_extents_put_every_byte_of_every_chunk_back_into_its_part():
 
 
 def test_agents_ask_for_the_chunks_of_the_tree_and_no_others():
-    tree = b"".join(CUT.chunk(index).data for index in range(GOOD.tree_chunks))
+    tree = b"".join(CUT.chunk(index).data for index in GOOD.tree_chunks)
     assert len(tree) == GOOD.tree_size == sum(map(len, FILES.values()))
-    assert GOOD.tree_chunks < len(GOOD.chunks)
-    assert {part.path for part in GOOD.parts[: GOOD.tree_parts]} == set(FILES)
+    assert len(GOOD.tree_chunks) < len(GOOD.chunks)
+    assert set(GOOD.tree_paths) == set(FILES)
 
 
 def test_a_package_without_files_has_no_tree():
     empty = cut_package({}).manifest
-    assert (empty.tree_parts, empty.tree_chunks, empty.tree_size) == (0, 0, 0)
+    assert (empty.tree_parts, empty.tree_chunks, empty.tree_size) == ([], [], 0)
 
 
 def test_a_chunk_that_stands_twice_is_known_by_its_first_place():
@@ -283,9 +284,38 @@ def test_a_chunk_that_stands_twice_is_known_by_its_first_place():
 # --- bounds
 
 
-def test_a_manifest_above_its_bytes_is_refused_unread():
-    with pytest.raises(ManifestError, match="expected at most"):
+def test_each_limit_that_a_manifest_passes_is_named(monkeypatch):
+    assert (MANIFEST_MAX, manifests.PACKED_MAX, manifests.PARTS_MAX) == (64 << 20, 16 << 20, 250_000)
+    with pytest.raises(ManifestError, match=f"{MANIFEST_MAX + 2} bytes: expected at most {MANIFEST_MAX}"):
         parse(b'"' + b"x" * MANIFEST_MAX + b'"')
+    with pytest.raises(ManifestError, match="more than 750000 objects and lists"):
+        parse(b'{"parts":[' + b"{}," * 750_000 + b"{}]}")
+    monkeypatch.setattr(manifests, "PARTS_MAX", len(GOOD.parts) - 1)
+    with pytest.raises(ManifestError, match=f"{len(GOOD.parts)} parts: expected at most {len(GOOD.parts) - 1}"):
+        parse(GOOD.canonical)
+
+
+def test_a_manifest_too_large_for_the_wire_is_refused_when_it_is_made_sent_and_taken(monkeypatch):
+    packed = to_wire(GOOD.canonical)
+    monkeypatch.setattr(manifests, "PACKED_MAX", len(packed))
+    assert from_wire(to_wire(GOOD.canonical)) == GOOD.canonical
+    monkeypatch.setattr(manifests, "PACKED_MAX", len(packed) - 1)
+    told = f"{len(packed)} bytes when packed: expected at most {len(packed) - 1}"
+    for refused_at in (lambda: to_wire(GOOD.canonical), lambda: from_wire(packed), lambda: cut_package(FILES)):
+        with pytest.raises(ManifestError, match=told):
+            refused_at()
+
+
+def test_a_large_manifest_costs_its_changes_against_a_base():
+    """Longer than what the tables of a quick level look back."""
+    lines = [f'{{"path":"content/{i:06}","sha256":"{noise(i, 32).hex()}","size":10}}' for i in range(60_000)]
+    base = "".join(lines).encode()
+    lines[30_000] = lines[30_000].replace("10", "11")
+    new = "".join(lines).encode()
+    assert len(base) > 6 << 20
+    packed = to_wire(new, base)
+    assert len(packed) < len(new) / 1000
+    assert from_wire(packed, base) == new
 
 
 def test_a_manifest_that_is_nested_too_deep_is_refused():
@@ -385,12 +415,23 @@ def test_any_bytes_from_the_wire_are_refused_or_bounded(data):
         assert len(from_wire(data, GOOD.canonical)) <= MANIFEST_MAX
 
 
+soak = [pytest.mark.soak, pytest.mark.skipif(not SOAK, reason="the largest manifest is made in `make soak`")]
+
+
 @pytest.mark.long
-def test_the_largest_manifest_still_fits():
-    """100,000 parts and as many chunks as that allows: parsed, and within the bounds of the wire."""
-    parts = tuple(Part(f"content/{i:06}.txt", 10, "ab" * 32) for i in range(99_000))
+@pytest.mark.parametrize("count", [60_000, pytest.param(manifests.PARTS_MAX, marks=soak)])
+def test_the_largest_manifest_fits_each_limit(count: int):
+    """Paths of 150 characters, and digests that do not compress."""
+    parts = tuple(
+        Part(f"{f'content/{i % 999}/'.ljust(140, 'x')}{i:06}.txt", 10, noise(i, 32).hex()) for i in range(count)
+    )
     parts = tuple(sorted(parts, key=lambda part: manifests.chunking.stream_key(part.path)))
-    body = changed(parts=parts, chunks=(ChunkEntry("cd" * 32, 990_000),))
+    body = changed(
+        parts=parts,
+        chunks=(ChunkEntry("cd" * 32, 4_000_000),) * (count // 400_000)
+        + (ChunkEntry("ef" * 32, 10 * count % 4_000_000),),
+    )
     made = parse(encode(body))
-    assert len(made.parts) == 99_000
-    assert len(to_wire(made.canonical)) < MANIFEST_MAX
+    assert len(made.parts) == count
+    packed = to_wire(made.canonical)
+    assert from_wire(packed) == made.canonical

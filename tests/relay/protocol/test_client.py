@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from harness.packages import cut_package, encode_run, noise
 from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
 
 from relay.encoding.bundle import BundleWriter, Data, Received, Span, Whole, data_header
+from relay.encoding.choose_bases import Held
 from relay.errors import (
     ConflictError,
     FrameError,
@@ -28,7 +30,13 @@ from relay.package import manifest as manifests
 from relay.package.identity import NuGetVersion, PackageId
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
-from relay.protocol.connection import LeaseLostError, MissingChunksError, TokenRefusedError, TooSlowError
+from relay.protocol.connection import (
+    ClientLimits,
+    LeaseLostError,
+    MissingChunksError,
+    TokenRefusedError,
+    TooSlowError,
+)
 from relay.protocol.credentials import token_from
 from relay.stores.memory import MemoryChunks
 
@@ -809,3 +817,94 @@ def test_a_token_comes_from_the_file_then_from_the_environment(tmp_path):
         token_from(str(file), environment)
     with pytest.raises(UsageError):
         token_from(str(tmp_path / "none"), environment)
+
+
+# --- what comes from outside, and how far it is believed
+
+
+async def test_a_relay_may_build_on_nothing_but_what_it_was_offered():
+    """Neither on the manifest that is being read, nor on chunks of a known one that are not held."""
+    held = SimpleNamespace(held=(Held(NEXT.manifest, ((0, 1),)),))
+    for base in (Span.of(MANIFEST.id, [0]), Span.of(NEXT.manifest.id, [1])):
+        header, payload = run_of([1])
+        lie = msgspec.structs.replace(header, encoding="zstd-prefix", bases=(base,))
+
+        async def answer(request, frame=(lie, payload)):
+            return web.Response(body=bundle(frame), content_type=messages.BUNDLE_TYPE)
+
+        async with (
+            small_server([web.post(messages.BUNDLE_OUT, answer)]) as url,
+            RelayClient(url, limits=CLIENT_LIMITS) as client,
+        ):
+            with pytest.raises(FrameError, match="never offered"):
+                [event async for event in client.stream(MANIFEST, [1], bases=held)]
+
+
+async def test_an_answer_that_our_own_code_stumbles_over_is_untrusted(relay, monkeypatch, caplog):
+    async with relay.client() as client:
+        await bring(client)
+
+        def stumble(*_):
+            raise KeyError("a name from outside")
+
+        monkeypatch.setattr("relay.protocol.client.parse_wire", stumble)
+        with pytest.raises(UntrustedError, match=r"cannot be read \(KeyError\)"):
+            await client.manifest(MANIFEST.id)
+        monkeypatch.setattr("relay.protocol.client.BundleDecoder.feed", stumble)
+        with pytest.raises(UntrustedError, match=r"cannot be read \(KeyError\)"):
+            await received(client, [0])
+    assert [record.message for record in caplog.records if record.exc_info] == ["client.stumbled"] * 2
+
+
+async def test_a_fault_of_this_machine_is_not_blamed_on_the_relay(relay, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    async with relay.client() as client:
+        await bring(client)
+        monkeypatch.setattr("relay.protocol.client.parse_wire", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            await client.manifest(MANIFEST.id)
+
+
+@pytest.mark.parametrize("ends", ["1e300", "-1e300", "1e999", "253402300800"])
+async def test_a_moment_that_no_calendar_knows_is_untrusted(ends):
+    async def answer(request):
+        token = f'{{"what":"token","ends":{ends}}}'
+        text = f'{{"status":"ok","versions":[1],"time":0,"token":{token}}}'
+        return web.Response(text=text, content_type="application/json")
+
+    async with (
+        small_server([web.get(messages.HEALTH, answer)]) as url,
+        RelayClient(url, limits=CLIENT_LIMITS) as client,
+    ):
+        with pytest.raises(UntrustedError):
+            await client.health()
+
+
+async def test_the_time_that_a_silent_relay_took_already_counts_as_away() -> None:
+    async with RelayClient("http://127.0.0.1:1", limits=CLIENT_LIMITS) as client, asyncio.timeout(PATIENCE / 2):
+        client.waiting_since -= 2 * PATIENCE
+        with pytest.raises(UnreachableError):
+            await client.wait_until_ready(PATIENCE)
+
+
+async def test_all_tries_of_a_small_request_share_their_time() -> None:
+    hanging = asyncio.Event()
+
+    async def hang(_request: web.Request) -> web.Response:
+        await hanging.wait()
+        return healthy()
+
+    async with small_server([web.get(messages.HEALTH, hang)]) as url:
+        limits = replace(CLIENT_LIMITS, answer_seconds=0.2, attempts=10_000, tries_seconds=0.5)
+        async with RelayClient(url, limits=limits) as client, asyncio.timeout(PATIENCE):
+            with pytest.raises(UnreachableError):
+                await client.health()
+        hanging.set()
+
+
+def test_limits_within_a_patience_are_never_longer_and_leave_a_busy_relay_its_moment() -> None:
+    assert (CLIENT_LIMITS.within(8.0).tries_seconds, ClientLimits().within(8.0).answer_seconds) == (8.0, 8.0)
+    assert ClientLimits().within(0.2).answer_seconds == 5.0
+    assert ClientLimits().within(600.0).answer_seconds == ClientLimits().answer_seconds

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from harness.crafted import Member, craft, descriptor
 from harness.nupkgs import (
     ENGINE_FILES,
     NO_DATA,
@@ -34,6 +35,7 @@ from harness.nupkgs import (
     take,
 )
 from harness.seed import SOAK, chance
+from harness.written_zips import WRITTEN
 
 from relay.engines.encoders import EncoderDiedError, EncoderMissingError, Encoders
 from relay.errors import ArchiveError
@@ -58,6 +60,7 @@ from relay.package.recipe import (
 from relay.rebuild import find_recipe as finding
 from relay.rebuild.find_recipe import find_recipe
 from relay.rebuild.rebuilder import RebuildError, rebuild
+from relay.support.zstd import zstd
 
 engines = pytest.mark.skipif(
     len(ENGINE_FILES) != 2 or platform.machine() != "x86_64" or sys.platform != "linux", reason=NO_DATA
@@ -243,6 +246,38 @@ async def test_what_other_tools_zipped_comes_back_by_an_honest_fall_back(
     else:
         assert mostly[VERBATIM] > 0.9 * sum(mostly.values())
     assert await made(taken, recipe, encoders, tmp_path) == taken.nupkg
+
+
+async def test_a_part_in_zstd_is_kept_verbatim_and_nothing_else_is(encoders: Encoders, tmp_path: Path) -> None:
+    images, noise = zstd.compress(TEXT[:50_000]), os.urandom(200)
+    members = [
+        Member("lib/a.dll", TEXT),
+        Member("b.bin", TEXT[:50_000], method=93, raw=images, flags=8),
+        Member("c", noise),
+    ]
+    members[1].after = descriptor(members[1])
+    taken = take(craft(*members, Member("empty", b"", raw=b"")))
+    recipe = await found(taken, encoders, tmp_path)
+    assert isinstance(recipe.records, LiteralRecords)
+    mostly = compressed(recipe, taken)
+    assert mostly[VERBATIM] == len(images)
+    assert taken.verbatim_bytes(recipe) == images
+    assert mostly["zlib"] > 100_000
+    assert await made(taken, recipe, encoders, tmp_path) == taken.nupkg
+
+
+async def test_a_package_all_in_zstd_is_one_blob(encoders: Encoders, tmp_path: Path) -> None:
+    taken = take(WRITTEN["python-zstd"])
+    recipe = await found(taken, encoders, tmp_path)
+    assert isinstance(recipe.records, Opaque) or compressed(recipe, taken).keys() <= {VERBATIM, STORED_AS_IS}
+    assert await made(taken, recipe, encoders, tmp_path) == taken.nupkg
+
+
+async def test_the_zip_of_every_writer_comes_back(encoders: Encoders, tmp_path: Path) -> None:
+    for name, data in WRITTEN.items():
+        taken = take(data)
+        recipe = await found(taken, encoders, tmp_path)
+        assert await made(taken, recipe, encoders, tmp_path) == data, name
 
 
 async def test_what_package_pack_made_comes_back_without_a_verbatim_byte(encoders: Encoders, tmp_path: Path) -> None:

@@ -13,21 +13,25 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from harness.presences import KEYS, Keys
 from harness.process import eventually
 from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, RelayProcess, mail_client, running_relay, small_server, token
 from yarl import URL
 
+from relay.audit.acts import RequestRefused
+from relay.audit.event import Told
 from relay.config import RelayConfig
 from relay.errors import ConflictError, UnreachableError, UntrustedError
 from relay.mail.letter_database import LetterDatabase
 from relay.mail.mailbox import Mail
-from relay.mail.presences import FORGET_SECONDS, Presences
+from relay.mail.presences import BREATH_SECONDS, FORGET_SECONDS, PER_NAME, PER_TOKEN, Identified, Presences
 from relay.protocol import messages
 from relay.protocol.connection import TokenRefusedError
 from relay.protocol.mail_client import MailClient
 from relay.server.app import RelayApp
 from relay.server.http.access import iter_routes
 from relay.server.http.connection import Limits
+from relay.server.http.misuse import MOST
 from relay.server.http.problems import PROBLEM_TYPE
 from relay.server.http.tokens import SCOPES
 from relay.server.packages import Transfer
@@ -54,8 +58,8 @@ def pieces(*offsets, data=b"output"):
     return messages.LogsRequest(D, tuple(messages.LogPiece(f"{D}/1/web1/survey/1", n, data) for n in offsets))
 
 
-def poll(after=None, wait=0.0):
-    return messages.PollRequest(b"presence", after, wait)
+def poll(after=None, wait=0.0, name="web1", keys=KEYS, **said):
+    return messages.PollRequest(keys.presence(name, **said), after, wait)
 
 
 def b64(data):
@@ -235,7 +239,7 @@ async def test_long_polls_do_not_count_among_the_connections_of_their_token(tmp_
     ):
         for n in range(6):
             client = await stack.enter_async_context(relay.mail(text))
-            task = await stack.enter_async_context(waiting(client.poll(f"w{n}", poll(wait=25))))
+            task = await stack.enter_async_context(waiting(client.poll(f"w{n}", poll(wait=25, name=f"w{n}"))))
             await asyncio.sleep(0.1)
             assert not task.done()
         assert await client.post_reports("w1", reports(1)) == messages.TakenAnswer(1)
@@ -250,9 +254,9 @@ async def test_too_many_long_polls_are_told_to_come_back(tmp_path):
     ):
         await is_polling(client)
         with pytest.raises(UnreachableError) as refused:
-            await client.poll("web2", poll(wait=25))
+            await client.poll("web2", poll(wait=25, name="web2"))
         assert refused.value.retry_after
-        assert (await client.poll("web2", poll())).orders == (), "what need not wait is answered"
+        assert (await client.poll("web2", poll(name="web2"))).orders == (), "what need not wait is answered"
 
 
 # --- presence
@@ -260,18 +264,19 @@ async def test_too_many_long_polls_are_told_to_come_back(tmp_path):
 
 async def test_an_agent_is_there_while_it_polls_and_ages_when_it_went(client):
     assert await client.agents() == ()
-    async with waiting(client.poll("web1", messages.PollRequest(b"first", None, 25))):
+    first, second = poll(wait=25), poll()
+    async with waiting(client.poll("web1", first)):
         await is_polling(client)
         (seen,) = await client.agents()
-        assert (seen.name, seen.presence, seen.age) == ("web1", b"first", 0.0)
+        assert (seen.name, seen.presence, seen.age) == ("web1", first.presence, 0.0)
         assert seen.presence_age > 0.0
     async with asyncio.timeout(10):
         while not (seen := (await client.agents())[0]).age:
             await asyncio.sleep(0.01)
     assert seen.presence_age >= seen.age > 0.0
-    await client.poll("web1", messages.PollRequest(b"second", None, 0))
+    await client.poll("web1", second)
     (again,) = await client.agents()
-    assert again.presence == b"second"
+    assert again.presence == second.presence
 
 
 class Clock:
@@ -282,12 +287,16 @@ class Clock:
         return self.now
 
 
+def who(name="web1", key="a", start=""):
+    return Identified(name, key, key, start)
+
+
 def test_ages_count_from_the_end_of_the_last_poll_and_from_the_last_presence():
     clock = Clock()
     presences = Presences(10, clock)
-    with presences.polling("web1", b"a"):
+    with presences.polling(who("web1"), b"a"):
         clock.now += 20
-        with presences.polling("web1", b"b"):
+        with presences.polling(who("web1"), b"b"):
             clock.now += 5
         clock.now += 1
         assert presences.all() == (messages.AgentSeen("web1", b"b", 0.0, 6.0),)
@@ -304,26 +313,26 @@ def test_too_many_agents_push_out_the_longest_absent_and_never_one_that_waits():
     presences = Presences(3, clock)
     for name in "abc":
         clock.now += 1
-        with presences.polling(name, b"x"):
+        with presences.polling(who(name), b"x"):
             pass
-    with presences.polling("d", b"x"):
+    with presences.polling(who("d"), b"x"):
         assert [seen.name for seen in presences.all()] == ["b", "c", "d"]
-        with presences.polling("e", b"x"), presences.polling("f", b"x"):
-            with pytest.raises(UnreachableError), presences.polling("g", b"x"):
+        with presences.polling(who("e"), b"x"), presences.polling(who("f"), b"x"):
+            with pytest.raises(UnreachableError), presences.polling(who("g"), b"x"):
                 pass
-            with presences.polling("d", b"again"):
+            with presences.polling(who("d"), b"again"):
                 assert [seen.name for seen in presences.all()] == ["d", "e", "f"]
 
 
 def test_presences_are_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr("relay.mail.presences.PRESENCE_BYTES", 100)
     presences = Presences(10, Clock())
-    with presences.polling("a", bytes(60)):
-        with pytest.raises(UnreachableError), presences.polling("b", bytes(60)):
+    with presences.polling(who("a"), bytes(60)):
+        with pytest.raises(UnreachableError), presences.polling(who("b"), bytes(60)):
             pass
-        with presences.polling("a", bytes(90)):
+        with presences.polling(who("a"), bytes(90)):
             pass
-    with presences.polling("b", bytes(60)):
+    with presences.polling(who("b"), bytes(60)):
         assert [seen.name for seen in presences.all()] == ["b"]
 
 
@@ -467,10 +476,10 @@ async def test_a_body_that_is_not_the_protocols_is_refused_and_nothing_is_kept(
 
 async def test_the_bodies_above_are_refused_for_what_was_changed_in_them(session):
     assert (await call(session, "POST", messages.ORDERS, ORDER.encode()))[0] == 200
-    assert (await call(session, "POST", messages.POLL.format(**AGENT), b'{"presence":"eA==","wait":0}'))[0] == 200
+    assert (await call(session, "POST", messages.POLL.format(**AGENT), json(poll())))[0] == 200
     largest = messages.OrdersRequest((order(1, bytes(64 << 10)),))
     assert (await call(session, "POST", messages.ORDERS, json(largest)))[0] == 200
-    longest = messages.PollRequest(bytes(64 << 10), messages.Cursor("x" * 64, 1), 0.0)
+    longest = poll(messages.Cursor("x" * 64, 1), host="h" * 255, refused=tuple(["r" * 4000] * 8))
     assert (await call(session, "POST", messages.POLL.format(**AGENT), json(longest)))[0] == 200
     most = messages.OrdersRequest(tuple(order(n, b"x", agent="web3") for n in range(messages.LETTERS_MAX)))
     assert (await call(session, "POST", messages.ORDERS, json(most)))[0] == 200
@@ -526,6 +535,147 @@ async def test_a_cursor_from_nowhere_reads_from_the_beginning(client):
     await client.post_reports("web1", reports(1))
     for cursor in (messages.Cursor("elsewhere", 7), messages.Cursor("", 0)):
         assert len((await client.reports(D, cursor, wait=0)).reports) == 1
+
+
+# --- strangers
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda letter: b"x",
+        lambda letter: letter.replace(b'"payload":"ey', b'"payload":"EY'),
+        lambda letter: Keys().presence("web1", version="2")[:-10] + letter[-10:],
+        lambda letter: KEYS.presence("web2"),
+        lambda letter: letter.replace(b"presence+json", b"report+json"),
+    ],
+    ids=["no envelope", "no JSON", "another signature", "another name", "another type"],
+)
+async def test_a_presence_that_is_not_signed_by_its_own_key_is_refused_and_changes_nothing(client, session, changed):
+    good = poll()
+    await client.poll("web1", good)
+    await client.post_orders([order()])
+    bad = messages.PollRequest(changed(good.presence), None, 0.0)
+    status, answer = await call(session, "POST", messages.POLL.format(**AGENT), json(bad))
+    assert (status, answer["code"]) == (403, "forged")
+    assert [seen.presence for seen in await client.agents()] == [good.presence]
+
+
+async def test_a_presence_of_other_keys_stands_beside_the_one_that_was_there(client):
+    """A relay cannot know which is right: those who ask can."""
+    own, foreign = poll(), poll(keys=Keys())
+    await client.poll("web1", own)
+    await client.poll("web1", foreign)
+    assert {seen.presence for seen in await client.agents()} == {own.presence, foreign.presence}
+
+
+async def test_a_poll_is_answered_when_another_start_of_the_same_agent_comes(client):
+    """So that two agents with the same keys are seen to live both."""
+    async with waiting(client.poll("web1", poll(wait=25, start="1"))) as first:
+        await is_polling(client)
+        await client.poll("web1", poll(start="1"))
+        await client.poll("web1", poll(keys=Keys(), start="3"))
+        await asyncio.sleep(0.05)
+        assert not first.done(), "neither itself nor a stranger is another start of it"
+        await client.poll("web1", poll(start="2"))
+        async with asyncio.timeout(10):
+            assert (await first).orders == ()
+
+
+async def test_a_token_that_is_bound_to_an_agent_is_of_no_use_as_another_one(tmp_path, caplog):
+    text, record = token("agent", agent="Web1")
+    shared, other = token("agent", "order")
+    async with (
+        running_relay(tmp_path / "r", tokens=[record, other]) as relay,
+        relay.mail(text, limits=ONE_TRY) as bound,
+        relay.mail(shared) as client,
+    ):
+        await client.post_orders([order(), order(agent="web2")])
+        assert len((await bound.poll("web1", poll())).orders) == 1
+        await bound.post_reports("WEB1", reports(1))
+        for ask in (
+            bound.poll("web2", poll(name="web2")),
+            bound.post_reports("web2", reports(1)),
+            bound.post_logs("web2", pieces(0)),
+        ):
+            with pytest.raises(TokenRefusedError):
+                await ask
+        assert [seen.name for seen in await client.agents()] == ["web1"]
+        assert len((await client.reports(D, wait=0)).reports) == 1
+    told = [entry.msg for entry in caplog.records if isinstance(entry.msg, Told)]
+    assert {
+        (each.fields["token"], each.fields["code"]) for each in told if each.name == RequestRefused.event_name()
+    } == {(record.id, "other_agent")}
+    assert {each.fields["path"] for each in told if "code" in each.fields} == {
+        f"/v1/agents/web2/{what}" for what in ("poll", "reports", "logs")
+    }
+
+
+async def test_a_token_that_is_misused_over_and_over_is_limited_and_nobody_else_is(tmp_path):
+    text, record = token("agent", agent="web1")
+    shared, other = token("agent")
+    async with (
+        running_relay(tmp_path / "r", tokens=[record, other]) as relay,
+        aiohttp.ClientSession(relay.url) as session,
+    ):
+        headers = {"Authorization": f"Bearer {text}", "Content-Type": messages.JSON}
+        found = []
+        for _ in range(MOST + 2):
+            async with session.post(messages.POLL.format(name="web2"), data=b"{}", headers=headers) as response:
+                found.append((response.status, "Retry-After" in response.headers))
+        assert found[0] == (403, False)
+        assert found[-1] == (429, True)
+        async with relay.mail(text) as bound, relay.mail(shared) as client:
+            await bound.poll("web1", poll())
+            await client.poll("web2", poll(name="web2"))
+
+
+async def test_forged_presences_keep_no_agent_that_is_known_from_polling_with_the_same_token(client, session):
+    await client.poll("web1", poll())
+    forged = json(messages.PollRequest(b"{}", None, 0.0))
+    codes = [(await call(session, "POST", messages.POLL.format(**AGENT), forged))[1]["code"] for _ in range(MOST + 2)]
+    assert (codes[0], codes[-1]) == ("forged", "too_many_refusals")
+    assert (await client.poll("web1", poll())).orders == ()
+    stranger = json(poll(keys=Keys()))
+    assert (await call(session, "POST", messages.POLL.format(**AGENT), stranger))[0] == 429
+
+
+def test_a_flood_of_strangers_under_its_name_does_not_push_an_agent_away():
+    clock = Clock()
+    presences = Presences(100, clock)
+    with presences.polling(who(key="own"), b"own", "t1"):
+        pass
+    for n in range(50):
+        with contextlib.suppress(UnreachableError), presences.polling(who(key=f"k{n}"), b"x", "t1"):
+            pass
+        with contextlib.suppress(UnreachableError), presences.polling(who(key=f"k{n}"), b"x", "t2"):
+            pass
+    told = [seen.presence for seen in presences.all()]
+    assert b"own" in told
+    assert len(told) <= 2 * PER_TOKEN
+    clock.now += BREATH_SECONDS + 1
+    with presences.polling(who(key="own"), b"own", "t1"):
+        for n in range(50):
+            with presences.polling(who(key=f"l{n}"), b"x", "t1"):
+                assert b"own" in [seen.presence for seen in presences.all()]
+            clock.now += BREATH_SECONDS + 1
+    for n in range(50):
+        with contextlib.suppress(UnreachableError), presences.polling(who(key=f"m{n}"), b"x", f"token {n}"):
+            pass
+    assert len(presences.all()) == PER_NAME
+
+
+def test_an_agent_that_is_started_again_has_its_place_however_full_it_is():
+    presences = Presences(100, Clock())
+    with contextlib.ExitStack() as stack:
+        with presences.polling(who(key="own", start="1"), b"1", "t1"):
+            pass
+        for n in range(PER_TOKEN - 1):
+            stack.enter_context(presences.polling(who(key=f"k{n}"), b"x", "t1"))
+        with pytest.raises(UnreachableError), presences.polling(who(key="stranger"), b"x", "t1"):
+            pass
+        with presences.polling(who(key="own", start="2"), b"2", "t1"):
+            assert b"2" in [seen.presence for seen in presences.all()]
 
 
 # --- room

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from harness.packages import cut_package, encode_run, noise
 from harness.process import eventually
+from xxhash import xxh3_64_intdigest
 
 from relay.encoding import bundle as bundles
 from relay.encoding.bundle import (
@@ -15,6 +16,7 @@ from relay.encoding.bundle import (
     BundleWriter,
     Data,
     Missing,
+    More,
     NotSent,
     Received,
     Span,
@@ -42,6 +44,7 @@ from relay.server.packages import Transfer, UnknownManifestError
 from relay.stores.catalog import Catalog
 from relay.stores.memory import MemoryChunks
 from relay.stores.open import Store, open_store
+from relay.support.zstd import zstd
 
 PATIENCE = 20.0
 CUT = cut_package({f"lib/{i}.dll": noise(i, 70_000 + i) for i in range(8)} | {"readme.txt": b"text " * 500})
@@ -228,6 +231,21 @@ async def test_a_bundle_speaks_of_the_leases_manifests_only(transfer, store):
     with pytest.raises(FrameError, match="not known here"):
         await send(transfer, other)
     assert store.chunks.written == 0
+
+
+@pytest.mark.parametrize("encoding", ["raw", "zstd"])
+async def test_a_payload_that_goes_on_behind_its_last_chunk_costs_that_chunk_its_word(transfer, store, encoding):
+    lease = (await offered(transfer)).lease
+    head, _ = run_of([0, 1])
+    payload = CUT.chunk(0).data + CUT.chunk(1).data
+    payload = payload if encoding == "raw" else zstd.compress(payload)
+    too_many = [
+        (Data(head.run, (), encoding, len(payload), xxh3_64_intdigest(payload), more=True), payload),
+        (More(1, xxh3_64_intdigest(b"!")), b"!"),
+    ]
+    answer = await transfer.take_bundle(lease, body(bundle(*too_many, run_of([2]))))
+    assert answer.stored == 3
+    assert answer.refused == (messages.RefusedRun(MANIFEST.id, ((1, 2),), "bad_frame"),)
 
 
 async def test_wrong_bytes_are_refused_by_name_and_the_rest_is_kept(transfer, store):

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -19,11 +21,15 @@ from typing import Any
 import pytest
 from harness.origins import depot_with
 from harness.packages import make_nupkg, noise
-from harness.process import Done, Process, eventually, run
+from harness.pages import DOCS
+from harness.process import WAYSTATION, Done, Process, eventually, run
 from harness.relays import RelayProcess
+from harness.trail import names, troubles
 
 from benchmarks.lines.network import Line, ThreadedProxy
 from orchestrator.depot.depot import open_depot
+from orchestrator.plan.plan import SecretSource
+from orchestrator.trust.secrets import read_secret
 from relay.encoding.bundle import BundleWriter, Received, Span, data_header
 from relay.errors import UnreachableError
 from relay.package.chunk import Chunk
@@ -105,7 +111,7 @@ def test_a_relay_is_useful_without_configuration_and_prints_one_line(origin: Ori
         assert origin.replicate(relay.url).code == 0
         assert origin.pull(relay.url, tmp_path / "root").code == 0
         done = relay.stop()
-    assert done == Done(0, f"{relay.said}\n", "")
+    assert (done.code, done.out, troubles(done.err)) == (0, f"{relay.said}\n", [])
 
 
 def test_status_says_how_a_relay_is_and_what_it_holds(origin: Origin, tmp_path: Path) -> None:
@@ -125,13 +131,23 @@ def test_status_says_how_a_relay_is_and_what_it_holds(origin: Origin, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lisen: 127.0.0.1:0\n", ["relay.yaml", "`lisen`"]),
-        ("limits: {drian_seconds: 5}\n", ["'drian_seconds'", "drain_seconds"]),
-        ("free_floor: -1\n", ["relay.yaml", "$.free_floor"]),
+        ("lisen: 127.0.0.1:0\n", ["relay.yaml:1: lisen: unknown key", "did you mean 'listen'?"]),
+        ("\nlimits: {drian_seconds: 5}\n", ["relay.yaml:2: limits.drian_seconds", "drain_seconds"]),
+        ("free_floor: -1\n", ["relay.yaml:1: free_floor: -1: expected a whole number from 0"]),
         ("store: ftp://x\n", ["'ftp://x' is no store location", "disk:/absolute/path"]),
-        ("tokens: [{id: x}]\n", ["tokens:"]),
-        ("tls: {certificate: /gone.pem, key: /gone.key}\n", ["tls:"]),
-        ("listen: [\n", ["relay.yaml is not YAML"]),
+        ("tokens: [{id: x}]\n", ["relay.yaml:1: tokens[0].id: 'x': expected 8 hex digits", "'scopes' is missing"]),
+        ("site: fra\nsite: iad\n", ["relay.yaml:2: site: stands twice, first in line 1"]),
+        (
+            "tls: {certificate: /gone.pem, key: /gone.key}\n",
+            ["relay.yaml:1: tls: the certificate /gone.pem cannot be read: No such file"],
+        ),
+        ("tls: {certificate: /etc/hostname, key: /gone.key}\n", ["the key /gone.key cannot be read: No such file"]),
+        ("peers: [{url: nonsense}]\n", ["relay.yaml:1: peers: "]),
+        (
+            "listen: here\nsight: fra\nlimits: {a: 1}\n",
+            ["relay.yaml:1: listen: 'here'", "relay.yaml:2: sight: unknown key", "relay.yaml:3: limits.a"],
+        ),
+        ("listen: [\n", ["relay.yaml:2: is not YAML"]),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -150,11 +166,12 @@ def test_without_tokens_nothing_listens_beyond_loopback(tmp_path: Path) -> None:
     check_refused(done, 2, "beyond loopback", "waystation relay token")
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_told_and_is_no_mistake_of_usage(tmp_path: Path) -> None:
+    """1, as an init system tries again then; the unit gives up at 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run(tmp_path, "relay", "serve", "--listen", f"127.0.0.1:{port}")
-    check_refused(done, 2, f"cannot listen on 127.0.0.1:{port}", "in use")
+    check_refused(done, 1, f"cannot listen on 127.0.0.1:{port}", "in use")
 
 
 def test_a_second_relay_on_one_store_ends_and_names_the_first(tmp_path: Path) -> None:
@@ -197,7 +214,8 @@ async def test_sigterm_lets_an_upload_and_a_download_end_and_nobody_new_in(origi
         assert relay.is_alive
         assert await downloading == held.stream_size
         assert await uploading == len(set(coming.chunk_ids()) - set(held.chunk_ids()))
-        assert await asyncio.to_thread(relay.end) == Done(0, f"{relay.said}\n", "")
+        done = await asyncio.to_thread(relay.end)
+        assert (done.code, done.out, troubles(done.err)) == (0, f"{relay.said}\n", [])
         again = stack.enter_context(RelayProcess(tmp_path))
         (sent,) = origin.replicate(again.url, "3.1.0", "--json").json["relays"]
         assert sent["chunks_sent"] == 0, "what was answered is there"
@@ -249,7 +267,8 @@ def test_a_reader_that_takes_nothing_does_not_keep_a_relay_from_stopping(origin:
 def test_ctrl_c_stops_a_relay_as_sigterm_does(tmp_path: Path) -> None:
     with RelayProcess(tmp_path) as relay:
         relay.process.send_signal(signal.SIGINT)
-        assert relay.end() == Done(0, f"{relay.said}\n", "")
+        done = relay.end()
+    assert (done.code, done.out, names(done.err)[-2:]) == (0, f"{relay.said}\n", ["relay.draining", "relay.stopped"])
 
 
 async def test_a_killed_relay_comes_back_with_its_packages_and_its_leases(tmp_path: Path) -> None:
@@ -304,6 +323,42 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     wrong.write_text(forgotten.out)
     with RelayProcess(folder, "--config", config) as relay:
         yield Guarded(relay, *files, wrong)
+
+
+DOCUMENTED = re.findall(r"^waystation (relay token .*?)(?: +#.*)?$", (DOCS / "operations.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [*dict.fromkeys(DOCUMENTED), "relay token write order --name releases > shell.token"])
+def test_a_documented_command_makes_a_token_file_that_a_deployment_takes(tmp_path: Path, line: str) -> None:
+    config = tmp_path / "relay.yaml"
+    config.write_text("site: fra\n")
+    config.chmod(0o640)
+    words = line.replace("/etc/waystation/relay.yaml", str(config))
+    made = subprocess.run(
+        ["sh", "-c", f"umask 022; {WAYSTATION} {words}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    (file,) = tmp_path.glob("*.token")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert re.fullmatch("wst_[0-9a-z]{8}_.*", read_secret("relay", SecretSource(file=str(file))).reveal())
+    assert stat.S_IMODE(config.stat().st_mode) == 0o640
+    if "--config" in line:
+        assert file.read_text().split("_")[1] in config.read_text()
+
+
+def test_a_token_file_that_is_renewed_keeps_its_mode(tmp_path: Path) -> None:
+    file = tmp_path / "agent.token"
+    file.write_text("old\n")
+    file.chmod(0o640)
+    done = run(tmp_path, "relay", "token", "agent", "--output", file)
+    assert (done.code, done.out) == (0, "")
+    assert file.read_text().startswith("wst_")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    nowhere = run(
+        tmp_path, "relay", "token", "agent", "--config", tmp_path / "relay.yaml", "--output", tmp_path / "no/x"
+    )
+    check_refused(nowhere, 2, "no/x")
+    assert not (tmp_path / "relay.yaml").exists()
 
 
 def test_a_token_is_printed_once_and_the_file_keeps_a_hash(guarded: Guarded) -> None:

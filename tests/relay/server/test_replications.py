@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
+from harness.evil_front import EvilFront, way
 from harness.origins import depot_with
 from harness.packages import make_nupkg, noise
 from harness.relays import CLIENT_LIMITS, RELAY_LIMITS, Relay, small_server, token
@@ -535,3 +536,20 @@ async def test_the_recipe_of_the_nupkg_comes_with_the_package(held: Held, source
         assert await client.recipe(held.manifest) is None
         assert (await follow(client, held.request(source.url)))[-1].state == "done"
         assert await client.recipe(held.manifest) == recipe
+
+
+async def test_a_source_that_builds_on_what_was_never_offered_is_untrusted_and_the_next_one_brings_it(
+    held: Held, source: Relay, relay: Relay
+) -> None:
+    front = EvilFront(source.port, way("a base that was never offered"))
+    await front.start()
+    async with relay.client() as client:
+        lied = (await follow(client, held.request(front.url)))[-1]
+        brought = (await follow(client, held.request(source.url)))[-1]
+    await front.stop()
+
+    assert front.played
+    assert (lied.state, lied.code) == ("failed", "untrusted")
+    assert "never offered" in lied.reason
+    assert brought.state == "done"
+    await check_holds(relay, held)

@@ -198,5 +198,5 @@ def test_a_key_that_is_not_the_certificates_is_refused_at_start(tmp_path: Path) 
     )
     done = run(tmp_path, "relay", "serve", "--config", config)
     assert done.code == 2
-    assert "tls: certificate or key cannot be used" in done.err
+    assert "cannot be used: the key is not the certificate's" in done.err
     assert done.out == ""

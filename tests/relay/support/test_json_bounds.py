@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.support import json_bounds
 from relay.support.json_bounds import JsonTooDeepError, check_depth
 
 texts = st.text(alphabet='ab"\\[]{}é\n', max_size=6)
@@ -37,6 +38,24 @@ def test_depth_is_measured_exactly_whatever_stands_in_strings(value, ascii_only)
     depth = depth_of(value)
     assert not is_too_deep(text, depth)
     assert not depth or is_too_deep(text, depth - 1)
+
+
+@given(values, st.booleans(), st.integers(1, 7))
+def test_where_the_text_is_cut_into_slices_changes_nothing(value, ascii_only, size):
+    text = json.dumps(value, ensure_ascii=ascii_only).encode()
+    depth = depth_of(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_bounds, "_SLICE", size)
+        assert not is_too_deep(text, depth)
+        assert not depth or is_too_deep(text, depth - 1)
+
+
+def test_the_first_slice_that_is_too_deep_is_the_last_one_looked_at(monkeypatch):
+    slices = []
+    add = json_bounds._Gauge.add
+    monkeypatch.setattr(json_bounds._Gauge, "add", lambda gauge, piece: slices.append(piece) or add(gauge, piece))
+    assert is_too_deep(b"[" * (8 << 20), 16)
+    assert len(slices) == 1
 
 
 @given(values, st.integers(0, 3))

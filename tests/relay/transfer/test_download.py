@@ -28,7 +28,16 @@ from relay.errors import (
 from relay.package.manifest import Manifest
 from relay.support.persistence import Persistence
 from relay.transfer import download as downloads
-from relay.transfer.download import ChunkSource, DownloadLimits, NoSourceLeftError, Receiver, StalledError, download
+from relay.transfer import pace
+from relay.transfer.download import (
+    ChunkSource,
+    DownloadLimits,
+    NoSourceLeftError,
+    OvertakenError,
+    Receiver,
+    StalledError,
+    download,
+)
 
 CUT = cut_package({f"lib/{i:02}.dll": noise(i, 65536 + i) for i in range(24)})
 MANIFEST = CUT.manifest
@@ -306,6 +315,121 @@ async def test_a_lie_is_never_borne():
     assert isinstance(tallies["liar"].error, UntrustedError)
 
 
+# --- a source that is slow, and no more than that
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """What takes seconds takes hundredths of them here."""
+    for name, value in {"LOOK_SECONDS": 0.01, "WINDOW_SECONDS": 0.05, "TRY_BYTES": 100_000, "END_SECONDS": 0.1}.items():
+        monkeypatch.setattr(downloads, name, value)
+    monkeypatch.setattr(pace, "WORTH_SECONDS", 0.05)
+
+
+@dataclass
+class Dripping(Source):
+    """A chunk now and then, as soon as `served` chunks have come."""
+
+    served: int = 0
+    seconds: float = 0.1
+
+    async def stream(self, manifest: Manifest, indexes: Sequence[int], **how: object) -> AsyncGenerator[Event, None]:
+        self.asked.append(list(indexes))
+        try:
+            for index in indexes:
+                if self.served <= 0:
+                    await asyncio.sleep(self.seconds)
+                self.served -= 1
+                yield got(index)
+            yield Whole(len(indexes))
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("served", [0, 5], ids=["from the start", "after some chunks"])
+@pytest.mark.parametrize("seconds", [0.1, 3600.0], ids=["dripping", "silent"])
+async def test_a_slow_source_is_overtaken_by_one_that_brings_the_rest_sooner(impatient, served, seconds):
+    slow, fast = Dripping("slow", served=served, seconds=seconds), Source("fast")
+    sink, tallies = await run(slow, fast)
+    assert each_once(sink)
+    assert [name for name, _ in sink.failed] == ["slow"]
+    assert isinstance(sink.failed[0][1], OvertakenError)
+    assert tallies["slow"].overtaken
+    assert tallies["slow"].error is None, "it is no failure: where the others fail, it is asked again"
+    assert tallies["fast"].chunks > tallies["slow"].chunks
+    assert slow.closed == len(slow.asked), "its requests ended with the download"
+
+
+async def test_a_source_that_waits_for_ever_is_overtaken(impatient, monkeypatch):
+    monkeypatch.setattr(downloads, "WAITING_SECONDS", 0.0)
+    stuck, good = Source("stuck", always=(0, "arriving")), Source("good")
+    sink, tallies = await run(stuck, good)
+    assert each_once(sink)
+    assert tallies["stuck"].overtaken
+
+
+async def test_a_source_that_was_measured_as_slow_is_not_even_tried(impatient):
+    slow, slower = Dripping("slow", seconds=0.01), Source("slower")
+    sink, _ = await run(slow, slower, goodput=1.0)
+    assert each_once(sink)
+    assert slower.asked == []
+
+
+async def test_a_source_that_is_no_faster_is_tried_with_a_little_and_left_alone(impatient):
+    slow, same = Dripping("slow", seconds=0.02), Dripping("same", seconds=0.02)
+    sink, tallies = await run(slow, same)
+    assert each_once(sink)
+    assert sink.failed == []
+    assert same.asked
+    assert all(len(indexes) <= 3 for indexes in same.asked)
+    assert not tallies["slow"].overtaken
+
+
+async def test_a_slow_source_is_asked_again_where_the_fast_one_fails(impatient):
+    slow = Dripping("slow", seconds=0.05)
+    fickle = Source("fickle", [None, (1, UnreachableError("gone"))], always=(0, UnreachableError("gone")))
+    sink, tallies = await run(slow, fickle)
+    assert each_once(sink)
+    assert tallies["fickle"].chunks >= 1
+    assert tallies["slow"].chunks >= 1
+    assert isinstance(tallies["fickle"].error, UnreachableError)
+
+
+async def test_of_two_that_stand_still_neither_keeps_the_third_from_being_asked(impatient):
+    stuck, stuck_too, good = Dripping("stuck", seconds=3600.0), Dripping("stuck too", seconds=3600.0), Source("good")
+    sink, tallies = await run(stuck, stuck_too, good)
+    assert each_once(sink)
+    assert tallies["good"].chunks > 20
+
+
+async def test_a_lie_of_a_source_that_is_only_tried_is_told(impatient):
+    slow, liar, good = Dripping("slow", seconds=0.1), Source("liar", always=(0, UntrustedError("lies"))), Source("good")
+    sink, tallies = await run(slow, liar, good)
+    assert each_once(sink)
+    assert isinstance(tallies["liar"].error, UntrustedError)
+
+
+async def test_one_that_cannot_be_tried_is_not_left_for_that(impatient):
+    slow, away = Dripping("slow", seconds=0.02), Source("away", always=(0, UnreachableError("not now")))
+    sink, tallies = await run(slow, away)
+    assert each_once(sink)
+    assert away.asked
+    assert tallies["away"].error is None
+
+
+async def test_an_answer_that_has_everything_and_no_end_is_ended_and_told(impatient):
+    class Endless(Source):
+        async def stream(self, manifest, indexes, **how):
+            for index in indexes:
+                yield got(index)
+            await asyncio.sleep(3600)
+
+    sink, tallies = await run(Endless(), connections=1, asks_whole=True)
+    assert each_once(sink)
+    assert "does not end" in tallies["relay"].error.message
+    assert [name for name, _ in sink.failed] == ["relay"]
+
+
 # --- receivers that differ
 
 
@@ -329,20 +453,27 @@ async def test_chunks_are_taken_one_by_one_where_the_receiver_wants_them_so():
 async def test_the_receiver_hears_of_each_run_and_takes_its_payload_while_it_comes():
     class Tapping(Sink):
         heard: ClassVar[list] = []
+        pieces: ClassVar[list] = []
 
         def tap(self, run, bases, encoding):
             self.heard.append((len(run), len(bases), encoding))
-            return self.heard
+            ends = {"finish": lambda: self.pieces.append("end"), "fail": lambda: self.pieces.append("failed")}
+            return SimpleNamespace(add=self.pieces.append, **ends)
 
     class Announcing(Source):
         async def stream(self, manifest, indexes, *, tap, **how):
-            assert tap(((manifest.id, indexes[0]),), (), "zstd") is Tapping.heard
+            sink = tap(((manifest.id, indexes[0]),), (), "zstd")
+            sink.add(b"stretch")
+            sink.finish()
+            sink.fail()
             async for event in super().stream(manifest, indexes, **how):
                 yield event
 
     sink, tallies = await run(Announcing(), sink=Tapping(), connections=1)
     assert each_once(sink)
-    assert sink.heard == [(1, 0, "zstd")] * len(tallies["relay"].timings)
+    requests = len(tallies["relay"].timings)
+    assert sink.heard == [(1, 0, "zstd")] * requests
+    assert sink.pieces == [b"stretch", "end", "failed"] * requests
 
 
 async def test_what_a_source_did_can_be_read_meanwhile():

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from dataclasses import replace
+from itertools import product
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ from aiohttp import web
 from harness.origins import depot_with
 from harness.packages import cut_package, make_nupkg, noise
 from harness.relays import CLIENT_LIMITS, running_relay, small_server, token
+from harness.seed import SOAK
 from harness.short_runs import shorten_runs
 
 from benchmarks.lines.network import CountingProxy
@@ -24,6 +27,7 @@ from relay.errors import (
     StoreError,
     UnknownLeaseError,
     UnreachableError,
+    UntrustedError,
 )
 from relay.protocol import messages
 from relay.protocol.client import RelayClient
@@ -511,6 +515,43 @@ async def test_a_relay_that_restarts_in_mid_transfer_gets_the_rest_and_little_tw
         assert twice < CONNECTIONS_MAX * (sender.BUNDLE_PAYLOAD + 500_000)
 
 
+LOSSES = {
+    "the base": lambda store: [store / "manifests" / MANIFEST.id],
+    "what was offered": lambda store: [store / "manifests" / EDITED.manifest.id],
+    "chunks and manifests": lambda store: [store / "chunks", store / "manifests"],
+    "everything": lambda store: [store],
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "at"),
+    list(product(LOSSES, ["put_bundle", "publish"]))
+    if SOAK
+    else [("the base", "put_bundle"), ("everything", "publish")],
+)
+async def test_a_relay_that_comes_back_without_what_it_was_offered_is_offered_it_again(tmp_path, monkeypatch, loss, at):
+    source = await source_of(CUT, EDITED)
+    async with contextlib.AsyncExitStack() as outer:
+        first = contextlib.AsyncExitStack()
+        relay = await first.enter_async_context(running_relay(tmp_path / "relay"))
+        await bring(relay, CUT, source)
+        send, lost = getattr(RelayClient, at), []
+
+        async def robbed(self, *words):
+            if not lost:
+                lost.extend(LOSSES[loss](tmp_path / "relay"))
+                await first.aclose()
+                for path in lost:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                await outer.enter_async_context(running_relay(tmp_path / "relay", port=relay.port))
+            return await send(self, *words)
+
+        monkeypatch.setattr(RelayClient, at, robbed)
+        await bring(relay, EDITED, source, known=[MANIFEST], force=Coding.parse("hdiff"))
+        assert lost
+        assert await whole(relay, EDITED)
+
+
 async def test_a_lease_that_is_lost_in_mid_transfer_is_taken_anew(relay, monkeypatch):
     lost = []
     use = Leases.use
@@ -668,6 +709,15 @@ async def test_chunks_that_the_relay_refuses_end_the_replication_with_its_reason
     refused = (messages.RefusedRun(MANIFEST.id, ((0, 2),), "wrong_bytes"),)
     async with bad(refused=refused) as (_, client):
         with pytest.raises(RefusedError, match=r"2 chunks of Acme\.Web 1\.0\.0: wrong_bytes"):
+            await replicate(MANIFEST, b"", await source_of(CUT), client)
+
+
+@pytest.mark.parametrize(
+    "refused", [messages.RefusedRun(MANIFEST.id, ((0, 10**12),), "x"), messages.RefusedRun("0" * 64, ((0, 1),), "x")]
+)
+async def test_a_relay_that_refuses_what_was_never_sent_is_not_believed(refused):
+    async with bad(refused=(refused,)) as (_, client):
+        with pytest.raises(UntrustedError):
             await replicate(MANIFEST, b"", await source_of(CUT), client)
 
 

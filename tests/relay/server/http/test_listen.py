@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -44,7 +45,7 @@ from relay.server.http.access import (
 from relay.server.http.bodies import parse_json
 from relay.server.http.connection import Ledger, Limits, Meter, StallWatch, address_key
 from relay.server.http.listen import start_guarded
-from relay.server.http.problems import PROBLEM_TYPE, TITLES, HttpRefusal, problem, problem_of, verdict_of
+from relay.server.http.problems import PROBLEM_TYPE, TITLES, HttpRefusal, problem, problem_of, tell_problem, verdict_of
 from relay.server.http.tokens import TokenSet, make_token
 from relay.support.json_bounds import repeats_a_key
 
@@ -95,8 +96,11 @@ def test_every_error_has_its_status_and_tells_nothing_of_itself(
 def test_the_id_of_a_problem_leads_to_its_cause_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     errors = (ZeroDivisionError("the reason"), FrameError("bad\nline \x1b[1m forged"))
-    ids = [json.loads(problem_of(error).body)["id"] for error in errors]
+    answers = [problem_of(error) for error in errors]
+    ids = [json.loads(answer.body)["id"] for answer in answers]
     assert len(set(ids)) == 2
+    for answer in answers:
+        tell_problem(make_mocked_request("GET", "/"), answer)
     for id, record in zip(ids, caplog.records, strict=True):
         assert id in record.getMessage()
         assert "\n" not in record.getMessage()
@@ -395,11 +399,18 @@ async def test_beyond_loopback_nothing_listens_without_tokens() -> None:
     await running.stop()
 
 
-async def test_an_address_in_use_is_told_as_such() -> None:
+async def test_an_address_in_use_is_told_as_such_and_may_be_free_later() -> None:
     running = await start_guarded(guarded_app(Access(TokenSet([]))), "127.0.0.1", 0, Limits())
-    with pytest.raises(UsageError, match="cannot listen"):
+    with pytest.raises(UnreachableError, match="cannot listen"):
         await start_guarded(guarded_app(Access(TokenSet([]))), "127.0.0.1", running.port, Limits())
     await running.stop()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "relay.invalid"])
+async def test_an_interface_or_a_name_that_is_not_there_yet_is_worth_another_try(host: str) -> None:
+    _, record = make_token(["read"], datetime.now(UTC))
+    with pytest.raises(UnreachableError, match=f"cannot listen on {host}:0"):
+        await start_guarded(guarded_app(Access(TokenSet([record]))), host, 0, Limits())
 
 
 def test_taking_away_the_last_token_does_not_open_the_relay() -> None:

@@ -5,18 +5,19 @@ import re
 import zlib
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from relay.config import TokenRecord
 from relay.errors import UsageError
 from relay.server.http.tokens import (
     SCOPES,
     ForbiddenError,
     MisplacedTokenError,
-    TokenRecord,
     TokenSet,
     UnauthenticatedError,
     append_token,
@@ -48,6 +49,25 @@ def test_a_token_has_the_told_shape_and_only_its_hash_is_kept() -> None:
     assert secret not in repr(record)
     assert record.id == text[4:12]
     assert record.expires - record.created == timedelta(days=90)
+
+
+def test_a_token_that_is_bound_to_an_agent_says_so_in_relay_yaml_and_to_who_checks_it(tmp_path) -> None:
+    text, record = make_token(["agent"], NOW, agent="web7")
+    append_token(str(tmp_path / "relay.yaml"), record)
+    written = yaml.safe_load((tmp_path / "relay.yaml").read_text())["tokens"]
+    assert written[0]["agent"] == "web7"
+    assert parse_tokens(written).check(text, NOW).agent == "web7"
+    free, unbound = make_token(["agent"], NOW)
+    assert "agent" not in msgspec.to_builtins(unbound)
+    assert TokenSet([unbound]).check(free, NOW).agent == ""
+
+
+@pytest.mark.parametrize(
+    ("scopes", "agent"), [(["read"], "web7"), (["agent"], "web 7"), (["agent"], "-x"), (["order"], "w")]
+)
+def test_only_an_agents_token_is_bound_and_only_to_a_name_that_an_agent_can_have(scopes: list[str], agent: str) -> None:
+    with pytest.raises(UsageError):
+        make_token(scopes, NOW, agent=agent)
 
 
 def test_two_tokens_are_never_alike() -> None:
