@@ -26,7 +26,7 @@ from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
 from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
-from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun
+from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun, ServerStep
 from orchestrator.replication.fill_relays import relays_filled
 from orchestrator.replication.send import open_relay
 from orchestrator.trust.keyring import load_pins, load_signer
@@ -136,8 +136,10 @@ def _server_scripts(plan: Plan) -> list[FrozenFile]:
     """Every script of the plan that runs on the server."""
     runs: list[ServerRun | None] = [run for step in plan.pre_acquire for run in (step.run, step.undo)]
     for step in plan.steps:
-        if not isinstance(step, MachineStep):
-            runs.append(step.run)
-        elif step.rotation is not None:
-            runs += [step.rotation.before, step.rotation.after, step.rotation.probe]
+        if isinstance(step, ServerStep):
+            runs += [step.run, step.on_rollback if isinstance(step.on_rollback, ServerRun) else None]
+        elif isinstance(step, MachineStep):
+            runs += [phase.gate.check for phase in step.phases if phase.gate is not None]
+            if step.rotation is not None:
+                runs += [step.rotation.before, step.rotation.after, step.rotation.probe]
     return [run.script for run in runs if run is not None and run.script is not None]

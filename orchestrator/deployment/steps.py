@@ -45,10 +45,12 @@ from orchestrator.journal.events import (
 from orchestrator.plan.plan import (
     OLD_VERSION,
     ApplyAction,
+    AskStep,
     MachineStep,
     MachineTurn,
     Plan,
     PlannedCheck,
+    PlannedStep,
     ScriptAction,
     ServerRun,
     ServerStep,
@@ -95,10 +97,13 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
             await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
             continue
         await context.recorder.record(StepStarted(step.number, step.name))
-        if isinstance(step, ServerStep):
-            why = await _on_server(context, step)
-        else:
-            why = await _on_machines(context, step, facts, outcome)
+        match step:
+            case ServerStep():
+                why = await _on_server(context, step)
+            case AskStep():
+                raise NotImplementedError
+            case MachineStep():
+                why = await _on_machines(context, step, facts, outcome)
         await context.recorder.record(StepEnded(step.number, ok=not why, reason=why, name=step.name))
         # A step that was only stopped has nothing to add to why everything stops.
         if why and why != context.stop.reason:
@@ -106,7 +111,7 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
     return outcome
 
 
-def _why_skipped(step: MachineStep | ServerStep, outcome: StepsOutcome, stopping: str) -> str:
+def _why_skipped(step: PlannedStep, outcome: StepsOutcome, stopping: str) -> str:
     if stopping:
         return stopping
     if outcome.failed and step.when == "success":

@@ -17,7 +17,7 @@ from agent.orders.orders import AcquireFacts, Facts, Report, State, SurveyFacts
 from relay.errors import StoreError
 from relay.protocol.messages import EncodedBytes
 
-Goal = Literal["deploy", "stage"]
+Goal = Literal["deploy", "stage", "rollback"]
 FinalState = Literal["succeeded", "failed", "cancelled"]
 """How a deployment ends."""
 Outcome = Literal["succeeded", "done with exclusions", "failed", "cancelled"]
@@ -244,6 +244,93 @@ class BracketAdopted(_Fact, frozen=True, tag="bracket_adopted"):
     label: str = ""
 
 
+class TurnDid(_Fact, frozen=True, tag="turn_did"):
+    """What became of one thing that a turn had to do: `do` and `how` are words of `orchestrator/rolling/turn.py`.
+
+    It is written with whatever is recorded next: what followed from it is never on the disk without it. Since format 3.
+    """
+
+    machine: str
+    step: int
+    do: str
+    how: str
+    reason: str = ""
+
+
+# --- people
+
+
+class AskOpened(_Fact, frozen=True, tag="ask_opened"):
+    """People are asked. `ask` names the question for ever (`STEP/NAME`), `at` is when it expires (0: never). Since format 3."""
+
+    ask: str
+    step: int
+    name: str
+    text: str
+    at: float = 0.0
+
+
+class AskAnswered(_Fact, frozen=True, tag="ask_answered"):
+    """One person has said yes or no; more may be needed. `decision` is the row. Since format 3."""
+
+    ask: str
+    decision: int
+    by: str
+    verdict: Literal["approve", "reject"]
+    why: str = ""
+
+
+class AskClosed(_Fact, frozen=True, tag="ask_closed"):
+    """The question is settled. `late`: its time was over while no process looked. Since format 3."""
+
+    ask: str
+    outcome: Literal["approved", "rejected", "expired"]
+    reason: str = ""
+    late: bool = False
+
+
+class MachineAsked(_Fact, frozen=True, tag="machine_asked"):
+    """A machine's turn waits for a person: what is to be done with it? Since format 3."""
+
+    machine: str
+    step: int
+    reason: str
+    choices: tuple[str, ...]
+
+
+class MachineDecided(_Fact, frozen=True, tag="machine_decided"):
+    """A person has said it. `decision` is the row. Since format 3."""
+
+    machine: str
+    step: int
+    what: str
+    decision: int
+    by: str
+    why: str = ""
+
+
+class Paused(_Fact, frozen=True, tag="paused"):
+    """Nothing new starts until a person says so. Since format 3."""
+
+    reason: str
+    by: str = ""
+
+
+class Unpaused(_Fact, frozen=True, tag="unpaused"):
+    """It goes on. Since format 3."""
+
+    by: str
+    why: str = ""
+
+
+class Left(_Fact, frozen=True, tag="left"):
+    """A machine is left out of this deployment, on purpose or by rule; `by` is a person, empty for a rule. Since format 3."""
+
+    machine: str
+    reason: str
+    by: str = ""
+
+
 # --- operations
 
 
@@ -338,6 +425,15 @@ Event = (
     | BracketOpened
     | BracketClosed
     | BracketAdopted
+    | TurnDid
+    | AskOpened
+    | AskAnswered
+    | AskClosed
+    | MachineAsked
+    | MachineDecided
+    | Paused
+    | Unpaused
+    | Left
     | Dispatched
     | Reported
     | ServerRunDispatched

@@ -39,7 +39,7 @@ from orchestrator.journal.trail import tell_facts
 from relay.audit.event import tell
 from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Of the tables and of the kinds of entries. A journal of a higher one is refused, never half understood."""
 FENCE_MAX: Final = (1 << 53) - 1
 """The highest fence that an order can carry (agent/orders/orders.py)."""

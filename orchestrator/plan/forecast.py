@@ -14,6 +14,7 @@ import msgspec
 from agent.orders.orders import CommandCheck, HttpCheck, ServiceCheck, TcpCheck
 from orchestrator.plan.placement import packages_at, placed_on, relays_to_fill
 from orchestrator.plan.plan import (
+    AskStep,
     MachineStep,
     MachineTurn,
     Plan,
@@ -145,7 +146,13 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"before acquisition: {_run(early.run)}{undo}"
     yield from _acquisition(plan)
     for step in plan.steps:
-        yield from _server(step) if isinstance(step, ServerStep) else _machines(plan, step)
+        match step:
+            case ServerStep():
+                yield from _server(step)
+            case AskStep():
+                yield f"step {step.number}: {step.name}: asks {', '.join(step.ask.approvers) or 'people'}: {step.ask.text}"
+            case MachineStep():
+                yield from _machines(plan, step)
     for notify in plan.notify:
         yield f"tells {notify.url or f'the address in secret {notify.url_secret}'} of {', '.join(notify.on)}"
     if plan.deadline:

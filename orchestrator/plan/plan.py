@@ -117,6 +117,34 @@ class ServerRun(_Planned, frozen=True):
     secrets: tuple[str, ...] = ()
 
 
+class PlannedAsk(_Planned, frozen=True):
+    """A question to people.
+
+    Attributes:
+        text: filled in, but for `${machine.name}` and `${machine.address}`: those of the machines that went through.
+        approvers: names of people, teams resolved; empty: everybody who may order in the environment.
+        minimum: so many different people must agree.
+        not_author: who made the release does not count.
+        expires: seconds from when it was asked; 0: never.
+        on_expiry: `pause` asks on and says that it is late, `stop` is a no, `proceed` a yes.
+    """
+
+    text: str
+    approvers: tuple[str, ...] = ()
+    minimum: int = 1
+    not_author: bool = False
+    expires: float = 0.0
+    on_expiry: Literal["pause", "stop", "proceed"] = "pause"
+
+
+class PlannedGate(_Planned, frozen=True):
+    """Where a phase waits: for `check`, a run on the server that must end with 0, then for `ask`. At least one of both."""
+
+    name: str
+    check: ServerRun | None = None
+    ask: PlannedAsk | None = None
+
+
 class PreAcquire(_Planned, frozen=True):
     """A step before any byte moves; `undo` always runs, at the end or once everything is acquired."""
 
@@ -125,12 +153,20 @@ class PreAcquire(_Planned, frozen=True):
     until: Literal["finished", "acquired"] = "finished"
 
 
+class OfflineRule(_Planned, frozen=True):
+    """Machines that may be left out where they cannot be reached: at most so many, of these roles (none named: of all)."""
+
+    at_most: int
+    roles: tuple[str, ...] = ()
+
+
 class AcquirePlan(_Planned, frozen=True):
     """Limits of the acquisition. `per_relay`: machines of one site that pull at one time."""
 
     deadline: float = 1800.0
     stall: float = 60.0
     per_relay: int = 20
+    offline: OfflineRule | None = None
 
 
 class RotationPlan(_Planned, frozen=True):
@@ -201,10 +237,18 @@ class MachineTurn(_Planned, frozen=True):
 
 
 class PlannedPhase(_Planned, frozen=True):
-    """`machines`: how many of the step's machines go through it (0: all that are left); `window`: how many at a time."""
+    """`machines`: how many of the step's machines go through it (0: all that are left); `window`: how many at a time.
+
+    Its gate stands behind it: when all its machines are through, before the next phase, or the next step, starts.
+    """
 
     machines: int
     window: int
+    gate: PlannedGate | None = None
+
+
+OnFailure = Literal["ask", "rollback", "stop"]
+"""What is done about a machine whose new version is bad: ask a person, switch back, or leave it out and fail."""
 
 
 class MachineStep(_Planned, frozen=True, tag="machines"):
@@ -230,10 +274,15 @@ class MachineStep(_Planned, frozen=True, tag="machines"):
     rotation: RotationPlan | None = None
     when: Literal["success", "failure", "always"] = "success"
     required: bool = False
+    on_failure: OnFailure = "stop"
 
 
 class ServerStep(_Planned, frozen=True, tag="server"):
-    """A step on the server. `package`: its tree is there as PACKAGE_DIR."""
+    """A step on the server. `package`: its tree is there as PACKAGE_DIR.
+
+    `on_rollback`: what going back to this release means for it: leave it out, run this in its place, or nobody may go
+    back.
+    """
 
     number: int
     name: str
@@ -241,9 +290,20 @@ class ServerStep(_Planned, frozen=True, tag="server"):
     package: str = ""
     when: Literal["success", "failure", "always"] = "success"
     required: bool = False
+    on_rollback: Literal["skip", "refuse"] | ServerRun = "refuse"
 
 
-PlannedStep = MachineStep | ServerStep
+class AskStep(_Planned, frozen=True, tag="ask"):
+    """A step that waits for people."""
+
+    number: int
+    name: str
+    ask: PlannedAsk
+    when: Literal["success", "failure", "always"] = "success"
+    required: bool = False
+
+
+PlannedStep = MachineStep | ServerStep | AskStep
 
 
 class NotifyPlan(_Planned, frozen=True):
@@ -264,6 +324,8 @@ class Plan(_Planned, frozen=True):
         deadline: of the whole deployment; 0: none.
         notes: what a person should know of it: effective numbers, what the plan cannot promise.
         force: every machine has its turn, also one on which all of it was done before.
+        author: name of the person who signed the release; empty where the key has no name.
+        excluded: machines that a person leaves out, and why.
     """
 
     format: Literal[1]
@@ -284,6 +346,8 @@ class Plan(_Planned, frozen=True):
     deadline: float = 0.0
     notes: tuple[str, ...] = ()
     force: bool = False
+    author: str = ""
+    excluded: dict[str, str] = {}
 
     def every_package(self) -> list[PlannedPackage]:
         """Those of the release, and that of its scripts."""
