@@ -114,7 +114,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
-    from orchestrator.deployment.create_release import plan_release
+    from orchestrator.releases.create_release import plan_release
     from orchestrator.files.environment import environment_path, read_both
     from orchestrator.plan.forecast import describe, document
 
@@ -152,7 +152,7 @@ def create(
 ) -> None:
     """Freeze and sign the process, its scripts and package versions as LABEL."""
     check_installed()
-    from orchestrator.deployment.create_release import create_release
+    from orchestrator.releases.create_release import create_release
     from orchestrator.files.environment import environment_path, read_both
     from orchestrator.files.process import load_process
 
@@ -234,7 +234,7 @@ def deploy(
     Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
     """
     check_installed()
-    from orchestrator.deployment.create_release import create_release
+    from orchestrator.releases.create_release import create_release
     from orchestrator.deployment.setup import DeployRequest
     from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
     from orchestrator.journal.status import deployment_view

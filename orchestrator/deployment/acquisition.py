@@ -14,6 +14,7 @@ from typing import Final
 from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acquire, AcquireFacts, PackageTree, Report, Survey, SurveyFacts
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
+from orchestrator.deployment.tries import Tries
 from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
 from orchestrator.plan.placement import placed_on, short_of_room, trees_of
 from orchestrator.plan.plan import ServerStep
@@ -35,7 +36,10 @@ async def acquire(context: DeploymentContext) -> dict[str, SurveyFacts]:
         DeploymentFailedError: a machine has no room, or could not get everything; nothing was started anywhere.
         RefusedError: the depot says no.
     """
-    arriving = _Arriving()
+    if context.history.barrier is not None:
+        # Before an earlier process of this deployment died. A tree that was damaged since then is found by its switch.
+        return dict(context.history.surveyed)
+    arriving = _Arriving(context)
     acquiring = asyncio.create_task(_acquire(context, arriving))
     stopped = asyncio.create_task(context.stop.wait())
     try:
@@ -112,11 +116,13 @@ async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, 
 
     async def ask(name: str) -> tuple[str, SurveyFacts]:
         arriving.lacks(name, "it was asked what it holds, and no relay has brought its answer")
-        report = await context.fleet.perform(context.operation(0, name, "survey"), Survey(trees_of(context.plan, name)))
+        what = Survey(trees_of(context.plan, name))
+        report = await arriving.tries(name).order(context.fleet, context.operation(0, name, "survey"), lambda _: what)
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
-        await context.recorder.record(Surveyed(name, facts))
+        if name not in context.history.surveyed:
+            await context.recorder.record(Surveyed(name, facts))
         arriving.complete(name)
         return name, facts
 
@@ -129,9 +135,15 @@ async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, 
 class _Arriving:
     """What each machine waits for, and the last pull that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: DeploymentContext) -> None:
+        past = {machine.name: context.history.preparation(machine.name) for machine in context.plan.machines}
+        self._tries = {name: Tries(prepared, again=True) for name, prepared in past.items()}
         self.pulls: dict[str, OperationId] = {}
         self._waiting: dict[str, str] = {}
+
+    def tries(self, machine: str) -> Tries:
+        """The orders that it was given."""
+        return self._tries[machine]
 
     def lacks(self, machine: str, why: str) -> None:
         """Remember why `machine` does not have everything yet."""
@@ -157,10 +169,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         trees = trees_of(context.plan, name)
         if not trees:
             return ""
-        attempt, why = 0, ""
+        is_first, why = True, ""
         # Where its relays gave it nothing, the others of its list are filled as well, and it is asked once more.
-        while attempt == 0 or (why and context.filler.widen(name)):
-            attempt += 1
+        while is_first or (why and context.filler.widen(name)):
+            is_first = False
             arriving.lacks(name, f"relay {machine.relays[0]} was not offered everything")
             try:
                 await context.filler.until_offered(name, context.plan.acquire.stall)
@@ -168,7 +180,7 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
                     name, f"{context.plan.acquire.per_relay} others of {machine.site} pulled (acquire: per_relay)"
                 )
                 async with slots[machine.site]:
-                    why = await _pull(context, name, trees, arriving, attempt)
+                    why = await _pull(context, name, trees, arriving)
             except StoreError:
                 raise
             except WaystationError as error:
@@ -181,15 +193,21 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         raise DeploymentFailedError(f"not every machine has everything, so no step began: {'; '.join(reasons)}")
 
 
-async def _pull(
-    context: DeploymentContext, name: str, trees: tuple[PackageTree, ...], arriving: _Arriving, attempt: int
-) -> str:
+async def _pull(context: DeploymentContext, name: str, trees: tuple[PackageTree, ...], arriving: _Arriving) -> str:
     """Why it could not; empty where it could."""
     arriving.lacks(name, "nothing was heard of its pull")
     limits = context.plan.acquire
-    what = Acquire(trees, deadline=limits.deadline, stall=limits.stall)
-    operation = arriving.pulls[name] = context.operation(0, name, "acquire", attempt)
-    report = await context.fleet.perform(operation, what, _shown(context, name, arriving), patience=limits.stall)
+    def order(operation: OperationId) -> Acquire:
+        arriving.pulls[name] = operation
+        return Acquire(trees, deadline=limits.deadline, stall=limits.stall)
+
+    report = await arriving.tries(name).order(
+        context.fleet,
+        context.operation(0, name, "acquire"),
+        order,
+        on_progress=_shown(context, name, arriving),
+        patience=limits.stall,
+    )
     if report.state != "done" or not isinstance(report.facts, AcquireFacts):
         why = report.reason or report.state
         arriving.lacks(name, why)

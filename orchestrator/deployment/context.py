@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,15 @@ from orchestrator.plan.plan import Plan, PreAcquire
 from relay.errors import WaystationError
 
 if TYPE_CHECKING:
+    from orchestrator.deployment.decisions import Desk, StopToken
     from orchestrator.deployment.notify import Notifier
-    from orchestrator.deployment.packages import ServerTrees
+    from orchestrator.releases.packages import ServerTrees
     from orchestrator.deployment.server_runs import ServerRuns
     from orchestrator.depot.depot import Depot
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
     from orchestrator.replication.fill_relays import RelayFiller
+    from orchestrator.rolling.history import History
     from orchestrator.trust.secrets import SecretStore
     from relay.support.progress import Bar
 
@@ -28,33 +29,12 @@ class DeploymentFailedError(WaystationError):
 
 
 @dataclass
-class StopToken:
-    """Whether anything new may start. What is in flight comes to its end in any case.
-
-    Attributes:
-        reason: why nothing may; empty while all goes on.
-        by_person: whether a person stopped it.
-    """
-
-    reason: str = ""
-    by_person: bool = False
-    _requested: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def request(self, reason: str, *, by_person: bool = False) -> None:
-        """Let nothing new start. The first reason stays."""
-        self.reason = self.reason or reason
-        self.by_person = self.by_person or by_person
-        self._requested.set()
-
-    async def wait(self) -> None:
-        await self._requested.wait()
-
-
-@dataclass
 class DeploymentContext:
     """One deployment while it runs.
 
     Attributes:
+        history: what an earlier process did of it.
+        desk: where people's decisions come in.
         out: machines whose bracket is open.
         refused_before: what agents had refused, by their own word, before any order of this deployment left; None until
             all were met.
@@ -70,7 +50,9 @@ class DeploymentContext:
     notifier: Notifier
     filler: RelayFiller
     bar: Bar
-    stop: StopToken = field(default_factory=StopToken)
+    history: History
+    desk: Desk
+    stop: StopToken
     out: set[str] = field(default_factory=set)
     refused_before: dict[str, tuple[str, ...]] | None = None
 
@@ -78,12 +60,15 @@ class DeploymentContext:
         return OperationId.of(self.recorder.deployment, step, who, action, attempt)
 
 
-async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder) -> bool:
-    """Close what a step before acquisition opened, where it has an undo. Whether that went well."""
+async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0) -> bool:
+    """Close what a step before acquisition opened, where it has an undo. Whether that went well.
+
+    An earlier process `begun` it so many times.
+    """
     if step.undo is None:
         return True
     await recorder.record(UndoStarted(step.run.name))
     operation = OperationId.of(recorder.deployment, 0, SERVER, f"undo-{step.run.name}")
-    result = await runs.run(step.undo, operation, {"UNDO": "1"})
+    result = await runs.run(step.undo, operation, {"UNDO": "1"}, begun=begun)
     await recorder.record(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))
     return result.ok

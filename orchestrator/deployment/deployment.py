@@ -7,19 +7,22 @@ still open is listed.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal
 
 from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, undo_step
-from orchestrator.deployment.decisions import decisions_obeyed, obey
-from orchestrator.deployment.setup import DeployRequest, set_up
+from orchestrator.deployment.decisions import WaitsForPeopleError, decisions_obeyed
+from orchestrator.deployment.setup import DeployRequest, find_unfinished, set_up, take_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.files.values import NotificationKind
 from orchestrator.fleet.endings import check_endings
+from orchestrator.deployment.what_was_left import what_was_left
 from orchestrator.journal.events import (
     BracketAdopted,
     FinalState,
@@ -51,13 +54,14 @@ class Result:
     """How it ended.
 
     Attributes:
-        reason: why it failed or was cancelled; of what succeeded, which machines it left.
+        state: `waiting`: it did not end, and goes on when people have decided and it is resumed.
+        reason: why it failed or was cancelled, or what it waits for; of what succeeded, which machines it left.
         left: machines whose turn failed, within what their step allows.
         out: machines that are left out of their rotation.
         behind: relays that have not got everything.
     """
 
-    state: FinalState
+    state: FinalState | Literal["waiting"]
     reason: str = ""
     left: tuple[str, ...] = ()
     out: tuple[str, ...] = ()
@@ -90,32 +94,80 @@ async def deploy(
         NotFoundError: no such release or package.
         StoreError: the journal could not be written: what it could not take did not happen.
     """
+    if (unfinished := find_unfinished(journal, request)) is not None:
+        tell(f"the deployment of {unfinished.label} into {unfinished.environment} did not end: it goes on")
+        return await resume(paths, journal, unfinished.deployment, begun=begun, tell=tell, bar=bar, waits=request.waits)
     async with set_up(paths, journal, request, tell=tell, bar=bar) as (context, brackets):
         begun(context.recorder.deployment, context.plan)
         return context.recorder.deployment, await _roll_out(context, brackets, adopt=request.adopt)
 
 
+async def resume(
+    paths: Paths,
+    journal: Journal,
+    deployment: str,
+    *,
+    begun: Callable[[str, Plan], None],
+    tell: Tell,
+    bar: Bar,
+    waits: bool = True,
+    adopt: bool = False,
+) -> tuple[str, Result]:
+    """Go on with a deployment whose process died or left, by its frozen plan and its journal alone.
+
+    Args and what is raised as `deploy`; `waits`: whether to wait for people.
+
+    Raises:
+        UsageError: it has ended.
+    """
+    async with take_up(paths, journal, deployment, tell=tell, bar=bar, waits=waits) as (context, brackets):
+        begun(deployment, context.plan)
+        for line in what_was_left(context.plan, context.history):
+            tell(line)
+        return deployment, await _roll_out(context, brackets, adopt=adopt)
+
+
 async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket], *, adopt: bool) -> Result:
-    """The recipe. Errors of the road and refusals become the reason of its end."""
+    """The recipe. Errors of the road and refusals become the reason of its end; what was done before is passed over."""
     undo = _Undo(context)
+    context.desk.notify = partial(_notify, context)
+    context.desk.kill = partial(_kill, context)
     with _open_things_told(context, undo):
-        async with decisions_obeyed(context.recorder, context.stop, context.plan.deadline):
-            try:
-                await _adopt(context, brackets)
-                await _pre_acquire(context, undo)
-                if context.plan.pre_acquire:
-                    # Relays that were beyond reach before, behind a VPN say.
-                    await check_endings(context.plan)
-                await _meet(context, adopt=adopt)
-                facts = await acquire(context)
-                await undo.those_until_acquired()
-                outcome = await run_steps(context, facts)
-            except WaystationError as error:
-                outcome = StepsOutcome(failed=[str(error)])
-        not_undone = await undo.everything()
-        result = _result_of(context, outcome, not_undone)
-        await _close(context, result)
+        try:
+            async with decisions_obeyed(context.desk, context.stop, _seconds_left(context)):
+                try:
+                    await _adopt(context, brackets)
+                    await _pre_acquire(context, undo)
+                    if context.plan.pre_acquire:
+                        # Relays that were beyond reach before, behind a VPN say.
+                        await check_endings(context.plan)
+                    await _meet(context, adopt=adopt)
+                    facts = await acquire(context)
+                    await undo.those_until_acquired()
+                    outcome = await run_steps(context, facts)
+                except WaitsForPeopleError:
+                    raise
+                except WaystationError as error:
+                    outcome = StepsOutcome(failed=[str(error)])
+            not_undone = await undo.everything()
+            result = _result_of(context, outcome, not_undone)
+            await _close(context, result)
+        except WaitsForPeopleError as error:
+            return Result("waiting", error.message, out=tuple(sorted(context.out)))
     return result
+
+
+def _seconds_left(context: DeploymentContext) -> float | None:
+    """Until the deadline of the whole; None where it has none."""
+    if not context.plan.deadline:
+        return None
+    spent = time.time() - context.history.began if context.history.entries else 0.0
+    return max(0.0, context.plan.deadline - spent)
+
+
+async def _kill(context: DeploymentContext) -> None:
+    """End what runs: on machines, and on the server but for what puts a machine back."""
+    await together([context.fleet.stop_all(), context.runs.stop_all(spared=("after",))])
 
 
 @contextmanager
@@ -150,7 +202,8 @@ async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) ->
     """Brackets that this deployment will close: their machines are out, and go first."""
     machines = {machine.name for machine in context.plan.machines}
     for bracket in brackets:
-        if bracket.machine in machines:
+        is_mine = bracket.owner == context.recorder.deployment
+        if bracket.machine in machines and not is_mine:
             await context.recorder.record(
                 BracketAdopted(bracket.machine, bracket.rotation, bracket.owner, bracket.label)
             )
@@ -159,14 +212,24 @@ async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) ->
 
 async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
     """One after another. An undo is owed from the moment that its step may have begun."""
+    history = context.history
     for step in context.plan.pre_acquire:
-        await obey(context.recorder, context.stop)
-        if context.stop.reason:
+        past = history.pre_acquired.get(step.run.name)
+        if past is None and history.barrier is not None:
+            # It was undone before; what it was open for is done.
+            continue
+        await context.desk.free()
+        if past is None and context.stop.reason:
             raise DeploymentFailedError(context.stop.reason)
-        await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
+        if past is None:
+            await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
         if step.undo is not None:
             undo.owed.append(step)
-        result = await context.runs.run(step.run, context.operation(0, SERVER, f"pre-{step.run.name}"), {})
+        if past:
+            continue
+        operation = context.operation(0, SERVER, f"pre-{step.run.name}")
+        begun = 0 if past is None else history.server_run(0, SERVER, operation.action)
+        result = await context.runs.run(step.run, operation, {}, begun=begun)
         await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
         )
@@ -247,9 +310,11 @@ async def _close(context: DeploymentContext, result: Result) -> None:
             await _note_refusals(context, context.refused_before)
             await context.fleet.logs_arrived()
             await together([_acknowledge(context, machine.name) for machine in context.plan.machines])
+    await context.desk.close()
     if result.out:
-        await _notify(context, "rotation_open", result)
-    await _notify(context, "finished" if result.state == "succeeded" else "failed", result)
+        await _notify(context, "rotation_open", result.reason, result)
+    await _notify(context, "finished" if result.state == "succeeded" else "failed", result.reason, result)
+    assert result.state != "waiting"  # noqa: S101 - it would not have ended
     await context.recorder.end(result.state, result.reason)
 
 
@@ -273,17 +338,21 @@ async def _acknowledge(context: DeploymentContext, machine: str) -> None:
         await context.recorder.record(Note(f"it keeps its results for now: {why}", machine))
 
 
-async def _notify(context: DeploymentContext, event: NotificationKind, result: Result) -> None:
+async def _notify(
+    context: DeploymentContext, event: NotificationKind, reason: str, result: Result | None = None
+) -> None:
+    """Tell the plan's receivers; without a result, of what happens on the way."""
+    state = outcome_of(result.state, result.reason) if result is not None and result.state != "waiting" else event
     news = {
         "event": event,
         "project": context.plan.project,
         "label": context.plan.label,
         "environment": context.plan.environment,
         "deployment": context.recorder.deployment,
-        "state": outcome_of(result.state, result.reason),
-        "reason": result.reason,
-        "out": list(result.out),
-        "behind": list(result.behind),
+        "state": state,
+        "reason": reason,
+        "out": sorted(context.out),
+        "behind": list(result.behind) if result is not None else [],
     }
     if targets := context.notifier.targets(event):
         with told_if_slow(context.recorder.say, f"waiting for {targets} to take the news"):

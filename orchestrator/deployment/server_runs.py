@@ -25,7 +25,7 @@ from agent.orders.operation_id import OperationId
 from agent.runs import runs
 from agent.runs.runs import Outcome, RunSpec
 from agent.runs.scripts import base_environment, command_for
-from orchestrator.deployment.releases import FileChangedError, check_script, read_beside, write_snapshot
+from orchestrator.releases.release import FileChangedError, check_script, read_beside, write_snapshot
 from orchestrator.fleet.logs import LogFile
 from orchestrator.journal.events import ServerRunDispatched, ServerRunEnded
 from orchestrator.trust.secrets import variable_of
@@ -131,7 +131,9 @@ class ServerRuns:
 
     # --- running
 
-    async def run(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> RunResult:
+    async def run(
+        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], *, begun: int = 0
+    ) -> RunResult:
         """Run it until it succeeds or its attempts are used up.
 
         If an earlier attempt of the same operation still runs (it outlived the process that started it), its end is
@@ -143,11 +145,16 @@ class ServerRuns:
             operation: its id; the attempt is the next that never was.
             extra: variables that are only known now; they win over those of the run. ATTEMPT and DEPLOYMENT are set
                 where neither names them.
+            begun: so many attempts of it were made by a process that died: the last of them is taken up.
 
         Raises:
             StoreError: our own folder or the journal cannot be written.
         """
-        made = 0
+        made = begun
+        if begun and (found := await self.take_up(run, operation, extra)) is not None:
+            if found.ok or made >= run.attempts or not _may_repeat(run, found):
+                return found
+            await asyncio.sleep(run.delay)
         while True:
             made += 1
             await self._end_of_last(operation)

@@ -15,9 +15,9 @@ from ulid import ULID
 
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.notify import Notifier
-from orchestrator.deployment.packages import ServerTrees, ensure_packages, ensure_scripts
+from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
 from orchestrator.deployment.recovery import settle
-from orchestrator.deployment.releases import Release, open_release, unpack_release
+from orchestrator.releases.release import Release, open_release, unpack_release
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.files.process import load_process
 from orchestrator.fleet.endings import check_endings

@@ -245,7 +245,7 @@ class BracketAdopted(_Fact, frozen=True, tag="bracket_adopted"):
 
 
 class TurnDid(_Fact, frozen=True, tag="turn_did"):
-    """What became of one thing that a turn had to do: `do` and `how` are words of `orchestrator/rolling/turn.py`.
+    """What became of one thing that a turn had to do: `do`, `how` and `answer` are words of `orchestrator/rolling/turn.py`.
 
     It is written with whatever is recorded next: what followed from it is never on the disk without it. Since format 3.
     """
@@ -255,6 +255,15 @@ class TurnDid(_Fact, frozen=True, tag="turn_did"):
     do: str
     how: str
     reason: str = ""
+    answer: str = ""
+
+
+class GatePassed(_Fact, frozen=True, tag="gate_passed"):
+    """What stands behind phase `phase` (from 1) of a step may start. Since format 3."""
+
+    step: int
+    phase: int
+    name: str
 
 
 # --- people
@@ -426,6 +435,7 @@ Event = (
     | BracketClosed
     | BracketAdopted
     | TurnDid
+    | GatePassed
     | AskOpened
     | AskAnswered
     | AskClosed

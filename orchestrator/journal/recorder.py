@@ -22,10 +22,20 @@ class Recorder:
         self.deployment = deployment
         self.journal = journal
         self._tell = tell
+        self._later: dict[str, list[Event]] = {}
+
+    def later(self, machine: str, event: Event) -> None:
+        """Keep an event of this machine for the next one that is recorded of it: both come into one commit.
+
+        For what only matters once something follows from it.
+        """
+        self._later.setdefault(machine, []).append(event)
 
     async def record(self, *events: Event) -> None:
         """Append events; they are durable on return."""
-        await asyncio.to_thread(self.journal.append, self.deployment, *events)
+        machines = dict.fromkeys(getattr(event, "machine", "") for event in events)
+        kept = [event for machine in machines for event in self._later.pop(machine, ())]
+        await asyncio.to_thread(self.journal.append, self.deployment, *kept, *events)
         self.tell(*events)
 
     async def claim(self, environment: str, seen: list[int]) -> int:

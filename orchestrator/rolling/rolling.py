@@ -1,7 +1,8 @@
 """Which machines of a step start next. Pure: no clock, no socket; the same arguments always give the same answer.
 
 A machine holds a slot of the window from the start of `before` to the confirmed end of `after`. Inside a phase the
-window slides: the next machine starts when any ends. A phase ends when all its machines are through. Which machines
+window slides: the next machine starts when any ends. A phase ends when all its machines are through, and its gate, where
+it has one, is passed. Which machines
 a phase gets is decided as they start, so that one that is found out of service goes first, whatever the file says.
 
 Who is in service is what the caller knows now (the rotation's probe, or our own brackets). `Roll` never counts a
@@ -44,6 +45,8 @@ class Roll:
         max_failures: more failures than this stop the roll.
         started: in the order of their start, those in flight included.
         passed: through without a start, because nothing was to do.
+        excluded: through, and left out by a person's word; no failures.
+        gates: of so many phases, the first ones, the gate is passed.
         stopped: why no machine starts any more; empty while machines may start.
     """
 
@@ -56,6 +59,8 @@ class Roll:
     in_flight: frozenset[str] = frozenset()
     passed: frozenset[str] = frozenset()
     failed: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    gates: int = 0
     stopped: str = ""
 
     @property
@@ -66,8 +71,26 @@ class Roll:
 
     @property
     def is_over(self) -> bool:
-        """Nothing is in flight, and nothing will start."""
-        return not self.in_flight and (bool(self.stopped) or not self.waiting)
+        """Nothing is in flight, nothing will start, and no gate is to be passed."""
+        return not self.in_flight and (bool(self.stopped) or (not self.waiting and self.gate_due is None))
+
+    @property
+    def gate_due(self) -> int | None:
+        """The phase, from 0, whose gate is to be passed now: its machines are through, and some of them had a turn."""
+        if self.stopped or self.in_flight:
+            return None
+        ends = list(accumulate(phase.machines or len(self.machines) for phase in self.phases))
+        for index, (phase, end) in enumerate(zip(self.phases, ends, strict=True)):
+            first = ends[index - 1] if index else 0
+            is_through = len(self.started) > first and (len(self.started) >= end or not self.waiting)
+            if index >= self.gates and phase.gate is not None and is_through:
+                return index
+        return None
+
+    def machines_of(self, phase: int) -> tuple[str, ...]:
+        """Those that started in this phase, from 0."""
+        ends = [0, *accumulate(each.machines or len(self.machines) for each in self.phases)]
+        return self.started[ends[phase] : ends[phase + 1]]
 
 
 def begin(step: MachineStep) -> Roll:
@@ -99,7 +122,16 @@ def started(roll: Roll, machine: str) -> Roll:
     return replace(roll, started=(*roll.started, machine), in_flight=roll.in_flight | {machine})
 
 
-def ended(roll: Roll, machine: str, *, failure: bool = False, stop_roll: bool = False) -> Roll:
+def passed_gate(roll: Roll) -> Roll:
+    """The gate that is due is passed. Raises `ValueError`: none is."""
+    if roll.gate_due is None:
+        raise ValueError("no gate is due")
+    return replace(roll, gates=roll.gate_due + 1)
+
+
+def ended(
+    roll: Roll, machine: str, *, failure: bool = False, stop_roll: bool = False, is_excluded: bool = False
+) -> Roll:
     """The machine is through. `stop_roll` stops whatever `max_failures` allows.
 
     Raises:
@@ -108,6 +140,8 @@ def ended(roll: Roll, machine: str, *, failure: bool = False, stop_roll: bool = 
     if machine not in roll.in_flight:
         raise ValueError(f"{machine} is not in flight")
     roll = replace(roll, in_flight=roll.in_flight - {machine})
+    if is_excluded:
+        roll = replace(roll, excluded=(*roll.excluded, machine))
     if failure:
         roll = replace(roll, failed=(*roll.failed, machine))
     if stop_roll:
@@ -170,6 +204,9 @@ def _may_start(roll: Roll, service: RotationState, machine: str, left: int) -> b
 
 def _why_full(roll: Roll) -> str:
     """Why the phase takes no machine now; empty where it does."""
+    if (due := roll.gate_due) is not None:
+        gate = roll.phases[due].gate
+        return f"the gate {gate.name!r} is to be passed" if gate else ""
     index, first = _phase(roll)
     phase = roll.phases[index]
     before = roll.in_flight.intersection(roll.started[:first])

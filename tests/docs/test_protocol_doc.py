@@ -309,7 +309,7 @@ def test_no_limit_of_these_is_left_out(prefix: str, type: type) -> None:
         "relay.written.yaml_positions",
         "orchestrator.fleet.presence",
         "orchestrator.deployment.notify",
-        "orchestrator.deployment.releases",
+        "orchestrator.releases.release",
         "orchestrator.trust.secrets",
         "orchestrator.files.values",
         "orchestrator.files.variables",

@@ -17,7 +17,7 @@ from agent.runs.runs import RunSpec
 from agent.runs.scripts import _INTERPRETERS, _PASSED_ON
 from docs.tables import sources
 from orchestrator.deployment.notify import SIGNATURE_HEADER
-from orchestrator.deployment.releases import SNAPSHOT_BYTES, SNAPSHOT_FILES
+from orchestrator.releases.release import SNAPSHOT_BYTES, SNAPSHOT_FILES
 from orchestrator.deployment.steps import STUCK_SECONDS
 from orchestrator.files import environment, process
 from orchestrator.files.values import NotificationKind

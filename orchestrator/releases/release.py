@@ -207,8 +207,8 @@ def freeze_release(
         process_path: where it lies; its folder is what `server_files` are relative to.
         project: the process's own name for what it releases.
         label: of the release.
-        packages: filled by `orchestrator.deployment.packages.ensure_packages`.
-        scripts: made by `orchestrator.deployment.packages.build_scripts_package`.
+        packages: filled by `orchestrator.releases.packages.ensure_packages`.
+        scripts: made by `orchestrator.releases.packages.build_scripts_package`.
         server_files: scripts of the process that run on the server (not those of an environment), frozen with what
             stands beside them.
         machine_files: its scripts that run on machines, frozen alone, as machines get them.

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from harness.origins import Keys, trust_keys
 
-from orchestrator.deployment.releases import (
+from orchestrator.releases.release import (
     RELEASE_TYPE,
     SNAPSHOT_BYTES,
     SNAPSHOT_FILES,
@@ -21,7 +21,7 @@ from orchestrator.deployment.releases import (
     read_beside,
     unpack_release,
 )
-from orchestrator.deployment.releases import freeze_release as freeze
+from orchestrator.releases.release import freeze_release as freeze
 from orchestrator.plan.plan import FrozenFile, PlannedPackage
 from orchestrator.trust.keyring import load_signer
 from relay.errors import RefusedError, SignatureError

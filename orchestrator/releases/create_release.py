@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.deployment.packages import (
+from orchestrator.releases.packages import (
     build_scripts_package,
     ensure_packages,
     known_packages,
     wanted_packages,
 )
-from orchestrator.deployment.releases import Release, freeze_release
+from orchestrator.releases.release import Release, freeze_release
 from orchestrator.files.process import ProcessFile, machine_scripts, server_scripts
 from orchestrator.files.script_files import OnDisk
 from orchestrator.paths import Paths, operator

@@ -1,0 +1,254 @@
+"""What a deployment's journal tells a process that takes it up: which of it is through, and which only began. Pure.
+
+A new deployment has an empty history, so that both walk the same recipe. What was decided is not decided again: a turn
+is folded anew from what became of its parts (`turn_did`), a roll from its turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from agent.orders.operation_id import OperationId
+from agent.orders.orders import SurveyFacts
+from orchestrator.journal import events as ev
+from orchestrator.journal.events import JournalEntry
+from orchestrator.plan.plan import MachineStep
+from orchestrator.rolling import rolling
+from orchestrator.rolling.rolling import Roll
+
+Ending = ev.Reported | ev.ServerRunEnded
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An operation that was begun, and its end where that was seen."""
+
+    operation: OperationId
+    ending: Ending | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnHistory:
+    """A turn that began before.
+
+    Attributes:
+        did: what became of its parts, in order.
+        begun: operations that began after the last part which came to an end: they belong to the one that comes next.
+        attempts: the highest attempt of each action, whatever became of it.
+    """
+
+    did: tuple[ev.TurnDid, ...] = ()
+    begun: tuple[Begun, ...] = ()
+    attempts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AskHistory:
+    """A question to people: when it was asked (seconds since 1970), who has answered, and how it was settled."""
+
+    opened: float | None = None
+    answers: tuple[ev.AskAnswered, ...] = ()
+    closed: ev.AskClosed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineHistory:
+    """A question about a machine: when it was asked, and what a person said."""
+
+    asked: float | None = None
+    decided: ev.MachineDecided | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """All entries of one deployment, in order; none where it is new."""
+
+    entries: Sequence[JournalEntry] = ()
+
+    @property
+    def began(self) -> float:
+        """Seconds since 1970; 0 where it is new."""
+        return self.entries[0].at if self.entries else 0.0
+
+    # --- stages
+
+    @cached_property
+    def barrier(self) -> ev.Barrier | None:
+        """Everything is everywhere; None where it is not yet."""
+        found = [entry.event for entry in self.entries if isinstance(entry.event, ev.Barrier)]
+        return found[-1] if found else None
+
+    @cached_property
+    def surveyed(self) -> Mapping[str, SurveyFacts]:
+        """What each machine said of itself before anything was done to it."""
+        told: dict[str, SurveyFacts] = {}
+        for entry in self.entries:
+            if isinstance(entry.event, ev.Surveyed):
+                told.setdefault(entry.event.machine, entry.event.facts)
+        return told
+
+    @cached_property
+    def acquired(self) -> frozenset[str]:
+        """Machines on which everything is."""
+        return frozenset(entry.event.machine for entry in self.entries if isinstance(entry.event, ev.Acquired))
+
+    @cached_property
+    def pre_acquired(self) -> Mapping[str, bool]:
+        """Steps before acquisition that began, by name: whether they ended well; those that were undone are not there."""
+        found: dict[str, bool] = {}
+        for entry in self.entries:
+            match entry.event:
+                case ev.PreAcquireStarted(name=name):
+                    found[name] = False
+                case ev.PreAcquireEnded(name=name, ok=ok):
+                    found[name] = ok
+                case ev.UndoEnded(name=name, ok=True):
+                    found.pop(name, None)
+                case _:
+                    pass
+        return found
+
+    # --- people
+
+    @cached_property
+    def cancelled_by(self) -> str:
+        """Who cancelled it; empty where nobody did."""
+        found = (entry.event for entry in self.entries if isinstance(entry.event, ev.DecisionTaken))
+        return next((event.operator for event in found if event.what == "cancel"), "")
+
+    @cached_property
+    def paused(self) -> ev.Paused | None:
+        """Why nothing new starts; None where it may."""
+        last: ev.Paused | None = None
+        for entry in self.entries:
+            match entry.event:
+                case ev.Paused() as paused:
+                    last = paused
+                case ev.Unpaused():
+                    last = None
+                case _:
+                    pass
+        return last
+
+    def ask(self, ask: str) -> AskHistory:
+        """What is known of a question to people."""
+        found = AskHistory()
+        for entry in self.entries:
+            match entry.event:
+                case ev.AskOpened(ask=name) if name == ask and found.opened is None:
+                    found = replace(found, opened=entry.at)
+                case ev.AskAnswered(ask=name) as answer if name == ask:
+                    found = replace(found, answers=(*found.answers, answer))
+                case ev.AskClosed(ask=name) as closed if name == ask:
+                    found = replace(found, closed=closed)
+                case _:
+                    pass
+        return found
+
+    def machine_asked(self, step: int, machine: str) -> MachineHistory:
+        """The question about this machine that its turn has not gone beyond."""
+        found = MachineHistory()
+        for entry in self.entries:
+            match entry.event:
+                case ev.MachineAsked(step=of, machine=whose) if (of, whose) == (step, machine):
+                    found = MachineHistory(entry.at)
+                case ev.MachineDecided(step=of, machine=whose) as decided if (of, whose) == (step, machine):
+                    found = replace(found, decided=decided)
+                case ev.TurnDid(step=of, machine=whose) if (of, whose) == (step, machine):
+                    found = MachineHistory()
+                case _:
+                    pass
+        return found
+
+    # --- steps
+
+    @cached_property
+    def steps(self) -> Mapping[int, ev.StepEnded]:
+        """Steps that are over, by number."""
+        return {entry.event.step: entry.event for entry in self.entries if isinstance(entry.event, ev.StepEnded)}
+
+    @cached_property
+    def begun_steps(self) -> frozenset[int]:
+        return frozenset(entry.event.step for entry in self.entries if isinstance(entry.event, ev.StepStarted))
+
+    def roll(self, step: MachineStep) -> Roll:
+        """How far the step has come over its machines."""
+        roll = rolling.begin(step)
+        for entry in self.entries:
+            match entry.event:
+                case ev.TurnStarted(machine=machine, step=step.number) if machine in roll.waiting:
+                    roll = rolling.started(roll, machine)
+                case ev.TurnEnded(machine=machine, step=step.number) as end:
+                    if end.outcome == "already_current" and machine in roll.waiting:
+                        roll = rolling.passed(roll, machine)
+                    elif machine in roll.in_flight:
+                        roll = rolling.ended(
+                            roll,
+                            machine,
+                            failure=end.failure,
+                            stop_roll=end.stop_roll,
+                            is_excluded=end.outcome == "excluded",
+                        )
+                case ev.GatePassed(step=step.number) if roll.gate_due is not None:
+                    roll = rolling.passed_gate(roll)
+                case _:
+                    pass
+        return roll
+
+    def turn(self, step: int, machine: str) -> TurnHistory | None:
+        """The turn of this machine in this step; None where it did not begin."""
+        began = any(
+            isinstance(e.event, ev.TurnStarted) and (e.event.step, e.event.machine) == (step, machine)
+            for e in self.entries
+        )
+        if not began:
+            return None
+        did: list[ev.TurnDid] = []
+        counts_from = 0
+        for entry in self.entries:
+            match entry.event:
+                case ev.TurnDid(machine=whose, step=of) as one if (whose, of) == (machine, step):
+                    did.append(one)
+                    # What is lost may still run there: a retry takes it up.
+                    if one.how != "lost" and one.do != "ask":
+                        counts_from = entry.number
+                case _:
+                    pass
+        mine = [entry for entry in self.entries if entry.number > counts_from]
+        return TurnHistory(tuple(did), self._begun(mine, step, machine), _attempts(self.entries, step, machine))
+
+    def preparation(self, machine: str) -> TurnHistory:
+        """What was begun on this machine before the steps."""
+        return TurnHistory((), self._begun(self.entries, 0, machine), _attempts(self.entries, 0, machine))
+
+    def server_run(self, step: int, who: str, action: str) -> int:
+        """How many attempts of something on the server were begun."""
+        return _attempts(self.entries, step, who).get(action, 0)
+
+    def _begun(self, entries: Iterable[JournalEntry], step: int, who: str) -> tuple[Begun, ...]:
+        found: dict[OperationId, Begun] = {}
+        for entry in entries:
+            match entry.event:
+                case ev.Dispatched(operation=text) | ev.ServerRunDispatched(operation=text):
+                    operation = OperationId.parse(text)
+                    if (operation.step, operation.who) == (step, who):
+                        found.setdefault(operation, Begun(operation))
+                case ev.Reported(operation=text) | ev.ServerRunEnded(operation=text) as end:
+                    operation = OperationId.parse(text)
+                    if operation in found:
+                        found[operation] = Begun(operation, end)
+                case _:
+                    pass
+        return tuple(found.values())
+
+
+def _attempts(entries: Iterable[JournalEntry], step: int, who: str) -> dict[str, int]:
+    highest: dict[str, int] = {}
+    for entry in entries:
+        if isinstance(entry.event, ev.Dispatched | ev.ServerRunDispatched):
+            operation = OperationId.parse(entry.event.operation)
+            if (operation.step, operation.who) == (step, who):
+                highest[operation.action] = max(operation.attempt, highest.get(operation.action, 0))
+    return highest
