@@ -22,7 +22,7 @@ HOUSES = {
     ),
     "agent": ("orders", "relays", "trees", "runs", "checks"),
     "orchestrator": (
-        "files", "depot", "plan", "trust", "journal", "replication", "fleet", "rolling", "deployment", "compare", "commands",
+        "files", "depot", "plan", "trust", "journal", "people", "replication", "fleet", "rolling", "deployment", "compare", "commands",
     ),
     "benchmarks": ("lines", "support"),
 }  # fmt: skip
