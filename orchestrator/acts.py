@@ -17,6 +17,16 @@ class KeysMade(Event, frozen=True, tag="orchestrator.keys_made"):
     order_key: str
 
 
+class PersonNamed(Event, frozen=True, tag="orchestrator.person_named"):
+    """A person got an order key, in these environments (none: in all)."""
+
+    operator: str
+    folder: str
+    person: str
+    key: str
+    environments: list[str]
+
+
 class PackageAdded(Event, frozen=True, tag="orchestrator.package_added"):
     """A package was taken into the depot, or was there already; `source` is the file or feed that it is from."""
 

@@ -10,12 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Folders and files of one orchestrator. `depot` is the location of the store, `trust` the folder of the keys."""
+    """Folders and files of one orchestrator, and who works with them.
+
+    Attributes:
+        depot: location of the store.
+        trust: the folder of the keys.
+        person: by whose key releases and decisions are signed; empty: by the order key without a name.
+        keys: the folder of that person's key; empty: `people` in `trust`.
+    """
 
     home: str
     depot: str
     trust: str
     journal: str
+    person: str = ""
+    keys: str = ""
 
     def deployment(self, ulid: str) -> str:
         """The folder of one deployment."""

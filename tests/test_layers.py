@@ -22,7 +22,8 @@ HOUSES = {
     ),
     "agent": ("orders", "relays", "trees", "runs", "checks"),
     "orchestrator": (
-        "files", "depot", "plan", "trust", "journal", "releases", "replication", "fleet", "rolling", "deployment", "compare", "commands",
+        "files", "depot", "plan", "trust", "journal", "people", "releases", "replication", "fleet", "rolling", "deployment", "compare",
+        "commands",
     ),
     "benchmarks": ("lines", "support"),
 }  # fmt: skip

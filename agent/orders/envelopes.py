@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -26,7 +26,14 @@ from agent.orders.orders import (
 )
 from relay.errors import SignatureError, UsageError
 from relay.protocol.messages import PRESENCE_TYPE
-from relay.trust.envelopes import MalformedError, decode_document, sign_document, unverified, verify_document
+from relay.trust.envelopes import (
+    MalformedError,
+    check_form,
+    decode_document,
+    sign_document,
+    unverified,
+    verify_document,
+)
 from relay.trust.keys import TrustPins, public_key
 
 if TYPE_CHECKING:
@@ -70,8 +77,7 @@ def verify_order(envelope: bytes, pins: TrustPins) -> Order:
         MalformedError: it is no order as this version knows them.
     """
     payload, keyid = verify_document(envelope, pins.order, ORDER_TYPE)
-    if _encode(decode_document(envelope, _Envelope)) != envelope:
-        raise MalformedError("the envelope is not in the one form that orders have")
+    check_form(envelope)
     order = decode_document(payload, Order)
     if all(key.keyid != keyid for key in pins.order_keys(order.environment)):
         raise ScopeError(f"the key that signed it may not order in {order.environment[:100]!r}")
@@ -80,18 +86,7 @@ def verify_order(envelope: bytes, pins: TrustPins) -> Order:
 
 def signer_of(envelope: bytes) -> str:
     """The id of the key that signed an order, of an envelope that was verified."""
-    return decode_document(envelope, _Envelope).signatures[0].keyid
-
-
-class _Signature(msgspec.Struct, frozen=True):
-    keyid: str
-    sig: bytes
-
-
-class _Envelope(msgspec.Struct, frozen=True):
-    payload: bytes
-    payload_type: str = msgspec.field(name="payloadType")
-    signatures: Annotated[tuple[_Signature, ...], msgspec.Meta(min_length=1, max_length=1)]
+    return check_form(envelope)
 
 
 # --- reports

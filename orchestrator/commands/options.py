@@ -35,7 +35,7 @@ _UNITS: Final = {"": 1, "b": 1} | {
 }
 _BYTES: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt](?:i?b)?|b|)", re.IGNORECASE)
 
-DONE, FAILED, WITH_EXCLUSIONS, CANCELLED = 0, 1, 5, 130
+DONE, FAILED, WAITS, WITH_EXCLUSIONS, CANCELLED = 0, 1, 3, 5, 130
 """Exit codes of what deploys."""
 
 depot_option = click.option(

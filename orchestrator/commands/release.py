@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +19,7 @@ from orchestrator.commands.options import (
     CANCELLED,
     DONE,
     FAILED,
+    WAITS,
     WITH_EXCLUSIONS,
     answer,
     check_installed,
@@ -33,13 +35,11 @@ from relay.support.console import json_option, print_json, printable, progress_b
 
 if TYPE_CHECKING:
     from orchestrator.deployment.deployment import Result
-    from orchestrator.deployment.setup import DeployRequest
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.recorder import Tell
     from orchestrator.journal.views import DeploymentView, OpenBracket
     from orchestrator.paths import Paths
     from orchestrator.plan.plan import Plan
-    from relay.support.progress import Bar
 
 
 def _pairs(example: str, _context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -86,6 +86,15 @@ _variable_option = click.option(
 )
 
 
+_waits_option = click.option(
+    "--wait/--no-wait",
+    "waits",
+    default=True,
+    help="Wait for people as long as they take; or leave with exit code 3 once nothing else is to be done. "
+    "[default: wait]",
+)
+
+
 @click.group()
 @click.pass_context
 def release(context: click.Context) -> None:
@@ -114,9 +123,9 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
-    from orchestrator.releases.create_release import plan_release
     from orchestrator.files.environment import environment_path, read_both
     from orchestrator.plan.forecast import describe, document
+    from orchestrator.releases.create_release import plan_release
 
     process, where = read_both(process_path, environment_path(environment))
     label = label or next(iter(versions.values()), "0")
@@ -152,9 +161,9 @@ def create(
 ) -> None:
     """Freeze and sign the process, its scripts and package versions as LABEL."""
     check_installed()
-    from orchestrator.releases.create_release import create_release
     from orchestrator.files.environment import environment_path, read_both
     from orchestrator.files.process import load_process
+    from orchestrator.releases.create_release import create_release
 
     paths = paths_of(depot, trust_folder, journal)
     if environment is None:
@@ -210,6 +219,7 @@ def schema(kind: str) -> None:
     "orchestrator's deployment that has not ended.",
 )
 @click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
+@_waits_option
 @depot_option
 @trust_option
 @journal_option
@@ -223,6 +233,7 @@ def deploy(
     project: str | None,
     adopt: bool,
     force: bool,
+    waits: bool,
     depot: str | None,
     trust_folder: str | None,
     journal: str | None,
@@ -230,14 +241,16 @@ def deploy(
 ) -> int:
     """Run release LABEL in an environment; with --package it is created first.
 
-    Ctrl-C once: nothing new starts, machines in flight come to their end. Twice: leave now; what is open is listed.
-    Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
+    Where a deployment of LABEL did not end there, it goes on. Ctrl-C once: nothing new starts, machines in flight come to
+    their end. Twice, or a terminal that closes: leave now; `release resume` goes on.
+    Exit codes: 0 done, 1 failed, 2 mistakes in files, 3 waits for people, 4 locked, 5 done but for some machines,
+    130 cancelled.
     """
     check_installed()
-    from orchestrator.releases.create_release import create_release
+    from orchestrator.deployment.deployment import deploy as deploy_release
     from orchestrator.deployment.setup import DeployRequest
     from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
-    from orchestrator.journal.status import deployment_view
+    from orchestrator.releases.create_release import create_release
 
     paths = paths_of(depot, trust_folder, journal)
     where_path, process = environment_path(environment), None
@@ -265,13 +278,65 @@ def deploy(
                 )
             )
         project = project or (process.value.project if process else None)
-        request = DeployRequest(label, project, where, prompts, adopt, force)
-        ulid, result = run(_deploy(paths, opened, request, tell, bar, aside=as_json))
-        if as_json:
-            print_json(deployment_view(opened, ulid))
-        else:
-            _tell_end(deployment_view(opened, ulid), result)
+        request = DeployRequest(label, project, where, prompts, adopt, force, waits)
+
+        def start(begun: Callable[[str, Plan], None]) -> Coroutine[Any, Any, tuple[str, Result]]:
+            return deploy_release(paths, opened, request, begun=begun, tell=tell, bar=bar)
+
+        ulid, result = run(_in_foreground(paths, opened, start, aside=as_json))
+        _tell_result(opened, ulid, result, as_json=as_json)
     return _exit_code(result)
+
+
+@release.command(epilog="Example: waystation release resume --environment production")
+@click.argument("deployment", required=False)
+@click.option("--environment", "-e", metavar="NAME", help="The one there that did not end.")
+@_waits_option
+@click.option("--adopt", is_flag=True, help="Take over from another orchestrator's deployment that has not ended.")
+@depot_option
+@trust_option
+@journal_option
+@json_option
+def resume(
+    deployment: str | None,
+    environment: str | None,
+    waits: bool,
+    adopt: bool,
+    depot: str | None,
+    trust_folder: str | None,
+    journal: str | None,
+    as_json: bool,
+) -> int:
+    """Go on with a deployment whose process died, or was left.
+
+    DEPLOYMENT is its ULID; without it, the only one that did not end. It goes on by what was frozen when it began: no file
+    is read again, and nothing that was done is done twice. Exit codes as those of deploy.
+    """
+    check_installed()
+    from orchestrator.deployment.deployment import resume as resume_deployment
+    from orchestrator.journal.status import the_unfinished
+
+    paths = paths_of(depot, trust_folder, journal)
+    tell = _timed(aside=as_json)
+    with open_journal(paths) as opened, progress_bars() as bar:
+        ulid = the_unfinished(opened, deployment, environment)
+
+        def start(begun: Callable[[str, Plan], None]) -> Coroutine[Any, Any, tuple[str, Result]]:
+            return resume_deployment(paths, opened, ulid, begun=begun, tell=tell, bar=bar, waits=waits, adopt=adopt)
+
+        ulid, result = run(_in_foreground(paths, opened, start, aside=as_json))
+        _tell_result(opened, ulid, result, as_json=as_json)
+    return _exit_code(result)
+
+
+def _tell_result(journal: Journal, ulid: str, result: Result, *, as_json: bool) -> None:
+    from orchestrator.journal.status import deployment_view
+
+    view = deployment_view(journal, ulid)
+    if as_json:
+        print_json(view)
+    else:
+        _tell_end(view, result)
 
 
 def _timed(*, aside: bool) -> Tell:
@@ -280,13 +345,14 @@ def _timed(*, aside: bool) -> Tell:
     return lambda line: say(f"{time.monotonic() - began:7.1f} s  {line}", aside=aside)
 
 
-async def _deploy(
-    paths: Paths, journal: Journal, request: DeployRequest, tell: Tell, bar: Bar, *, aside: bool
-) -> tuple[str, Result]:
-    """Run it in the foreground; a signal is a decision like any other."""
-    from orchestrator.deployment.decisions import CANCEL
-    from orchestrator.deployment.deployment import deploy as start
-    from orchestrator.paths import operator
+Start = Callable[[Callable[[str, "Plan"], None]], Coroutine[Any, Any, tuple[str, "Result"]]]
+"""Begins or takes up a deployment; what it is given is called once it stands in the journal."""
+
+
+async def _in_foreground(paths: Paths, journal: Journal, start: Start, *, aside: bool) -> tuple[str, Result]:
+    """Run it here; a signal is a decision like any other."""
+    from orchestrator.people.sign import decide
+    from orchestrator.people.statement import Cancel
 
     running: list[str] = []
 
@@ -301,21 +367,27 @@ async def _deploy(
     assert task is not None  # noqa: S101 - a coroutine that runs has one
     signals = 0
 
+    def leave() -> None:
+        task.cancel()
+
     def on_signal() -> None:
         nonlocal signals
         signals += 1
         if signals > 1 or not running:
-            task.cancel()
+            leave()
             return
-        journal.decide(request.environment.value.environment, running[0], CANCEL, {}, operator())
+        decide(journal, paths, running[0], Cancel())
         say("cancelling: machines in flight come to their end; once more leaves now", aside=True)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, leave)
     try:
-        return await start(paths, journal, request, begun=begun, tell=tell, bar=bar)
+        return await start(begun)
     except asyncio.CancelledError:
+        if running:
+            say(f"left as it is: 'waystation release resume {running[0]}' goes on with it", aside=True)
         raise KeyboardInterrupt from None
 
 
@@ -332,11 +404,15 @@ def _tell_end(view: DeploymentView, result: Result) -> None:
         say(f"still out: {_told(bracket)}", aside=True)
     for line in _behind(view):
         say(line, aside=True)
+    if result.state == "waiting":
+        say(f"it waits for people; then 'waystation release resume {view.summary.deployment}' goes on", aside=True)
     if result.left:
         say(f"not deployed: {', '.join(result.left)}", aside=True)
 
 
 def _exit_code(result: Result) -> int:
+    if result.state == "waiting":
+        return WAITS
     if result.state == "cancelled":
         return CANCELLED
     if result.state == "failed":

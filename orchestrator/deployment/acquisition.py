@@ -18,13 +18,11 @@ from orchestrator.deployment.tries import Tries
 from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
 from orchestrator.plan.placement import placed_on, short_of_room, trees_of
 from orchestrator.plan.plan import ServerStep
-from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.errors import StoreError, WaystationError
 from relay.support.together import together
 
 WAITING_SECONDS: Final = 15.0
 """Between two looks at who is waited for; what stays the same from one to the next is told."""
-STOP_SECONDS: Final = 5.0
-"""For a relay to take the order that stops a pull."""
 
 
 async def acquire(context: DeploymentContext) -> dict[str, SurveyFacts]:
@@ -99,13 +97,7 @@ async def _everywhere(context: DeploymentContext, arriving: _Arriving, done: asy
 
 async def _stop_pulls(context: DeploymentContext, arriving: _Arriving) -> None:
     """End pulls that are not awaited any more. Where no relay takes that soon, they end at their own deadline."""
-
-    async def stop(operation: OperationId) -> None:
-        with suppress(UnreachableError, TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS):
-                await context.fleet.stop(operation)
-
-    await together([stop(operation) for operation in arriving.pulls.values()])
+    await context.fleet.stop_all(arriving.pulls.values())
 
 
 # --- what is there
@@ -197,6 +189,7 @@ async def _pull(context: DeploymentContext, name: str, trees: tuple[PackageTree,
     """Why it could not; empty where it could."""
     arriving.lacks(name, "nothing was heard of its pull")
     limits = context.plan.acquire
+
     def order(operation: OperationId) -> Acquire:
         arriving.pulls[name] = operation
         return Acquire(trees, deadline=limits.deadline, stall=limits.stall)

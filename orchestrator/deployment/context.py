@@ -13,11 +13,11 @@ from relay.errors import WaystationError
 if TYPE_CHECKING:
     from orchestrator.deployment.decisions import Desk, StopToken
     from orchestrator.deployment.notify import Notifier
-    from orchestrator.releases.packages import ServerTrees
     from orchestrator.deployment.server_runs import ServerRuns
     from orchestrator.depot.depot import Depot
     from orchestrator.fleet.fleet import Fleet
     from orchestrator.journal.recorder import Recorder
+    from orchestrator.releases.packages import ServerTrees
     from orchestrator.replication.fill_relays import RelayFiller
     from orchestrator.rolling.history import History
     from orchestrator.trust.secrets import SecretStore

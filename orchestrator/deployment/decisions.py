@@ -197,7 +197,9 @@ class Desk:
             return "" if goes_on else past.closed.reason
         since = past.opened or self._clock()
         at = since + ask.expires if ask.expires else 0.0
-        answers = [Answer(each.by, each.verdict, since, each.why, each.decision, recorded=True) for each in past.answers]
+        answers = [
+            Answer(each.by, each.verdict, since, each.why, each.decision, recorded=True) for each in past.answers
+        ]
         question = self._asks[asked] = _Question(name, step, ask, at, answers)
         try:
             if past.opened is None:
@@ -291,7 +293,7 @@ class Desk:
         answer, asked = answer_of(said), getattr(said.saying, "ask", "")
         question = self._asks.get(asked)
         if question is None or answer is None:
-            return await self._is_over(said, self._history.ask(asked).closed is not None)
+            return await self._is_over(said, over=self._history.ask(asked).closed is not None)
         if any(each.decision == said.number for each in question.answers):
             return True
         why = why_not(question.ask, self._plan.author, said.by)
@@ -307,20 +309,22 @@ class Desk:
     async def _take_word(self, said: SignedDecision, word: Decide) -> bool:
         waiting = self._machines.get((word.machine, word.step))
         if waiting is None or waiting.decided.done():
-            return await self._is_over(said, waiting is not None)
+            return await self._is_over(said, over=waiting is not None)
         if said.at < waiting.since:
             await self._recorder.record(Note(f"{said.by} decided {word.what} before this was asked", word.machine))
             return True
         if word.what not in waiting.choices:
             choices = ", ".join(waiting.choices)
-            await self._recorder.record(Note(f"{said.by} decided {word.what}, which is none of {choices}", word.machine))
+            await self._recorder.record(
+                Note(f"{said.by} decided {word.what}, which is none of {choices}", word.machine)
+            )
             return True
         decided = MachineDecided(word.machine, word.step, word.what, said.number, said.by, word.why)
         await self._recorder.record(decided)
         waiting.decided.set_result(decided)
         return True
 
-    async def _is_over(self, said: SignedDecision, over: bool) -> bool:
+    async def _is_over(self, said: SignedDecision, *, over: bool) -> bool:
         if over and said.number not in self._noted:
             self._noted.add(said.number)
             await self._recorder.record(Note(f"what {said.by} decided ({said.saying.kind}) was settled before"))

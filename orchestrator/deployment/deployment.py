@@ -20,9 +20,9 @@ from orchestrator.deployment.context import DeploymentContext, DeploymentFailedE
 from orchestrator.deployment.decisions import WaitsForPeopleError, decisions_obeyed
 from orchestrator.deployment.setup import DeployRequest, find_unfinished, set_up, take_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
+from orchestrator.deployment.what_was_left import what_was_left
 from orchestrator.files.values import NotificationKind
 from orchestrator.fleet.endings import check_endings
-from orchestrator.deployment.what_was_left import what_was_left
 from orchestrator.journal.events import (
     BracketAdopted,
     FinalState,
@@ -256,7 +256,9 @@ class _Undo:
     async def _undo(self, steps: Sequence[PreAcquire]) -> None:
         for step in reversed(steps):
             self.owed.remove(step)
-            if not await undo_step(step, self.context.runs, self.context.recorder):
+            action = self.context.operation(0, SERVER, f"undo-{step.run.name}").action
+            begun = self.context.history.server_run(0, SERVER, action)
+            if not await undo_step(step, self.context.runs, self.context.recorder, begun):
                 self.failed.append(step.run.name)
 
 

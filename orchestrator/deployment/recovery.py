@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from agent.orders.operation_id import SERVER, OperationId
+from agent.orders.operation_id import OperationId
 from agent.orders.orders import Survey, SurveyFacts
+from agent.orders.orders import Verify as VerifyOrder
 from agent.runs import runs as processes
-from orchestrator.deployment.context import undo_step
 from orchestrator.deployment.server_runs import ServerRuns
-from orchestrator.deployment.steps import checks_of_new, checks_of_old, make_checks, tree_facts
+from orchestrator.deployment.turns import checks_of_new, checks_of_old, done_by, make_checks, tree_facts
 from orchestrator.fleet.fleet import Fleet
-from orchestrator.journal.events import BracketClosed, Ended, Note
+from orchestrator.journal.events import BracketClosed, Note
 from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
-from orchestrator.journal.views import OpenBracket, open_brackets, operations, undos_due
+from orchestrator.journal.views import OpenBracket, open_brackets, operations
 from orchestrator.paths import operator
 from orchestrator.plan.placement import trees_of
 from orchestrator.plan.plan import MachineStep, MachineTurn, Plan, RotationPlan
 from orchestrator.replication.send import open_relay
+from orchestrator.rolling.turn import Done
 from orchestrator.trust.keyring import load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import NotFoundError, RefusedError, StoreError, UnreachableError, UsageError, WaystationError
@@ -47,9 +48,9 @@ LEAVE_SECONDS: Final = 5.0
 
 
 async def settle(paths: Paths, journal: Journal, environment: str, *, adopt: bool, tell: Tell) -> list[OpenBracket]:
-    """Make room for a new deployment: those whose process is dead are over, and what they owed is done.
+    """Make room for a new deployment. Gives the open brackets, which the new deployment answers for.
 
-    Gives the open brackets, which the new deployment answers for. `tell` hears what is done and waited for.
+    `tell` hears what is waited for.
 
     Raises:
         RefusedError: brackets are open, and `adopt` was not said. Nothing was changed.
@@ -63,31 +64,7 @@ async def settle(paths: Paths, journal: Journal, environment: str, *, adopt: boo
         )
     for bracket in brackets:
         await wait_for_orphans(paths, journal, bracket, tell)
-    for left in journal.deployments(environment, state="running", limit=None):
-        tell(f"the deployment of {left.label} was interrupted: its process ended before it did")
-        await _undo(paths, journal, left.deployment, tell)
-        reason = "interrupted: its process ended before it did"
-        journal.set_state(left.deployment, "failed", reason, Ended("failed", reason))
     return brackets
-
-
-async def _undo(paths: Paths, journal: Journal, deployment: str, tell: Tell) -> None:
-    """What was opened before acquisition is closed, however late. One that fails is written down, and the others follow."""
-    due = undos_due(journal.entries(deployment))
-    if not due:
-        return
-    plan, runs = of_deployment(paths, journal, deployment, tell)
-    recorder = Recorder(journal, deployment, tell)
-    for name in due:
-        for step in plan.pre_acquire:
-            if step.run.name != name or step.undo is None:
-                continue
-            try:
-                with told_if_slow(tell, f"waiting for {name!r}, which the deployment before left running"):
-                    await runs.take_up(step.run, OperationId.of(deployment, 0, SERVER, f"pre-{name}"), {})
-                await undo_step(step, runs, recorder)
-            except WaystationError as error:
-                await recorder.record(Note(f"{name} could not be undone: {error}"))
 
 
 async def wait_for_orphans(
@@ -294,7 +271,11 @@ async def _verify(fleet: Fleet, plan: Plan, step: MachineStep, turn: MachineTurn
         if facts.current_manifest != facts.manifest:
             checks = checks_of_old(turn, facts)
     variables = {**turn.variables, "DEPLOYMENT": names.bracket.owner}
-    done = await make_checks(fleet, plan, names.next("verify-put-back"), checks, turn.root, variables)
+
+    async def perform(order: VerifyOrder) -> Done:
+        return done_by(await fleet.perform(names.next("verify-put-back"), order))
+
+    done = await make_checks(perform, plan, checks, turn.root, variables)
     return "" if done.ok else done.reason or done.how
 
 

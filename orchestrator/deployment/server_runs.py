@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -25,13 +25,14 @@ from agent.orders.operation_id import OperationId
 from agent.runs import runs
 from agent.runs.runs import Outcome, RunSpec
 from agent.runs.scripts import base_environment, command_for
-from orchestrator.releases.release import FileChangedError, check_script, read_beside, write_snapshot
 from orchestrator.fleet.logs import LogFile
 from orchestrator.journal.events import ServerRunDispatched, ServerRunEnded
+from orchestrator.releases.release import FileChangedError, check_script, read_beside, write_snapshot
 from orchestrator.trust.secrets import variable_of
 from relay.errors import StoreError, UsageError, WaystationError
 from relay.folders import make_folder
 from relay.support.durable import sync_folder
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from orchestrator.journal.recorder import Recorder
@@ -76,6 +77,13 @@ class ServerRuns:
         self._folder = os.path.abspath(folder)
         self._secrets = secrets
         self._recorder = recorder
+        self._running: set[OperationId] = set()
+
+    async def stop_all(self, *, spared: Collection[str] = ()) -> None:
+        """End what runs now, but for these actions: TERM, and KILL where that does not do. What awaits it hears of it."""
+        running = [operation for operation in self._running if operation.action not in spared]
+        folders = [folder for operation in running for folder in _runners(self.run_folder(operation))]
+        await together([asyncio.to_thread(runs.stop, folder) for folder in folders])
 
     # --- scripts
 
@@ -92,10 +100,10 @@ class ServerRuns:
         by_folder: dict[str, list[FrozenFile]] = {}
         for file in files:
             by_folder.setdefault(self._snapshot(file), []).append(file)
-        for snapshot, together in by_folder.items():
+        for snapshot, files_there in by_folder.items():
             if not os.path.isdir(snapshot):
-                self._copy(together, snapshot)
-            for file in together:
+                self._copy(files_there, snapshot)
+            for file in files_there:
                 self._frozen(file)
 
     def _snapshot(self, file: FrozenFile) -> str:
@@ -178,7 +186,11 @@ class ServerRuns:
 
     async def _attempt(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int) -> RunResult:
         log = os.path.join(self._folder, "logs", f"{operation.file_name}.log")
-        outcome = await self._follow(run, operation, extra, log)
+        self._running.add(operation)
+        try:
+            outcome = await self._follow(run, operation, extra, log)
+        finally:
+            self._running.discard(operation)
         await self._record(
             operation,
             ServerRunEnded(

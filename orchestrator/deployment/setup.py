@@ -5,45 +5,58 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 from ulid import ULID
 
 from orchestrator.deployment.context import DeploymentContext
+from orchestrator.deployment.decisions import Desk, StopToken
 from orchestrator.deployment.notify import Notifier
-from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
 from orchestrator.deployment.recovery import settle
-from orchestrator.releases.release import Release, open_release, unpack_release
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.files.process import load_process
 from orchestrator.fleet.endings import check_endings
 from orchestrator.fleet.fleet import Fleet
-from orchestrator.journal.locks import hold
+from orchestrator.journal.events import DeploymentRecord, Resumed
+from orchestrator.journal.locks import hold, holder
 from orchestrator.journal.recorder import Recorder, Tell
+from orchestrator.journal.views import OpenBracket, open_brackets
 from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun, ServerStep
+from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
+from orchestrator.releases.release import Release, open_release, unpack_release
 from orchestrator.replication.fill_relays import relays_filled
 from orchestrator.replication.send import open_relay
+from orchestrator.rolling.history import History
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
+from relay.errors import RefusedError, UsageError
 from relay.support.private_files import make_private_folder
 from relay.support.progress import Bar
 from relay.support.together import told_if_slow
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import Signer
+
+    from orchestrator.depot.depot import Depot
     from orchestrator.files.environment import EnvironmentFile
     from orchestrator.journal.journal import Journal
-    from orchestrator.journal.views import OpenBracket
+    from relay.protocol.connection import Connection
 
 
 @dataclass(frozen=True, slots=True)
 class DeployRequest:
-    """What a person asked for. `project` is None where the label alone must be enough."""
+    """What a person asked for. `project` is None where the label alone must be enough.
+
+    `waits`: the process waits for people as long as they take.
+    """
 
     label: str
     project: str | None
@@ -51,6 +64,7 @@ class DeployRequest:
     prompts: Mapping[str, str]
     adopt: bool = False
     force: bool = False
+    waits: bool = True
 
 
 @asynccontextmanager
@@ -98,22 +112,121 @@ async def set_up(
         fence = journal.claim(plan.environment)
         journal.begin(ulid, msgspec.json.encode(plan), fence, operator())
         unless_begun.pop_all()
-        fleet = Fleet(
-            plan, clients, signer=order_signer, journal=journal.id, folder=folder, recorder=recorder, fence=fence
+        ground = _Ground(paths, plan, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
+        yield await ground.context(stack, History(), waits=request.waits), brackets
+
+
+@asynccontextmanager
+async def take_up(
+    paths: Paths, journal: Journal, deployment: str, *, tell: Tell, bar: Bar, waits: bool
+) -> AsyncIterator[tuple[DeploymentContext, list[OpenBracket]]]:
+    """The same for a deployment whose process died or left: its plan is the frozen one, and no file is read again.
+
+    Raises:
+        UsageError: it has ended.
+        LockedError: it runs, or another one does there.
+        NotFoundError: there is none.
+        StoreError: the journal could not be read or written.
+    """
+    from orchestrator.depot.depot import open_depot
+
+    plan = msgspec.json.decode(journal.plan(deployment), type=Plan)
+    async with AsyncExitStack() as stack:
+        clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
+        held = hold(
+            journal, plan.environment, operator=operator(), label=plan.label, why="resume", deployment=deployment
         )
-        context = DeploymentContext(
+        stack.enter_context(held)
+        _check_unfinished(journal.deployment(deployment))
+        history = History(journal.entries(deployment))
+        secrets = SecretStore(plan.secrets, plan.machine_secrets)
+        secrets.check()
+        depot = await stack.enter_async_context(open_depot(paths.depot))
+        recorder = Recorder(journal, deployment, tell)
+        order_signer = load_signer(paths.trust, "order")
+        fence = journal.claim(plan.environment)
+        resumed = Resumed(operator(), socket.gethostname(), os.getpid(), fence)
+        journal.take_up(deployment, fence, operator(), resumed)
+        brackets = [b for b in open_brackets(journal.brackets(plan.environment)) if b.owner == deployment]
+        runs = ServerRuns(paths.deployment(deployment), secrets, recorder)
+        ground = _Ground(paths, plan, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
+        yield await ground.context(stack, history, waits=waits), brackets
+
+
+def _check_unfinished(record: DeploymentRecord) -> None:
+    if record.state != "running":
+        raise UsageError(
+            f"the deployment of {record.label} into {record.environment} has ended: {record.state}",
+            hint="'waystation release deploy' begins another one",
+        )
+
+
+def find_unfinished(journal: Journal, request: DeployRequest) -> DeploymentRecord | None:
+    """The deployment of the same release into the same environment that did not end; None where there is none.
+
+    One that runs is found as well: that it is locked is told by who tries to take it up.
+
+    Raises:
+        RefusedError: another release is unfinished there.
+        StoreError: the journal cannot be read.
+    """
+    environment = request.environment.value.environment
+    running = journal.deployments(environment, state="running", limit=None)
+    mine = [each for each in running if request.project in {None, each.project}]
+    same = next((each for each in mine if each.label == request.label), None)
+    if same is None and mine and holder(journal, environment) is None:
+        other = mine[0]
+        raise RefusedError(
+            f"the deployment of {other.label} of {other.project} into {environment} did not end",
+            hint=f"'waystation release resume {other.deployment}' goes on with it; after 'waystation release cancel' it "
+            "comes to its end that way",
+        )
+    return same
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What a deployment stands on once its lock is held."""
+
+    paths: Paths
+    plan: Plan
+    recorder: Recorder
+    runs: ServerRuns
+    secrets: SecretStore
+    depot: Depot
+    clients: Mapping[str, Connection]
+    fence: int
+    signer: Signer
+    bar: Bar
+
+    async def context(self, stack: AsyncExitStack, history: History, *, waits: bool) -> DeploymentContext:
+        plan, recorder = self.plan, self.recorder
+        folder, pins = self.paths.deployment(recorder.deployment), partial(load_pins, self.paths.trust)
+        fleet = Fleet(
+            plan,
+            self.clients,
+            signer=self.signer,
+            journal=recorder.journal.id,
+            folder=folder,
+            recorder=recorder,
+            fence=self.fence,
+        )
+        stop = StopToken()
+        return DeploymentContext(
             plan=plan,
             recorder=recorder,
             fleet=await stack.enter_async_context(fleet),
-            runs=runs,
-            secrets=secrets,
-            depot=depot,
-            trees=ServerTrees(paths.depot, pins, os.path.join(folder, "packages")),
-            notifier=Notifier(plan.notify, secrets, order_signer),
-            filler=await stack.enter_async_context(relays_filled(plan, depot, recorder, bar)),
-            bar=bar,
+            runs=self.runs,
+            secrets=self.secrets,
+            depot=self.depot,
+            trees=ServerTrees(self.paths.depot, pins(), os.path.join(folder, "packages")),
+            notifier=Notifier(plan.notify, self.secrets, self.signer),
+            filler=await stack.enter_async_context(relays_filled(plan, self.depot, recorder, self.bar)),
+            bar=self.bar,
+            history=history,
+            desk=Desk(recorder, plan, pins, stop, history, waits=waits),
+            stop=stop,
         )
-        yield context, brackets
 
 
 def _plan(release: Release, journal: Journal, request: DeployRequest, folder: str) -> Plan:

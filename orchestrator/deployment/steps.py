@@ -288,11 +288,11 @@ class RollingStep:
         self._unsure = {m: self._unsure.get(m, 0) + 1 for m, answer in status.items() if answer not in {0, 1}}
         unsure = sorted(machine for machine, times in self._unsure.items() if times >= UNSURE)
         if unsure and not self._context.desk.is_paused:
-            await self._context.desk.pause(f"the probe of {rotation} cannot tell whether {', '.join(unsure)} is in service")
+            await self._context.desk.pause(
+                f"the probe of {rotation} cannot tell whether {', '.join(unsure)} is in service"
+            )
 
     async def _probe(self, probe: ServerRun, machine: str) -> int | None:
         operation = self._context.operation(self._step.number, machine, PROBE)
         result = await self._context.runs.run(probe, operation, self._turns[machine].variables)
         return result.exit_status
-
-

@@ -53,7 +53,20 @@ from orchestrator.plan.plan import (
     SwitchAction,
 )
 from orchestrator.rolling import turn
-from orchestrator.rolling.turn import Act, After, Ask, Back, Before, Done, End, Redo, Turn, TurnOutcome, VerifyOld, word_of
+from orchestrator.rolling.turn import (
+    Act,
+    After,
+    Ask,
+    Back,
+    Before,
+    Done,
+    End,
+    Redo,
+    Turn,
+    TurnOutcome,
+    VerifyOld,
+    word_of,
+)
 from relay.errors import StoreError, WaystationError
 from relay.support.together import together, told_if_slow
 
@@ -241,7 +254,9 @@ class MachineTurnRunner:
         def again(done: Done) -> bool:
             return done.how == "failed" or (done.how == "unknown" and action.idempotent)
 
-        return await self._order(action.name, order, name=name, attempts=action.attempts, delay=action.delay, again=again)
+        return await self._order(
+            action.name, order, name=name, attempts=action.attempts, delay=action.delay, again=again
+        )
 
     async def _order(
         self,
@@ -310,7 +325,9 @@ def did_of(machine: str, step: int, do: turn.Do, done: Done) -> TurnDid:
 def done_of(did: TurnDid) -> Done:
     """The same for the fold. Raises `StoreError`: no words of this version."""
     if did.how not in get_args(turn.DoneState) or did.answer not in {"", *get_args(turn.Answer)}:
-        raise StoreError(f"the journal has {did.how!r} {did.answer!r} of {did.machine}, which this version does not know")
+        raise StoreError(
+            f"the journal has {did.how!r} {did.answer!r} of {did.machine}, which this version does not know"
+        )
     answer = cast("turn.Answer", did.answer) if did.answer else None
     return Done(cast("turn.DoneState", did.how), did.reason, answer)
 

@@ -47,6 +47,7 @@ from relay.errors import SignatureError, StoreError, UnreachableError, Waystatio
 from relay.folders import make_folder
 from relay.protocol import messages
 from relay.protocol.mail_client import MailClient
+from relay.support.together import together
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 OPERATIONS_AT_ONCE = 1024
 """In one acknowledgement."""
+STOP_SECONDS = 5.0
+"""For a relay to take the order that ends an operation."""
 NOTES_MAX = 1000
 """Different things that are noted of one deployment's mail: a stranger who can post could else fill the journal."""
 UNPROVEN_MAX = 1024
@@ -258,6 +261,16 @@ class Fleet:
             OperationId.of(operation.deployment, operation.step, operation.who, f"stop-{operation.action}"),
             Stop(str(operation)),
         )
+
+    async def stop_all(self, operations: Iterable[OperationId] | None = None) -> None:
+        """End these, or all that is under way on machines. Where no relay takes that soon, their own limits end them."""
+
+        async def end(operation: OperationId) -> None:
+            with suppress(UnreachableError, TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self.stop(operation)
+
+        await together([end(operation) for operation in list(self._flights if operations is None else operations)])
 
     async def acknowledge(self, machine: str, *, ends: bool = False) -> None:
         """Tell the agent which results are on disk here, with all of their output: it need not keep them. `ends`

@@ -55,7 +55,9 @@ class StoredRelease:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a person told a running deployment. `at` is seconds since 1970."""
+    """What a person told a deployment. `at` is seconds since 1970; `envelope` is what they signed, empty where nothing:
+    who they are, only that tells (`orchestrator/people/statement.py`).
+    """
 
     number: int
     environment: str
@@ -64,6 +66,7 @@ class Decision:
     operator: str
     kind: str
     data: dict[str, Any]
+    envelope: bytes = b""
 
 
 _LISTED = tuple(column for column in tables.deployments.c if column.name not in {"number", "plan"})
@@ -361,19 +364,34 @@ class Journal:
 
     # --- decisions
 
-    def decide(self, environment: str, deployment: str, kind: str, data: Mapping[str, Any], operator: str) -> int:
-        """Leave a decision for a deployment; gives its number. `data` is JSON.
+    def decide(
+        self,
+        environment: str,
+        deployment: str,
+        kind: str,
+        data: Mapping[str, Any],
+        operator: str,
+        envelope: bytes = b"",
+    ) -> int:
+        """Leave a decision for a deployment; gives its number. `data` is JSON, `envelope` what was signed.
+
+        People use `orchestrator.people.sign.decide`: nobody obeys what is not signed.
 
         Raises:
             NotFoundError: there is no such deployment.
+            ConflictError: this very envelope is there already.
             StoreError: see the class.
         """
         row = {"environment": environment, "deployment": deployment, "kind": kind, "operator": operator}
-        text = msgspec.json.encode(dict(data)).decode()
+        text, signed = msgspec.json.encode(dict(data)).decode(), envelope or None
         with self.database.writing() as connection:
             if connection.execute(_where_is(deployment)).first() is None:
                 raise NotFoundError(f"there is no deployment {deployment}")
-            done = connection.execute(sa.insert(tables.decisions), row | {"data": text, "at": self._clock()})
+            same = sa.select(sa.literal(1)).where(tables.decisions.c.envelope == signed)
+            if signed and connection.execute(same).first() is not None:
+                raise ConflictError("this decision is in the journal already: what is signed once counts once")
+            values = row | {"data": text, "at": self._clock(), "envelope": signed}
+            done = connection.execute(sa.insert(tables.decisions), values)
         tell(Decided(operator, environment, deployment, kind))
         return _key_of(done)
 
@@ -437,6 +455,11 @@ class Journal:
                 if not tables.names(connection):  # no other process was faster
                     self._create(connection)
             self._read_meta()
+        with self.database.reading() as connection:
+            is_whole = tables.is_whole(connection)
+        if not is_whole:
+            with self.database.writing() as connection:
+                tables.complete(connection)
 
     def _read_meta(self) -> bool:
         """Take format and id. False where the file is still empty."""
@@ -506,4 +529,6 @@ def _decision(row: sa.Row[Any]) -> Decision:
         data = msgspec.json.decode(row.data, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise StoreError(f"decision {row.number} of the journal cannot be read: {error}") from error
-    return Decision(row.number, row.environment, row.deployment, row.at, row.operator, row.kind, data)
+    return Decision(
+        row.number, row.environment, row.deployment, row.at, row.operator, row.kind, data, row.envelope or b""
+    )

@@ -9,7 +9,7 @@ from orchestrator.journal.journal import Journal
 from orchestrator.journal.locks import holder
 from orchestrator.journal.views import DeploymentSummary, DeploymentView, open_brackets, summary, view
 from orchestrator.plan.plan import Plan
-from relay.errors import NotFoundError
+from relay.errors import NotFoundError, UsageError
 
 
 def find_deployment(journal: Journal, deployment: str | None, environment: str | None) -> str:
@@ -20,6 +20,26 @@ def find_deployment(journal: Journal, deployment: str | None, environment: str |
     if not newest:
         raise NotFoundError("nothing was deployed yet" + (f" in {environment}" if environment else ""))
     return newest[0].deployment
+
+
+def the_unfinished(journal: Journal, deployment: str | None, environment: str | None) -> str:
+    """The ULID of the deployment that is named, else of the only one that did not end.
+
+    Raises:
+        NotFoundError: there is none.
+        UsageError: there are several.
+        StoreError: the journal cannot be read.
+    """
+    if deployment is not None:
+        return journal.deployment(deployment.upper()).deployment
+    found = journal.deployments(environment, state="running", limit=None)
+    where = f" in {environment}" if environment else ""
+    if not found:
+        raise NotFoundError(f"every deployment{where} has ended", hint="'waystation release history' lists them")
+    if len(found) > 1:
+        several = ", ".join(f"{one.deployment} ({one.label} into {one.environment})" for one in found)
+        raise UsageError(f"several deployments{where} did not end: {several}", hint="Name one")
+    return found[0].deployment
 
 
 def check_environment(journal: Journal, environment: str | None) -> None:

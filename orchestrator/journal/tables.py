@@ -77,6 +77,7 @@ decisions = sa.Table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("data", sa.Text, nullable=False),
     sa.Column("taken", sa.Float),
+    sa.Column("envelope", sa.LargeBinary),
     sa.Index("decisions_that_wait", "environment", sqlite_where=sa.text("taken IS NULL")),
     sqlite_autoincrement=True,
 )
@@ -123,6 +124,18 @@ def create(connection: sa.Connection) -> None:
     _all.create_all(connection, checkfirst=False)
     for name, (before, told) in _GUARDS.items():
         connection.exec_driver_sql(f"CREATE TRIGGER {name} BEFORE {before} BEGIN SELECT RAISE(ABORT, '{told}'); END")
+
+
+def is_whole(connection: sa.Connection) -> bool:
+    """Whether the file has all columns that came later. Others may have been made by an older Waystation."""
+    found = connection.exec_driver_sql("SELECT name FROM pragma_table_info('decisions')").scalars()
+    return "envelope" in set(found)
+
+
+def complete(connection: sa.Connection) -> None:
+    """Add what `is_whole` misses, in the transaction of `connection`. An older Waystation reads on: it names its columns."""
+    if not is_whole(connection):  # no other process was faster
+        connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN envelope BLOB")
 
 
 def names(connection: sa.Connection) -> set[str]:

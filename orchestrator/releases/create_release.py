@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from orchestrator.files.process import ProcessFile, machine_scripts, server_scripts
+from orchestrator.files.script_files import OnDisk
+from orchestrator.paths import Paths, operator
+from orchestrator.plan.make_plan import make_plan
+from orchestrator.plan.plan import FrozenFile, Plan, PlannedPackage
 from orchestrator.releases.packages import (
     build_scripts_package,
     ensure_packages,
@@ -15,11 +20,6 @@ from orchestrator.releases.packages import (
     wanted_packages,
 )
 from orchestrator.releases.release import Release, freeze_release
-from orchestrator.files.process import ProcessFile, machine_scripts, server_scripts
-from orchestrator.files.script_files import OnDisk
-from orchestrator.paths import Paths, operator
-from orchestrator.plan.make_plan import make_plan
-from orchestrator.plan.plan import FrozenFile, Plan, PlannedPackage
 from orchestrator.trust.keyring import load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import UsageError

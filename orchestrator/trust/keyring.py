@@ -1,16 +1,23 @@
-"""Key making for `waystation trust init`: the package key, the order key, and `trust.json`, which agents pin."""
+"""Key making for `waystation trust …`: the package key, order keys, people's among them, and `trust.json`, which agents pin."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from orchestrator.acts import KeysMade
+import msgspec
+
+from agent.platform import lock_file
+from orchestrator.acts import KeysMade, PersonNamed
 from orchestrator.paths import operator
 from relay.audit.event import tell
-from relay.errors import NotFoundError, RefusedError
+from relay.errors import LockedError, NotFoundError, RefusedError, UsageError
+from relay.support.durable import write_durably
 from relay.support.private_files import make_private_folder, read_signer, write_new_file, write_private_key
-from relay.trust.keys import OrderKey, PublicKey, TrustPins, encode_pins, keyid_of, parse_pins
+from relay.trust.keys import PERSON_NAME, OrderKey, PublicKey, TrustPins, encode_pins, keyid_of, parse_pins
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,6 +26,8 @@ if TYPE_CHECKING:
 KeyRole = Literal["package", "order"]
 
 PINS_FILE = "trust.json"
+PEOPLE_FOLDER = "people"
+"""In the trust folder: private keys of people."""
 _FILES = ("package.key", "order.key", PINS_FILE)
 
 
@@ -72,6 +81,92 @@ def load_pins(folder: str) -> TrustPins:
     except OSError as error:
         hint = "'waystation trust init' makes it; --trust names the folder where it stands"
         raise NotFoundError(f"{path}: {error.strerror}", hint=hint) from error
+
+
+def person_key(folder: str, name: str, keys: str = "") -> str:
+    """Path of a person's private key: in the folder `keys`, or in `people` of the trust folder."""
+    return os.path.join(keys or os.path.join(folder, PEOPLE_FOLDER), f"{name}.key")
+
+
+def make_person(folder: str, name: str, keys: str = "", environments: tuple[str, ...] = ()) -> tuple[OrderKey, str]:
+    """Make a person's order key, and name it in `trust.json`, which is replaced as a whole. The key; where it lies.
+
+    Args:
+        folder: of trust.json.
+        name: of the person.
+        keys: where the private key is put; empty: beside the others.
+        environments: where this person may order and decide; none named: everywhere.
+
+    Raises:
+        UsageError: no name that a person can have.
+        RefusedError: trust.json knows somebody of this name, the key's file exists already, a folder is open to others,
+            or a file cannot be written.
+        LockedError: another process changes trust.json now.
+        NotFoundError: there is no trust.json.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    if not re.match(PERSON_NAME, name):
+        raise UsageError(
+            f"{name[:80]!r} is no name of a person",
+            hint="Expected small letters, digits, '.', '_' and '-', a letter first, at most 63",
+        )
+    path, file = person_key(folder, name, keys), os.path.join(folder, PINS_FILE)
+    with _pins_held(folder):
+        pins = load_pins(folder)
+        if name in {key.name for key in pins.order}:
+            raise RefusedError(f"{file} has a key of {name} already; each person has one")
+        _refuse_key(path, name)
+        make_private_folder(os.path.dirname(path))
+        private = Ed25519PrivateKey.generate()
+        public = _public_hex(private)
+        key = OrderKey(keyid=keyid_of(public), public=public, environments=environments or None, name=name)
+        write_private_key(path, private)
+        data = encode_pins(msgspec.structs.replace(pins, order=(*pins.order, key)))
+        try:
+            parse_pins(data)
+            write_durably(file, data)
+        except OSError as error:
+            raise RefusedError(f"cannot write {file}: {error.strerror}", hint=f"Remove {path} first") from error
+    tell(PersonNamed(operator(), folder, name, key.keyid, list(environments)))
+    return key, path
+
+
+def load_person_signer(folder: str, name: str, keys: str = "") -> CryptoSigner:
+    """The key by which a person signs; without a name the plain order key. Raises as `load_signer`."""
+    if not name:
+        return load_signer(folder, "order")
+    if not re.match(PERSON_NAME, name):
+        raise UsageError(f"{name[:80]!r} is no name of a person")
+    path = person_key(folder, name, keys)
+    try:
+        return read_signer(path)
+    except NotFoundError as error:
+        hint = f"'waystation trust person {name}' makes it; --keys names the folder where it is"
+        raise NotFoundError(f"there is no key of {name}: {path}", hint=hint) from error
+
+
+@contextmanager
+def _pins_held(folder: str) -> Iterator[None]:
+    """No other process changes trust.json meanwhile."""
+    try:
+        descriptor = lock_file(os.path.join(folder, f".{PINS_FILE}.lock"))
+    except OSError as error:
+        raise NotFoundError(f"cannot change {PINS_FILE} in {folder}: {error.strerror}") from error
+    if descriptor is None:
+        raise LockedError(f"another process changes {PINS_FILE} in {folder} now", hint="Try again")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_key(path: str, name: str) -> None:
+    if os.path.lexists(path):
+        raise RefusedError(
+            f"{path} exists already, and {PINS_FILE} knows no {name}; keys are never overwritten",
+            hint=f"where an earlier 'trust person {name}' was interrupted, move it away and run it again",
+        )
 
 
 def _refuse_existing(folder: str) -> None:

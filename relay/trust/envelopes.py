@@ -113,6 +113,17 @@ class _Unopened(msgspec.Struct, frozen=True):
     payload: bytes
 
 
+class _PlainSignature(msgspec.Struct, frozen=True):
+    keyid: str
+    sig: bytes
+
+
+class _PlainEnvelope(msgspec.Struct, frozen=True):
+    payload: bytes
+    payload_type: str = msgspec.field(name="payloadType")
+    signatures: Annotated[tuple[_PlainSignature, ...], msgspec.Meta(min_length=1, max_length=1)]
+
+
 def unverified(envelope: bytes, type: type[T]) -> T:
     """What an envelope says, with nothing checked: for what names its own key, or was checked before it was kept.
 
@@ -147,6 +158,20 @@ def sign_document(payload: bytes, payload_type: str, signer: Signer) -> bytes:
     if len(data) > ENVELOPE_MAX:
         raise UsageError(f"a signed document of {len(data)} bytes is too large, at most {ENVELOPE_MAX} are read")
     return data
+
+
+def check_form(envelope: bytes) -> str:
+    """The key id of the one signature of an envelope in the one form that it can have: canonical JSON.
+
+    Otherwise whoever carries it could give it other bytes that say the same, and so another digest.
+
+    Raises:
+        MalformedError: it has another form, or several signatures.
+    """
+    parsed = decode_document(envelope, _PlainEnvelope)
+    if msgspec.json.encode(parsed, order="sorted") != envelope:
+        raise MalformedError("the envelope is not in the one form that it can have")
+    return parsed.signatures[0].keyid
 
 
 def verify_document(envelope: bytes, keys: Sequence[PublicKey], payload_type: str) -> tuple[bytes, str]:

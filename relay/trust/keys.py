@@ -23,6 +23,10 @@ _KEYS_MAX = 256
 
 # `\Z`, not `$`: the latter also matches before a last line feed.
 _Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+PERSON_NAME = r"\A[a-z][a-z0-9._-]{0,62}\Z"
+"""Names of people. Lower-case, as they are names of files too."""
+
+_PersonName = Annotated[str, msgspec.Meta(pattern=PERSON_NAME)]
 _EnvironmentName = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 
 
@@ -44,9 +48,13 @@ class PublicKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 class OrderKey(PublicKey, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A key that may sign orders, in the named environments, or in all of them where none is named."""
+    """A key that may sign orders, in the named environments, or in all of them where none is named.
+
+    `name`: the person whose key it is; empty: nobody's in particular. No two keys have the same.
+    """
 
     environments: Annotated[tuple[_EnvironmentName, ...], msgspec.Meta(min_length=1)] | None = None
+    name: _PersonName = ""
 
 
 class TrustPins(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,6 +119,7 @@ def parse_pins(data: bytes) -> TrustPins:
         pins = msgspec.json.decode(data, type=TrustPins)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"trust.json is not valid: {error}", hint="'waystation trust init' makes it") from error
+    _check_names(pins)
     seen: set[str] = set()
     for key in (*pins.package, *pins.order):
         if key.keyid != keyid_of(key.public):
@@ -119,6 +128,13 @@ def parse_pins(data: bytes) -> TrustPins:
             raise SignatureError(f"trust.json names the key {key.keyid[:16]}… twice; each key has one role")
         seen.add(key.keyid)
     return pins
+
+
+def _check_names(pins: TrustPins) -> None:
+    names = [key.name for key in pins.order if key.name]
+    for name in names:
+        if names.count(name) > 1:
+            raise SignatureError(f"trust.json gives the name {name!r} to two keys; each person has one")
 
 
 def encode_pins(pins: TrustPins) -> bytes:

@@ -17,7 +17,6 @@ from agent.runs.runs import RunSpec
 from agent.runs.scripts import _INTERPRETERS, _PASSED_ON
 from docs.tables import sources
 from orchestrator.deployment.notify import SIGNATURE_HEADER
-from orchestrator.releases.release import SNAPSHOT_BYTES, SNAPSHOT_FILES
 from orchestrator.deployment.steps import STUCK_SECONDS
 from orchestrator.files import environment, process
 from orchestrator.files.values import NotificationKind
@@ -25,6 +24,7 @@ from orchestrator.fleet.presence import LOST_SECONDS
 from orchestrator.plan import unsupported
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import MachineStep, Plan, PlannedPackage, ServerStep
+from orchestrator.releases.release import SNAPSHOT_BYTES, SNAPSHOT_FILES
 from orchestrator.rolling import turn
 from orchestrator.trust.secrets import SECRET_MAX, SECRET_MIN
 from relay.main import waystation

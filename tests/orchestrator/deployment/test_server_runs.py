@@ -19,11 +19,11 @@ from harness.process import eventually
 from agent.orders.operation_id import OperationId
 from agent.runs import runs
 from agent.runs.scripts import base_environment
-from orchestrator.releases.release import FileChangedError
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.journal.events import Event, ServerRunDispatched, ServerRunEnded
 from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import FrozenFile, SecretSource, ServerRun
+from orchestrator.releases.release import FileChangedError
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import RefusedError
 

@@ -12,9 +12,9 @@ from harness.feed import Server, body, running_feed
 from harness.origins import Origin, depot_with, trust_keys
 from harness.packages import make_nupkg, noise
 
-from orchestrator.releases.packages import ServerTrees, build_scripts_package, ensure_packages
 from orchestrator.files.script_files import ScriptPathError
 from orchestrator.plan.plan import PlannedFeed, PlannedPackage, SecretSource
+from orchestrator.releases.packages import ServerTrees, build_scripts_package, ensure_packages
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import ConflictError, NotFoundError, RefusedError, UntrustedError, UsageError
 from relay.trust.envelopes import verify_package

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from harness.origins import Keys, trust_keys
 
+from orchestrator.plan.plan import FrozenFile, PlannedPackage
 from orchestrator.releases.release import (
     RELEASE_TYPE,
     SNAPSHOT_BYTES,
@@ -22,7 +23,6 @@ from orchestrator.releases.release import (
     unpack_release,
 )
 from orchestrator.releases.release import freeze_release as freeze
-from orchestrator.plan.plan import FrozenFile, PlannedPackage
 from orchestrator.trust.keyring import load_signer
 from relay.errors import RefusedError, SignatureError
 from relay.trust.envelopes import sign_document
