@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.notify import Notifier
 from orchestrator.deployment.packages import ServerTrees, ensure_packages, ensure_scripts
 from orchestrator.deployment.recovery import settle
-from orchestrator.deployment.releases import Release, open_release, unpack_release
+from orchestrator.deployment.releases import Release, author_of, open_release, unpack_release
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.files.process import load_process
 from orchestrator.fleet.endings import check_endings
@@ -64,13 +64,15 @@ async def set_up(
 
     pins = load_pins(paths.trust)
     record = journal.release(request.project, request.label)
-    release = open_release(record.document, record.envelope, pins.order_keys(request.environment.value.environment))
+    keys = pins.order_keys(request.environment.value.environment)
+    release = open_release(record.document, record.envelope, keys)
     ulid = str(ULID())
     folder = paths.deployment(ulid)
     async with AsyncExitStack() as stack:
         unless_begun = stack.enter_context(ExitStack())
         unless_begun.callback(shutil.rmtree, folder, ignore_errors=True)
-        plan = _plan(release, journal, request, folder)
+        people = {key.name for key in keys if key.name}
+        plan = _plan(release, journal, request, folder, people, author_of(record.envelope, keys))
         secrets = SecretStore(plan.secrets, plan.machine_secrets)
         secrets.check()
         # Contacts nothing; a token, an authority or a proxy that cannot be used is found before anything begins.
@@ -116,7 +118,9 @@ async def set_up(
         yield context, brackets
 
 
-def _plan(release: Release, journal: Journal, request: DeployRequest, folder: str) -> Plan:
+def _plan(
+    release: Release, journal: Journal, request: DeployRequest, folder: str, people: Collection[str], author: str
+) -> Plan:
     """Unpack the release into the deployment's folder, and plan with what it holds."""
     make_private_folder(os.path.dirname(folder))
     make_private_folder(folder)
@@ -129,6 +133,8 @@ def _plan(release: Release, journal: Journal, request: DeployRequest, folder: st
         packages=release.packages,
         scripts=release.scripts,
         prompts=request.prompts,
+        people=people,
+        author=author,
     )
 
 

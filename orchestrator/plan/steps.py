@@ -318,6 +318,8 @@ class _Roll:
             self._ground.wrong(
                 place.below("apply"), f"has 'switch' {len(switches)} times: a deployment needs it exactly once"
             )
+        if not step.deploy and step.on_failure == "rollback":
+            self._ground.wrong(place.below("on_failure"), "is rollback, and the step deploys nothing to go back from")
         if not step.deploy and switches:
             self._ground.wrong(
                 place.below("apply"), "has 'switch', and the step deploys nothing: name a package with 'deploy'"
