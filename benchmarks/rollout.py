@@ -169,7 +169,7 @@ def write_files(made: Farm, keys: dict[str, str]) -> None:
 
 def _step(number: int, kind: StepKind, made: Farm) -> dict[str, Any]:
     script = {"script": "deploy/long.sh" if kind.long else "deploy/quick.sh"}
-    step: dict[str, Any] = {"name": f"{kind.name} {number}", "roles": ["web"], "apply": [script]}
+    step: dict[str, Any] = {"name": f"{kind.name} {number}", "roles": ["web"], "apply": [script], "on_failure": "stop"}
     step["strategy"] = "parallel" if kind.window is None else {"rolling": {"window": kind.window}}
     if kind.bracket:
         step["rotation"] = "web"

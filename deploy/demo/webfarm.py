@@ -150,6 +150,7 @@ def write_process(town: Town, strategy: dict[str, Any], tell: Narrator) -> None:
         "to": "${srv}",
         **strategy,
         "rotation": "web",
+        "on_failure": "stop",
         "apply": ["switch", {"name": "restart", "script": "ops/restart.py"}],
         "verify": [{"http": "http://${machine.address}:${port}/version", "expect": "${package.version}"}],
     }

@@ -52,6 +52,22 @@ journal_option = click.option(
 )
 
 
+person_option = click.option(
+    "--as",
+    "person",
+    metavar="NAME",
+    envvar="WAYSTATION_PERSON",
+    help="Whose key signs. [default: $WAYSTATION_PERSON, else the order key without a name]",
+)
+keys_option = click.option(
+    "--keys",
+    "keys_folder",
+    metavar="DIR",
+    envvar="WAYSTATION_KEYS",
+    help="Folder of that person's key. [default: $WAYSTATION_KEYS, else people in the trust folder]",
+)
+
+
 class _Written(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
     """A value as YAML has it, `50Mbit` or `90s`; a bare number is in the unit that the option names."""
 
@@ -130,8 +146,22 @@ def trust_folder(given: str | None) -> str:
     return folder
 
 
-def paths_of(depot: str | None = None, trust: str | None = None, journal: str | None = None) -> Paths:
-    """Where all of this orchestrator is, given what was typed."""
+def keys_folder(given: str | None) -> str:
+    """Of a person's own key, absolute; empty where none was named."""
+    if not given:
+        return ""
+    check_folder(os.path.abspath(given), private=True)
+    return os.path.abspath(given)
+
+
+def paths_of(
+    depot: str | None = None,
+    trust: str | None = None,
+    journal: str | None = None,
+    person: str | None = None,
+    keys: str | None = None,
+) -> Paths:
+    """Where all of this orchestrator is, and who works with it, given what was typed."""
     from orchestrator.paths import Paths
 
     return Paths(
@@ -139,6 +169,8 @@ def paths_of(depot: str | None = None, trust: str | None = None, journal: str | 
         depot=depot_location(depot),
         trust=trust_folder(trust),
         journal=journal or os.path.join(home(), "journal.db"),
+        person=person or "",
+        keys=keys_folder(keys),
     )
 
 

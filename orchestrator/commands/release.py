@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.commands import options
+from orchestrator.commands import decisions, options
 from orchestrator.commands.options import (
     CANCELLED,
     DONE,
@@ -25,8 +25,10 @@ from orchestrator.commands.options import (
     check_installed,
     depot_option,
     journal_option,
+    keys_option,
     open_journal,
     paths_of,
+    person_option,
     time_text,
     trust_option,
 )
@@ -112,6 +114,8 @@ def release(context: click.Context) -> None:
 @_variable_option
 @_process_option
 @depot_option
+@person_option
+@trust_option
 @json_option
 def plan(
     label: str | None,
@@ -120,6 +124,8 @@ def plan(
     prompts: dict[str, str],
     process_path: str,
     depot: str | None,
+    person: str | None,
+    trust_folder: str | None,
     as_json: bool,
 ) -> None:
     """Say what a deployment would do, or every mistake in the files. Contacts nobody."""
@@ -129,7 +135,8 @@ def plan(
 
     process, where = read_both(process_path, environment_path(environment))
     label = label or next(iter(versions.values()), "0")
-    made = run(plan_release(options.depot_location(depot), process, where, label, versions, prompts))
+    paths = paths_of(depot, trust_folder, person=person)
+    made = run(plan_release(paths, process, where, label, versions, prompts))
     answer(document(made), describe(made), as_json=as_json)
 
 
@@ -145,6 +152,8 @@ def plan(
 )
 @_variable_option
 @depot_option
+@person_option
+@keys_option
 @trust_option
 @journal_option
 @json_option
@@ -155,6 +164,8 @@ def create(
     environment: str | None,
     prompts: dict[str, str],
     depot: str | None,
+    person: str | None,
+    keys_folder: str | None,
     trust_folder: str | None,
     journal: str | None,
     as_json: bool,
@@ -165,7 +176,7 @@ def create(
     from orchestrator.files.process import load_process
     from orchestrator.releases.create_release import create_release
 
-    paths = paths_of(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal, person, keys_folder)
     if environment is None:
         process, where = load_process(process_path), None
     else:
@@ -221,6 +232,8 @@ def schema(kind: str) -> None:
 @click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
 @_waits_option
 @depot_option
+@person_option
+@keys_option
 @trust_option
 @journal_option
 @json_option
@@ -235,6 +248,8 @@ def deploy(
     force: bool,
     waits: bool,
     depot: str | None,
+    person: str | None,
+    keys_folder: str | None,
     trust_folder: str | None,
     journal: str | None,
     as_json: bool,
@@ -252,7 +267,7 @@ def deploy(
     from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
     from orchestrator.releases.create_release import create_release
 
-    paths = paths_of(depot, trust_folder, journal)
+    paths = paths_of(depot, trust_folder, journal, person, keys_folder)
     where_path, process = environment_path(environment), None
     if versions or os.path.exists(process_path):
         process, where = read_both(process_path, where_path)
@@ -418,6 +433,19 @@ def _exit_code(result: Result) -> int:
     if result.state == "failed":
         return FAILED
     return WITH_EXCLUSIONS if result.left else DONE
+
+
+# --- what people decide
+
+for command in (
+    decisions.approve,
+    decisions.reject,
+    decisions.decide,
+    decisions.pause,
+    decisions.go_on,
+    decisions.cancel,
+):
+    release.add_command(command)
 
 
 # --- looking

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from orchestrator.paths import Paths, operator
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun, ServerStep
 from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
-from orchestrator.releases.release import Release, open_release, unpack_release
+from orchestrator.releases.release import Release, author_of, open_release, unpack_release
 from orchestrator.replication.fill_relays import relays_filled
 from orchestrator.replication.send import open_relay
 from orchestrator.rolling.history import History
@@ -78,13 +78,15 @@ async def set_up(
 
     pins = load_pins(paths.trust)
     record = journal.release(request.project, request.label)
-    release = open_release(record.document, record.envelope, pins.order_keys(request.environment.value.environment))
+    keys = pins.order_keys(request.environment.value.environment)
+    release = open_release(record.document, record.envelope, keys)
     ulid = str(ULID())
     folder = paths.deployment(ulid)
     async with AsyncExitStack() as stack:
         unless_begun = stack.enter_context(ExitStack())
         unless_begun.callback(shutil.rmtree, folder, ignore_errors=True)
-        plan = _plan(release, journal, request, folder)
+        people = {key.name for key in keys if key.name}
+        plan = _plan(release, journal, request, folder, people, author_of(record.envelope, keys))
         secrets = SecretStore(plan.secrets, plan.machine_secrets)
         secrets.check()
         # Contacts nothing; a token, an authority or a proxy that cannot be used is found before anything begins.
@@ -229,7 +231,9 @@ class _Ground:
         )
 
 
-def _plan(release: Release, journal: Journal, request: DeployRequest, folder: str) -> Plan:
+def _plan(
+    release: Release, journal: Journal, request: DeployRequest, folder: str, people: Collection[str], author: str
+) -> Plan:
     """Unpack the release into the deployment's folder, and plan with what it holds."""
     make_private_folder(os.path.dirname(folder))
     make_private_folder(folder)
@@ -242,6 +246,8 @@ def _plan(release: Release, journal: Journal, request: DeployRequest, folder: st
         packages=release.packages,
         scripts=release.scripts,
         prompts=request.prompts,
+        people=people,
+        author=author,
     )
 
 

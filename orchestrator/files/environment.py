@@ -13,7 +13,17 @@ import msgspec
 from msgspec import Meta
 
 from orchestrator.files.process import START, Process, ProcessFile, Retry, Value
-from orchestrator.files.values import Command, Duration, MachineName, Name, Rate, ScriptPath, Text, VariableName
+from orchestrator.files.values import (
+    Command,
+    Duration,
+    MachineName,
+    Name,
+    PersonName,
+    Rate,
+    ScriptPath,
+    Text,
+    VariableName,
+)
 from relay.written.decode import Kind, Written, fit_with_stand_ins, load_as, schema_of
 from relay.written.yaml_positions import LoadedFile, Mistake, PlanError, load, sorted_mistakes
 
@@ -158,6 +168,8 @@ class Environment(Written, frozen=True):
     """Name to where the value is: `file` or `env`."""
     variables: dict[VariableName, Value] = msgspec.field(default_factory=dict)
     """They win over the process's."""
+    teams: dict[Name, tuple[PersonName, ...]] = msgspec.field(default_factory=dict)
+    """Name to names of people, as `waystation trust person` gave them keys; a process asks them as `team:NAME`."""
     machines: dict[MachineName, Machine | Text | Command] = msgspec.field(default_factory=dict)
     """Name to a machine."""
 

@@ -129,16 +129,26 @@ class Acquire(Written, frozen=True):
 
 
 class Gate(Written, frozen=True):
-    """Where a phase waits for a check or for people."""
+    """Where a phase waits, when all its machines are through: for a check, then for people."""
 
     name: Title
+    """A title that no other gate of the step has."""
     check: ScriptPath | None = None
+    """A script on the server that must end with 0; it sees `GATE`. At least one of `check` and `ask`."""
     ask: Text | None = None
+    """The question. `${machine.name}` and `${machine.address}` stand for the machines that went through the phase."""
     approvers: tuple[Text, ...] = ()
+    """Who may answer: names of people that trust.json knows, and `team:NAME` of the environment's `teams`. Default:
+    everybody who may decide in the environment.
+    """
     minimum: Annotated[int, Meta(ge=1, le=100)] = 1
+    """So many different people must agree; the no of one settles it."""
     not_author: bool = False
+    """Who made the release does not count."""
     expires: Duration | None = None
+    """How long it waits. Default: for ever."""
     on_expiry: Literal["pause", "stop", "proceed"] = "pause"
+    """What happens then: `pause` waits on and says that it is late, `stop` is a no, `proceed` a yes."""
 
 
 class Phase(Written, frozen=True):
@@ -149,7 +159,7 @@ class Phase(Written, frozen=True):
     window: Share = 1
     """Machines in flight at one time."""
     gate: Gate | None = None
-    """Not built yet."""
+    """Where it waits before the next phase, or the next step, starts; see below."""
 
 
 class MaxPer(Written, frozen=True):
@@ -247,7 +257,7 @@ class Step(Written, frozen=True):
 
     kinds: ClassVar[Mapping[str, Kind]] = {
         "roles": Kind(may=("deploy", "to", "keep", "strategy", "rotation", "apply", "verify", "on_failure")),
-        "run_on": Kind(may=("deploy", "script", "commands", *_Run)),
+        "run_on": Kind(may=("deploy", "script", "commands", "on_rollback", *_Run)),
         "ask": Kind(may=("approvers", "minimum", "not_author", "expires", "on_expiry")),
     }
     name: Title
@@ -257,7 +267,7 @@ class Step(Written, frozen=True):
     run_on: Literal["server"] | OneOf | None = None
     """`server`."""
     ask: Text | None = None
-    """Not built yet."""
+    """The question that the step waits with."""
     when: Literal["success", "failure", "always"] = "success"
     """Run it after `success`, `failure`, or `always`, of the steps before it."""
     required: bool = False
@@ -280,7 +290,9 @@ class Step(Written, frozen=True):
     verify: tuple[Check, ...] = ()
     """What must hold then."""
     on_failure: Literal["ask", "rollback", "stop"] | None = None
-    """`stop`, which is also what no key means."""
+    """What is done about a machine whose new version is bad: `ask` a person (default), `rollback` to the old one, or
+    `stop`: leave it out and fail.
+    """
 
     script: ScriptPath | None = None
     commands: tuple[Command, ...] = ()
@@ -289,13 +301,17 @@ class Step(Written, frozen=True):
     idempotent: bool = False
     secrets: tuple[Name, ...] = ()
     """On the server, as in `pre_acquire`."""
+    on_rollback: ScriptPath | None = None
+    """What going back to this release means for it: `skip`, a script that runs in its place (it sees `ROLLBACK=1`), or
+    `refuse` (default): nobody may go back.
+    """
 
     approvers: tuple[Text, ...] = ()
     minimum: Annotated[int, Meta(ge=1, le=100)] = 1
     not_author: bool = False
     expires: Duration | None = None
     on_expiry: Literal["pause", "stop", "proceed"] = "pause"
-    """Not built yet."""
+    """With `ask`: as in a gate."""
 
 
 class Notify(Written, frozen=True):
@@ -303,9 +319,7 @@ class Notify(Written, frozen=True):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"url": Kind(), "url_secret": Kind()}
     on: tuple[NotificationKind, ...]
-    """Of `failed`, `finished`, `rotation_open` (machines are left out); `waiting` and `paused` are taken and never
-    happen yet.
-    """
+    """Of `failed`, `finished`, `rotation_open` (machines are left out), `waiting` (for a person), `paused`."""
     url: Text | None = None
     url_secret: Name | None = None
     """Where; or the secret that holds the URL."""
@@ -392,5 +406,8 @@ def server_scripts(process: ProcessFile) -> list[str]:
     for early in process.value.pre_acquire:
         undo = undo_of(early)
         paths += [early.script, undo.script if undo else None]
-    paths += [step.script for step in process.value.steps]
+    for step in process.value.steps:
+        rolling = rolling_of(step.strategy)
+        paths += [step.script, None if step.on_rollback in {"skip", "refuse"} else step.on_rollback]
+        paths += [phase.gate.check for phase in (rolling.phases if rolling else ()) if phase.gate is not None]
     return list(dict.fromkeys(path for path in paths if path is not None))

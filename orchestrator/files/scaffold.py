@@ -36,7 +36,7 @@ steps:
     roles: [web]
     deploy: web
     to: /srv/{project}                       # releases/<label>-<ulid>, shared/, current
-    strategy: rolling                        # one machine at a time; any failure stops
+    strategy: rolling                        # one machine at a time
     # strategy: {{ rolling: {{ phases: [ {{ machines: 1 }}, {{ window: 25% }} ], min_in_service: 1 }} }}
     rotation: web                            # how that is done stands in the environment
     apply:                                   # on the machine, in order
@@ -45,6 +45,7 @@ steps:
       - {{ service: {project}, action: restart }}
     verify:
       - {{ http: "http://${{machine.address}}:${{port}}/", deadline: 2m }}     # expect: "${{package.version}}"
+    # on_failure: ask                        # what to do with a machine whose new version is bad; or rollback, stop
 
 # notify: [ {{ url_secret: chat_hook, on: [failed, finished, rotation_open] }} ]
 """
@@ -65,6 +66,9 @@ rotation:
 # secrets:
 #   lb_token: { file: /etc/waystation/lb.token }       # a file that only this user can read, and that git does not track
 #   corp_feed: { env: CORP_FEED }
+
+# Who is asked by approvers: [team:shop]. `waystation trust person anna` gives her a key and a name.
+# teams: { shop: [anna, ben] }
 
 variables: { log_level: warn }
 

@@ -30,6 +30,13 @@ MachineName = Annotated[
         description="a machine's name: letters, digits, '.', '_' and '-', at most 63 characters",
     ),
 ]
+PersonName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9._-]{0,62}$",
+        description="a person's name: small letters, digits, '.', '_' and '-', a letter first, at most 63 characters",
+    ),
+]
 PackageName = Annotated[
     str,
     Meta(

@@ -83,6 +83,15 @@ def open_asks(entries: Iterable[JournalEntry]) -> tuple[OpenAsk, ...]:
     return tuple(found.values())
 
 
+def is_paused(entries: Iterable[JournalEntry]) -> bool:
+    """Whether nothing new starts until a person says so."""
+    last: ev.Event | None = None
+    for entry in entries:
+        if isinstance(entry.event, ev.Paused | ev.Unpaused):
+            last = entry.event
+    return isinstance(last, ev.Paused)
+
+
 def machines_asked(entries: Iterable[JournalEntry]) -> tuple[WaitingMachine, ...]:
     """The machines that wait for a person, in the order in which they began to. As `open_asks`."""
     found: dict[tuple[str, int], WaitingMachine] = {}

@@ -6,7 +6,7 @@ Nothing here raises for a mistake: it is noted, and planning goes on with someth
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.files.environment import EnvironmentFile, Machine
@@ -31,6 +31,8 @@ class Ground:
 
     Attributes:
         packages: versions of the release by their name in the process.
+        people: names that trust.json knows and that may decide in this environment.
+        author: who made the release; empty where its key has no name, None where nobody made it yet.
         needed_secrets: secrets that something uses, with the place that asked first.
     """
 
@@ -40,6 +42,8 @@ class Ground:
     packages: Mapping[str, PlannedPackage]
     prompts: Mapping[str, str]
     files: Files
+    people: Collection[str] = ()
+    author: str | None = None
     mistakes: list[Mistake] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     needed_secrets: dict[str, Place] = field(default_factory=dict)

@@ -7,7 +7,7 @@ and machines can say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,16 +18,25 @@ from orchestrator.plan.plan import (
     MachineStep,
     MachineTurn,
     Plan,
+    PlannedAsk,
     PlannedCheck,
+    PlannedGate,
     PlannedPackage,
     PlannedPhase,
     PlannedRelay,
+    PlannedStep,
     ScriptAction,
     ServerRun,
     ServerStep,
     ServiceAction,
     SwitchAction,
 )
+
+_ON_FAILURE: Final = {
+    "ask": "a person is asked what to do with the machine",
+    "rollback": "the old one is switched back to",
+    "stop": "the machine is left out, and the step fails",
+}
 
 
 class RelayForecast(msgspec.Struct, frozen=True):
@@ -150,7 +159,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             case ServerStep():
                 yield from _server(step)
             case AskStep():
-                yield f"step {step.number}: {step.name}: asks {', '.join(step.ask.approvers) or 'people'}: {step.ask.text}"
+                yield f"step {step.number} {step.name}: asks {_asked(step.ask)}{_conditions(step)}"
             case MachineStep():
                 yield from _machines(plan, step)
     for notify in plan.notify:
@@ -176,6 +185,13 @@ def _acquisition(plan: Plan) -> Iterator[str]:
 def _server(step: ServerStep) -> Iterator[str]:
     package = f", with the files of package {step.package}" if step.package else ""
     yield f"step {step.number} {step.name}: on the server: {_run(step.run)}{package}{_conditions(step)}"
+    match step.on_rollback:
+        case "refuse":
+            pass
+        case "skip":
+            yield "  going back leaves it out"
+        case run:
+            yield f"  going back runs in its place {_run(run)}"
 
 
 def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
@@ -184,6 +200,10 @@ def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
     yield f"  {step.strategy}: {'; '.join(phases_in_words(step.phases, len(step.turns)))}"
     if step.strategy == "rolling":
         yield f"  at least {step.min_in_service} in service; more than {step.max_failures} failures stop it"
+    for number, phase in enumerate(step.phases, 1):
+        if phase.gate is not None:
+            yield f"  gate {phase.gate.name}, after phase {number}: {_gate(phase.gate)}"
+    yield f"  where a new version is bad: {_ON_FAILURE[step.on_failure]}"
     if step.rotation is not None:
         probe = step.rotation.probe and step.rotation.probe.script
         seen = f", probe {probe.path}" if probe else ""
@@ -196,6 +216,22 @@ def _machines(plan: Plan, step: MachineStep) -> Iterator[str]:
         if not as_before:
             told[done] = turn.machine
             yield from (f"    {line}" for line in done)
+
+
+def _gate(gate: PlannedGate) -> str:
+    check = f"runs {_run(gate.check)}" if gate.check else ""
+    ask = f"asks {_asked(gate.ask)}" if gate.ask else ""
+    return ", then ".join(part for part in (check, ask) if part)
+
+
+def _asked(ask: PlannedAsk) -> str:
+    """Who is asked, what, and until when."""
+    who = ", ".join(ask.approvers) or "everybody who may decide there"
+    many = f", {ask.minimum} of whom must agree" if ask.minimum > 1 else ""
+    author = ", but not who made the release" if ask.not_author else ""
+    over = {"pause": "says then that it is late", "stop": "then stops", "proceed": "then goes on"}[ask.on_expiry]
+    until = f"; waits {_seconds(ask.expires)} and {over}" if ask.expires else ""
+    return f"{who}{many}{author}: {ask.text}{until}"
 
 
 def phases_in_words(phases: Iterable[PlannedPhase], count: int) -> Iterator[str]:
@@ -244,7 +280,7 @@ def _run(run: ServerRun) -> str:
     return f"{run.name}: {what} (at most {_seconds(run.timeout)}{tries}{secrets})"
 
 
-def _conditions(step: MachineStep | ServerStep) -> str:
+def _conditions(step: PlannedStep) -> str:
     return {"success": "", "failure": ", after a failure only", "always": ", whatever was before"}[step.when] + (
         ", required" if step.required else ""
     )

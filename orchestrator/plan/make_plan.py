@@ -6,7 +6,7 @@ Nothing is contacted. Script files are read to be hashed, and git is asked wheth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -48,6 +48,8 @@ def make_plan(
     scripts: PlannedPackage | None,
     prompts: Mapping[str, str],
     files: Files | None = None,
+    people: Collection[str] = (),
+    author: str | None = None,
 ) -> Plan:
     """Decide everything that can be decided before the first byte moves.
 
@@ -59,12 +61,14 @@ def make_plan(
         scripts: the package of `machine_scripts(process)`, where there are any.
         prompts: answers to the variables that are asked for.
         files: where scripts are read; this machine's disk.
+        people: names that trust.json knows, of those who may decide in this environment.
+        author: who made the release; empty where its key has no name, None where nobody made it yet.
 
     Raises:
         PlanError: with every mistake of both files and of the options.
     """
     known = (*process.mistakes, *environment.mistakes)
-    ground = Ground(process, environment, label, packages, prompts, files or OnDisk())
+    ground = Ground(process, environment, label, packages, prompts, files or OnDisk(), people, author)
     try:
         plan = _plan(ground, scripts)
     except Exception:
@@ -121,6 +125,7 @@ def _plan(ground: Ground, scripts: PlannedPackage | None) -> Plan:
         notify=notify,
         deadline=deadline,
         notes=tuple(dict.fromkeys(ground.notes)),
+        author=ground.author or "",
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,6 +35,7 @@ from orchestrator.plan.plan import (
     ServiceAction,
     SwitchAction,
 )
+from orchestrator.plan.questions import ask_step, planned_gate
 from relay.written.yaml_positions import Place, shown
 
 _SERVICE: Final = re.compile(r"[A-Za-z0-9@_][A-Za-z0-9@_.:-]{0,199}")
@@ -51,7 +52,9 @@ def plan_steps(ground: Ground) -> tuple[PlannedStep, ...]:
         place = ground.process.at("steps", index)
         if step.run_on is not None:
             planned.append(_server_step(ground, index + 1, step, place))
-        elif step.ask is None:
+        elif step.ask is not None:
+            planned.append(ask_step(ground, index + 1, step, place))
+        else:
             planned.append(_Roll(ground, index + 1, step, place).plan())
     _check_roots(ground, planned)
     return tuple(planned)
@@ -112,7 +115,32 @@ def _server_step(ground: Ground, number: int, step: Step, place: Place) -> Serve
     package = _package(ground, step, place)
     variables = ground.common_variables(step.name, package)
     run = ground.server_run(step.name, place, step, variables, ground.server_scope(package))
-    return ServerStep(number, step.name, run, package=package, when=step.when, required=step.required)
+    return ServerStep(
+        number,
+        step.name,
+        run,
+        package=package,
+        when=step.when,
+        required=step.required,
+        on_rollback=_going_back(ground, step, run, place.below("on_rollback")),
+    )
+
+
+def _going_back(ground: Ground, step: Step, run: ServerRun, place: Place) -> Literal["skip", "refuse"] | ServerRun:
+    """What stands in the step's place when a release goes back: a script sees, may and takes what the step does."""
+    match step.on_rollback:
+        case None | "refuse":
+            return "refuse"
+        case "skip":
+            return "skip"
+        case path:
+            return msgspec.structs.replace(
+                run,
+                name=f"roll back {step.name}",
+                script=ground.frozen(ground.process, path, place),
+                commands=(),
+                variables=run.variables | {"ROLLBACK": "1"},
+            )
 
 
 def _package(ground: Ground, step: Step, place: Place) -> str:
@@ -158,6 +186,7 @@ class _Roll:
             rotation=rotation,
             when=step.when,
             required=step.required,
+            on_failure=step.on_failure or "ask",
         )
 
     # --- which machines, how many at a time
@@ -216,8 +245,12 @@ class _Roll:
     def _several(self, phases: tuple[Phase, ...], count: int, place: Place) -> tuple[PlannedPhase, ...]:
         """The phases with their numbers. Those that find no machine left are dropped, as a small environment has them."""
         planned, left = [], count
+        self._check_gates(phases, place)
         for index, phase in enumerate(phases):
             here = place.below(index)
+            gate = None
+            if phase.gate is not None:
+                gate = planned_gate(self._ground, phase.gate, here.below("gate"), self._step, self._package)
             last = index == len(phases) - 1
             window = self._window(phase.window, count, here.below("window"))
             if phase.machines is None and not last:
@@ -228,12 +261,21 @@ class _Roll:
             left -= machines
             if machines:
                 takes_rest = phase.machines is None
-                planned.append(PlannedPhase(0 if takes_rest else machines, min(window, machines)))
+                planned.append(PlannedPhase(0 if takes_rest else machines, min(window, machines), gate))
             if last and left and phase.machines is not None:
                 self._ground.wrong(
                     here, f"leaves {left} of {count} machines without a phase: add one without 'machines' for the rest"
                 )
         return tuple(planned)
+
+    def _check_gates(self, phases: tuple[Phase, ...], place: Place) -> None:
+        names = [phase.gate.name if phase.gate else "" for phase in phases]
+        for index, name in enumerate(names):
+            if name and name in names[:index]:
+                self._ground.wrong(
+                    place.below(index, "gate", "name"),
+                    f"{shown(name)} is the name of another gate of this step: choose another",
+                )
 
     def _window(self, share: int | str, count: int, place: Place) -> int:
         window = part_of(share, count)
@@ -276,6 +318,8 @@ class _Roll:
             self._ground.wrong(
                 place.below("apply"), f"has 'switch' {len(switches)} times: a deployment needs it exactly once"
             )
+        if not step.deploy and step.on_failure == "rollback":
+            self._ground.wrong(place.below("on_failure"), "is rollback, and the step deploys nothing to go back from")
         if not step.deploy and switches:
             self._ground.wrong(
                 place.below("apply"), "has 'switch', and the step deploys nothing: name a package with 'deploy'"

@@ -25,19 +25,12 @@ def _in_process(file: ProcessFile) -> Iterator[Mistake]:
     if process.busy != "fail":
         yield _say(file, "busy: wait and busy: replace", "busy")
     for index, step in enumerate(process.steps):
-        if step.ask is not None:
-            yield _say(file, "a step that asks people", "steps", index, "ask")
         if isinstance(step.run_on, OneOf):
             yield _say(file, "run_on: one_of", "steps", index, "run_on")
-        if step.on_failure in {"ask", "rollback"}:
-            yield _say(file, f"on_failure: {step.on_failure}", "steps", index, "on_failure", instead="stop")
         rolling = rolling_of(step.strategy)
         inside = ("steps", index, "strategy", "rolling")
         if rolling and rolling.max_per is not None:
             yield _say(file, "max_per", *inside, "max_per")
-        for number, phase in enumerate(rolling.phases if rolling else ()):
-            if phase.gate is not None:
-                yield _say(file, "a gate", *inside, "phases", number, "gate")
 
 
 def _in_environment(file: EnvironmentFile) -> Iterator[Mistake]:

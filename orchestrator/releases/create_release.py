@@ -20,7 +20,7 @@ from orchestrator.releases.packages import (
     wanted_packages,
 )
 from orchestrator.releases.release import Release, freeze_release
-from orchestrator.trust.keyring import load_signer
+from orchestrator.trust.keyring import load_person_signer, load_signer, people_in
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import UsageError
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 async def plan_release(
-    depot_location: str,
+    paths: Paths,
     process: ProcessFile,
     environment: EnvironmentFile,
     label: str,
@@ -42,8 +42,17 @@ async def plan_release(
     prompts: Mapping[str, str],
 ) -> Plan:
     """What a deployment of the files as they are would do. Raises `PlanError`; contacts nothing."""
-    packages = await known_packages(depot_location, wanted_packages(process, versions))
-    return make_plan(process, environment, label=label, packages=packages, scripts=None, prompts=prompts)
+    packages = await known_packages(paths.depot, wanted_packages(process, versions))
+    return make_plan(
+        process,
+        environment,
+        label=label,
+        packages=packages,
+        scripts=None,
+        prompts=prompts,
+        people=people_in(paths.trust, environment.value.environment),
+        author=paths.person or None,
+    )
 
 
 async def create_release(
@@ -58,7 +67,8 @@ async def create_release(
     bar: Bar,
     tell: Callable[[str], None],
 ) -> tuple[Release, bool]:
-    """Freeze and sign process, scripts and versions under `label`. The release; False where just this was there already.
+    """Freeze and sign process, scripts and versions under `label`, by the key of `paths.person`. The release; False where
+    just this was there already (and stays that of who made it first).
 
     What had to be brought back into the depot for it is told, a sentence each.
 
@@ -72,11 +82,21 @@ async def create_release(
     from orchestrator.depot.depot import open_depot
 
     packages = wanted_packages(process, versions)
-    package_signer, order_signer = load_signer(paths.trust, "package"), load_signer(paths.trust, "order")
+    package_signer = load_signer(paths.trust, "package")
+    order_signer = load_person_signer(paths.trust, paths.person, paths.keys)
     secret_files: frozenset[str] = frozenset()
     async with open_depot(paths.depot) as depot:
         if environment is not None:
-            plan = make_plan(process, environment, label=label, packages=packages, scripts=None, prompts=prompts)
+            plan = make_plan(
+                process,
+                environment,
+                label=label,
+                packages=packages,
+                scripts=None,
+                prompts=prompts,
+                people=people_in(paths.trust, environment.value.environment),
+                author=paths.person,
+            )
             secrets = SecretStore(plan.secrets, plan.machine_secrets)
             secret_files = secrets.files
             packages = await ensure_packages(depot, plan.packages, plan.feeds, secrets, package_signer, bar)

@@ -20,7 +20,7 @@ from orchestrator.plan.plan import FrozenFile, PlannedPackage
 from relay.errors import RefusedError, SignatureError
 from relay.support.durable import sync_folder, write_durably
 from relay.trust.envelopes import sign_document, verify_document
-from relay.trust.keys import PublicKey
+from relay.trust.keys import OrderKey, PublicKey
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -264,6 +264,12 @@ def open_release(document: bytes, envelope: bytes, keys: Sequence[PublicKey]) ->
     if not all(map(_is_plain, paths)) or "/" in release.process_name:
         raise SignatureError(f"the release {release.label!r} names files outside of its own folder")
     return release
+
+
+def author_of(envelope: bytes, keys: Sequence[OrderKey]) -> str:
+    """The name of the one of `keys` that signed a release; empty where that key has none. Raises as `open_release`."""
+    _, keyid = verify_document(envelope, keys, RELEASE_TYPE)
+    return next(key.name for key in keys if key.keyid == keyid)
 
 
 def unpack_release(release: Release, files: Mapping[str, bytes], folder: str) -> str:

@@ -146,6 +146,15 @@ def load_person_signer(folder: str, name: str, keys: str = "") -> CryptoSigner:
         raise NotFoundError(f"there is no key of {name}: {path}", hint=hint) from error
 
 
+def people_in(folder: str, environment: str) -> frozenset[str]:
+    """Names of those who may decide in an environment; of nobody where there is no trust.json. Raises `SignatureError`."""
+    try:
+        pins = load_pins(folder)
+    except NotFoundError:
+        return frozenset()
+    return frozenset(key.name for key in pins.order_keys(environment) if key.name)
+
+
 @contextmanager
 def _pins_held(folder: str) -> Iterator[None]:
     """No other process changes trust.json meanwhile."""

@@ -93,6 +93,7 @@ steps:
     to: "${root}"
     strategy: rolling
     rotation: web
+    on_failure: stop
     verify: [ { command: ["${check}"], deadline: 500ms, from: server } ]
 """
 _ENVIRONMENT = """\

@@ -380,6 +380,31 @@ def test_a_journal_of_a_newer_format_is_refused_and_untouched(path: str) -> None
     assert Path(path).read_bytes() == before
 
 
+def test_a_journal_of_format_2_is_read_on_and_takes_signed_decisions(path: str) -> None:
+    """As an older Waystation made it: decisions had no envelopes."""
+    with Journal.open(path) as journal:
+        journal.begin(ULID, PLAN, 1, "ann")
+        journal.decide("production", ULID, "cancel", {}, "ann")
+    with raw(path) as connection:
+        connection.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+        connection.execute("ALTER TABLE decisions DROP COLUMN envelope")
+    with Journal.open(path) as journal, Journal.open(path) as other:
+        number = journal.decide("production", ULID, "pause", {}, "ann", b"signed")
+        old, new = other.pending_decisions(ULID)
+        assert (old.kind, old.envelope) == ("cancel", b"")
+        assert (new.number, new.envelope) == (number, b"signed")
+    with raw(path) as connection:
+        # Nothing of the new kinds was written yet: the older one may go on with it.
+        assert connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() == ("2",)
+
+
+def test_an_envelope_is_kept_once(journal: Journal) -> None:
+    journal.decide("production", ULID, "pause", {}, "ann", b"signed")
+    with pytest.raises(ConflictError, match="what is signed once counts once"):
+        journal.decide("production", ULID, "pause", {}, "ann", b"signed")
+    assert len(journal.pending_decisions(ULID)) == 1
+
+
 @pytest.mark.parametrize(("key", "value"), [("format", "0"), ("format", "one"), ("id", ""), ("id", "../..")])
 def test_a_journal_with_a_senseless_head_is_damaged(path: str, key: str, value: str) -> None:
     Journal.open(path).close()

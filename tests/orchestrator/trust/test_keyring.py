@@ -8,8 +8,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from orchestrator.trust import keyring
-from orchestrator.trust.keyring import init_trust, load_signer
-from relay.errors import NotFoundError, RefusedError, SignatureError, UsageError
+from orchestrator.trust.keyring import (
+    init_trust,
+    load_person_signer,
+    load_pins,
+    load_signer,
+    make_person,
+    people_in,
+)
+from relay.errors import LockedError, NotFoundError, RefusedError, SignatureError, UsageError
 from relay.package.identity import manifest_id
 from relay.support.private_files import write_new_file
 from relay.trust.envelopes import PackageStatement, sign_package, verify_package
@@ -158,3 +165,88 @@ def test_a_pipe_in_a_keys_place_is_refused_without_waiting(folder):
     os.mkfifo(os.path.join(folder, "order.key"), 0o600)
     with pytest.raises(RefusedError, match="regular file"):
         load_signer(folder, "order")
+
+
+# --- people
+
+
+def test_a_person_gets_a_key_of_their_own_and_a_name_in_trust_json(folder):
+    before = init_trust(folder)
+    key, path = make_person(folder, "anna")
+    assert path == os.path.join(folder, "people", "anna.key")
+    assert (mode(folder, "people"), mode(path), mode(folder, "trust.json")) == (0o700, 0o600, 0o644)
+    pins = load_pins(folder)
+    assert (pins.package, pins.order) == (before.package, (*before.order, key))
+    assert (key.name, key.environments) == ("anna", None)
+    assert load_person_signer(folder, "anna").public_key.keyid == key.keyid
+    assert load_person_signer(folder, "").public_key.keyid == before.order[0].keyid
+
+
+def test_trust_json_of_before_people_had_names_is_written_as_it_was(folder):
+    init_trust(folder)
+    assert b"name" not in read(folder, "trust.json")
+
+
+def test_a_persons_key_can_be_kept_elsewhere_and_be_for_some_environments_only(folder, tmp_path):
+    init_trust(folder)
+    own = str(tmp_path / "annas")
+    key, path = make_person(folder, "anna", own, ("staging", "test"))
+    assert path == os.path.join(own, "anna.key")
+    assert key.environments == ("staging", "test")
+    assert (people_in(folder, "staging"), people_in(folder, "production")) == ({"anna"}, frozenset())
+    assert load_person_signer(folder, "anna", own).public_key.keyid == key.keyid
+    with pytest.raises(NotFoundError, match="--keys names the folder"):
+        load_person_signer(folder, "anna")
+
+
+def test_nobody_is_known_where_there_is_no_trust_json(folder):
+    assert people_in(folder, "staging") == frozenset()
+
+
+def test_a_name_is_given_once_and_no_key_is_overwritten(folder):
+    init_trust(folder)
+    make_person(folder, "anna")
+    before, key = read(folder, "trust.json"), read(folder, "people/anna.key")
+    with pytest.raises(RefusedError, match="has a key of anna already"):
+        make_person(folder, "anna")
+    write_new_file(os.path.join(folder, "people", "ben.key"), b"mine", mode=0o600)
+    with pytest.raises(RefusedError, match="knows no ben; keys are never overwritten"):
+        make_person(folder, "ben")
+    assert (read(folder, "trust.json"), read(folder, "people/anna.key")) == (before, key)
+    assert read(folder, "people/ben.key") == b"mine"
+
+
+@pytest.mark.parametrize("name", ["", "Anna", "../anna", "a b", "anna\n", "1anna", "a" * 64, "team:shop", "anna@host"])
+def test_what_cannot_be_a_persons_name_makes_no_key(folder, name):
+    init_trust(folder)
+    before = read(folder, "trust.json")
+    with pytest.raises(UsageError, match="is no name of a person"):
+        make_person(folder, name)
+    assert read(folder, "trust.json") == before
+    assert not os.path.exists(os.path.join(folder, "people"))
+
+
+def test_two_who_name_people_at_once_lose_nobody(folder):
+    init_trust(folder)
+    with keyring._pins_held(folder), pytest.raises(LockedError):
+        make_person(folder, "anna")
+    make_person(folder, "anna")
+    make_person(folder, "ben")
+    assert people_in(folder, "any") == {"anna", "ben"}
+
+
+def test_a_person_is_named_only_where_there_is_a_trust_json(tmp_path):
+    with pytest.raises(NotFoundError):
+        make_person(str(tmp_path / "none"), "anna")
+
+
+def test_a_name_that_two_keys_have_or_that_nobody_can_have_is_refused(folder):
+    init_trust(folder)
+    make_person(folder, "anna")
+    make_person(folder, "ben")
+    text = read(folder, "trust.json")
+    with pytest.raises(SignatureError, match="gives the name 'anna' to two keys"):
+        parse_pins(text.replace(b'"ben"', b'"anna"'))
+    for name in (b'"Ben"', b'""', b'"b n"'):
+        with pytest.raises(UsageError, match="not valid"):
+            parse_pins(text.replace(b'"ben"', name))
