@@ -14,6 +14,7 @@ from typing import Final
 from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acquire, AcquireFacts, PackageTree, Report, Survey, SurveyFacts
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
+from orchestrator.fleet.fleet import LostError
 from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
 from orchestrator.plan.placement import placed_on, short_of_room, trees_of
 from orchestrator.plan.plan import ServerStep
@@ -70,7 +71,8 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
         ) from error
     finally:
         waiting.cancel()
-    await context.recorder.record(Barrier(tuple(machine.name for machine in context.plan.machines)))
+    machines = tuple(machine.name for machine in context.plan.machines)
+    await context.recorder.record(Barrier(machines, context.by_rule))
     return facts
 
 
@@ -110,9 +112,17 @@ async def _stop_pulls(context: DeploymentContext, arriving: _Arriving) -> None:
 async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, SurveyFacts]:
     """Ask every machine at once what stands under its roots. Raises `DeploymentFailedError`, `UnreachableError`."""
 
-    async def ask(name: str) -> tuple[str, SurveyFacts]:
+    async def ask(name: str) -> tuple[str, SurveyFacts] | None:
         arriving.lacks(name, "it was asked what it holds, and no relay has brought its answer")
-        report = await context.fleet.perform(context.operation(0, name, "survey"), Survey(trees_of(context.plan, name)))
+        operation, what = context.operation(0, name, "survey"), Survey(trees_of(context.plan, name))
+        try:
+            report = await context.fleet.perform(operation, what)
+        except StoreError:
+            raise
+        except UnreachableError as error:
+            if await _why_needed(context, arriving, name, error):
+                raise
+            return None
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
@@ -120,7 +130,16 @@ async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, 
         arriving.complete(name)
         return name, facts
 
-    return dict(await together([ask(machine.name) for machine in context.plan.machines]))
+    answers = await together([ask(machine.name) for machine in context.plan.machines])
+    return dict(answer for answer in answers if answer is not None)
+
+
+async def _why_needed(context: DeploymentContext, arriving: _Arriving, name: str, error: UnreachableError) -> str:
+    """Why the deployment cannot go on without a machine that is not reached any more; empty where it does."""
+    if refused := await context.leave_out(name, error.message):
+        return refused
+    arriving.complete(name)
+    return ""
 
 
 # --- to the machines
@@ -157,10 +176,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         trees = trees_of(context.plan, name)
         if not trees:
             return ""
-        attempt, why = 0, ""
+        attempt, why, away = 0, "", None
         # Where its relays gave it nothing, the others of its list are filled as well, and it is asked once more.
-        while attempt == 0 or (why and context.filler.widen(name)):
-            attempt += 1
+        while attempt == 0 or (why and not isinstance(away, LostError) and context.filler.widen(name)):
+            attempt, away = attempt + 1, None
             arriving.lacks(name, f"relay {machine.relays[0]} was not offered everything")
             try:
                 await context.filler.until_offered(name, context.plan.acquire.stall)
@@ -173,6 +192,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
                 raise
             except WaystationError as error:
                 why = error.message
+                away = error if isinstance(error, UnreachableError) else None
+        if away is not None and context.plan.acquire.offline is not None:
+            refused = await _why_needed(context, arriving, name, away)
+            why = refused and f"{why}; {refused}"
         return why and f"{name}: {why}"
 
     # All answers are awaited first: the reasons of all machines belong into one sentence.

@@ -31,6 +31,7 @@ class Ground:
 
     Attributes:
         packages: versions of the release by their name in the process.
+        left_out: machines that a person leaves out, and why.
         needed_secrets: secrets that something uses, with the place that asked first.
     """
 
@@ -40,6 +41,7 @@ class Ground:
     packages: Mapping[str, PlannedPackage]
     prompts: Mapping[str, str]
     files: Files
+    left_out: Mapping[str, str] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     needed_secrets: dict[str, Place] = field(default_factory=dict)

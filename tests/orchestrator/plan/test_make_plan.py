@@ -395,7 +395,7 @@ def test_what_is_not_built_yet_is_refused_by_name() -> None:
             files=Scripts(),
         )
     assert {m.path for m in caught.value.mistakes} == {
-        "acquire.offline", "steps[1].strategy.rolling.phases[0].gate", "steps[1].on_failure", "steps[2].ask", "requires",
+        "steps[1].strategy.rolling.phases[0].gate", "steps[1].on_failure", "steps[2].ask", "requires",
         "freeze", "secrets.app_key.command",
     }  # fmt: skip
     assert all("is not built yet" in mistake.text for mistake in caught.value.mistakes)
