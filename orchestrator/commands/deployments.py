@@ -1,4 +1,4 @@
-"""`waystation release deploy …`: what runs a release in an environment."""
+"""`waystation release deploy`, `stage`, `retry` and `rollback`: what runs a release in an environment."""
 
 from __future__ import annotations
 
@@ -23,38 +23,69 @@ from orchestrator.commands.options import (
     paths_of,
     trust_option,
 )
-from orchestrator.commands.watch import behind_lines, bracket_line
+from orchestrator.commands.watch import behind_lines, bracket_line, left_lines
+from relay.errors import UsageError
 from relay.support.console import json_option, print_json, progress_bars, run, say
 
 if TYPE_CHECKING:
     from orchestrator.deployment.deployment import Result
-    from orchestrator.deployment.setup import DeployRequest
+    from orchestrator.deployment.setup import DeployRequest, RetryRequest
+    from orchestrator.files.environment import EnvironmentFile
+    from orchestrator.files.process import ProcessFile
     from orchestrator.journal.journal import Journal
     from orchestrator.journal.recorder import Tell
     from orchestrator.journal.views import DeploymentView
     from orchestrator.paths import Paths
+    from orchestrator.plan.leave_out import Selection
     from orchestrator.plan.plan import Plan
     from relay.support.progress import Bar
 
 
-@click.command(epilog="Example: waystation release deploy 1.4.2 --environment production")
-@click.argument("label")
-@options.environment_option
-@options.package_option
-@options.variable_option
-@options.process_option
-@click.option("--project", help="Where several projects have this label. [default: the process's]")
-@click.option(
+_leave_out_options = options.together(
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="SELECTOR",
+        help="Leave out machines: NAME, site:NAME, role:NAME or tag:KEY=VALUE; may be repeated. With -m.",
+    ),
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="SELECTOR",
+        help="Leave out all machines but these; the same words. With -m.",
+    ),
+    click.option("-m", "--message", default="", help="Why machines are left out, for the record."),
+)
+_adopt_option = click.option(
     "--adopt",
     is_flag=True,
     help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
     "orchestrator's deployment that has not ended.",
 )
+_take_over_option = click.option(
+    "--adopt", is_flag=True, help="Take over from another orchestrator's deployment that has not ended."
+)
+_project_option = click.option("--project", help="Where several projects have this label. [default: the process's]")
+_what_runs = options.together(
+    options.environment_option,
+    options.package_option,
+    options.variable_option,
+    options.process_option,
+    _project_option,
+    _leave_out_options,
+)
+_places = options.together(depot_option, trust_option, journal_option, json_option)
+
+
+@click.command(
+    epilog="Examples: waystation release deploy 1.4.2 --environment production; "
+    "waystation release deploy 1.4.2 -e production --exclude web7 --exclude site:iad -m 'new kernel'"
+)
+@click.argument("label")
+@_what_runs
+@_adopt_option
 @click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
-@depot_option
-@trust_option
-@journal_option
-@json_option
+@_places
 def deploy(
     label: str,
     environment: str,
@@ -62,6 +93,9 @@ def deploy(
     prompts: dict[str, str],
     process_path: str,
     project: str | None,
+    exclude: tuple[str, ...],
+    only: tuple[str, ...],
+    message: str,
     adopt: bool,
     force: bool,
     depot: str | None,
@@ -74,44 +108,190 @@ def deploy(
     Ctrl-C once: nothing new starts, machines in flight come to their end. Twice: leave now; what is open is listed.
     Exit codes: 0 done, 1 failed, 2 mistakes in files, 4 locked, 5 done but for some machines, 130 cancelled.
     """
-    check_installed()
-    from orchestrator.deployment.create_release import create_release
+    paths = _paths(depot, trust_folder, journal)
     from orchestrator.deployment.setup import DeployRequest
-    from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
-    from orchestrator.journal.status import deployment_view
 
-    paths = paths_of(depot, trust_folder, journal)
-    where_path, process = environment_path(environment), None
-    if versions or os.path.exists(process_path):
-        process, where = read_both(process_path, where_path)
-        if not versions:
-            # The release has a process of its own: this one only says of which project it is.
-            check_both(process, where)
-    else:
-        where = load_environment(where_path)
-    tell = _timed(aside=as_json)
+    selection = _selection(exclude, only, message)
+    process, where = _files(process_path, environment, has_versions=bool(versions))
+    project = project or (process.value.project if process else None)
+    request = DeployRequest(label, project, where, prompts, adopt, force, "deploy", selection)
+    return _create_and_run(paths, process, versions, request, as_json=as_json)
+
+
+@click.command(epilog="Example: waystation release stage 1.4.2 --environment production --package web=1.4.2")
+@click.argument("label")
+@_what_runs
+@_take_over_option
+@_places
+def stage(
+    label: str,
+    environment: str,
+    versions: dict[str, str],
+    prompts: dict[str, str],
+    process_path: str,
+    project: str | None,
+    exclude: tuple[str, ...],
+    only: tuple[str, ...],
+    message: str,
+    adopt: bool,
+    depot: str | None,
+    trust_folder: str | None,
+    journal: str | None,
+    as_json: bool,
+) -> int:
+    """Bring release LABEL onto every machine, and stop before its first step; a later deploy moves no bytes.
+
+    What pre_acquire opens is undone at the end, and opened again by the deploy. Exit codes as those of deploy.
+    """
+    paths = _paths(depot, trust_folder, journal)
+    from orchestrator.deployment.setup import DeployRequest
+
+    selection = _selection(exclude, only, message)
+    process, where = _files(process_path, environment, has_versions=bool(versions))
+    project = project or (process.value.project if process else None)
+    request = DeployRequest(label, project, where, prompts, adopt, False, "stage", selection)
+    return _create_and_run(paths, process, versions, request, as_json=as_json)
+
+
+@click.command(
+    epilog="Examples: waystation release rollback --environment production; "
+    "waystation release rollback -e production --to 1.4.0"
+)
+@options.environment_option
+@click.option("--to", "label", metavar="LABEL", default="", help="[default: the last that was good before this one]")
+@options.variable_option
+@options.process_option
+@_project_option
+@_leave_out_options
+@_take_over_option
+@_places
+def rollback(
+    environment: str,
+    label: str,
+    prompts: dict[str, str],
+    process_path: str,
+    project: str | None,
+    exclude: tuple[str, ...],
+    only: tuple[str, ...],
+    message: str,
+    adopt: bool,
+    depot: str | None,
+    trust_folder: str | None,
+    journal: str | None,
+    as_json: bool,
+) -> int:
+    """Go back to the release that was good before: with its strategy and rotations, on trees that are still there.
+
+    Says first what the steps on the server do on the way back (on_rollback), and refuses where one says refuse. Machines
+    that are out of rotation are answered for. Exit codes as those of deploy.
+    """
+    paths = _paths(depot, trust_folder, journal)
+    from orchestrator.deployment.setup import DeployRequest
+
+    selection = _selection(exclude, only, message)
+    process, where = _files(process_path, environment, has_versions=False)
+    project = project or (process.value.project if process else None)
+    request = DeployRequest(label, project, where, prompts, adopt, False, "rollback", selection)
+    return _create_and_run(paths, None, {}, request, as_json=as_json)
+
+
+@click.command(
+    epilog="Examples: waystation release retry --failed; waystation release retry --machine job1 --environment production"
+)
+@click.argument("deployment", required=False)
+@click.option("--failed", is_flag=True, help="All machines that failed, were left out, or never started.")
+@click.option("--machine", "machines", metavar="NAME", multiple=True, help="Just this one; may be repeated.")
+@click.option("--environment", "-e", metavar="NAME", help="The newest deployment there. [default: the newest of all]")
+@_take_over_option
+@_places
+def retry(
+    deployment: str | None,
+    failed: bool,
+    machines: tuple[str, ...],
+    environment: str | None,
+    adopt: bool,
+    depot: str | None,
+    trust_folder: str | None,
+    journal: str | None,
+    as_json: bool,
+) -> int:
+    """Go on with DEPLOYMENT on machines that are not through, by a new deployment of its plan as it was frozen.
+
+    Steps on the server that were done are not repeated. Brackets that are open on these machines are answered for. Exit
+    codes as those of deploy: 5 where machines are still left.
+    """
+    paths = _paths(depot, trust_folder, journal)
+    from orchestrator.deployment.setup import RetryRequest
+
+    if failed == bool(machines):
+        raise UsageError("say which machines: --failed, or --machine NAME", hint="One of the two")
+    with open_journal(paths) as opened, progress_bars() as bar:
+        return _run(paths, opened, RetryRequest(deployment, environment, machines, adopt), bar, as_json=as_json)
+
+
+# --- what they share
+
+
+def _paths(depot: str | None, trust_folder: str | None, journal: str | None) -> Paths:
+    check_installed()
+    return paths_of(depot, trust_folder, journal)
+
+
+def _selection(exclude: tuple[str, ...], only: tuple[str, ...], message: str) -> Selection:
+    from orchestrator.plan.leave_out import Selection
+
+    if (exclude or only) and not message.strip():
+        raise UsageError("machines are left out for a reason", hint="Give it with -m, for the record")
+    if message.strip() and not (exclude or only):
+        raise UsageError("-m says why machines are left out, and none is", hint="Name them with --exclude or --only")
+    return Selection(exclude, only, message.strip())
+
+
+def _files(process_path: str, environment: str, *, has_versions: bool) -> tuple[ProcessFile | None, EnvironmentFile]:
+    """The process (where it is read at all) and the environment. Raises `PlanError`."""
+    from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
+
+    where_path = environment_path(environment)
+    if not has_versions and not os.path.exists(process_path):
+        return None, load_environment(where_path)
+    process, where = read_both(process_path, where_path)
+    if not has_versions:
+        # The release has a process of its own: this one only says of which project it is.
+        check_both(process, where)
+    return process, where
+
+
+def _create_and_run(
+    paths: Paths, process: ProcessFile | None, versions: dict[str, str], request: DeployRequest, *, as_json: bool
+) -> int:
+    from orchestrator.deployment.create_release import create_release
+
     with open_journal(paths) as opened, progress_bars() as bar:
         if versions and process is not None:
             run(
                 create_release(
                     paths,
                     opened,
-                    label,
+                    request.label,
                     process,
                     versions,
-                    environment=where,
-                    prompts=prompts,
+                    environment=request.environment,
+                    prompts=request.prompts,
                     bar=bar,
                     tell=_timed(aside=True),
                 )
             )
-        project = project or (process.value.project if process else None)
-        request = DeployRequest(label, project, where, prompts, adopt, force)
-        ulid, result = run(_deploy(paths, opened, request, tell, bar, aside=as_json))
-        if as_json:
-            print_json(deployment_view(opened, ulid))
-        else:
-            _tell_end(deployment_view(opened, ulid), result)
+        return _run(paths, opened, request, bar, as_json=as_json)
+
+
+def _run(paths: Paths, journal: Journal, request: DeployRequest | RetryRequest, bar: Bar, *, as_json: bool) -> int:
+    from orchestrator.journal.status import deployment_view
+
+    ulid, result = run(_deploy(paths, journal, request, _timed(aside=as_json), bar, aside=as_json))
+    if as_json:
+        print_json(deployment_view(journal, ulid))
+    else:
+        _tell_end(deployment_view(journal, ulid), result)
     return _exit_code(result)
 
 
@@ -122,17 +302,17 @@ def _timed(*, aside: bool) -> Tell:
 
 
 async def _deploy(
-    paths: Paths, journal: Journal, request: DeployRequest, tell: Tell, bar: Bar, *, aside: bool
+    paths: Paths, journal: Journal, request: DeployRequest | RetryRequest, tell: Tell, bar: Bar, *, aside: bool
 ) -> tuple[str, Result]:
     """Run it in the foreground; a signal is a decision like any other."""
     from orchestrator.deployment.decisions import CANCEL
     from orchestrator.deployment.deployment import deploy as start
     from orchestrator.paths import operator
 
-    running: list[str] = []
+    running: list[tuple[str, str]] = []
 
     def begun(ulid: str, plan: Plan) -> None:
-        running.append(ulid)
+        running.append((plan.environment, ulid))
         what = ", ".join(f"{package.id} {package.version}" for package in plan.packages.values())
         say(f"deployment {ulid}: {plan.label} of {plan.project} into {plan.environment} ({what})", aside=aside)
         for note in plan.notes:
@@ -148,7 +328,7 @@ async def _deploy(
         if signals > 1 or not running:
             task.cancel()
             return
-        journal.decide(request.environment.value.environment, running[0], CANCEL, {}, operator())
+        journal.decide(*running[0], CANCEL, {}, operator())
         say("cancelling: machines in flight come to their end; once more leaves now", aside=True)
 
     loop = asyncio.get_running_loop()
@@ -171,6 +351,8 @@ def _tell_end(view: DeploymentView, result: Result) -> None:
         say(line, aside=True)
     if result.left:
         say(f"not deployed: {', '.join(result.left)}", aside=True)
+    for line in left_lines(view):
+        say(line, aside=True)
 
 
 def _exit_code(result: Result) -> int:
@@ -178,4 +360,4 @@ def _exit_code(result: Result) -> int:
         return CANCELLED
     if result.state == "failed":
         return FAILED
-    return WITH_EXCLUSIONS if result.left else DONE
+    return WITH_EXCLUSIONS if result.left or result.excluded else DONE

@@ -211,6 +211,17 @@ def answer(document: object, text: str, *, as_json: bool) -> None:
         say(*text.split("\n"))
 
 
+def together(*given: Callable[[T], T]) -> Callable[[T], T]:
+    """Several options as one decorator; they are listed in this order."""
+
+    def decorate(command: T) -> T:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def tell_aside(line: str) -> None:
     """On standard error."""
     say(line, aside=True)

@@ -122,5 +122,8 @@ def schema(kind: str) -> None:
     print_json((process if kind == "process" else environment).json_schema())
 
 
-for command in (deployments.deploy, watch.status, watch.history, watch.log):
+for command in (
+    *(deployments.deploy, deployments.stage, deployments.retry, deployments.rollback),
+    *(watch.status, watch.history, watch.log),
+):
     release.add_command(command)

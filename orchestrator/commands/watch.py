@@ -21,7 +21,7 @@ from relay.support.console import json_option, printable, say, showing, table
 
 if TYPE_CHECKING:
     from orchestrator.journal.journal import Journal
-    from orchestrator.journal.views import DeploymentView, OpenBracket
+    from orchestrator.journal.views import DeploymentSummary, DeploymentView, OpenBracket
 
 
 @click.command(epilog="Example: waystation release status --environment production")
@@ -86,10 +86,20 @@ def history(environment: str | None, limit: int, journal: str | None, as_json: b
         check_environment(opened, environment)
         found = summaries(opened, environment, limit)
     rows = [
-        [s.deployment, time_text(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator]
+        [
+            *(
+                s.deployment,
+                time_text(s.started),
+                s.environment,
+                f"{_goal(s)}{s.project} {s.label}",
+                s.state,
+                s.operator,
+            ),
+            printable(s.reason),
+        ]
         for s in found
     ]
-    heads = ["deployment", "started", "environment", "release", "state", "by"]
+    heads = ["deployment", "started", "environment", "release", "state", "by", "why"]
     shown = table(heads, rows) if rows else "nothing was deployed yet"
     answer({"format": 1, "deployments": found}, shown, as_json=as_json)
 
@@ -150,7 +160,8 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
 
     s = view.summary
     lines = [
-        f"{s.project} {s.label} in {s.environment}: {s.state}" + (f" ({printable(s.reason)})" if s.reason else ""),
+        f"{_goal(s)}{s.project} {s.label} in {s.environment}: {s.state}"
+        + (f" ({printable(s.reason)})" if s.reason else ""),
         f"deployment {s.deployment}, begun {time_text(s.started)} by {s.operator} on {s.host}, fence {s.fence}",
     ]
     lines += [f"step {step.number} {printable(step.name)}: {step.state}" for step in view.steps]
@@ -160,11 +171,26 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
     lines += [printable(line) for line in brief(view.ledger)]
     if with_ledger and view.ledger.lines:
         lines.append(full(view.ledger))
+    lines += left_lines(view)
     lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
     lines += [f"out: {bracket_line(bracket)}" for bracket in view.brackets]
     lines += behind_lines(view)
     lines += [f"note at {time_text(note.at)}: {printable(note.text)}" for note in view.notes]
     return "\n".join(lines)
+
+
+def _goal(summary: DeploymentSummary) -> str:
+    """What it was for, where that is not to deploy."""
+    return {"deploy": "", "stage": "stage of ", "rollback": "rollback to "}[summary.goal]
+
+
+def left_lines(view: DeploymentView) -> list[str]:
+    """Each machine that was left out, why, and the command that brings it up to date."""
+    return [
+        f"left out: {one.machine} ({printable(one.reason)}){f', by {one.by}' if one.by else ''}; to bring it up to date: "
+        f"waystation release retry {view.summary.deployment} --machine {one.machine}"
+        for one in view.left
+    ]
 
 
 def behind_lines(view: DeploymentView) -> list[str]:

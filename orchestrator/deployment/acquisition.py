@@ -7,7 +7,7 @@ begin to pull as soon as one of their relays has been offered everything, while 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -16,9 +16,11 @@ from agent.orders.orders import Acquire, AcquireFacts, PackageTree, Report, Surv
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
 from orchestrator.fleet.fleet import LostError
 from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
-from orchestrator.plan.placement import placed_on, short_of_room, trees_of
-from orchestrator.plan.plan import ServerStep
+from orchestrator.plan.forecast import counted
+from orchestrator.plan.placement import placed_on, short_of_room, to_fetch, trees_of
+from orchestrator.plan.plan import Plan, ServerStep
 from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.support.console import size
 from relay.support.together import together
 
 WAITING_SECONDS: Final = 15.0
@@ -61,6 +63,7 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
             facts = await _survey(context, arriving)
             if short := short_of_room(context.plan, facts):
                 raise DeploymentFailedError("there is not enough room: " + "; ".join(short))
+            context.recorder.say(_forecast(context.plan, facts))
             context.filler.begin()
             everywhere = asyncio.Event()
             await together([context.filler.until_settled(everywhere), _everywhere(context, arriving, everywhere)])
@@ -74,6 +77,16 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
     machines = tuple(machine.name for machine in context.plan.machines)
     await context.recorder.record(Barrier(machines, context.by_rule))
     return facts
+
+
+def _forecast(plan: Plan, facts: Mapping[str, SurveyFacts]) -> str:
+    """Which bytes will move, told before one does."""
+    lacking = to_fetch(plan, facts)
+    if not lacking:
+        return "every machine holds everything already: nothing moves to them"
+    told = ", ".join(f"{machine} ({size(lacking[machine])})" for machine in sorted(lacking)[:8])
+    more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+    return f"to be brought to {len(lacking)} of {counted(len(facts), 'machine')}: {told}{more}"
 
 
 async def _tell_who_is_waited_for(context: DeploymentContext, arriving: _Arriving) -> None:

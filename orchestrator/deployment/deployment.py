@@ -16,7 +16,7 @@ from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, undo_step
 from orchestrator.deployment.decisions import decisions_obeyed, obey
-from orchestrator.deployment.setup import DeployRequest, set_up
+from orchestrator.deployment.setup import DeployRequest, RetryRequest, set_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.files.values import NotificationKind
 from orchestrator.fleet.endings import check_endings
@@ -71,7 +71,7 @@ class Result:
 async def deploy(
     paths: Paths,
     journal: Journal,
-    request: DeployRequest,
+    request: DeployRequest | RetryRequest,
     *,
     begun: Callable[[str, Plan], None],
     tell: Tell,
