@@ -195,7 +195,8 @@ def _planned_again(paths: Paths, journal: Journal, request: RetryRequest) -> _Pl
     plan, goal = plan_again(chain, request.machines), journal.deployment(chain[0].deployment).goal
     folders = [os.path.join(paths.deployment(attempt.deployment), "scripts") for attempt in reversed(chain)]
     scripts = next(filter(os.path.isdir, folders), "")
-    return _Planned(plan, goal, adopts=True, scripts=scripts, newest=chain[-1].deployment)
+    newest = past_records(journal, plan.project, plan.environment)[-1].deployment
+    return _Planned(plan, goal, adopts=True, scripts=scripts, newest=newest)
 
 
 def _planned_back(journal: Journal, request: DeployRequest, pins: TrustPins, folder: str) -> _Planned:
@@ -212,7 +213,7 @@ def _check_newest(journal: Journal, planned: _Planned) -> None:
     """Under the lock: what was planned upon is still what happened last."""
     if planned.newest:
         of_project = past_records(journal, planned.plan.project, planned.plan.environment)
-        if any(record.deployment > planned.newest and record.goal != "stage" for record in of_project):
+        if of_project[-1].deployment != planned.newest:
             raise RefusedError("another deployment has ended there just now", hint="Look at it, then say it again")
 
 
