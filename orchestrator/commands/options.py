@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from datetime import UTC, datetime
@@ -65,6 +66,50 @@ keys_option = click.option(
     metavar="DIR",
     envvar="WAYSTATION_KEYS",
     help="Folder of that person's key. [default: $WAYSTATION_KEYS, else people in the trust folder]",
+)
+
+
+def pairs(example: str, _context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE, as often as it was typed."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UsageError(
+                f"{option.opts[0]} {text!r} is not NAME=VALUE", hint=f"For example {option.opts[0]} {example}"
+            )
+        if name in pairs:
+            raise UsageError(f"{option.opts[0]}: {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+process_option = click.option(
+    "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
+)
+environment_option = click.option(
+    "--environment",
+    "-e",
+    "environment",
+    metavar="NAME|FILE",
+    required=True,
+    help="The environment; NAME is environments/NAME.yaml here.",
+)
+package_option = click.option(
+    "--package",
+    "versions",
+    multiple=True,
+    callback=functools.partial(pairs, "web=1.4.2"),
+    metavar="NAME=VERSION",
+    help="A version of a package of the process; once for each.",
+)
+variable_option = click.option(
+    "--variable",
+    "prompts",
+    multiple=True,
+    callback=functools.partial(pairs, "change=CHG123456"),
+    metavar="NAME=VALUE",
+    help="An answer that the process asks for; may be repeated.",
 )
 
 
@@ -196,6 +241,22 @@ def answer(document: object, text: str, *, as_json: bool) -> None:
         print_json(document)
     else:
         say(*text.split("\n"))
+
+
+def together(*given: Callable[[T], T]) -> Callable[[T], T]:
+    """Several options as one decorator; they are listed in this order."""
+
+    def decorate(command: T) -> T:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def tell_aside(line: str) -> None:
+    """On standard error."""
+    say(line, aside=True)
 
 
 def time_text(seconds: float) -> str:

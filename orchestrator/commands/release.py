@@ -1,26 +1,11 @@
-"""`waystation release …`"""
+"""`waystation release …`: the files, the plan, the release; its other commands are registered here."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import json
-import os
-import re
-import signal
-import time
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from orchestrator.commands import decisions, options
+from orchestrator.commands import decisions, deployments, options, watch
 from orchestrator.commands.options import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    WAITS,
-    WITH_EXCLUSIONS,
     answer,
     check_installed,
     depot_option,
@@ -29,72 +14,10 @@ from orchestrator.commands.options import (
     open_journal,
     paths_of,
     person_option,
-    time_text,
+    tell_aside,
     trust_option,
 )
-from relay.errors import UsageError
-from relay.support.console import json_option, print_json, printable, progress_bars, run, say, showing, table
-
-if TYPE_CHECKING:
-    from orchestrator.deployment.deployment import Result
-    from orchestrator.journal.journal import Journal
-    from orchestrator.journal.recorder import Tell
-    from orchestrator.journal.views import DeploymentView, OpenBracket
-    from orchestrator.paths import Paths
-    from orchestrator.plan.plan import Plan
-
-
-def _pairs(example: str, _context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    """NAME=VALUE, as often as it was typed."""
-    pairs: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise UsageError(
-                f"{option.opts[0]} {text!r} is not NAME=VALUE", hint=f"For example {option.opts[0]} {example}"
-            )
-        if name in pairs:
-            raise UsageError(f"{option.opts[0]}: {name} is given twice")
-        pairs[name] = value
-    return pairs
-
-
-_process_option = click.option(
-    "--process", "process_path", metavar="FILE", default="release.yaml", show_default=True, help="What a release does."
-)
-_environment_option = click.option(
-    "--environment",
-    "-e",
-    "environment",
-    metavar="NAME|FILE",
-    required=True,
-    help="The environment; NAME is environments/NAME.yaml here.",
-)
-_package_option = click.option(
-    "--package",
-    "versions",
-    multiple=True,
-    callback=functools.partial(_pairs, "web=1.4.2"),
-    metavar="NAME=VERSION",
-    help="A version of a package of the process; once for each.",
-)
-_variable_option = click.option(
-    "--variable",
-    "prompts",
-    multiple=True,
-    callback=functools.partial(_pairs, "change=CHG123456"),
-    metavar="NAME=VALUE",
-    help="An answer that the process asks for; may be repeated.",
-)
-
-
-_waits_option = click.option(
-    "--wait/--no-wait",
-    "waits",
-    default=True,
-    help="Wait for people as long as they take; or leave with exit code 3 once nothing else is to be done. "
-    "[default: wait]",
-)
+from relay.support.console import json_option, print_json, progress_bars, run
 
 
 @click.group()
@@ -104,15 +27,12 @@ def release(context: click.Context) -> None:
     options.keep_events(context)
 
 
-# --- before
-
-
 @release.command(epilog="Example: waystation release plan --environment production --package web=1.4.2")
 @click.argument("label", required=False)
-@_environment_option
-@_package_option
-@_variable_option
-@_process_option
+@options.environment_option
+@options.package_option
+@options.variable_option
+@options.process_option
 @depot_option
 @person_option
 @trust_option
@@ -142,15 +62,15 @@ def plan(
 
 @release.command(epilog="Example: waystation release create 1.4.2 --package web=1.4.2")
 @click.argument("label")
-@_package_option
-@_process_option
+@options.package_option
+@options.process_option
 @click.option(
     "--environment",
     "-e",
     metavar="NAME|FILE",
     help="Take packages that the depot lacks from this environment's feeds now; without it, when it is deployed.",
 )
-@_variable_option
+@options.variable_option
 @depot_option
 @person_option
 @keys_option
@@ -192,7 +112,7 @@ def create(
                 environment=where,
                 prompts=prompts,
                 bar=bar,
-                tell=_tell_aside,
+                tell=tell_aside,
             )
         )
     packages = {n: {"id": p.id, "version": p.version, "manifest": p.manifest} for n, p in made.packages.items()}
@@ -213,396 +133,9 @@ def schema(kind: str) -> None:
     print_json((process if kind == "process" else environment).json_schema())
 
 
-# --- the deployment
-
-
-@release.command(epilog="Example: waystation release deploy 1.4.2 --environment production")
-@click.argument("label")
-@_environment_option
-@_package_option
-@_variable_option
-@_process_option
-@click.option("--project", help="Where several projects have this label. [default: the process's]")
-@click.option(
-    "--adopt",
-    is_flag=True,
-    help="Answer for machines that an earlier deployment left out of rotation, and take over from another "
-    "orchestrator's deployment that has not ended.",
-)
-@click.option("--force", is_flag=True, help="Give every machine its turn, also where all of it was done before.")
-@_waits_option
-@depot_option
-@person_option
-@keys_option
-@trust_option
-@journal_option
-@json_option
-def deploy(
-    label: str,
-    environment: str,
-    versions: dict[str, str],
-    prompts: dict[str, str],
-    process_path: str,
-    project: str | None,
-    adopt: bool,
-    force: bool,
-    waits: bool,
-    depot: str | None,
-    person: str | None,
-    keys_folder: str | None,
-    trust_folder: str | None,
-    journal: str | None,
-    as_json: bool,
-) -> int:
-    """Run release LABEL in an environment; with --package it is created first.
-
-    Where a deployment of LABEL did not end there, it goes on. Ctrl-C once: nothing new starts, machines in flight come to
-    their end. Twice, or a terminal that closes: leave now; `release resume` goes on.
-    Exit codes: 0 done, 1 failed, 2 mistakes in files, 3 waits for people, 4 locked, 5 done but for some machines,
-    130 cancelled.
-    """
-    check_installed()
-    from orchestrator.deployment.deployment import deploy as deploy_release
-    from orchestrator.deployment.setup import DeployRequest
-    from orchestrator.files.environment import check_both, environment_path, load_environment, read_both
-    from orchestrator.releases.create_release import create_release
-
-    paths = paths_of(depot, trust_folder, journal, person, keys_folder)
-    where_path, process = environment_path(environment), None
-    if versions or os.path.exists(process_path):
-        process, where = read_both(process_path, where_path)
-        if not versions:
-            # The release has a process of its own: this one only says of which project it is.
-            check_both(process, where)
-    else:
-        where = load_environment(where_path)
-    tell = _timed(aside=as_json)
-    with open_journal(paths) as opened, progress_bars() as bar:
-        if versions and process is not None:
-            run(
-                create_release(
-                    paths,
-                    opened,
-                    label,
-                    process,
-                    versions,
-                    environment=where,
-                    prompts=prompts,
-                    bar=bar,
-                    tell=_timed(aside=True),
-                )
-            )
-        project = project or (process.value.project if process else None)
-        request = DeployRequest(label, project, where, prompts, adopt, force, waits)
-
-        def start(begun: Callable[[str, Plan], None]) -> Coroutine[Any, Any, tuple[str, Result]]:
-            return deploy_release(paths, opened, request, begun=begun, tell=tell, bar=bar)
-
-        ulid, result = run(_in_foreground(paths, opened, start, aside=as_json))
-        _tell_result(opened, ulid, result, as_json=as_json)
-    return _exit_code(result)
-
-
-@release.command(epilog="Example: waystation release resume --environment production")
-@click.argument("deployment", required=False)
-@click.option("--environment", "-e", metavar="NAME", help="The one there that did not end.")
-@_waits_option
-@click.option("--adopt", is_flag=True, help="Take over from another orchestrator's deployment that has not ended.")
-@depot_option
-@trust_option
-@journal_option
-@json_option
-def resume(
-    deployment: str | None,
-    environment: str | None,
-    waits: bool,
-    adopt: bool,
-    depot: str | None,
-    trust_folder: str | None,
-    journal: str | None,
-    as_json: bool,
-) -> int:
-    """Go on with a deployment whose process died, or was left.
-
-    DEPLOYMENT is its ULID; without it, the only one that did not end. It goes on by what was frozen when it began: no file
-    is read again, and nothing that was done is done twice. Exit codes as those of deploy.
-    """
-    check_installed()
-    from orchestrator.deployment.deployment import resume as resume_deployment
-    from orchestrator.journal.status import the_unfinished
-
-    paths = paths_of(depot, trust_folder, journal)
-    tell = _timed(aside=as_json)
-    with open_journal(paths) as opened, progress_bars() as bar:
-        ulid = the_unfinished(opened, deployment, environment)
-
-        def start(begun: Callable[[str, Plan], None]) -> Coroutine[Any, Any, tuple[str, Result]]:
-            return resume_deployment(paths, opened, ulid, begun=begun, tell=tell, bar=bar, waits=waits, adopt=adopt)
-
-        ulid, result = run(_in_foreground(paths, opened, start, aside=as_json))
-        _tell_result(opened, ulid, result, as_json=as_json)
-    return _exit_code(result)
-
-
-def _tell_result(journal: Journal, ulid: str, result: Result, *, as_json: bool) -> None:
-    from orchestrator.journal.status import deployment_view
-
-    view = deployment_view(journal, ulid)
-    if as_json:
-        print_json(view)
-    else:
-        _tell_end(view, result)
-
-
-def _timed(*, aside: bool) -> Tell:
-    """Prints lines, each with the seconds since now."""
-    began = time.monotonic()
-    return lambda line: say(f"{time.monotonic() - began:7.1f} s  {line}", aside=aside)
-
-
-Start = Callable[[Callable[[str, "Plan"], None]], Coroutine[Any, Any, tuple[str, "Result"]]]
-"""Begins or takes up a deployment; what it is given is called once it stands in the journal."""
-
-
-async def _in_foreground(paths: Paths, journal: Journal, start: Start, *, aside: bool) -> tuple[str, Result]:
-    """Run it here; a signal is a decision like any other."""
-    from orchestrator.people.sign import decide
-    from orchestrator.people.statement import Cancel
-
-    running: list[str] = []
-
-    def begun(ulid: str, plan: Plan) -> None:
-        running.append(ulid)
-        what = ", ".join(f"{package.id} {package.version}" for package in plan.packages.values())
-        say(f"deployment {ulid}: {plan.label} of {plan.project} into {plan.environment} ({what})", aside=aside)
-        for note in plan.notes:
-            say(f"  {note}", aside=aside)
-
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - a coroutine that runs has one
-    signals = 0
-
-    def leave() -> None:
-        task.cancel()
-
-    def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1 or not running:
-            leave()
-            return
-        decide(journal, paths, running[0], Cancel())
-        say("cancelling: machines in flight come to their end; once more leaves now", aside=True)
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    loop.add_signal_handler(signal.SIGHUP, leave)
-    try:
-        return await start(begun)
-    except asyncio.CancelledError:
-        if running:
-            say(f"left as it is: 'waystation release resume {running[0]}' goes on with it", aside=True)
-        raise KeyboardInterrupt from None
-
-
-def _tell_aside(line: str) -> None:
-    say(line, aside=True)
-
-
-def _tell_end(view: DeploymentView, result: Result) -> None:
-    from orchestrator.journal.ledger_text import brief
-
-    for line in brief(view.ledger):
-        say(line)
-    for bracket in view.brackets:
-        say(f"still out: {_told(bracket)}", aside=True)
-    for line in _behind(view):
-        say(line, aside=True)
-    if result.state == "waiting":
-        say(f"it waits for people; then 'waystation release resume {view.summary.deployment}' goes on", aside=True)
-    if result.left:
-        say(f"not deployed: {', '.join(result.left)}", aside=True)
-
-
-def _exit_code(result: Result) -> int:
-    if result.state == "waiting":
-        return WAITS
-    if result.state == "cancelled":
-        return CANCELLED
-    if result.state == "failed":
-        return FAILED
-    return WITH_EXCLUSIONS if result.left else DONE
-
-
-# --- what people decide
-
 for command in (
-    decisions.approve,
-    decisions.reject,
-    decisions.decide,
-    decisions.pause,
-    decisions.go_on,
-    decisions.cancel,
+    *(deployments.deploy, deployments.stage, deployments.resume, deployments.retry, deployments.rollback),
+    *(decisions.approve, decisions.reject, decisions.decide, decisions.pause, decisions.go_on, decisions.cancel),
+    *(watch.status, watch.history, watch.log),
 ):
     release.add_command(command)
-
-
-# --- looking
-
-
-@release.command(epilog="Example: waystation release status --environment production")
-@click.argument("deployment", required=False)
-@click.option("--environment", "-e", metavar="NAME", help="The newest deployment there. [default: the newest of all]")
-@click.option("--watch", is_flag=True, help="Go on until it ends.")
-@click.option("--ledger", is_flag=True, help="Show the bytes of each line by encoding.")
-@journal_option
-@json_option
-def status(
-    deployment: str | None, environment: str | None, watch: bool, ledger: bool, journal: str | None, as_json: bool
-) -> None:
-    """Show a deployment: its state, its machines, open brackets, what agents refused, and which bytes crossed which line."""
-    check_installed()
-    from orchestrator.journal.status import deployment_view, find_deployment
-
-    with open_journal(paths_of(journal=journal)) as opened:
-        ulid = find_deployment(opened, deployment, environment)
-        view = deployment_view(opened, ulid)
-        if watch:
-            view = _watched(opened, view, with_ledger=ledger, quiet=as_json)
-        answer(view, _shown(view, with_ledger=ledger), as_json=as_json)
-
-
-def _watched(journal: Journal, view: DeploymentView, *, with_ledger: bool, quiet: bool) -> DeploymentView:
-    """Show it until it has ended: below the lines of a terminal, elsewhere as lines, each time that it changed."""
-    from orchestrator.journal.status import deployment_view
-
-    board, told = _StatusBoard(), 0
-    with showing(board) as is_drawn:
-        while view.summary.state == "running":
-            board.lines = _shown(view, with_ledger=with_ledger).split("\n")
-            if view.last != told and not quiet and not is_drawn:
-                say(*board.lines)
-            told = view.last
-            time.sleep(1.0)
-            view = deployment_view(journal, view.summary.deployment)
-    return view
-
-
-class _StatusBoard:
-    """A status that stands still on a terminal."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def rows(self, width: int, height: int) -> list[str]:  # noqa: ARG002 - the screen cuts what is too much
-        return self.lines
-
-
-@release.command(epilog="Example: waystation release history --environment production")
-@click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
-@click.option("--limit", default=20, show_default=True, help="Deployments to show.")
-@journal_option
-@json_option
-def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
-    """List deployments, the newest first."""
-    check_installed()
-    from orchestrator.journal.status import check_environment, summaries
-
-    with open_journal(paths_of(journal=journal)) as opened:
-        check_environment(opened, environment)
-        found = summaries(opened, environment, limit)
-    rows = [
-        [s.deployment, time_text(s.started), s.environment, f"{s.project} {s.label}", s.state, s.operator]
-        for s in found
-    ]
-    heads = ["deployment", "started", "environment", "release", "state", "by"]
-    shown = table(heads, rows) if rows else "nothing was deployed yet"
-    answer({"format": 1, "deployments": found}, shown, as_json=as_json)
-
-
-@release.command(epilog="Example: waystation release log web1")
-@click.argument("machine", required=False)
-@click.option("--deployment", metavar="ULID", help="The deployment to read from. [default: the newest]")
-@click.option("--environment", "-e", metavar="NAME", help="The newest deployment there.")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends.")
-@journal_option
-@json_option
-def log(
-    machine: str | None,
-    deployment: str | None,
-    environment: str | None,
-    follow: bool,
-    journal: str | None,
-    as_json: bool,
-) -> None:
-    """Print what scripts printed, on the server and on machines, each line with where it is from. Secrets are masked."""
-    check_installed()
-    from orchestrator.fleet.log_reader import LogReader
-    from orchestrator.journal.status import check_machine, deployment_view, find_deployment
-
-    paths = paths_of(journal=journal)
-    with open_journal(paths) as opened:
-        ulid = find_deployment(opened, deployment, environment)
-        check_machine(deployment_view(opened, ulid), machine)
-        said = False
-        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
-        while True:
-            is_over = deployment_view(opened, ulid).summary.state != "running"
-            for entry in reader.news(final=is_over or not follow):
-                said = True
-                if as_json:
-                    # One document a line, so that a reader who follows has each as it comes.
-                    told = {
-                        "operation": entry.operation,
-                        "text": entry.text,
-                        "time": entry.time,
-                        "stream": entry.stream,
-                    }
-                    say(json.dumps({"format": 1} | told))
-                else:
-                    say(str(entry))
-            if not follow or is_over:
-                break
-            time.sleep(0.3)
-    if not said and not as_json:
-        say("nothing was printed" + ("" if is_over else " yet"), aside=True)
-
-
-# --- what is shown
-
-
-def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
-    from orchestrator.journal.ledger_text import brief, full
-
-    s = view.summary
-    lines = [
-        f"{s.project} {s.label} in {s.environment}: {s.state}" + (f" ({printable(s.reason)})" if s.reason else ""),
-        f"deployment {s.deployment}, begun {time_text(s.started)} by {s.operator} on {s.host}, fence {s.fence}",
-    ]
-    lines += [f"step {step.number} {printable(step.name)}: {step.state}" for step in view.steps]
-    rows = [[m.name, m.stage, m.version, m.outcome or m.doing, m.reason] for m in view.machines]
-    if rows:
-        lines.append(table(["machine", "stage", "version", "outcome", "why"], rows))
-    lines += [printable(line) for line in brief(view.ledger)]
-    if with_ledger and view.ledger.lines:
-        lines.append(full(view.ledger))
-    lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
-    lines += [f"out: {_told(bracket)}" for bracket in view.brackets]
-    lines += _behind(view)
-    lines += [f"note at {time_text(note.at)}: {printable(note.text)}" for note in view.notes]
-    return "\n".join(lines)
-
-
-def _behind(view: DeploymentView) -> list[str]:
-    """Each relay that lacks a package, and the command that brings it there."""
-    environment = view.summary.environment
-    return [
-        f"behind: relay {one.relay} has not got {one.package} {one.version} ({printable(one.reason)}); once it is back: "
-        f"waystation package replicate {one.package} {one.version} --environment {environment}"
-        for one in view.behind
-    ]
-
-
-def _told(bracket: OpenBracket) -> str:
-    return f"{bracket.machine} is out of {bracket.rotation} since {time_text(bracket.since)}, opened by {bracket.label}"

@@ -7,7 +7,7 @@ begin to pull as soon as one of their relays has been offered everything, while 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -15,10 +15,13 @@ from agent.orders.operation_id import OperationId
 from agent.orders.orders import Acquire, AcquireFacts, PackageTree, Report, Survey, SurveyFacts
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError
 from orchestrator.deployment.tries import Tries
+from orchestrator.fleet.fleet import LostError
 from orchestrator.journal.events import Acquired, Barrier, Note, Surveyed
-from orchestrator.plan.placement import placed_on, short_of_room, trees_of
-from orchestrator.plan.plan import ServerStep
-from relay.errors import StoreError, WaystationError
+from orchestrator.plan.forecast import counted
+from orchestrator.plan.placement import placed_on, short_of_room, to_fetch, trees_of
+from orchestrator.plan.plan import Plan, ServerStep
+from relay.errors import StoreError, UnreachableError, WaystationError
+from relay.support.console import size
 from relay.support.together import together
 
 WAITING_SECONDS: Final = 15.0
@@ -62,6 +65,7 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
             facts = await _survey(context, arriving)
             if short := short_of_room(context.plan, facts):
                 raise DeploymentFailedError("there is not enough room: " + "; ".join(short))
+            context.recorder.say(_forecast(context.plan, facts))
             context.filler.begin()
             everywhere = asyncio.Event()
             await together([context.filler.until_settled(everywhere), _everywhere(context, arriving, everywhere)])
@@ -72,8 +76,19 @@ async def _acquire(context: DeploymentContext, arriving: _Arriving) -> dict[str,
         ) from error
     finally:
         waiting.cancel()
-    await context.recorder.record(Barrier(tuple(machine.name for machine in context.plan.machines)))
+    machines = tuple(machine.name for machine in context.plan.machines)
+    await context.recorder.record(Barrier(machines, context.by_rule))
     return facts
+
+
+def _forecast(plan: Plan, facts: Mapping[str, SurveyFacts]) -> str:
+    """Which bytes will move, told before one does."""
+    lacking = to_fetch(plan, facts)
+    if not lacking:
+        return "every machine holds everything already: nothing moves to them"
+    told = ", ".join(f"{machine} ({size(lacking[machine])})" for machine in sorted(lacking)[:8])
+    more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+    return f"to be brought to {len(lacking)} of {counted(len(facts), 'machine')}: {told}{more}"
 
 
 async def _tell_who_is_waited_for(context: DeploymentContext, arriving: _Arriving) -> None:
@@ -106,10 +121,17 @@ async def _stop_pulls(context: DeploymentContext, arriving: _Arriving) -> None:
 async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, SurveyFacts]:
     """Ask every machine at once what stands under its roots. Raises `DeploymentFailedError`, `UnreachableError`."""
 
-    async def ask(name: str) -> tuple[str, SurveyFacts]:
+    async def ask(name: str) -> tuple[str, SurveyFacts] | None:
         arriving.lacks(name, "it was asked what it holds, and no relay has brought its answer")
-        what = Survey(trees_of(context.plan, name))
-        report = await arriving.tries(name).order(context.fleet, context.operation(0, name, "survey"), lambda _: what)
+        operation, what = context.operation(0, name, "survey"), Survey(trees_of(context.plan, name))
+        try:
+            report = await arriving.tries(name).order(context.fleet, operation, lambda _: what)
+        except StoreError:
+            raise
+        except UnreachableError as error:
+            if await _why_needed(context, arriving, name, error):
+                raise
+            return None
         facts = report.facts
         if report.state != "done" or not isinstance(facts, SurveyFacts):
             raise DeploymentFailedError(f"{name} could not be asked what it holds: {report.reason or report.state}")
@@ -118,7 +140,16 @@ async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, 
         arriving.complete(name)
         return name, facts
 
-    return dict(await together([ask(machine.name) for machine in context.plan.machines]))
+    answers = await together([ask(machine.name) for machine in context.plan.machines])
+    return dict(answer for answer in answers if answer is not None)
+
+
+async def _why_needed(context: DeploymentContext, arriving: _Arriving, name: str, error: UnreachableError) -> str:
+    """Why the deployment cannot go on without a machine that is not reached any more; empty where it does."""
+    if refused := await context.leave_out(name, error.message):
+        return refused
+    arriving.complete(name)
+    return ""
 
 
 # --- to the machines
@@ -161,10 +192,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
         trees = trees_of(context.plan, name)
         if not trees:
             return ""
-        is_first, why = True, ""
+        is_first, why, away = True, "", None
         # Where its relays gave it nothing, the others of its list are filled as well, and it is asked once more.
-        while is_first or (why and context.filler.widen(name)):
-            is_first = False
+        while is_first or (why and not isinstance(away, LostError) and context.filler.widen(name)):
+            is_first, away = False, None
             arriving.lacks(name, f"relay {machine.relays[0]} was not offered everything")
             try:
                 await context.filler.until_offered(name, context.plan.acquire.stall)
@@ -177,6 +208,10 @@ async def _pull_everywhere(context: DeploymentContext, arriving: _Arriving) -> N
                 raise
             except WaystationError as error:
                 why = error.message
+                away = error if isinstance(error, UnreachableError) else None
+        if away is not None and context.plan.acquire.offline is not None:
+            refused = await _why_needed(context, arriving, name, away)
+            why = refused and f"{why}; {refused}"
         return why and f"{name}: {why}"
 
     # All answers are awaited first: the reasons of all machines belong into one sentence.

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.orders.operation_id import SERVER, OperationId
-from orchestrator.journal.events import UndoEnded, UndoStarted
+from orchestrator.journal.events import Goal, Left, UndoEnded, UndoStarted
+from orchestrator.plan.leave_out import why_not_left_out, without
 from orchestrator.plan.plan import Plan, PreAcquire
 from relay.errors import WaystationError
 
@@ -35,6 +36,8 @@ class DeploymentContext:
     Attributes:
         history: what an earlier process did of it.
         desk: where people's decisions come in.
+        goal: what it is for: all of it, or all up to the barrier (`stage`).
+        by_rule: machines that are left out because they cannot be reached, and why. They are in the plan no more.
         out: machines whose bracket is open.
         refused_before: what agents had refused, by their own word, before any order of this deployment left; None until
             all were met.
@@ -53,11 +56,25 @@ class DeploymentContext:
     history: History
     desk: Desk
     stop: StopToken
+    goal: Goal = "deploy"
+    by_rule: dict[str, str] = field(default_factory=dict)
     out: set[str] = field(default_factory=set)
     refused_before: dict[str, tuple[str, ...]] | None = None
 
     def operation(self, step: int, who: str, action: str, attempt: int = 1) -> OperationId:
         return OperationId.of(self.recorder.deployment, step, who, action, attempt)
+
+    async def leave_out(self, machine: str, why: str) -> str:
+        """Go on without a machine that cannot be reached, where the plan's rule allows it; else, why it does not.
+
+        Only before the barrier: no step has begun.
+        """
+        if refused := why_not_left_out(self.plan, machine, len(self.by_rule)):
+            return refused
+        self.by_rule[machine] = f"offline: {why}"
+        self.plan = without(self.plan, machine, self.by_rule[machine])
+        await self.recorder.record(Left(machine, self.by_rule[machine]))
+        return ""
 
 
 async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0) -> bool:

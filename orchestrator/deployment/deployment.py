@@ -18,7 +18,7 @@ from agent.orders.operation_id import SERVER
 from orchestrator.deployment.acquisition import acquire
 from orchestrator.deployment.context import DeploymentContext, DeploymentFailedError, undo_step
 from orchestrator.deployment.decisions import WaitsForPeopleError, decisions_obeyed
-from orchestrator.deployment.setup import DeployRequest, find_unfinished, set_up, take_up
+from orchestrator.deployment.setup import DeployRequest, RetryRequest, find_unfinished, set_up, take_up
 from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.deployment.what_was_left import what_was_left
 from orchestrator.files.values import NotificationKind
@@ -26,6 +26,7 @@ from orchestrator.fleet.endings import check_endings
 from orchestrator.journal.events import (
     BracketAdopted,
     FinalState,
+    Left,
     Note,
     Notified,
     PreAcquireEnded,
@@ -33,6 +34,7 @@ from orchestrator.journal.events import (
     Refused,
     outcome_of,
 )
+from orchestrator.paths import operator
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
 from relay.support.together import together, told_if_slow
 
@@ -57,6 +59,7 @@ class Result:
         state: `waiting`: it did not end, and goes on when people have decided and it is resumed.
         reason: why it failed or was cancelled, or what it waits for; of what succeeded, which machines it left.
         left: machines whose turn failed, within what their step allows.
+        excluded: machines that were left out, on purpose or by rule, and why.
         out: machines that are left out of their rotation.
         behind: relays that have not got everything.
     """
@@ -64,6 +67,7 @@ class Result:
     state: FinalState | Literal["waiting"]
     reason: str = ""
     left: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     out: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
 
@@ -71,7 +75,7 @@ class Result:
 async def deploy(
     paths: Paths,
     journal: Journal,
-    request: DeployRequest,
+    request: DeployRequest | RetryRequest,
     *,
     begun: Callable[[str, Plan], None],
     tell: Tell,
@@ -136,6 +140,7 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
         try:
             async with decisions_obeyed(context.desk, context.stop, _seconds_left(context)):
                 try:
+                    await _name_those_left_out(context)
                     await _adopt(context, brackets)
                     await _pre_acquire(context, undo)
                     if context.plan.pre_acquire:
@@ -144,7 +149,8 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
                     await _meet(context, adopt=adopt)
                     facts = await acquire(context)
                     await undo.those_until_acquired()
-                    outcome = await run_steps(context, facts)
+                    # Nothing but acquisition was asked for: no machine is touched, and what was opened is undone below.
+                    outcome = StepsOutcome() if context.goal == "stage" else await run_steps(context, facts)
                 except WaitsForPeopleError:
                     raise
                 except WaystationError as error:
@@ -190,12 +196,24 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
     if not_undone and state == "succeeded":
         return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
-    if outcome.left and state == "succeeded":
-        reason = f"not deployed: {', '.join(outcome.left)}"
-    return Result(state, reason, tuple(outcome.left), tuple(sorted(context.out)), tuple(sorted(context.filler.behind)))
+    excluded = context.plan.excluded
+    if state == "succeeded":
+        failed = [f"not deployed: {', '.join(outcome.left)}"] if outcome.left else []
+        away = (
+            [f"left out: {', '.join(f'{name} ({why})' for name, why in sorted(excluded.items()))}"] if excluded else []
+        )
+        reason = "; ".join([*failed, *away])
+    out, behind = tuple(sorted(context.out)), tuple(sorted(context.filler.behind))
+    return Result(state, reason, tuple(outcome.left), tuple(sorted(excluded)), out, behind)
 
 
 # --- before the first byte
+
+
+async def _name_those_left_out(context: DeploymentContext) -> None:
+    """Whoever a person left out is named first of all."""
+    if excluded := context.plan.excluded:
+        await context.recorder.record(*(Left(name, why, operator()) for name, why in sorted(excluded.items())))
 
 
 async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) -> None:
@@ -271,9 +289,9 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     """
     with told_if_slow(context.recorder.say, "waiting for relays: they are asked which machines are there"):
         here = await context.fleet.presences()
-    if here.missing:
-        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(here.missing.items()))
-        raise DeploymentFailedError(f"not every machine can be given orders: {reasons}")
+    reasons = [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]
+    if reasons:
+        raise DeploymentFailedError(f"not every machine can be given orders: {'; '.join(reasons)}")
     foreign = _other_orchestrators(context, here)
     if foreign and not adopt:
         raise RefusedError(
@@ -282,6 +300,15 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
         )
     await _claim(context, here)
     context.refused_before = {name: presence.refused for name, presence in here.present.items()}
+
+
+async def _missing(context: DeploymentContext, here: Presences, machine: str) -> str:
+    """Why the deployment cannot go on without it; empty where it does."""
+    why = here.missing[machine]
+    if machine not in here.offline or context.plan.acquire.offline is None:
+        return f"{machine}: {why}"
+    refused = await context.leave_out(machine, why)
+    return f"{machine}: {why}; {refused}" if refused else ""
 
 
 def _other_orchestrators(context: DeploymentContext, here: Presences) -> list[str]:

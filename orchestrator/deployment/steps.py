@@ -270,10 +270,12 @@ class RollingStep:
 
     async def _service(self, roll: Roll) -> RotationState:
         """Which machines are in service now: as the rotation's probe says, or as our own brackets know."""
-        machines = [machine for machine in roll.machines if machine not in roll.in_flight]
+        # Whoever has no part and is not left out either counts where it is in service.
+        beside = [turn.machine for turn in self._step.beside if turn.machine not in self._context.plan.excluded]
+        machines = [machine for machine in (*roll.machines, *beside) if machine not in roll.in_flight]
         rotation = self._step.rotation
         if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
-            return RotationState.by_brackets(roll.machines, self._context.out)
+            return RotationState.by_brackets((*roll.machines, *beside), self._context.out)
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))
@@ -294,5 +296,7 @@ class RollingStep:
 
     async def _probe(self, probe: ServerRun, machine: str) -> int | None:
         operation = self._context.operation(self._step.number, machine, PROBE)
-        result = await self._context.runs.run(probe, operation, self._turns[machine].variables)
+        turns = (*self._step.turns, *self._step.beside)
+        variables = next(turn.variables for turn in turns if turn.machine == machine)
+        result = await self._context.runs.run(probe, operation, variables)
         return result.exit_status

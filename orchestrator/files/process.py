@@ -108,11 +108,14 @@ class PreAcquireStep(Written, frozen=True):
 
 
 class Offline(Written, frozen=True):
-    """Machines that may be left out where they cannot be reached."""
+    """Machines that are left out where they cannot be reached."""
 
     action: Literal["skip"]
-    at_most: _Count | None = None
+    """`skip`: they are left out, and named at the end."""
+    at_most: Annotated[int, Meta(ge=1, le=100_000)]
+    """So many; one more, and no step begins."""
     roles: tuple[Name, ...] = ()
+    """Only machines with one of these roles. Without it, any."""
 
 
 class Acquire(Written, frozen=True):
@@ -125,7 +128,9 @@ class Acquire(Written, frozen=True):
     per_relay: Annotated[int, Meta(ge=1, le=1000)] = 20
     """Machines of one site that pull at one time."""
     offline: Offline | None = None
-    """Not built yet."""
+    """Which machines are left out where no relay has seen them, or where they are lost on the way, see below. Without it,
+    none.
+    """
 
 
 class Gate(Written, frozen=True):
@@ -271,7 +276,7 @@ class Step(Written, frozen=True):
     when: Literal["success", "failure", "always"] = "success"
     """Run it after `success`, `failure`, or `always`, of the steps before it."""
     required: bool = False
-    """Loaded; has no effect yet, as no step can be left out."""
+    """No machine of it can be left out from the command line."""
 
     deploy: Name | None = None
     """Name of a package. Over machines it is installed under `to`; on the server its verified tree is there as

@@ -58,12 +58,14 @@ class Presences:
         missing: why the others may not, in words.
         silent: relays that did not answer, and why.
         doubled: those of the missing whose keys two agents have, and which.
+        offline: those of the missing that no relay has seen, or not for too long. Of the others something else is wrong.
     """
 
     present: Mapping[str, Presence]
     missing: Mapping[str, str]
     silent: Mapping[str, str]
     doubled: Mapping[str, str] = field(default_factory=dict)
+    offline: frozenset[str] = frozenset()
 
 
 def merge_presences(
@@ -73,19 +75,24 @@ def merge_presences(
     present: dict[str, Presence] = {}
     missing: dict[str, str] = {}
     doubled: dict[str, str] = {}
+    offline: set[str] = set()
     for machine in machines:
         sights = _sights(machine, answers, now)
         newest = _newest(sights, lost_seconds)
         if newest is None:
             missing[machine.name] = _why_unseen(machine, answers)
+            if not any(_seen(machine, answers)):
+                offline.add(machine.name)
         elif twice := _why_doubled(sights):
             missing[machine.name] = doubled[machine.name] = twice
         elif why := _why_unfit(newest, lost_seconds):
             missing[machine.name] = why
+            if newest.age >= lost_seconds:
+                offline.add(machine.name)
         else:
             present[machine.name] = newest.presence
     silent = {relay: answer for relay, answer in answers.items() if isinstance(answer, str)}
-    return Presences(present, missing, silent, doubled)
+    return Presences(present, missing, silent, doubled, frozenset(offline))
 
 
 def sight_of(machine: PlannedMachine, answers: Answers, now: float, lost_seconds: float = LOST_SECONDS) -> Sight | None:

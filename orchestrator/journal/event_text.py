@@ -12,6 +12,7 @@ from orchestrator.journal.events import (
     DecisionTaken,
     Ended,
     Event,
+    Left,
     Note,
     Notified,
     PreAcquireEnded,
@@ -59,6 +60,8 @@ def line(event: Event) -> str:
         case Acquired(machine=machine, facts=facts):
             fetched = sum(sum(tree.from_relays.values()) for tree in facts.trees)
             return f"{machine} has everything, verified ({size(fetched)} from relays)"
+        case Left(machine=machine, reason=reason, by=by):
+            return f"{machine} is left out{f' by {by}' if by else ''}: {reason}"
         case Barrier(machines=machines):
             return f"everything is everywhere: {len(machines)} machine{'s' if len(machines) != 1 else ''}"
         case Ended(state=state, reason=reason):

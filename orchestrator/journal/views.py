@@ -158,6 +158,15 @@ class BehindView(msgspec.Struct, frozen=True):
     reason: str
 
 
+class LeftView(msgspec.Struct, frozen=True):
+    """A machine that was left out: on purpose, `by` a person, or by rule (empty)."""
+
+    at: float
+    machine: str
+    reason: str
+    by: str = ""
+
+
 class DecisionView(msgspec.Struct, frozen=True):
     at: float
     operator: str
@@ -184,6 +193,7 @@ class DeploymentView(msgspec.Struct, frozen=True):
     running: tuple[OperationView, ...]
     brackets: tuple[OpenBracket, ...]
     behind: tuple[BehindView, ...]
+    left: tuple[LeftView, ...]
     refusals: tuple[RefusalView, ...]
     decisions: tuple[DecisionView, ...]
     notes: tuple[NoteView, ...]
@@ -221,6 +231,7 @@ def view(
         running=tuple(found for found in operations(entries).values() if found.result is None),
         brackets=mine,
         behind=behind(entries),
+        left=tuple(left(entries).values()),
         refusals=tuple(
             RefusalView(entry.at, entry.event.machine, entry.event.reason, entry.event.operation)
             for entry in entries
@@ -419,7 +430,7 @@ def _steps(entries: Sequence[JournalEntry], plan: Plan | None) -> tuple[StepView
 def _machines(
     entries: Sequence[JournalEntry], plan: Plan | None, brackets: Sequence[OpenBracket]
 ) -> tuple[MachineView, ...]:
-    began, known = turns(entries), _versions(entries)
+    began, known, away = turns(entries), _versions(entries), left(entries)
     ordered = operations(entries).values()
     doing = {one.machine: action_of(one.operation) for one in ordered if one.result is None}
     stages = _acquisition_stages(entries)
@@ -447,7 +458,7 @@ def _machines(
                 doing=doing.get(name, ""),
                 outcome=last.outcome if last else "",
                 failure=any(turn.failure for turn in through),
-                reason=last.reason if last else "",
+                reason=last.reason if last else away[name].reason if name in away else "",
                 out_since=min((one.since for one in brackets if one.machine == name), default=None),
             )
         )
@@ -470,6 +481,21 @@ def _acquisition_stages(entries: Iterable[JournalEntry]) -> dict[str, MachineSta
                 found[machine] = "acquired"
             case ev.Barrier(excluded=excluded):
                 found |= dict.fromkeys(excluded, "excluded")
+            case ev.Left(machine=machine):
+                found[machine] = "excluded"
+    return found
+
+
+def left(entries: Iterable[JournalEntry]) -> dict[str, LeftView]:
+    """Machines that take no part, by name; each as it was said first."""
+    found: dict[str, LeftView] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.Left(machine=machine, reason=reason, by=by):
+                found.setdefault(machine, LeftView(entry.at, machine, reason, by))
+            case ev.Barrier(excluded=excluded):
+                for machine, reason in excluded.items():
+                    found.setdefault(machine, LeftView(entry.at, machine, reason))
     return found
 
 
@@ -503,9 +529,6 @@ def _notes(entries: Iterable[JournalEntry]) -> Iterable[NoteView]:
                 yield NoteView(entry.at, f"{target} was not told of '{event}': {error}")
             case ev.UndoEnded(name=name, ok=False, reason=reason):
                 yield NoteView(entry.at, f"the undo of '{name}' failed: {reason}")
-            case ev.Barrier(excluded=excluded):
-                for machine, reason in excluded.items():
-                    yield NoteView(entry.at, f"excluded: {reason}", machine)
 
 
 def _end(*, ok: bool) -> StepState:

@@ -33,6 +33,7 @@ class Ground:
         packages: versions of the release by their name in the process.
         people: names that trust.json knows and that may decide in this environment.
         author: who made the release; empty where its key has no name, None where nobody made it yet.
+        left_out: machines that a person leaves out, and why.
         needed_secrets: secrets that something uses, with the place that asked first.
     """
 
@@ -44,6 +45,7 @@ class Ground:
     files: Files
     people: Collection[str] = ()
     author: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     needed_secrets: dict[str, Place] = field(default_factory=dict)

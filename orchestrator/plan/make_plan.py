@@ -15,10 +15,13 @@ from orchestrator.files.environment import EnvironmentFile, Machine
 from orchestrator.files.process import PreAcquireStep, ProcessFile, machine_scripts, package_of, undo_of
 from orchestrator.files.script_files import Files, OnDisk
 from orchestrator.plan.context import Ground
+from orchestrator.plan.forecast import counted
+from orchestrator.plan.leave_out import EVERYBODY, Selection, asked_by, beside_of, left_out
 from orchestrator.plan.plan import (
     AcquirePlan,
     MachineStep,
     NotifyPlan,
+    OfflineRule,
     Plan,
     PlannedFeed,
     PlannedMachine,
@@ -50,6 +53,7 @@ def make_plan(
     files: Files | None = None,
     people: Collection[str] = (),
     author: str | None = None,
+    selection: Selection = EVERYBODY,
 ) -> Plan:
     """Decide everything that can be decided before the first byte moves.
 
@@ -63,6 +67,7 @@ def make_plan(
         files: where scripts are read; this machine's disk.
         people: names that trust.json knows, of those who may decide in this environment.
         author: who made the release; empty where its key has no name, None where nobody made it yet.
+        selection: which machines a person leaves out.
 
     Raises:
         PlanError: with every mistake of both files and of the options.
@@ -70,7 +75,7 @@ def make_plan(
     known = (*process.mistakes, *environment.mistakes)
     ground = Ground(process, environment, label, packages, prompts, files or OnDisk(), people, author)
     try:
-        plan = _plan(ground, scripts)
+        plan = _plan(ground, scripts, selection)
     except Exception:
         if not known:
             raise
@@ -90,15 +95,18 @@ def _follows(found: Mistake, known: Mistake) -> bool:
     return found.path in {known.path, above} or found.path.startswith((f"{known.path}.", f"{known.path}["))
 
 
-def _plan(ground: Ground, scripts: PlannedPackage | None) -> Plan:
+def _plan(ground: Ground, scripts: PlannedPackage | None, selection: Selection) -> Plan:
     """Meant for use where the ground has no mistakes at the end."""
     process, environment = ground.process, ground.environment
     ground.mistakes += not_built(process, environment)
     _check_label(ground)
     planned_packages = _packages(ground)
+    ground.left_out = _left_out(ground, selection)
     steps = plan_steps(ground)
-    machines = _machines(ground, steps)
-    relays = _relays(ground, machines)
+    every = _machines(ground, steps)
+    every_relay = _relays(ground, every)
+    machines = tuple(machine for machine in every if machine.name not in ground.left_out)
+    relays = asked_by(machines, every_relay)
     pre_acquire = tuple(_pre_acquire(ground, index, step) for index, step in enumerate(process.value.pre_acquire))
     notify = _notify(ground)
     feeds = _feeds(ground)
@@ -126,7 +134,23 @@ def _plan(ground: Ground, scripts: PlannedPackage | None) -> Plan:
         deadline=deadline,
         notes=tuple(dict.fromkeys(ground.notes)),
         author=ground.author or "",
+        excluded=dict(ground.left_out),
+        beside=beside_of(every, every_relay, machines, relays),
     )
+
+
+def _left_out(ground: Ground, selection: Selection) -> dict[str, str]:
+    """Of the machines that some step is for."""
+    roles = {role for step in ground.process.value.steps for role in step.roles}
+    machines = {
+        name: machine
+        for name, machine in ground.environment.value.machines.items()
+        if isinstance(machine, Machine) and roles.intersection(machine.roles)
+    }
+    left, wrong = left_out(selection, machines)
+    for option, text in wrong:
+        ground.wrong_option(option, text)
+    return left
 
 
 def _check_label(ground: Ground) -> None:
@@ -171,8 +195,9 @@ def _check_version(ground: Ground, name: str, package: PlannedPackage) -> None:
 
 
 def _machines(ground: Ground, steps: Sequence[PlannedStep]) -> tuple[PlannedMachine, ...]:
-    """Those that some step has a turn on, by name. A machine without a key could be any other."""
-    names = sorted({turn.machine for step in steps if isinstance(step, MachineStep) for turn in step.turns})
+    """Those that some step is for, by name. A machine without a key could be any other."""
+    over = [step for step in steps if isinstance(step, MachineStep)]
+    names = sorted({turn.machine for step in over for turn in (*step.turns, *step.beside)})
     keys: dict[str, str] = {}
     spelled: dict[str, str] = {}
     for name, machine in ground.environment.value.machines.items():
@@ -212,10 +237,7 @@ def _relays(ground: Ground, machines: Sequence[PlannedMachine]) -> tuple[Planned
     """Those that a machine of this plan may ask, and those that packages come to them through, in the file's order."""
     ground.mistakes += wrong_ways(ground.environment)
     upstreams = upstreams_of(ground.environment.value)
-    used: set[str] = set()
-    for machine in machines:
-        for asked in machine.relays:
-            used.update(lineage(asked, upstreams))
+    used = {relay for machine in machines for asked in machine.relays for relay in lineage(asked, upstreams)}
     planned = []
     for name, relay in ground.environment.value.relays.items():
         place = ground.environment.at("relays", name)
@@ -247,7 +269,19 @@ def _acquire(ground: Ground) -> AcquirePlan:
         ground.time_limit(acquire.deadline, place.below("deadline"), 1800.0),
         ground.time_limit(acquire.stall, place.below("stall"), 60.0),
         acquire.per_relay,
+        _offline(ground),
     )
+
+
+def _offline(ground: Ground) -> OfflineRule | None:
+    rule = ground.process.value.acquire.offline
+    if rule is None:
+        return None
+    known = {role for step in ground.process.value.steps for role in step.roles}
+    ground.notes += [f"acquire: offline: no step is for the role {role}" for role in rule.roles if role not in known]
+    of = f" with the role {' or '.join(rule.roles)}" if rule.roles else ""
+    ground.notes.append(f"at most {counted(rule.at_most, 'machine')}{of} may be left out while offline")
+    return OfflineRule(rule.at_most, rule.roles)
 
 
 def _notify(ground: Ground) -> tuple[NotifyPlan, ...]:

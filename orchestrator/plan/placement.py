@@ -106,3 +106,13 @@ def short_of_room(plan: Plan, facts: Mapping[str, SurveyFacts]) -> list[str]:
             if missing and missing + ROOM_TO_SPARE > free[room]
         ]
     return short
+
+
+def to_fetch(plan: Plan, facts: Mapping[str, SurveyFacts]) -> dict[str, int]:
+    """Bytes of the trees that each machine lacks, by its name; those that lack none are left out."""
+    sizes = {package.manifest: package.tree_bytes for package in plan.every_package()}
+    lacking = {
+        machine: [sizes.get(tree.manifest, 0) for tree in said.trees if not tree.installed]
+        for machine, said in facts.items()
+    }
+    return {machine: sum(trees) for machine, trees in lacking.items() if trees}

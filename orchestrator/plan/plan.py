@@ -257,6 +257,8 @@ class MachineStep(_Planned, frozen=True, tag="machines"):
     Attributes:
         number: counts all steps of the process from 1.
         turns: in the order of names, or in the one that the file lists.
+        beside: turns of machines that take no part in this deployment. They have none here; those that are not
+            `Plan.excluded` count as in service where they are.
         package: name of the deployed package among the release's; empty where nothing is deployed.
     """
 
@@ -275,13 +277,14 @@ class MachineStep(_Planned, frozen=True, tag="machines"):
     when: Literal["success", "failure", "always"] = "success"
     required: bool = False
     on_failure: OnFailure = "stop"
+    beside: tuple[MachineTurn, ...] = ()
 
 
 class ServerStep(_Planned, frozen=True, tag="server"):
     """A step on the server. `package`: its tree is there as PACKAGE_DIR.
 
-    `on_rollback`: what going back to this release means for it: leave it out, run this in its place, or nobody may go
-    back.
+    `on_rollback`: what going back from this release means, where the step began: leave it as it is, run this, or nobody
+    may go back.
     """
 
     number: int
@@ -314,6 +317,13 @@ class NotifyPlan(_Planned, frozen=True):
     url_secret: str = ""
 
 
+class PlannedBeside(_Planned, frozen=True):
+    """Machines that have turns in the steps' `beside`, and the relays that no other machine of the plan asks."""
+
+    machines: tuple[PlannedMachine, ...] = ()
+    relays: tuple[PlannedRelay, ...] = ()
+
+
 class Plan(_Planned, frozen=True):
     """One deployment, frozen.
 
@@ -325,7 +335,9 @@ class Plan(_Planned, frozen=True):
         notes: what a person should know of it: effective numbers, what the plan cannot promise.
         force: every machine has its turn, also one on which all of it was done before.
         author: name of the person who signed the release; empty where the key has no name.
-        excluded: machines that a person leaves out, and why.
+        excluded: machines that are left out, and why. They stand in `beside`, and count as out of service.
+        beside: of the steps' machines those that take no part.
+        retries: ULID of the deployment whose plan this one goes on with, for some of its machines.
     """
 
     format: Literal[1]
@@ -348,6 +360,8 @@ class Plan(_Planned, frozen=True):
     force: bool = False
     author: str = ""
     excluded: dict[str, str] = {}
+    beside: PlannedBeside | None = None
+    retries: str = ""
 
     def every_package(self) -> list[PlannedPackage]:
         """Those of the release, and that of its scripts."""

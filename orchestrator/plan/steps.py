@@ -167,10 +167,15 @@ class _Roll:
     def plan(self) -> MachineStep:
         step, rolling = self._step, rolling_of(self._step.strategy)
         self._check_work()
-        names = self._ordered(self._machines(), rolling)
+        every = self._ordered(self._machines(), rolling)
+        names = [name for name in every if name not in self._ground.left_out]
+        beside = [name for name in every if name in self._ground.left_out]
+        # Whoever is left out may be out of service, too, and the promise is about all.
+        least = least_of(rolling.min_in_service, len(every)) if rolling else 0
+        self._check_left_out(names, beside, least)
         rotation = self._rotation()
-        phases = self._phases(rolling, len(names))
-        self._note(names, rolling, phases, rotation)
+        phases = self._phases(rolling, len(names), 0 if beside else least)
+        self._note(names, beside, rolling, phases, rotation, least)
         return MachineStep(
             self._number,
             step.name,
@@ -180,14 +185,30 @@ class _Roll:
             package=self._package,
             label=self._ground.label if self._package else "",
             keep=step.keep,
-            min_in_service=least_of(rolling.min_in_service, len(names)) if rolling else 0,
+            min_in_service=least,
             max_failures=most_of(rolling.max_failures, len(names)) if rolling else 0,
             unhealthy_first="unhealthy" in rolling.order if rolling else True,
             rotation=rotation,
             when=step.when,
             required=step.required,
             on_failure=step.on_failure or "ask",
+            beside=tuple(self._turn(name) for name in beside),
         )
+
+    def _check_left_out(self, names: list[str], beside: list[str], least: int) -> None:
+        """What a person leaves out must be neither required nor needed."""
+        title, who = f"step {self._number} ({self._step.name})", ", ".join(beside)
+        if beside and self._step.required:
+            self._ground.wrong_option(
+                "machines to leave out",
+                f"{title} is required, so nobody can leave out {who} of it from the command line",
+            )
+        if beside and names and len(names) - 1 < least:
+            self._ground.wrong_option(
+                "machines to leave out",
+                f"{title} keeps {least} in service; without {who}, which count as out, {len(names) - 1} of "
+                f"{len(names) + len(beside)} are in service while one is deployed to: leave out fewer",
+            )
 
     # --- which machines, how many at a time
 
@@ -225,13 +246,13 @@ class _Roll:
         first = [name for name in dict.fromkeys(listed) if name in names]
         return [*first, *(name for name in names if name not in first)]
 
-    def _phases(self, rolling: Rolling | None, count: int) -> tuple[PlannedPhase, ...]:
+    def _phases(self, rolling: Rolling | None, count: int, least: int) -> tuple[PlannedPhase, ...]:
         if rolling is None:
             return (PlannedPhase(0, max(count, 1)),)
         place = self._place.below("strategy", "rolling")
         if rolling.window is not None and rolling.phases:
             self._ground.wrong(place, "has both window and phases: expected one of them; a phase has its own window")
-        if count and count - 1 < least_of(rolling.min_in_service, count):
+        if count and count - 1 < least:
             self._ground.wrong(
                 place.below("min_in_service"),
                 f"cannot be kept: of {count} machines, {count - 1} are in service while one is deployed to; "
@@ -284,20 +305,29 @@ class _Roll:
         return max(1, min(window, max(count, 1)))
 
     def _note(
-        self, names: list[str], rolling: Rolling | None, phases: Sequence[PlannedPhase], rotation: RotationPlan | None
+        self,
+        names: list[str],
+        beside: list[str],
+        rolling: Rolling | None,
+        phases: Sequence[PlannedPhase],
+        rotation: RotationPlan | None,
+        least: int,
     ) -> None:
         title, count = self._step.name, len(names)
+        if beside:
+            self._ground.notes.append(f"{title}: without {', '.join(beside)}; {counted(count, 'machine')} left")
+        if not count:
+            return
         if rolling is None:
             self._ground.notes.append(f"{title}: {counted(count, 'machine')}, all at once")
             if rotation and count:
                 self._ground.notes.append(f"{title}: all {count} machines leave rotation {rotation.name} together")
             return
         words = ", then ".join(phases_in_words(phases, count))
-        least = least_of(rolling.min_in_service, count)
         service = f"at least {least} in service" if least else "no minimum in service"
         stop = f"more than {most_of(rolling.max_failures, count)} failures stop it"
         self._ground.notes.append(f"{title}: {words}; {service}; {stop}")
-        most = count - least
+        most = count - least  # those that are left out count as out
         if any(phase.window > most for phase in phases) and most > 0:
             self._ground.notes.append(f"{title}: in fact at most {most} at a time, for the minimum in service")
         if rotation and rotation.probe is None:

@@ -20,8 +20,6 @@ def _in_process(file: ProcessFile) -> Iterator[Mistake]:
     for name, use in process.packages.items():
         if package_of(use).via == "direct":
             yield _say(file, "via: direct", "packages", name, "via")
-    if process.acquire.offline is not None:
-        yield _say(file, "acquire.offline", "acquire", "offline")
     if process.busy != "fail":
         yield _say(file, "busy: wait and busy: replace", "busy")
     for index, step in enumerate(process.steps):

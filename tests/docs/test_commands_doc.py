@@ -168,13 +168,16 @@ class _Session:
         files = ("--process", str(process), "--package", "web=1.4.2", "--environment")
         self.run("release plan", *files, good)
         self.run("release create", "1.4.2", *files, good)
+        self.run("release stage", "1.4.2", "--process", str(process), "--environment", good)
         self.run("release deploy", "1.4.2", "--process", str(process), "--environment", good)
+        self.run("release retry", "--machine", "web1")
         self.run("release log", "server")
         self.run("release deploy", "1.4.2-again", *files, bad, code=options.FAILED)
         self.run("release status")
         self.run("release history", "--limit", "1")
         self.run("rotation list")
         self.run("rotation close", "web1", "--force", "--message", "back")
+        self.run("release rollback", "--process", str(process), "--environment", good)
 
     def _write_environment(self, check: str) -> str:
         path = self.folder / f"{check}.yaml"
@@ -215,7 +218,7 @@ def printed(session: _Session) -> Mapping[str, dict[str, object]]:
 
 _OPEN_MAPS = {"metadata", "shares", "from_relays", "to_relays", "failed", "variables"}
 """Members whose keys are data: what a nuspec says, encoders, URLs, names of relays and variables."""
-_AS = {"release deploy": "release status"}
+_AS = {f"release {name}": "release status" for name in ("deploy", "stage", "retry", "rollback")}
 """Commands that print what another prints."""
 
 
@@ -274,6 +277,7 @@ def _told_fields(member: str) -> set[str]:
         ("machines[]", views.MachineView),
         ("running[]", views.OperationView),
         ("behind[]", views.BehindView),
+        ("left[]", views.LeftView),
         ("refusals[]", views.RefusalView),
         ("decisions[]", views.DecisionView),
         ("notes[]", views.NoteView),

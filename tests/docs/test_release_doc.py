@@ -46,7 +46,7 @@ IN_A_ROW: Mapping[type[Written], str] = {
     environment.SecretFrom: "where the value is: `file` or `env`",
 }
 """Small ones, told where they stand."""
-NOT_BUILT = {process.Gate, process.Offline, process.OneOf, process.MaxPer, environment.Requires, environment.Freeze}
+NOT_BUILT = {process.Gate, process.OneOf, process.MaxPer, environment.Requires, environment.Freeze}
 IN_A_TABLE = (_written_in(process.Process) | _written_in(environment.Environment)) - NOT_BUILT - set(IN_A_ROW)
 
 
@@ -93,7 +93,7 @@ def test_the_example_with_everything_uses_every_key_that_is_built() -> None:
     text = block(PAGE, "yaml process") + block(PAGE, "yaml environment")
     others = {"idempotent", "contains", "status", "tcp", "command", "via", "busy", "required", "env", "url"}
     for type in IN_A_TABLE:
-        refused = {"offline", "max_per", "gate", "ask", "requires", "freeze", "run_on"}
+        refused = {"max_per", "gate", "ask", "requires", "freeze", "run_on"}
         approval = {"approvers", "minimum", "not_author", "expires", "on_expiry"}
         for key in _fields(type) - refused - approval - others:
             assert re.search(rf"\b{key}:", text), f"{type.__name__}: {key}"
@@ -183,7 +183,6 @@ REFUSED = {
     "`on_failure: ask` and `rollback`": "on_failure: ",
     "`run_on: { one_of: ROLE }`": "run_on: one_of",
     "`max_per`": "max_per",
-    "`acquire.offline`": "acquire.offline",
     "`via: direct`": "via: direct",
     "`busy: wait …` and `replace`": "busy: wait and busy: replace",
     "`requires`": "requires",

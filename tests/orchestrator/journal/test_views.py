@@ -258,7 +258,17 @@ def test_a_turn_that_a_resume_begins_again_is_in_flight_since_its_first_beginnin
 def test_excluded_machines_are_shown_with_the_reason() -> None:
     view = look(surveyed("web2"), ev.Barrier(("web1",), {"web2": "offline"}), of=plan("web1", "web2"))
     assert machine(view, "web2").stage == "excluded"
-    assert [(note.machine, note.text) for note in view.notes] == [("web2", "excluded: offline")]
+    assert [(one.machine, one.reason, one.by) for one in view.left] == [("web2", "offline", "")]
+
+
+def test_who_is_left_out_is_shown_once_with_who_did_it_also_where_the_plan_knows_no_turn_of_it() -> None:
+    said = (ev.Left("web3", "new kernel", "ann"), ev.Left("web2", "offline: unseen"))
+    view = look(*said, surveyed("web1"), ev.Barrier(("web1",), {"web2": "offline: unseen"}), of=plan("web1"))
+    assert [(one.machine, one.reason, one.by) for one in view.left] == [
+        ("web3", "new kernel", "ann"),
+        ("web2", "offline: unseen", ""),
+    ]
+    assert (machine(view, "web3").stage, machine(view, "web3").reason) == ("excluded", "new kernel")
 
 
 def test_refusals_decisions_and_untold_receivers_are_shown_with_their_reasons() -> None:

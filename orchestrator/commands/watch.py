@@ -1,0 +1,207 @@
+"""`waystation release status`, `history` and `log`: looking at deployments."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.commands.options import (
+    answer,
+    check_installed,
+    journal_option,
+    open_journal,
+    paths_of,
+    time_text,
+)
+from relay.support.console import json_option, printable, say, showing, table
+
+if TYPE_CHECKING:
+    from orchestrator.journal.journal import Journal
+    from orchestrator.journal.views import DeploymentSummary, DeploymentView, OpenBracket
+
+
+@click.command(epilog="Example: waystation release status --environment production")
+@click.argument("deployment", required=False)
+@click.option("--environment", "-e", metavar="NAME", help="The newest deployment there. [default: the newest of all]")
+@click.option("--watch", is_flag=True, help="Go on until it ends.")
+@click.option("--ledger", is_flag=True, help="Show the bytes of each line by encoding.")
+@journal_option
+@json_option
+def status(
+    deployment: str | None, environment: str | None, watch: bool, ledger: bool, journal: str | None, as_json: bool
+) -> None:
+    """Show a deployment: its state, its machines, open brackets, what agents refused, and which bytes crossed which line."""
+    check_installed()
+    from orchestrator.journal.status import deployment_view, find_deployment
+
+    with open_journal(paths_of(journal=journal)) as opened:
+        ulid = find_deployment(opened, deployment, environment)
+        view = deployment_view(opened, ulid)
+        if watch:
+            view = _watched(opened, view, with_ledger=ledger, quiet=as_json)
+        answer(view, _shown(view, with_ledger=ledger), as_json=as_json)
+
+
+def _watched(journal: Journal, view: DeploymentView, *, with_ledger: bool, quiet: bool) -> DeploymentView:
+    """Show it until it has ended: below the lines of a terminal, elsewhere as lines, each time that it changed."""
+    from orchestrator.journal.status import deployment_view
+
+    board, told = _StatusBoard(), 0
+    with showing(board) as is_drawn:
+        while view.summary.state == "running":
+            board.lines = _shown(view, with_ledger=with_ledger).split("\n")
+            if view.last != told and not quiet and not is_drawn:
+                say(*board.lines)
+            told = view.last
+            time.sleep(1.0)
+            view = deployment_view(journal, view.summary.deployment)
+    return view
+
+
+class _StatusBoard:
+    """A status that stands still on a terminal."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def rows(self, width: int, height: int) -> list[str]:  # noqa: ARG002 - the screen cuts what is too much
+        return self.lines
+
+
+@click.command(epilog="Example: waystation release history --environment production")
+@click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
+@click.option("--limit", default=20, show_default=True, help="Deployments to show.")
+@journal_option
+@json_option
+def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
+    """List deployments, the newest first."""
+    check_installed()
+    from orchestrator.journal.status import check_environment, summaries
+
+    with open_journal(paths_of(journal=journal)) as opened:
+        check_environment(opened, environment)
+        found = summaries(opened, environment, limit)
+    rows = [
+        [
+            *(
+                s.deployment,
+                time_text(s.started),
+                s.environment,
+                f"{_goal(s)}{s.project} {s.label}",
+                s.state,
+                s.operator,
+            ),
+            printable(s.reason),
+        ]
+        for s in found
+    ]
+    heads = ["deployment", "started", "environment", "release", "state", "by", "why"]
+    shown = table(heads, rows) if rows else "nothing was deployed yet"
+    answer({"format": 1, "deployments": found}, shown, as_json=as_json)
+
+
+@click.command(epilog="Example: waystation release log web1")
+@click.argument("machine", required=False)
+@click.option("--deployment", metavar="ULID", help="The deployment to read from. [default: the newest]")
+@click.option("--environment", "-e", metavar="NAME", help="The newest deployment there.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends.")
+@journal_option
+@json_option
+def log(
+    machine: str | None,
+    deployment: str | None,
+    environment: str | None,
+    follow: bool,
+    journal: str | None,
+    as_json: bool,
+) -> None:
+    """Print what scripts printed, on the server and on machines, each line with where it is from. Secrets are masked."""
+    check_installed()
+    from orchestrator.fleet.log_reader import LogReader
+    from orchestrator.journal.status import check_machine, deployment_view, find_deployment
+
+    paths = paths_of(journal=journal)
+    with open_journal(paths) as opened:
+        ulid = find_deployment(opened, deployment, environment)
+        check_machine(deployment_view(opened, ulid), machine)
+        said = False
+        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
+        while True:
+            is_over = deployment_view(opened, ulid).summary.state != "running"
+            for entry in reader.news(final=is_over or not follow):
+                said = True
+                if as_json:
+                    # One document a line, so that a reader who follows has each as it comes.
+                    told = {
+                        "operation": entry.operation,
+                        "text": entry.text,
+                        "time": entry.time,
+                        "stream": entry.stream,
+                    }
+                    say(json.dumps({"format": 1} | told))
+                else:
+                    say(str(entry))
+            if not follow or is_over:
+                break
+            time.sleep(0.3)
+    if not said and not as_json:
+        say("nothing was printed" + ("" if is_over else " yet"), aside=True)
+
+
+# --- what is shown
+
+
+def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
+    from orchestrator.journal.ledger_text import brief, full
+
+    s = view.summary
+    lines = [
+        f"{_goal(s)}{s.project} {s.label} in {s.environment}: {s.state}"
+        + (f" ({printable(s.reason)})" if s.reason else ""),
+        f"deployment {s.deployment}, begun {time_text(s.started)} by {s.operator} on {s.host}, fence {s.fence}",
+    ]
+    lines += [f"step {step.number} {printable(step.name)}: {step.state}" for step in view.steps]
+    rows = [[m.name, m.stage, m.version, m.outcome or m.doing, m.reason] for m in view.machines]
+    if rows:
+        lines.append(table(["machine", "stage", "version", "outcome", "why"], rows))
+    lines += [printable(line) for line in brief(view.ledger)]
+    if with_ledger and view.ledger.lines:
+        lines.append(full(view.ledger))
+    lines += left_lines(view)
+    lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
+    lines += [f"out: {bracket_line(bracket)}" for bracket in view.brackets]
+    lines += behind_lines(view)
+    lines += [f"note at {time_text(note.at)}: {printable(note.text)}" for note in view.notes]
+    return "\n".join(lines)
+
+
+def _goal(summary: DeploymentSummary) -> str:
+    """What it was for, where that is not to deploy."""
+    return {"deploy": "", "stage": "stage of ", "rollback": "rollback to "}[summary.goal]
+
+
+def left_lines(view: DeploymentView) -> list[str]:
+    """Each machine that was left out, why, and the command that brings it up to date."""
+    return [
+        f"left out: {one.machine} ({printable(one.reason)}){f', by {one.by}' if one.by else ''}; to bring it up to date: "
+        f"waystation release retry {view.summary.deployment} --machine {one.machine}"
+        for one in view.left
+    ]
+
+
+def behind_lines(view: DeploymentView) -> list[str]:
+    """Each relay that lacks a package, and the command that brings it there."""
+    environment = view.summary.environment
+    return [
+        f"behind: relay {one.relay} has not got {one.package} {one.version} ({printable(one.reason)}); once it is back: "
+        f"waystation package replicate {one.package} {one.version} --environment {environment}"
+        for one in view.behind
+    ]
+
+
+def bracket_line(bracket: OpenBracket) -> str:
+    return f"{bracket.machine} is out of {bracket.rotation} since {time_text(bracket.since)}, opened by {bracket.label}"
