@@ -212,7 +212,8 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
 
 async def _name_those_left_out(context: DeploymentContext) -> None:
     """Whoever a person left out is named first of all."""
-    if excluded := context.plan.excluded:
+    excluded = context.plan.excluded
+    if excluded and not context.history.entries:
         await context.recorder.record(*(Left(name, why, operator()) for name, why in sorted(excluded.items())))
 
 

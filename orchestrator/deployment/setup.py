@@ -29,7 +29,7 @@ from orchestrator.journal.recorder import Recorder, Tell
 from orchestrator.journal.status import find_deployment
 from orchestrator.journal.views import OpenBracket, open_brackets
 from orchestrator.paths import Paths, operator
-from orchestrator.plan.leave_out import EVERYBODY, Selection
+from orchestrator.plan.leave_out import EVERYBODY, Selection, without
 from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun, ServerStep
 from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
@@ -192,6 +192,8 @@ async def take_up(
         record = journal.deployment(deployment)
         _check_unfinished(record)
         history = History(journal.entries(deployment))
+        for machine, why in history.left_by_rule.items():
+            plan = without(plan, machine, why)
         secrets = SecretStore(plan.secrets, plan.machine_secrets)
         secrets.check()
         depot = await stack.enter_async_context(open_depot(paths.depot))
@@ -291,6 +293,7 @@ class _Ground:
             desk=Desk(recorder, plan, pins, stop, history, waits=waits),
             stop=stop,
             goal=self.goal,
+            by_rule=dict(history.left_by_rule),
         )
 
 

@@ -110,6 +110,12 @@ class History:
                     pass
         return found
 
+    @cached_property
+    def left_by_rule(self) -> Mapping[str, str]:
+        """Machines that a rule left out on the way, and why."""
+        left = (entry.event for entry in self.entries if isinstance(entry.event, ev.Left))
+        return {event.machine: event.reason for event in left if not event.by}
+
     # --- people
 
     @cached_property
