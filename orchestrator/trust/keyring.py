@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -158,8 +158,9 @@ def people_in(folder: str, environment: str) -> frozenset[str]:
 @contextmanager
 def _pins_held(folder: str) -> Iterator[None]:
     """No other process changes trust.json meanwhile."""
+    path = os.path.join(folder, f".{PINS_FILE}.lock")
     try:
-        descriptor = lock_file(os.path.join(folder, f".{PINS_FILE}.lock"))
+        descriptor = lock_file(path)
     except OSError as error:
         raise NotFoundError(f"cannot change {PINS_FILE} in {folder}: {error.strerror}") from error
     if descriptor is None:
@@ -167,6 +168,8 @@ def _pins_held(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            os.unlink(path)
         os.close(descriptor)
 
 

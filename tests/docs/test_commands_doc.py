@@ -17,10 +17,13 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 from harness.pages import DOCS, block, blocks, rows, section
+from harness.people_kit import DEPLOYMENT, planned
 
 from docs import tables
 from orchestrator.commands import options
 from orchestrator.journal import ledger, views
+from orchestrator.journal.events import AskOpened, MachineAsked
+from orchestrator.journal.journal import Journal
 from relay.errors import LockedError, UsageError, WaystationError
 from relay.main import waystation
 from relay.protocol.messages import EncodedBytes
@@ -178,6 +181,25 @@ class _Session:
         self.run("rotation list")
         self.run("rotation close", "web1", "--force", "--message", "back")
         self.run("release rollback", "--process", str(process), "--environment", good)
+        self._decide()
+
+    def _decide(self) -> None:
+        """What people say of a deployment that no process runs."""
+        self.run("trust person", "anna", "--environment", "staging")
+        self.run("trust person", "ben")
+        with Journal.open(str(self.folder / "home/journal.db")) as journal:
+            journal.begin(DEPLOYMENT, msgspec.json.encode(planned()), 1, "clara@host")
+            for name in ("canary looks good", "sign off"):
+                step = 2 if name.startswith("canary") else 3
+                journal.append(DEPLOYMENT, AskOpened(f"{step}/{name}", step, name, "Is it good?"))
+            journal.append(DEPLOYMENT, MachineAsked("web2", 2, "verify failed", ("retry", "fail")))
+        anna = ("--as", "anna")
+        self.run("release approve", "canary looks good", *anna)
+        self.run("release reject", "canary looks good", "--message", "errors", "--as", "ben")
+        self.run("release decide", "web2", "retry", *anna)
+        self.run("release pause", *anna)
+        self.run("release go-on", *anna)
+        self.run("release cancel", *anna)
 
     def _write_environment(self, check: str) -> str:
         path = self.folder / f"{check}.yaml"

@@ -84,7 +84,7 @@ def test_frozen_text_gives_the_same_process_as_the_file() -> None:
 def test_scripts_are_told_apart_by_where_they_run() -> None:
     process = load_process(str(DATA / "whole.yaml"))
     assert machine_scripts(process) == ["deploy/configure.sh"]
-    assert server_scripts(process) == ["ops/vpn-up.sh", "ops/vpn-down.sh", "migrate.sh"]
+    assert server_scripts(process) == ["ops/vpn-up.sh", "ops/vpn-down.sh", "migrate.sh", "ops/error-rate.sh"]
 
 
 def test_run_on_may_name_one_machine_of_a_role() -> None:

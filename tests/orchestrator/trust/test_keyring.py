@@ -233,6 +233,7 @@ def test_two_who_name_people_at_once_lose_nobody(folder):
     make_person(folder, "anna")
     make_person(folder, "ben")
     assert people_in(folder, "any") == {"anna", "ben"}
+    assert sorted(os.listdir(folder)) == ["order.key", "package.key", "people", "trust.json"]
 
 
 def test_a_person_is_named_only_where_there_is_a_trust_json(tmp_path):
