@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from orchestrator.journal.events import DeploymentRecord, JournalEntry
     from orchestrator.journal.journal import Journal
     from orchestrator.paths import Paths
-    from orchestrator.people.asks import OpenAsk, WaitingMachine
+    from orchestrator.journal.views import WaitingMachine
+    from orchestrator.people.asks import OpenAsk
     from orchestrator.people.statement import Saying, SignedDecision
     from orchestrator.plan.plan import Plan
 
@@ -299,13 +300,13 @@ class _Running:
 
     @property
     def machines(self) -> tuple[WaitingMachine, ...]:
-        from orchestrator.people.asks import machines_asked
+        from orchestrator.journal.views import machines_asked
 
         return machines_asked(self.entries)
 
     def is_paused(self, waiting: Iterable[SignedDecision]) -> bool:
         """Whether it is, once the decisions that wait are taken up."""
-        from orchestrator.people.asks import is_paused
+        from orchestrator.journal.views import is_paused
         from orchestrator.people.statement import GoOn, Pause
 
         said = [isinstance(each.saying, Pause) for each in waiting if isinstance(each.saying, Pause | GoOn)]
@@ -377,7 +378,7 @@ class _Desk:
         from orchestrator.journal.status import deployment_view
 
         # By the lock: a deployment that is written as running may have lost its process.
-        is_alive = deployment_view(self._journal, one.record.deployment).summary.state == "running"
+        is_alive = deployment_view(self._journal, one.record.deployment).is_alive
         when = "taken up at once" if is_alive else "taken up when the deployment is resumed: waystation release resume"
         self.lines.append(printable(f"{saying.kind} by {by}: {words}; {when}"))
         document = {"deployment": one.record.deployment, "decision": number, "kind": saying.kind, "by": by}

@@ -52,7 +52,7 @@ def _watched(journal: Journal, view: DeploymentView, *, with_ledger: bool, quiet
 
     board, told = _StatusBoard(), 0
     with showing(board) as is_drawn:
-        while view.summary.state == "running":
+        while view.is_alive:
             board.lines = _shown(view, with_ledger=with_ledger).split("\n")
             if view.last != told and not quiet and not is_drawn:
                 say(*board.lines)
@@ -131,7 +131,7 @@ def log(
         said = False
         reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
         while True:
-            is_over = deployment_view(opened, ulid).summary.state != "running"
+            is_over = not deployment_view(opened, ulid).is_alive
             for entry in reader.news(final=is_over or not follow):
                 said = True
                 if as_json:
@@ -172,6 +172,12 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
     if with_ledger and view.ledger.lines:
         lines.append(full(view.ledger))
     lines += left_lines(view)
+    lines += [f"asks: {printable(one.name)}: {printable(one.text)} (since {time_text(one.since)})" for one in view.asks]
+    lines += [
+        f"waits for a person: {one.machine}, since {time_text(one.since)}: {printable(one.reason)}; "
+        f"waystation release decide {one.machine} {' | '.join(one.choices)}"
+        for one in view.waiting
+    ]
     lines += [f"refused by {r.machine} at {time_text(r.at)}: {printable(r.reason)}" for r in view.refusals]
     lines += [f"out: {bracket_line(bracket)}" for bracket in view.brackets]
     lines += behind_lines(view)

@@ -56,11 +56,11 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
             continue
         # Right before anything starts, so that nothing starts after a cancel, or in a pause.
         await context.desk.free()
-        skip = _why_skipped(step, outcome, context.stop.reason)
-        if skip:
-            await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
-            continue
         if step.number not in context.history.begun_steps:
+            if skip := _why_skipped(step, outcome, context.stop.reason):
+                ended = StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name)
+                await context.recorder.record(ended)
+                continue
             await context.recorder.record(StepStarted(step.number, step.name))
         why = await _run(context, step, facts, outcome)
         await context.recorder.record(StepEnded(step.number, ok=not why, reason=why, name=step.name))

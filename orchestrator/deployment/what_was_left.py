@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.orders.operation_id import OperationId
-from orchestrator.journal.views import operations, turns
-from orchestrator.people.asks import machines_asked, open_asks
+from orchestrator.journal.views import machines_asked, operations, turns
+from orchestrator.people.asks import open_asks
 from orchestrator.plan.plan import MachineStep, Plan
 from orchestrator.rolling.history import History
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 from agent.orders.operation_id import action_of
 from orchestrator.journal.events import (
     Acquired,
+    AskAnswered,
+    AskClosed,
+    AskOpened,
     Barrier,
     BracketAdopted,
     BracketClosed,
     BracketOpened,
     DecisionTaken,
     Ended,
+    GatePassed,
+    MachineAsked,
+    MachineDecided,
+    Paused,
+    Resumed,
+    Unpaused,
     Event,
     Left,
     Note,
@@ -67,7 +76,33 @@ def line(event: Event) -> str:
         case Ended(state=state, reason=reason):
             return f"{outcome_of(state, reason)}: {reason}" if reason else state
         case _:
-            return _of_steps(event)
+            return _of_people(event) or _of_steps(event)
+
+
+def _of_people(event: Event) -> str:
+    match event:
+        case AskOpened(name=name, text=text):
+            return f"{name!r} asks: {text}"
+        case AskAnswered(ask=ask, by=by, verdict=verdict, why=why):
+            said = "says yes" if verdict == "approve" else "says no"
+            return f"{by} {said} to {ask.partition('/')[2]!r}" + (f": {why}" if why else "")
+        case AskClosed(ask=ask, outcome=outcome, reason=reason, late=late):
+            return f"{ask.partition('/')[2]!r} is {outcome}: {reason}" + (" (late: nobody looked then)" if late else "")
+        case MachineAsked(machine=machine, reason=reason, choices=choices):
+            what = f"'waystation release decide {machine} {' | '.join(choices)}'"
+            return f"{machine} waits for a person: {reason}; {what}"
+        case MachineDecided(machine=machine, what=what, by=by, why=why):
+            return f"{machine}: {by} decided {what}" + (f": {why}" if why else "")
+        case Paused(reason=reason, by=by):
+            return f"paused{f' by {by}' if by else ''}: {reason}"
+        case Unpaused(by=by, why=why):
+            return f"{by} lets it go on" + (f": {why}" if why else "")
+        case GatePassed(name=name):
+            return f"gate {name!r} is passed"
+        case Resumed(operator=who, host=host):
+            return f"taken up by {who} on {host}"
+        case _:
+            return ""
 
 
 def _of_steps(event: Event) -> str:

@@ -77,4 +77,11 @@ def summaries(journal: Journal, environment: str | None, limit: int) -> list[Dep
     records = journal.deployments(environment, limit=limit)
     holders = [holder(journal, name) for name in {record.environment for record in records}]
     alive = {found.deployment for found in holders if found is not None}
-    return [summary(record, is_alive=record.deployment in alive) for record in records]
+    return [
+        summary(
+            record,
+            journal.entries(record.deployment) if record.state == "running" else (),
+            is_alive=record.deployment in alive,
+        )
+        for record in records
+    ]

@@ -20,8 +20,12 @@ from orchestrator.journal.events import DeploymentRecord, JournalEntry
 from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.plan.plan import MachineStep, Plan
 
-DeploymentState = Literal["running", "succeeded", "done with exclusions", "failed", "cancelled", "interrupted"]
-"""`interrupted`: written as running, but no process is alive that runs it; the ends are those of `ev.Outcome`."""
+DeploymentState = Literal[
+    "running", "waiting", "paused", "succeeded", "done with exclusions", "failed", "cancelled", "interrupted"
+]
+"""`waiting`: people are asked something; `paused`: nothing new starts; both whether or not a process is alive that runs
+it. `interrupted`: written as running, and none is. The ends are those of `ev.Outcome`.
+"""
 Stage = Literal["pre_acquire", "acquisition", "steps", "ended"]
 StepState = Literal["waiting", "running", "done", "failed", "skipped"]
 UndoState = Literal["none", "due", "running", "done", "failed"]
@@ -181,8 +185,29 @@ class NoteView(msgspec.Struct, frozen=True):
     step: int = 0
 
 
+class AskView(msgspec.Struct, frozen=True):
+    """A question that people have not settled: asked at `since`, over at `until` (0: never)."""
+
+    ask: str
+    step: int
+    name: str
+    text: str
+    since: float
+    until: float = 0.0
+
+
+class WaitingMachine(msgspec.Struct, frozen=True):
+    """A machine whose turn waits for a person: `choices` are what may be decided. `since`: seconds since 1970."""
+
+    machine: str
+    step: int
+    reason: str
+    choices: tuple[str, ...]
+    since: float
+
+
 class DeploymentView(msgspec.Struct, frozen=True):
-    """All of one deployment. `last` is the number of the newest entry that it was made of."""
+    """All of one deployment. `last` is the number of the newest entry that it was made of; `is_alive`: a process runs it."""
 
     summary: DeploymentSummary
     stage: Stage
@@ -198,6 +223,9 @@ class DeploymentView(msgspec.Struct, frozen=True):
     decisions: tuple[DecisionView, ...]
     notes: tuple[NoteView, ...]
     last: int
+    is_alive: bool = False
+    asks: tuple[AskView, ...] = ()
+    waiting: tuple[WaitingMachine, ...] = ()
     format: int = 1
 
 
@@ -222,7 +250,7 @@ def view(
     listed = open_brackets([(record, entries)]) if brackets is None else brackets
     mine = tuple(bracket for bracket in listed if bracket.owner == record.deployment)
     return DeploymentView(
-        summary=summary(record, is_alive=is_alive),
+        summary=summary(record, entries, is_alive=is_alive),
         stage=_stage(record, entries),
         pre_acquire=_pre_acquire(entries, plan),
         ledger=ledger(entries, plan),
@@ -244,18 +272,21 @@ def view(
         ),
         notes=tuple(_notes(entries)),
         last=max((entry.number for entry in entries), default=0),
+        is_alive=is_alive,
+        asks=asks_open(entries),
+        waiting=machines_asked(entries),
     )
 
 
-def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
-    """A line of a list; see `view` for `is_alive`."""
+def summary(record: DeploymentRecord, entries: Iterable[JournalEntry], *, is_alive: bool) -> DeploymentSummary:
+    """A line of a list; `entries` are only needed of one that did not end. See `view` for `is_alive`."""
     return DeploymentSummary(
         deployment=record.deployment,
         project=record.project,
         label=record.label,
         environment=record.environment,
         goal=record.goal,
-        state=_state(record, is_alive=is_alive),
+        state=_state(record, entries, is_alive=is_alive),
         reason=record.reason,
         operator=record.operator,
         host=record.host,
@@ -265,10 +296,60 @@ def summary(record: DeploymentRecord, *, is_alive: bool) -> DeploymentSummary:
     )
 
 
-def _state(record: DeploymentRecord, *, is_alive: bool) -> DeploymentState:
-    if record.state == "running":
-        return "running" if is_alive else "interrupted"
-    return ev.outcome_of(record.state, record.reason)
+def _state(record: DeploymentRecord, entries: Iterable[JournalEntry], *, is_alive: bool) -> DeploymentState:
+    if record.state != "running":
+        return ev.outcome_of(record.state, record.reason)
+    if asks_open(entries) or machines_asked(entries):
+        return "waiting"
+    if is_paused(entries):
+        return "paused"
+    return "running" if is_alive else "interrupted"
+
+
+# --- what waits for people
+
+
+def asks_open(entries: Iterable[JournalEntry]) -> tuple[AskView, ...]:
+    """The questions that wait for answers, in the order in which they were asked; none once the deployment has ended."""
+    found: dict[str, AskView] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.AskOpened(ask=ask, step=step, name=name, text=text, at=at):
+                found.setdefault(ask, AskView(ask, step, name, text, entry.at, at))
+            case ev.AskClosed(ask=ask):
+                found.pop(ask, None)
+            case ev.Ended():
+                found.clear()
+            case _:
+                pass
+    return tuple(found.values())
+
+
+def machines_asked(entries: Iterable[JournalEntry]) -> tuple[WaitingMachine, ...]:
+    """The machines that wait for a person, in the order in which they began to. As `asks_open`."""
+    found: dict[tuple[str, int], WaitingMachine] = {}
+    for entry in entries:
+        match entry.event:
+            case ev.MachineAsked(machine=machine, step=step, reason=reason, choices=choices):
+                asked = found.get((machine, step))
+                since = asked.since if asked else entry.at
+                found[machine, step] = WaitingMachine(machine, step, reason, choices, since)
+            case ev.MachineDecided(machine=machine, step=step) | ev.TurnEnded(machine=machine, step=step):
+                found.pop((machine, step), None)
+            case ev.Ended():
+                found.clear()
+            case _:
+                pass
+    return tuple(found.values())
+
+
+def is_paused(entries: Iterable[JournalEntry]) -> bool:
+    """Nothing new starts before a person says so."""
+    paused = False
+    for entry in entries:
+        if isinstance(entry.event, ev.Paused | ev.Unpaused):
+            paused = isinstance(entry.event, ev.Paused)
+    return paused
 
 
 # --- what a resume and the next deployment ask

@@ -33,16 +33,6 @@ class OpenAsk(msgspec.Struct, frozen=True):
     answers: tuple[Answer, ...] = ()
 
 
-class WaitingMachine(msgspec.Struct, frozen=True):
-    """A machine whose turn waits for a person: `choices` are what may be decided. `since`: seconds since 1970."""
-
-    machine: str
-    step: int
-    reason: str
-    choices: tuple[str, ...]
-    since: float
-
-
 def ask_id(step: int, name: str) -> str:
     """The id of a question: of the gate `name` in step `step`, or of the step itself."""
     return f"{step}/{name}"
@@ -90,19 +80,3 @@ def is_paused(entries: Iterable[JournalEntry]) -> bool:
         if isinstance(entry.event, ev.Paused | ev.Unpaused):
             last = entry.event
     return isinstance(last, ev.Paused)
-
-
-def machines_asked(entries: Iterable[JournalEntry]) -> tuple[WaitingMachine, ...]:
-    """The machines that wait for a person, in the order in which they began to. As `open_asks`."""
-    found: dict[tuple[str, int], WaitingMachine] = {}
-    for entry in entries:
-        match entry.event:
-            case ev.MachineAsked(machine=machine, step=step, reason=reason, choices=choices):
-                asked = found.get((machine, step))
-                since = asked.since if asked else entry.at
-                found[machine, step] = WaitingMachine(machine, step, reason, choices, since)
-            case ev.MachineDecided(machine=machine, step=step) | ev.TurnEnded(machine=machine, step=step):
-                found.pop((machine, step), None)
-            case ev.Ended():
-                found.clear()
-    return tuple(found.values())

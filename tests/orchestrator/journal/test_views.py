@@ -115,9 +115,9 @@ STARTED = ev.Started("ann", "host", 1, 7)
 
 
 def test_a_running_deployment_without_an_engine_is_interrupted() -> None:
-    assert views.summary(record(), is_alive=True).state == "running"
-    assert views.summary(record(), is_alive=False).state == "interrupted"
-    assert views.summary(record(state="failed"), is_alive=False).state == "failed"
+    assert views.summary(record(), (), is_alive=True).state == "running"
+    assert views.summary(record(), (), is_alive=False).state == "interrupted"
+    assert views.summary(record(state="failed"), (), is_alive=False).state == "failed"
 
 
 def test_before_anything_happened_the_plan_is_shown() -> None:

@@ -6,7 +6,8 @@ from harness.people_kit import DEPLOYMENT, GATE, SIGN_OFF, planned
 
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry
-from orchestrator.people.asks import is_paused, machines_asked, open_asks, planned_asks
+from orchestrator.journal.views import is_paused, machines_asked
+from orchestrator.people.asks import open_asks, planned_asks
 from orchestrator.people.judging import Answer
 
 OPENED = ev.AskOpened(GATE, 2, "canary looks good", "Open https://10.1.0.11/", 900.0)
