@@ -324,7 +324,7 @@ def _tell_aside(line: str) -> None:
 
 
 def _tell_end(view: DeploymentView, result: Result) -> None:
-    from orchestrator.journal.ledger_text import brief
+    from orchestrator.commands.ledger_text import brief
 
     for line in brief(view.ledger):
         say(line)
@@ -469,7 +469,7 @@ def log(
 
 
 def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
-    from orchestrator.journal.ledger_text import brief, full
+    from orchestrator.commands.ledger_text import brief, full
 
     s = view.summary
     lines = [

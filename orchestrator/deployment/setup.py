@@ -58,7 +58,7 @@ async def set_up(
     paths: Paths, journal: Journal, request: DeployRequest, *, tell: Tell, bar: Bar
 ) -> AsyncIterator[tuple[DeploymentContext, list[OpenBracket]]]:
     """All that a deployment works with, and the brackets that it answers for. It has begun in the journal, and holds the
-    environment's lock until the block ends. Raises as `orchestrator.deployment.deployment.deploy`.
+    lock of its project there until the block ends. Raises as `orchestrator.deployment.deployment.deploy`.
     """
     from orchestrator.depot.depot import open_depot
 
@@ -75,9 +75,10 @@ async def set_up(
         secrets.check()
         # Contacts nothing; a token, an authority or a proxy that cannot be used is found before anything begins.
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
-        held = hold(journal, plan.environment, operator=operator(), label=plan.label, why="deploy", deployment=ulid)
+        place = (plan.project, plan.environment)
+        held = hold(journal, *place, operator=operator(), label=plan.label, why="deploy", deployment=ulid)
         stack.enter_context(held)
-        brackets = await settle(paths, journal, plan.environment, adopt=request.adopt, tell=tell)
+        brackets = await settle(paths, journal, plan, adopt=request.adopt, tell=tell)
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
         with told_if_slow(
@@ -95,7 +96,7 @@ async def set_up(
             tell(f"warning: {words}")
         runs = ServerRuns(folder, secrets, recorder)
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))
-        fence = journal.claim(plan.environment)
+        fence = journal.claim(*place)
         journal.begin(ulid, msgspec.json.encode(plan), fence, operator())
         unless_begun.pop_all()
         fleet = Fleet(

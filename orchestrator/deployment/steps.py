@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -42,6 +43,8 @@ from orchestrator.journal.events import (
     TurnEnded,
     TurnStarted,
 )
+from orchestrator.journal.leases import Claimed, Elsewhere, Lease, Promise, Tenant, claim
+from orchestrator.paths import operator
 from orchestrator.plan.plan import (
     OLD_VERSION,
     ApplyAction,
@@ -57,7 +60,7 @@ from orchestrator.plan.plan import (
     ServiceAction,
     SwitchAction,
 )
-from orchestrator.rolling import rolling, turn
+from orchestrator.rolling import rolling, shared, turn
 from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import Act, After, Before, Done, End, TurnOutcome, VerifyOld
 from relay.errors import StoreError, WaystationError
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
 STUCK_SECONDS = 60.0
 """How long a roll that nothing in flight can move on looks at its probes again, before it is given up."""
 _LOOK_AGAIN = 1.0
+HELD_SECONDS = 2.0
+"""Between two looks whether a machine is free that another deployment turns, while machines of ours are in flight."""
 SILENCE_SECONDS = 15.0
 """After which a turn says what it is at."""
 
@@ -152,6 +157,7 @@ class RollingStep:
         self._step = step
         self._turns = {each.machine: MachineTurnRunner(context, step, each, facts) for each in step.turns}
         self._running: dict[asyncio.Task[TurnOutcome], str] = {}
+        self._own = shared.Own(context.plan.project, step.rotation.name if step.rotation else "")
 
     async def run(self) -> Roll:
         """Start turns as the window allows until all are through.
@@ -172,23 +178,32 @@ class RollingStep:
     async def _roll(self) -> Roll:
         roll = await self._pass_current(rolling.begin(self._step))
         stuck_since: float | None = None
+        told = ""
         clock = asyncio.get_running_loop().time
         while not roll.is_over:
             service = await self._service(roll)
             await obey(self._context.recorder, self._context.stop)
             if self._context.stop.reason:
                 roll = rolling.stop(roll, self._context.stop.reason)
-            for machine in rolling.next_starts(roll, service):
-                roll = rolling.started(roll, machine)
-                self._running[asyncio.create_task(self._turns[machine].run())] = machine
+            claimed = await self._claim(roll, service)
+            for lease in claimed.leases:
+                roll = rolling.started(roll, lease.machine)
+                turning = asyncio.create_task(self._turns[lease.machine].run())
+                # Also where it is cancelled before it begins.
+                turning.add_done_callback(partial(_give_back, lease))
+                self._running[turning] = lease.machine
+            service = shared.seen(roll, service, self._own, claimed.elsewhere)
             if self._running:
                 stuck_since = None
-                roll = await self._wait(roll)
+                # What others do is not told here: it is looked for.
+                roll = await self._wait(roll, HELD_SECONDS if service.held else None)
             elif not roll.is_over:
                 why = rolling.why_waiting(roll, service)
-                if stuck_since is None and why:
+                if why and why != told:
+                    told = why
                     self._context.recorder.say(f"step {self._step.number} ({self._step.name}) waits: {why}")
-                stuck_since = stuck_since or clock()
+                is_stuck = not shared.is_patient(roll, self._own, claimed.elsewhere)
+                stuck_since = (stuck_since or clock()) if is_stuck else clock()
                 if why and clock() - stuck_since > STUCK_SECONDS:
                     roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
@@ -202,8 +217,25 @@ class RollingStep:
                 roll = rolling.passed(roll, machine)
         return roll
 
-    async def _wait(self, roll: Roll) -> Roll:
-        done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+    async def _claim(self, roll: Roll, service: RotationState) -> Claimed:
+        """Decide which machines start, and lease them: as one, against all other deployments of this environment."""
+        if rolling.next_start(roll, service) is None:  # what others have can only make them fewer
+            return Claimed((), Elsewhere())
+        plan, number, machines = self._context.plan, self._step.number, frozenset(roll.machines)
+        promise = Promise(self._context.recorder.deployment, self._own.rotation, roll.min_in_service, machines)
+        claimed = await claim(
+            self._context.recorder.journal,
+            Tenant(plan.project, plan.environment, plan.label, self._context.recorder.deployment, operator()),
+            {machine.name: machine.key for machine in plan.machines if machine.name in machines},
+            lambda elsewhere: shared.starts(roll, service, self._own, elsewhere),
+            promise=promise if self._own.rotation and roll.min_in_service else None,
+            entry=lambda machine: TurnStarted(machine, number),
+        )
+        self._context.recorder.tell(*(TurnStarted(lease.machine, number) for lease in claimed.leases))
+        return claimed
+
+    async def _wait(self, roll: Roll, seconds: float | None) -> Roll:
+        done, _ = await asyncio.wait(self._running, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             machine = self._running.pop(task)
             result = task.result()
@@ -219,15 +251,21 @@ class RollingStep:
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))
+        # Whatever a probe says: one whose bracket is open may be taken out the next moment.
+        mine = self._context.out.intersection(machines)
         return RotationState(
-            inside=frozenset(machine for machine, answer in status.items() if answer == 0),
-            out=frozenset(machine for machine, answer in status.items() if answer == 1),
+            inside=frozenset(machine for machine, answer in status.items() if answer == 0) - mine,
+            out=frozenset(machine for machine, answer in status.items() if answer == 1) | mine,
         )
 
     async def _probe(self, probe: ServerRun, machine: str) -> int | None:
         operation = self._context.operation(self._step.number, machine, PROBE)
         result = await self._context.runs.run(probe, operation, self._turns[machine].variables)
         return result.exit_status
+
+
+def _give_back(lease: Lease, _turn: object) -> None:
+    lease.release()
 
 
 class MachineTurnRunner:
@@ -246,7 +284,6 @@ class MachineTurnRunner:
 
     async def run(self) -> TurnOutcome:
         machine, number = self._turn.machine, self._step.number
-        await self._context.recorder.record(TurnStarted(machine, number))
         state = turn.begin(self.shape)
         while not isinstance(do := state.do, End):
             words = f"{machine}: still at {self._words_of(do)}"
