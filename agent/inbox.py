@@ -89,7 +89,7 @@ class Inbox:
                 await asyncio.to_thread(self.journal.lead, order)
                 await asyncio.to_thread(self._acknowledge, action, order)
                 if action.ends:
-                    self.scheduler.end(order.deployment)
+                    await self.scheduler.end(order.deployment)
             case _:
                 record = await asyncio.to_thread(self.journal.accept, order, digest, envelope)
                 self.scheduler.start(record, order)

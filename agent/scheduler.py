@@ -15,9 +15,9 @@ from agent.operations import Ended, Job, Operations, last_run
 from agent.orders.acceptance import fenced_off
 from agent.orders.journal import OperationJournal, OperationRecord
 from agent.orders.orders import ControlService, Order, RunScript, Settle, Switch
+from agent.orders.turns import Turns
 from agent.reporter import Reporter
 from agent.runs import runs
-from agent.orders.turns import Turns
 from relay.errors import StoreError
 
 _STOPS_KEPT = 1024
@@ -74,9 +74,9 @@ class Scheduler:
             active.task.cancel()
         return len(self._active)
 
-    def end(self, deployment: str) -> None:
+    async def end(self, deployment: str) -> None:
         """This deployment is over: its turn, too."""
-        self._turns.end(deployment)
+        await self._turns.end(deployment)
 
     # --- stopping
 

@@ -18,8 +18,6 @@ from agent.orders.orders import Order, Settle, action_name
 
 SILENT_SECONDS: Final = 60.0
 """Between two operations of one turn the server does something; after more than this the machine is free for others."""
-_LOOK_SECONDS: Final = 1.0
-"""Between two looks whether a silence was long enough."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,7 +47,7 @@ class Turns:
         try:
             while words := self._why_not(waiter):
                 waits(words)
-                await self._changed()
+                await self._changed(order)
             self._runs = self._held = order
         finally:
             self._queue.remove(waiter)
@@ -77,10 +75,11 @@ class Turns:
             self._beside[order.deployment] -= 1
             self._keep(order)
 
-    def end(self, deployment: str) -> None:
+    async def end(self, deployment: str) -> None:
         """This deployment has ended."""
-        if self._held is not None and self._held.deployment == deployment and self._runs is None:
+        if self._held is not None and self._held.deployment == deployment:
             self._held = None
+            await self._tell()
 
     # --- inside
 
@@ -105,10 +104,11 @@ class Turns:
         if self._held is not None and self._held.deployment == order.deployment:
             self._until = asyncio.get_running_loop().time() + self.silent_seconds
 
-    async def _changed(self) -> None:
-        """Wait for news, or for the end of the silence."""
+    async def _changed(self, order: Order) -> None:
+        """Wait for news; who is held off, for the end of the silence, too."""
+        silence = max(0.01, self._until - asyncio.get_running_loop().time()) if self._is_held_off(order) else None
         with suppress(TimeoutError):
-            async with asyncio.timeout(_LOOK_SECONDS), self._news:
+            async with asyncio.timeout(silence), self._news:
                 await self._news.wait()
 
     async def _tell(self) -> None:

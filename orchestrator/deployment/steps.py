@@ -188,10 +188,7 @@ class RollingStep:
             claimed = await self._claim(roll, service)
             for lease in claimed.leases:
                 roll = rolling.started(roll, lease.machine)
-                turning = asyncio.create_task(self._turns[lease.machine].run())
-                # Also where it is cancelled before it begins.
-                turning.add_done_callback(partial(_give_back, lease))
-                self._running[turning] = lease.machine
+                self._start(lease)
             service = shared.seen(roll, service, self._own, claimed.elsewhere)
             if self._running:
                 stuck_since = None
@@ -208,6 +205,12 @@ class RollingStep:
                     roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
         return roll
+
+    def _start(self, lease: Lease) -> None:
+        turning = asyncio.create_task(self._turns[lease.machine].run())
+        # Also where it is cancelled before it begins.
+        turning.add_done_callback(partial(_give_back, lease))
+        self._running[turning] = lease.machine
 
     async def _pass_current(self, roll: Roll) -> Roll:
         """Machines on which all of this was done before have no turn."""
