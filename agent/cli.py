@@ -184,7 +184,8 @@ def status(limit: int, home_folder: str | None, as_json: bool) -> None:
         "name": name_of(state.config().name),
         "damaged": state.damages(),
         "serving": platform.is_locked(lock_path(folder)),
-        "fences": {name: _builtins(fence) for name, fence in sorted(journal.fences.items())},
+        "fences": {name: _builtins(fence) for name, fence in sorted(journal.highest_fences().items())},
+        "project_fences": _builtins(journal.project_fences()),
         "operations": [_operation(record) for record in journal.newest(limit)],
         "refusals": [_builtins(refusal) for refusal in reversed(journal.refusals()[-limit:])],
     }
@@ -211,9 +212,10 @@ def _operation(record: OperationRecord) -> dict[str, Any]:
 
 def _print_status(document: dict[str, Any]) -> None:
     say(f"agent {document['name']} " + ("is serving" if document["serving"] else "is not serving"))
-    for environment, fence in document["fences"].items():
-        open_or_not = "open" if fence["open"] else "ended"
-        say(f"{environment}: fence {fence['fence']}, deployment {fence['deployment']}, {open_or_not}")
+    for environment, projects in document["project_fences"].items():
+        for project, fence in projects.items():
+            who, open_or_not = project or "all projects", "open" if fence["open"] else "ended"
+            say(f"{who} in {environment}: fence {fence['fence']}, deployment {fence['deployment']}, {open_or_not}")
     rows = [[_clock(o["ordered"]), o["operation"], o["state"], o["reason"]] for o in document["operations"]]
     if rows:
         say("", *table(["ordered", "operation", "state", "reason"], rows).split("\n"))

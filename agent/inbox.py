@@ -88,6 +88,8 @@ class Inbox:
             case Acknowledge() as action:
                 await asyncio.to_thread(self.journal.lead, order)
                 await asyncio.to_thread(self._acknowledge, action, order)
+                if action.ends:
+                    await self.scheduler.end(order.deployment)
             case _:
                 record = await asyncio.to_thread(self.journal.accept, order, digest, envelope)
                 self.scheduler.start(record, order)

@@ -23,7 +23,7 @@ from agent.orders.acceptance import Refused
 from agent.orders.envelopes import sign_presence, sign_report
 from agent.orders.journal import OperationJournal, OperationRecord
 from agent.orders.keys import AgentIdentity
-from agent.orders.orders import SEALED_ACTIONS, Presence, Report, deployment_of
+from agent.orders.orders import PROJECT_FENCES, SEALED_ACTIONS, Presence, Report, deployment_of
 from agent.orders.outbox import COPIES, Outbox
 from agent.runs.runner import OUTPUT
 from relay.audit.event import tell
@@ -38,6 +38,8 @@ RUNNING_AFTER = 0.5
 PROGRESS_SECONDS = 1.0
 _REASON_MAX = 4096
 _REFUSED_SHOWN = 8
+_FENCES_SHOWN = 100
+"""A presence has its bounds."""
 _REFUSAL_NUMBERS = 1 << 52
 
 
@@ -79,9 +81,10 @@ class Reporter:
             system=platform.system_name(),
             site=self.author.site,
             time=self.clock(),
-            fences=dict(self.journal.fences),
+            fences=self.journal.highest_fences(),
+            project_fences=self.journal.project_fences(_FENCES_SHOWN),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
-            understands=(SEALED_ACTIONS,),
+            understands=(SEALED_ACTIONS, PROJECT_FENCES),
             start=self._start,
             started=self._started,
             host=socket.gethostname()[:255],
@@ -90,17 +93,19 @@ class Reporter:
 
     # --- of one operation
 
-    async def follow(self, record: OperationRecord, progress: Callable[[], tuple[int, int]]) -> None:
-        """Report that it runs, and its (bytes done, bytes of the whole) whenever they change, until this is cancelled."""
+    async def follow(self, record: OperationRecord, progress: Callable[[], tuple[int, int, str]]) -> None:
+        """Report that it runs, and its (bytes done, bytes of the whole, what it waits for) whenever they change, until this is
+        cancelled.
+        """
         await asyncio.sleep(RUNNING_AFTER)
-        told: tuple[int, int] | None = None
+        told: tuple[int, int, str] | None = None
         # Its first word shows that the order was heard, so it goes to more than one relay.
         kind, copies = "running", COPIES
         while True:
             now = progress()
             if now != told:
                 told = now
-                report = self._report(record.operation, record.digest, self._next_number(), Ended("running"))
+                report = self._report(record.operation, record.digest, self._next_number(), Ended("running", now[2]))
                 report = msgspec.structs.replace(report, done=now[0], whole=now[1])
                 self.outbox.note(record.deployment, self._letter(report), kind, copies=copies)
                 kind, copies = "progress", 1

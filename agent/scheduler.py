@@ -1,7 +1,7 @@
 """Operations under way: which may begin now, and how they are stopped; their ends go to the reporter.
 
 What changes the machine (scripts, services, switching, settling) is done one after another; looking and pulling goes on
-beside it.
+beside it (`agent/orders/turns.py` says whose turn it is).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from agent.operations import Ended, Job, Operations, last_run
 from agent.orders.acceptance import fenced_off
 from agent.orders.journal import OperationJournal, OperationRecord
 from agent.orders.orders import ControlService, Order, RunScript, Settle, Switch
+from agent.orders.turns import Turns
 from agent.reporter import Reporter
 from agent.runs import runs
 from relay.errors import StoreError
@@ -28,17 +29,21 @@ _ONE_AT_A_TIME = (*_RUNS, *_SETTLED_ACTIONS)
 
 @dataclass(slots=True)
 class _ActiveOperation:
-    """`begun`: it has its turn. `progress`: bytes done, bytes of the whole."""
+    """`begun`: it has its turn. `waits`: for what, where it has to. `progress`: bytes done, bytes of the whole."""
 
     record: OperationRecord
     order: Order
     begun: bool = False
     stopped: bool = False
+    waits: str = ""
     progress: tuple[int, int] = (0, 0)
     task: asyncio.Task[None] = field(init=False)
 
     def set_progress(self, done: int, whole: int) -> None:
         self.progress = (done, whole)
+
+    def set_waits(self, words: str) -> None:
+        self.waits = words
 
 
 @dataclass(eq=False)
@@ -50,7 +55,7 @@ class Scheduler:
     reporter: Reporter
     tasks: asyncio.TaskGroup
     clock: Callable[[], float]
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _turns: Turns = field(default_factory=Turns, init=False)
     _active: dict[str, _ActiveOperation] = field(default_factory=dict, init=False)
     _stops: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -68,6 +73,10 @@ class Scheduler:
         for active in self._active.values():
             active.task.cancel()
         return len(self._active)
+
+    async def end(self, deployment: str) -> None:
+        """This deployment is over: its turn, too."""
+        await self._turns.end(deployment)
 
     # --- stopping
 
@@ -96,7 +105,7 @@ class Scheduler:
 
     async def _operate(self, active: _ActiveOperation, barred: str) -> None:
         began = self.clock()
-        progress = self.tasks.create_task(self.reporter.follow(active.record, lambda: active.progress))
+        progress = self.tasks.create_task(self.reporter.follow(active.record, lambda: (*active.progress, active.waits)))
         try:
             ended = await self._perform(active, barred)
         except asyncio.CancelledError:
@@ -123,8 +132,9 @@ class Scheduler:
         )
         if not isinstance(active.order.action, _ONE_AT_A_TIME):
             active.begun = True
-            return await self.operations.perform(job)
-        async with self._turn:
+            async with self._turns.beside(active.order):
+                return await self.operations.perform(job)
+        async with self._turns.one(active.order, active.set_waits):
             if await self._may_begin(active):
                 active.begun = True
                 return await self.operations.perform(job)

@@ -58,9 +58,10 @@ class ReleaseCreated(Event, frozen=True, tag="orchestrator.release_created"):
 
 
 class LockTaken(Event, frozen=True, tag="orchestrator.lock_taken"):
-    """An environment is held: no other deployment begins there."""
+    """A project's place in an environment is held: no other deployment of this project begins there."""
 
     operator: str
+    project: str
     environment: str
     why: str
     label: str
@@ -68,16 +69,18 @@ class LockTaken(Event, frozen=True, tag="orchestrator.lock_taken"):
 
 
 class LockGivenBack(Event, frozen=True, tag="orchestrator.lock_given_back"):
-    """The environment is free again."""
+    """That place is free again."""
 
     operator: str
+    project: str
     environment: str
     deployment: str
 
 
 class FenceClaimed(Event, frozen=True, tag="orchestrator.fence_claimed"):
-    """A deployment to be shuts out all that began before it: agents obey none with a lower fence."""
+    """A deployment to be shuts out all of its project that began before it there: agents obey none with a lower fence."""
 
+    project: str
     environment: str
     fence: int
 

@@ -40,6 +40,10 @@ Code = Literal[
 """Why an order is refused, as a stable word."""
 
 
+Fences = Mapping[tuple[str, str], FenceSeen]
+"""By (environment, project). What was seen of no project, by orders of older orchestrators, is of all of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Me:
     """Who this agent is: its name, the fingerprint of its keys, and what opens that which is sealed to it."""
@@ -55,14 +59,14 @@ class Memory:
 
     Attributes:
         known: digest of the order's envelope by operation id.
-        fences: the highest of each environment.
+        fences: the highest by environment and project; that of an empty project is of all.
         newest: the newest `not_before` ever accepted, seconds since 1970.
         forgotten: the newest `not_after` among the orders that are no longer in `known`: what is not newer may be one
             of them.
     """
 
     known: Mapping[str, str] = field(default_factory=dict)
-    fences: Mapping[str, FenceSeen] = field(default_factory=dict)
+    fences: Fences = field(default_factory=dict)
     newest: float = 0.0
     forgotten: float = 0.0
 
@@ -154,25 +158,39 @@ def why_barred(order: Order, envelope: bytes, pins: TrustPins, memory: Memory, n
     return "" if found is None else found[1]
 
 
-def fenced_off(order: Order, fences: Mapping[str, FenceSeen]) -> tuple[Code, str] | None:
-    """Why the order's deployment no longer leads in its environment; None where it does.
+def fenced_off(order: Order, fences: Fences) -> tuple[Code, str] | None:
+    """Why the order's deployment no longer leads where it orders; None where it does.
+
+    Projects have fences of their own in an environment, and shut nobody out but their own. An order without a project
+    speaks for the environment: it must be above the fences of all projects, and shuts out those that are below its own.
 
     Asked again when an order has waited for its turn: a newer deployment may have begun meanwhile.
     """
-    seen = fences.get(order.environment)
-    if seen is None or order.fence > seen.fence:
-        return None
-    if order.fence < seen.fence:
-        return (
-            "fenced_off",
-            f"its fence {order.fence} is behind: {seen.deployment} leads in {order.environment} with {seen.fence}",
-        )
-    if order.journal != seen.journal:
-        return (
-            "other_journal",
-            f"another journal ({order.journal[:8]}…) claims the fence {order.fence} of {seen.journal[:8]}…",
-        )
+    for seen in _leaders(order, fences):
+        if order.fence < seen.fence:
+            where = f"{order.project} in {order.environment}" if order.project else order.environment
+            return "fenced_off", f"its fence {order.fence} is behind: {seen.deployment} leads {where} with {seen.fence}"
+        if order.fence == seen.fence and order.journal != seen.journal:
+            return (
+                "other_journal",
+                f"another journal ({order.journal[:8]}…) claims the fence {order.fence} of {seen.journal[:8]}…",
+            )
     return None
+
+
+def highest(fences: Fences, environment: str) -> FenceSeen | None:
+    """The highest fence of an environment, of whichever project; None where none was seen."""
+    return max(
+        (seen for (where, _), seen in fences.items() if where == environment), key=lambda seen: seen.fence, default=None
+    )
+
+
+def _leaders(order: Order, fences: Fences) -> list[FenceSeen]:
+    if order.project:
+        keys = ((order.environment, order.project), (order.environment, ""))
+        return [fences[key] for key in keys if key in fences]
+    found = highest(fences, order.environment)
+    return [] if found is None else [found]
 
 
 def out_of_time(order: Order, memory: Memory, now: float) -> tuple[Code, str] | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import msgspec
 
 from agent.disk import disk_errors, remove_folder, replace_file
-from agent.orders.acceptance import Code, Memory
+from agent.orders.acceptance import Code, Memory, highest
 from agent.orders.envelopes import order_digest
 from agent.orders.orders import SKEW_SECONDS, FenceSeen, Order, Report, action_name
 from relay.errors import StoreError
@@ -46,6 +46,7 @@ class OperationRecord:
     digest: str
     deployment: str
     environment: str
+    project: str
     action: str
     folder: str
     not_before: float
@@ -67,12 +68,13 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """journal.json."""
+    """journal.json. `fences` are by environment, the highest of each: all that format 1 has, and what an older agent reads."""
 
     format: int = 1
     newest: float = 0.0
     forgotten: float = 0.0
     fences: dict[str, FenceSeen] = {}
+    projects: dict[str, dict[str, FenceSeen]] = {}
 
 
 class OperationJournal:
@@ -87,7 +89,8 @@ class OperationJournal:
         self._home = home
         self._folder = os.path.join(home, "operations")
         self.operations: dict[str, OperationRecord] = {}
-        self.fences: dict[str, FenceSeen] = {}
+        # Never changed, only replaced: a presence reads it while a thread writes an order down.
+        self.fences: dict[tuple[str, str], FenceSeen] = {}
         self._newest = self._forgotten = 0.0
         self._refused: dict[str, Refusal] = {}
         with disk_errors(home):
@@ -197,10 +200,34 @@ class OperationJournal:
 
     def close(self, environment: str, deployment: str) -> None:
         """This deployment has ended. Raises `StoreError`."""
-        seen = self.fences.get(environment)
-        if seen is not None and seen.deployment == deployment and seen.open:
-            self.fences[environment] = msgspec.structs.replace(seen, open=False)
+        ended = [
+            key
+            for key, seen in self.fences.items()
+            if (key[0], seen.deployment, seen.open) == (environment, deployment, True)
+        ]
+        if ended:
+            self.fences = self.fences | {key: msgspec.structs.replace(self.fences[key], open=False) for key in ended}
             self._save()
+
+    def highest_fences(self) -> dict[str, FenceSeen]:
+        """By environment, of whichever project."""
+        fences = self.fences
+        found = {environment: highest(fences, environment) for environment, _ in fences}
+        return {environment: seen for environment, seen in found.items() if seen is not None}
+
+    def project_fences(self, most: int | None = None) -> dict[str, dict[str, FenceSeen]]:
+        """By environment and project. Of more than `most`, the lowest that are over are left out; they count as seen of all
+        projects there, so that nobody claims a fence below them.
+        """
+        kept = sorted(self.fences.items(), key=lambda one: (not one[1].open, -one[1].fence))
+        found: dict[str, dict[str, FenceSeen]] = {}
+        for (environment, project), seen in kept[:most]:
+            found.setdefault(environment, {})[project] = seen
+        for (environment, _), seen in kept[len(kept) if most is None else most :]:
+            of_all = found.setdefault(environment, {})
+            if "" not in of_all or of_all[""].fence < seen.fence:
+                of_all[""] = seen
+        return found
 
     # --- refusals
 
@@ -240,21 +267,31 @@ class OperationJournal:
         self._raise_fence(order)
 
     def _raise_fence(self, order: Order) -> bool:
-        seen = self.fences.get(order.environment)
+        key = (order.environment, order.project)
+        seen = self.fences.get(key)
         if seen is not None and seen.fence >= order.fence:
             return False
-        self.fences[order.environment] = FenceSeen(order.fence, order.journal, order.deployment, open=True)
+        self.fences = self.fences | {key: FenceSeen(order.fence, order.journal, order.deployment, open=True)}
         return True
 
     def _save(self) -> None:
-        kept = _Kept(newest=self._newest, forgotten=self._forgotten, fences=self.fences)
+        kept = _Kept(2, self._newest, self._forgotten, self.highest_fences(), self.project_fences())
         with disk_errors(self._home):
             write_durably(os.path.join(self._home, "journal.json"), msgspec.json.encode(kept), mode=0o600)
 
     def _load(self) -> None:
         with suppress(FileNotFoundError):
             kept = _parse_kept(_read(os.path.join(self._home, "journal.json")), self._home)
-            self.fences, self._newest, self._forgotten = dict(kept.fences), kept.newest, kept.forgotten
+            self._newest, self._forgotten = kept.newest, kept.forgotten
+            # An older agent wrote what it knew of all projects together.
+            by_environment = (
+                kept.projects if kept.format > 1 else {name: {"": seen} for name, seen in kept.fences.items()}
+            )
+            self.fences = {
+                (environment, project): seen
+                for environment, projects in by_environment.items()
+                for project, seen in projects.items()
+            }
         for name in _names(self._folder):
             if not name.startswith("."):
                 self._load_record(os.path.join(self._folder, name))
@@ -293,6 +330,7 @@ def _record_of(order: Order, digest: str, folder: str) -> OperationRecord:
         digest=digest,
         deployment=order.deployment,
         environment=order.environment,
+        project=order.project,
         action=action_name(order.action),
         folder=folder,
         not_before=order.not_before,

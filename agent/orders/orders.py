@@ -17,6 +17,8 @@ ORDER_TYPE: Final = "application/vnd.waystation.order+json"
 REPORT_TYPE: Final = "application/vnd.waystation.report+json"
 SEALED_ACTIONS: Final = "sealed-actions"
 """What an agent that opens a `SealedAction` says of itself under `understands`."""
+PROJECT_FENCES: Final = "project-fences"
+"""The same of one that takes an order's `project`, and keeps a fence for each."""
 
 SKEW_SECONDS: Final = 300.0
 """How far an agent's clock and the orchestrator's may be apart."""
@@ -246,6 +248,8 @@ class Order(_Said, frozen=True):
     Attributes:
         operation: its name for ever: deployment ULID/step/machine/action/attempt.
         fence: the rising number of the deployment; with `journal` it shuts an old orchestrator out.
+        project: the fence is that of this project in the environment. Empty, as older orchestrators leave it: of all
+            projects there.
         agent, key: the addressee: its name, and the fingerprint over both of its keys.
         not_before, not_after: when it may be accepted, seconds since 1970.
         relays: URLs where packages are, closest site first; the signed fall-back list.
@@ -263,6 +267,7 @@ class Order(_Said, frozen=True):
     not_after: float
     relays: Annotated[tuple[str, ...], Meta(max_length=_Many)]
     action: Action
+    project: Annotated[str, Meta(max_length=200)] = ""
 
 
 # --- what is answered
@@ -377,7 +382,7 @@ class Report(_Said, frozen=True):
 
 
 class FenceSeen(_Said, frozen=True):
-    """The highest fence that an agent accepted in an environment. `open`: that deployment did not end yet."""
+    """The highest fence that an agent accepted of a project in an environment. `open`: that deployment did not end yet."""
 
     fence: int
     journal: str
@@ -391,6 +396,8 @@ class Presence(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         signing, sealing: its public keys, hex; their fingerprint is what the environment names.
         time: its clock, seconds since 1970.
+        fences: the highest of each environment, of whichever project.
+        project_fences: those of each project, by environment and project; an empty name is that of all.
         refused: the newest refusals of letters that could not be answered by a report, for `status`; at most 8.
         understands: forms of orders beyond the first ones.
         start: a word that each start of the agent draws anew; two at one time are two agents with the same keys.
@@ -412,3 +419,4 @@ class Presence(msgspec.Struct, frozen=True, omit_defaults=True):
     start: Annotated[str, Meta(max_length=64)] = ""
     started: float = 0.0
     host: Annotated[str, Meta(max_length=255)] = ""
+    project_fences: dict[str, dict[str, FenceSeen]] = {}

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from orchestrator.journal.events import DeploymentRecord, JournalEntry
     from orchestrator.journal.journal import Journal
-    from orchestrator.paths import Paths
     from orchestrator.journal.views import WaitingMachine
+    from orchestrator.paths import Paths
     from orchestrator.people.asks import OpenAsk
     from orchestrator.people.statement import Saying, SignedDecision
     from orchestrator.plan.plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -39,12 +40,13 @@ def rotation(context: click.Context) -> None:
 def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
     """List machines whose bracket is open: `before` was begun, and no `after` ended well since."""
     from orchestrator.journal.status import check_environment
-    from orchestrator.journal.views import open_brackets
 
     with open_journal(paths_of(journal=journal)) as opened:
         check_environment(opened, environment)
-        found = open_brackets(opened.brackets(environment))
-    rows = [[b.machine, b.rotation, b.environment, time_text(b.since), b.label, b.owner] for b in found]
+        found = opened.open_brackets(environment)
+    rows = [
+        [b.machine, b.rotation, b.environment, time_text(b.since), f"{b.project} {b.label}", b.owner] for b in found
+    ]
     heads = ["machine", "rotation", "environment", "out since", "opened by", "deployment"]
     answer({"format": 1, "open": found}, table(heads, rows) if rows else "no machine is out", as_json=as_json)
 
@@ -86,7 +88,8 @@ def close(
     paths = paths_of(trust=trust_folder, journal=journal)
     with open_journal(paths) as opened:
         word = Word(by_hand=by_hand, force=force, why=message.strip())
-        closing = run(close_bracket(paths, opened, machine, environment, word))
+        tell = partial(say, aside=True)
+        closing = run(close_bracket(paths, opened, machine, environment, word, tell=tell))
     if as_json:
         document = {"format": 1, "machine": machine, "closed": not closing.failed}
         print_json(document | {"reason": closing.failed, "checks": closing.ill})

@@ -156,7 +156,7 @@ def log(
 
 
 def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
-    from orchestrator.journal.ledger_text import brief, full
+    from orchestrator.commands.ledger_text import brief, full
 
     s = view.summary
     lines = [

@@ -23,6 +23,7 @@ from orchestrator.deployment.steps import StepsOutcome, run_steps
 from orchestrator.deployment.what_was_left import what_was_left
 from orchestrator.files.values import NotificationKind
 from orchestrator.fleet.endings import check_endings
+from orchestrator.fleet.fences import older_agents, other_orchestrators, seen_of
 from orchestrator.journal.events import (
     BracketAdopted,
     FinalState,
@@ -34,6 +35,7 @@ from orchestrator.journal.events import (
     Refused,
     outcome_of,
 )
+from orchestrator.journal.locks import holder
 from orchestrator.paths import operator
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
 from relay.support.together import together, told_if_slow
@@ -93,7 +95,7 @@ async def deploy(
 
     Raises:
         PlanError: mistakes in the files; nothing was contacted.
-        LockedError: another deployment runs there.
+        LockedError: another deployment of the project runs there.
         RefusedError: brackets of an earlier one are open, or a secret cannot be read; nothing was started.
         NotFoundError: no such release or package.
         StoreError: the journal could not be written: what it could not take did not happen.
@@ -293,13 +295,22 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     reasons = [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]
     if reasons:
         raise DeploymentFailedError(f"not every machine can be given orders: {'; '.join(reasons)}")
-    foreign = _other_orchestrators(context, here)
+    plan, journal = context.plan, context.recorder.journal
+    seen = seen_of(here.present, plan.project, plan.environment)
+    foreign = other_orchestrators(seen, journal.id)
     if foreign and not adopt:
         raise RefusedError(
             f"another orchestrator has not finished here: {'; '.join(foreign)}",
             hint="End that deployment first, or take over with --adopt: it can order nothing any more then",
         )
-    await _claim(context, here)
+    leading = await asyncio.to_thread(_leading_others, journal, plan)
+    if older := older_agents(here.present, plan.environment, leading.keys()):
+        raise RefusedError(
+            f"{', '.join(leading.values())} leads in {plan.environment}, and agents of an older version take orders of one "
+            f"project at a time there: {', '.join(older)}",
+            hint="Wait until it has ended, or bring these agents up to date",
+        )
+    await _claim(context, [fence.fence for fences in seen.values() for fence in fences])
     context.refused_before = {name: presence.refused for name, presence in here.present.items()}
 
 
@@ -312,22 +323,22 @@ async def _missing(context: DeploymentContext, here: Presences, machine: str) ->
     return f"{machine}: {why}; {refused}" if refused else ""
 
 
-def _other_orchestrators(context: DeploymentContext, here: Presences) -> list[str]:
-    seen = {name: presence.fences.get(context.plan.environment) for name, presence in here.present.items()}
-    return [
-        f"{name} knows deployment {fence.deployment}"
-        for name, fence in sorted(seen.items())
-        if fence is not None and fence.open and fence.journal != context.recorder.journal.id
-    ]
+def _leading_others(journal: Journal, plan: Plan) -> dict[str, str]:
+    """Other projects' deployments in this environment whose process lives: their names for people, by ULID."""
+    running = journal.deployments(plan.environment, state="running", limit=None)
+    others = {
+        record.deployment: f"{record.project} {record.label}" for record in running if record.project != plan.project
+    }
+    projects = {record.project for record in running if record.deployment in others}
+    held = [holder(journal, project, plan.environment) for project in sorted(projects)]
+    return {one.deployment: others[one.deployment] for one in held if one is not None and one.deployment in others}
 
 
-async def _claim(context: DeploymentContext, here: Presences) -> None:
+async def _claim(context: DeploymentContext, seen: list[int]) -> None:
     """A fence above all that any agent has seen shuts out, from the first order on, the orchestrator that led before."""
-    environment = context.plan.environment
-    fences = [presence.fences.get(environment) for presence in here.present.values()]
-    seen = [fence.fence for fence in fences if fence is not None]
     if seen and max(seen) >= context.fleet.fence:
-        context.fleet.fence = await context.recorder.claim(environment, seen)
+        plan = context.plan
+        context.fleet.fence = await context.recorder.claim(plan.project, plan.environment, seen)
 
 
 # --- the end

@@ -1,6 +1,6 @@
 """What a deployment left whose process is dead: runs on the server, brackets, and undos that are owed.
 
-Everything here stands under the environment's lock: no deployment runs there.
+Everything here stands under the project's lock in the environment: no deployment of it runs there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from agent.orders.orders import Verify as VerifyOrder
 from agent.runs import runs as processes
 from orchestrator.deployment.server_runs import ServerRuns
 from orchestrator.deployment.turns import checks_of_new, checks_of_old, done_by, make_checks, tree_facts
+from orchestrator.fleet.fences import seen_of
 from orchestrator.fleet.fleet import Fleet
 from orchestrator.journal.events import BracketClosed, Note
+from orchestrator.journal.leases import Tenant, claim
+from orchestrator.journal.leases import machine as leased
 from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
-from orchestrator.journal.views import OpenBracket, open_brackets, operations
+from orchestrator.journal.views import OpenBracket, operations
 from orchestrator.paths import operator
 from orchestrator.plan.placement import trees_of
 from orchestrator.plan.plan import MachineStep, MachineTurn, Plan, RotationPlan
 from orchestrator.replication.send import open_relay
+from orchestrator.rolling import shared
 from orchestrator.rolling.turn import Done
 from orchestrator.trust.keyring import load_signer
 from orchestrator.trust.secrets import SecretStore
@@ -47,15 +51,17 @@ LEAVE_SECONDS: Final = 5.0
 """For a relay to take the last word to an agent."""
 
 
-async def settle(paths: Paths, journal: Journal, environment: str, *, adopt: bool, tell: Tell) -> list[OpenBracket]:
-    """Make room for a new deployment. Gives the open brackets, which the new deployment answers for.
+async def settle(paths: Paths, journal: Journal, plan: Plan, *, adopt: bool, tell: Tell) -> list[OpenBracket]:
+    """Make room for a new deployment. Gives the project's open brackets, which the new deployment answers for.
 
     `tell` hears what is waited for.
 
     Raises:
-        RefusedError: brackets are open, and `adopt` was not said. Nothing was changed.
+        RefusedError: brackets are open, and `adopt` was not said; or another project left a machine of the plan out, and
+            is not alive to put it back. Nothing was changed.
     """
-    brackets = open_brackets(journal.brackets(environment))
+    await _check_others(journal, plan)
+    brackets = [bracket for bracket in journal.open_brackets(plan.environment) if bracket.project == plan.project]
     if brackets and not adopt:
         told = "; ".join(f"{b.machine} is out of {b.rotation}, opened by {b.label}" for b in brackets)
         raise RefusedError(
@@ -65,6 +71,18 @@ async def settle(paths: Paths, journal: Journal, environment: str, *, adopt: boo
     for bracket in brackets:
         await wait_for_orphans(paths, journal, bracket, tell)
     return brackets
+
+
+async def _check_others(journal: Journal, plan: Plan) -> None:
+    """What a living deployment of another project has out is waited for, machine by machine, once its turn comes."""
+    tenant = Tenant(plan.project, plan.environment, plan.label, "", operator())
+    elsewhere = (await claim(journal, tenant, {}, lambda _: ())).elsewhere
+    names = frozenset(machine.name for machine in plan.machines)
+    if told := shared.why_refused(shared.Own(plan.project, ""), names, elsewhere):
+        raise RefusedError(
+            f"another project left machines out of their rotation: {'; '.join(told)}",
+            hint="they are put back first, by the command that is named, or by a deployment of that project",
+        )
 
 
 async def wait_for_orphans(
@@ -142,29 +160,37 @@ class Closing:
     failed: str = ""
 
 
-async def close_bracket(paths: Paths, journal: Journal, machine: str, environment: str | None, word: Word) -> Closing:
+async def close_bracket(
+    paths: Paths,
+    journal: Journal,
+    machine: str,
+    environment: str | None,
+    word: Word,
+    *,
+    tell: Tell = lambda _line: None,
+) -> Closing:
     """Make the checks of the step that left the machine out, on the version that is current there; where they hold, run
     the `after` that the deployment had planned, with OUTCOME=put_back.
 
     Raises:
         NotFoundError: the machine has no open bracket.
         UsageError: it has one in several environments or rotations.
-        LockedError: a deployment runs there and will close it itself.
+        LockedError: a deployment of its project runs there and will close it itself.
     """
     bracket = _the_bracket(journal, machine, environment)
     why = f"rotation close {machine} of"
-    with hold(journal, bracket.environment, operator=operator(), label=bracket.label, why=why):
+    with hold(journal, bracket.project, bracket.environment, operator=operator(), label=bracket.label, why=why):
         if word.by_hand:
             closing = Closing(bracket.rotation)
         else:
-            await wait_for_orphans(paths, journal, bracket)
-            closing = await _put_back(paths, journal, bracket, force=word.force)
+            await wait_for_orphans(paths, journal, bracket, tell)
+            closing = await _put_back(paths, journal, bracket, force=word.force, tell=tell)
         _note(journal, bracket, closing, word)
     return closing
 
 
 def _the_bracket(journal: Journal, machine: str, environment: str | None) -> OpenBracket:
-    found = [b for b in open_brackets(journal.brackets(environment)) if b.machine.lower() == machine.lower()]
+    found = [b for b in journal.open_brackets(environment) if b.machine.lower() == machine.lower()]
     if not found:
         raise NotFoundError(f"{machine} has no open bracket", hint="'waystation rotation list' shows all that are open")
     if len(found) > 1:
@@ -173,15 +199,17 @@ def _the_bracket(journal: Journal, machine: str, environment: str | None) -> Ope
     return found[0]
 
 
-async def _put_back(paths: Paths, journal: Journal, bracket: OpenBracket, *, force: bool) -> Closing:
+async def _put_back(paths: Paths, journal: Journal, bracket: OpenBracket, *, force: bool, tell: Tell) -> Closing:
     plan, runs = of_deployment(paths, journal, bracket.owner)
     rotation, turn, step = planned_bracket(plan, bracket)
-    ill = await _why_ill(paths, journal, bracket, plan, force=force)
-    if ill and not force:
-        return Closing(rotation.name, ill, f"it is not well: {ill}")
-    operation = OperationId.of(bracket.owner, step.number, bracket.machine, "after-put-back")
-    done = await runs.run(rotation.after, operation, {**turn.variables, "OUTCOME": PUT_BACK})
-    return Closing(rotation.name, ill, done.reason)
+    tenant = Tenant(bracket.project, bracket.environment, bracket.label, bracket.owner, operator())
+    async with leased(journal, tenant, bracket.machine, plan.machine(bracket.machine).key, tell):
+        ill = await _why_ill(paths, journal, bracket, plan, force=force)
+        if ill and not force:
+            return Closing(rotation.name, ill, f"it is not well: {ill}")
+        operation = OperationId.of(bracket.owner, step.number, bracket.machine, "after-put-back")
+        done = await runs.run(rotation.after, operation, {**turn.variables, "OUTCOME": PUT_BACK})
+        return Closing(rotation.name, ill, done.reason)
 
 
 def _note(journal: Journal, bracket: OpenBracket, closing: Closing, word: Word) -> None:
@@ -234,7 +262,7 @@ async def _fleet(paths: Paths, journal: Journal, bracket: OpenBracket, plan: Pla
             journal=journal.id,
             folder=paths.deployment(bracket.owner),
             recorder=Recorder(journal, bracket.owner),
-            fence=journal.claim(bracket.environment),
+            fence=journal.claim(bracket.project, bracket.environment),
         )
         yield await stack.enter_async_context(fleet)
 
@@ -256,9 +284,12 @@ class Names:
 
 
 async def _verify(fleet: Fleet, plan: Plan, step: MachineStep, turn: MachineTurn, names: Names) -> str:
-    missing = (await fleet.presences()).missing
-    if turn.machine in missing:
-        return missing[turn.machine]
+    here = await fleet.presences()
+    if turn.machine in here.missing:
+        return here.missing[turn.machine]
+    seen = [fence.fence for fence in seen_of(here.present, plan.project, plan.environment).get(turn.machine, ())]
+    if seen and max(seen) >= fleet.fence:
+        fleet.fence = names.journal.claim(plan.project, plan.environment, seen)
     checks = checks_of_new(turn)
     if step.package:
         report = await fleet.perform(names.next("survey-put-back"), Survey(trees_of(plan, turn.machine)))

@@ -27,7 +27,7 @@ from orchestrator.journal.events import DeploymentRecord, Goal, Resumed
 from orchestrator.journal.locks import hold, holder
 from orchestrator.journal.recorder import Recorder, Tell
 from orchestrator.journal.status import find_deployment
-from orchestrator.journal.views import OpenBracket, open_brackets
+from orchestrator.journal.views import OpenBracket
 from orchestrator.paths import Paths, operator
 from orchestrator.plan.leave_out import EVERYBODY, Selection, without
 from orchestrator.plan.make_plan import make_plan
@@ -121,7 +121,7 @@ async def set_up(
     paths: Paths, journal: Journal, request: DeployRequest | RetryRequest, *, tell: Tell, bar: Bar
 ) -> AsyncIterator[tuple[DeploymentContext, list[OpenBracket]]]:
     """All that a deployment works with, and the brackets that it answers for. It has begun in the journal, and holds the
-    environment's lock until the block ends. Raises as `orchestrator.deployment.deployment.deploy`.
+    lock of its project there until the block ends. Raises as `orchestrator.deployment.deployment.deploy`.
     """
     from orchestrator.depot.depot import open_depot
 
@@ -137,10 +137,11 @@ async def set_up(
         secrets.check()
         # Contacts nothing; a token, an authority or a proxy that cannot be used is found before anything begins.
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
-        held = hold(journal, plan.environment, operator=operator(), label=plan.label, why=planned.goal, deployment=ulid)
+        place = (plan.project, plan.environment)
+        held = hold(journal, *place, operator=operator(), label=plan.label, why=planned.goal, deployment=ulid)
         stack.enter_context(held)
         _check_newest(journal, planned)
-        brackets = await settle(paths, journal, plan.environment, adopt=planned.adopts, tell=tell)
+        brackets = await settle(paths, journal, plan, adopt=planned.adopts, tell=tell)
         depot = await stack.enter_async_context(open_depot(paths.depot))
         signer = load_signer(paths.trust, "package")
         with told_if_slow(
@@ -160,7 +161,7 @@ async def set_up(
         if planned.scripts:
             await asyncio.to_thread(shutil.copytree, planned.scripts, os.path.join(folder, "scripts"))
         await asyncio.to_thread(runs.freeze, _server_scripts(plan))
-        fence = journal.claim(plan.environment)
+        fence = journal.claim(*place)
         journal.begin(ulid, msgspec.json.encode(plan), fence, operator(), goal=planned.goal)
         unless_begun.pop_all()
         ground = _Ground(paths, plan, planned.goal, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
@@ -185,9 +186,8 @@ async def take_up(
     plan = msgspec.json.decode(journal.plan(deployment), type=Plan)
     async with AsyncExitStack() as stack:
         clients = {relay.name: await stack.enter_async_context(open_relay(relay)) for relay in plan.relays}
-        held = hold(
-            journal, plan.environment, operator=operator(), label=plan.label, why="resume", deployment=deployment
-        )
+        place = (plan.project, plan.environment)
+        held = hold(journal, *place, operator=operator(), label=plan.label, why="resume", deployment=deployment)
         stack.enter_context(held)
         record = journal.deployment(deployment)
         _check_unfinished(record)
@@ -199,10 +199,10 @@ async def take_up(
         depot = await stack.enter_async_context(open_depot(paths.depot))
         recorder = Recorder(journal, deployment, tell)
         order_signer = load_signer(paths.trust, "order")
-        fence = journal.claim(plan.environment)
+        fence = journal.claim(*place)
         resumed = Resumed(operator(), socket.gethostname(), os.getpid(), fence)
         journal.take_up(deployment, fence, operator(), resumed)
-        brackets = [b for b in open_brackets(journal.brackets(plan.environment)) if b.owner == deployment]
+        brackets = [bracket for bracket in journal.open_brackets(plan.environment) if bracket.owner == deployment]
         runs = ServerRuns(paths.deployment(deployment), secrets, recorder)
         ground = _Ground(paths, plan, record.goal, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
         yield await ground.context(stack, history, waits=waits), brackets
@@ -233,8 +233,9 @@ def find_unfinished(journal: Journal, request: DeployRequest | RetryRequest) -> 
     running = journal.deployments(environment, state="running", limit=None)
     unfinished = [each for each in running if project in {"", each.project}]
     same = next((each for each in unfinished if _is_same(each, request)), None)
-    if same is None and unfinished and holder(journal, environment) is None:
-        other = unfinished[0]
+    dead = [each for each in unfinished if holder(journal, each.project, environment) is None]
+    if same is None and dead:
+        other = dead[0]
         raise RefusedError(
             f"the deployment of {other.label} of {other.project} into {environment} did not end",
             hint=f"'waystation release resume {other.deployment}' goes on with it; after 'waystation release cancel' it "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from agent.orders.operation_id import SERVER
@@ -16,9 +17,12 @@ from agent.orders.orders import SurveyFacts
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.server_runs import PROBE
 from orchestrator.deployment.turns import MachineTurnRunner
-from orchestrator.journal.events import GatePassed, StepEnded, StepStarted, TurnEnded
+from orchestrator.journal.events import GatePassed, StepEnded, StepStarted, TurnEnded, TurnStarted
+from orchestrator.journal.leases import Claimed, Elsewhere, Lease, Promise, Tenant, claim
+from orchestrator.journal.leases import machine as leased
+from orchestrator.paths import operator
 from orchestrator.plan.plan import AskStep, MachineStep, PlannedAsk, PlannedGate, PlannedStep, ServerRun, ServerStep
-from orchestrator.rolling import rolling
+from orchestrator.rolling import rolling, shared
 from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import TurnOutcome
 from relay.support.together import together
@@ -28,6 +32,8 @@ STUCK_SECONDS = 60.0
 _LOOK_AGAIN = 1.0
 UNSURE: Final = 2
 """So many answers in a row that a probe cannot tell, and nothing more starts until a person says so."""
+HELD_SECONDS = 2.0
+"""Between two looks whether a machine is free that another deployment turns, while machines of ours are in flight."""
 
 
 @dataclass(slots=True)
@@ -174,6 +180,9 @@ class RollingStep:
         self._running: dict[asyncio.Task[TurnOutcome], str] = {}
         self._unsure: dict[str, int] = {}
         """How often in a row the probe could not tell of a machine."""
+        plan = context.plan
+        self._own = shared.Own(plan.project, step.rotation.name if step.rotation else "")
+        self._tenant = Tenant(plan.project, plan.environment, plan.label, context.recorder.deployment, operator())
 
     async def run(self) -> Roll:
         """Start turns as the window allows until all are through.
@@ -195,9 +204,10 @@ class RollingStep:
         roll = self._context.history.roll(self._step)
         for machine in roll.started:
             if machine in roll.in_flight:
-                self._start(machine)
+                self._take_up(machine)
         roll = await self._pass_current(roll)
         stuck_since: float | None = None
+        told = ""
         clock = asyncio.get_running_loop().time
         while not roll.is_over:
             if (phase := roll.gate_due) is not None:
@@ -210,29 +220,47 @@ class RollingStep:
             if self._context.desk.is_paused and not roll.stopped:
                 roll = await self._in_pause(roll)
                 continue
-            for machine in rolling.next_starts(roll, service):
-                roll = rolling.started(roll, machine)
-                self._start(machine)
+            claimed = await self._claim(roll, service)
+            for lease in claimed.leases:
+                roll = rolling.started(roll, lease.machine)
+                self._start(lease)
+            service = shared.seen(roll, service, self._own, claimed.elsewhere)
             if self._running:
                 stuck_since = None
-                roll = await self._wait(roll)
+                # What others do is not told here: it is looked for.
+                roll = await self._wait(roll, HELD_SECONDS if service.held else None)
             elif not roll.is_over:
                 why = rolling.why_waiting(roll, service)
-                if stuck_since is None and why:
+                if why and why != told:
+                    told = why
                     self._context.recorder.say(f"step {self._step.number} ({self._step.name}) waits: {why}")
-                stuck_since = stuck_since or clock()
+                is_stuck = not shared.is_patient(roll, self._own, claimed.elsewhere)
+                stuck_since = (stuck_since or clock()) if is_stuck else clock()
                 if why and clock() - stuck_since > STUCK_SECONDS:
                     roll = rolling.stop(roll, why)
                 await asyncio.sleep(_LOOK_AGAIN)
         return roll
 
-    def _start(self, machine: str) -> None:
-        self._running[asyncio.create_task(self._turns[machine].run())] = machine
+    def _start(self, lease: Lease) -> None:
+        turning = asyncio.create_task(self._turns[lease.machine].run())
+        # Also where it is cancelled before it begins.
+        turning.add_done_callback(partial(_give_back, lease))
+        self._running[turning] = lease.machine
+
+    def _take_up(self, machine: str) -> None:
+        """A turn that an earlier process began: its lease went with that process."""
+        key = self._context.plan.machine(machine).key
+
+        async def run() -> TurnOutcome:
+            async with leased(self._context.recorder.journal, self._tenant, machine, key, self._context.recorder.say):
+                return await self._turns[machine].run()
+
+        self._running[asyncio.create_task(run())] = machine
 
     async def _in_pause(self, roll: Roll) -> Roll:
         """Nothing new starts; what is in flight comes to its end."""
         if self._running:
-            return await self._wait(roll)
+            return await self._wait(roll, None)
         await self._context.desk.free()
         self._unsure.clear()
         return roll
@@ -254,8 +282,25 @@ class RollingStep:
                 roll = rolling.passed(roll, machine)
         return roll
 
-    async def _wait(self, roll: Roll) -> Roll:
-        done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+    async def _claim(self, roll: Roll, service: RotationState) -> Claimed:
+        """Decide which machines start, and lease them: as one, against all other deployments of this environment."""
+        if rolling.next_start(roll, service) is None:  # what others have can only make them fewer
+            return Claimed((), Elsewhere())
+        plan, number, machines = self._context.plan, self._step.number, frozenset(roll.machines)
+        promise = Promise(self._context.recorder.deployment, self._own.rotation, roll.min_in_service, machines)
+        claimed = await claim(
+            self._context.recorder.journal,
+            self._tenant,
+            {machine.name: machine.key for machine in plan.machines if machine.name in machines},
+            lambda elsewhere: shared.starts(roll, service, self._own, elsewhere),
+            promise=promise if self._own.rotation and roll.min_in_service else None,
+            entry=lambda machine: TurnStarted(machine, number),
+        )
+        self._context.recorder.tell(*(TurnStarted(lease.machine, number) for lease in claimed.leases))
+        return claimed
+
+    async def _wait(self, roll: Roll, seconds: float | None) -> Roll:
+        done, _ = await asyncio.wait(self._running, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             machine = self._running.pop(task)
             result = task.result()
@@ -280,9 +325,11 @@ class RollingStep:
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))
         await self._pause_where_unsure(rotation.name, status)
+        # Whatever a probe says: one whose bracket is open may be taken out the next moment.
+        mine = self._context.out.intersection(machines)
         return RotationState(
-            inside=frozenset(machine for machine, answer in status.items() if answer == 0),
-            out=frozenset(machine for machine, answer in status.items() if answer == 1),
+            inside=frozenset(machine for machine, answer in status.items() if answer == 0) - mine,
+            out=frozenset(machine for machine, answer in status.items() if answer == 1) | mine,
         )
 
     async def _pause_where_unsure(self, rotation: str, status: Mapping[str, int | None]) -> None:
@@ -300,3 +347,7 @@ class RollingStep:
         variables = next(turn.variables for turn in turns if turn.machine == machine)
         result = await self._context.runs.run(probe, operation, variables)
         return result.exit_status
+
+
+def _give_back(lease: Lease, _turn: object) -> None:
+    lease.release()

@@ -27,6 +27,7 @@ from agent.orders.operation_id import OperationId
 from agent.orders.orders import (
     ACCEPT_SECONDS,
     FINAL,
+    PROJECT_FENCES,
     SEALED_ACTIONS,
     Acknowledge,
     Action,
@@ -109,6 +110,7 @@ class _Flight:
     posting: Posting | None = None
     newest: int = 0
     heard_at: float = 0.0
+    """Since when it is known to run; while it waits for its turn, it does not."""
 
     @property
     def letter(self) -> messages.OrderLetter:
@@ -255,7 +257,7 @@ class Fleet:
         """Ask the agent to end a running operation; its own report says what became of it.
 
         Raises:
-            UnreachableError: no relay takes the order.
+            UnreachableError: no relay takes the order, or none has seen the machine.
         """
         await self._send(
             OperationId.of(operation.deployment, operation.step, operation.who, f"stop-{operation.action}"),
@@ -369,10 +371,19 @@ class Fleet:
             not_after=now + ACCEPT_SECONDS,
             relays=tuple(self._plan.relay(name).url for name in machine.relays),
             action=self._sealed(operation, machine, action),
+            project=self._project_for(machine),
         )
         envelope = sign_order(order, self._signer)
         await self._book.keep(operation, envelope)
         return envelope
+
+    def _project_for(self, machine: PlannedMachine) -> str:
+        """Whose fence it is; to an agent that knows fences of environments only, it is of the environment.
+
+        Raises:
+            UnreachableError: no relay has seen the machine, so what it understands is unknown.
+        """
+        return self._plan.project if PROJECT_FENCES in self.presence(machine.name).understands else ""
 
     def _sealed(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> Action:
         """For this agent alone, where it understands that. What only names operations is no more than orders tell anyway.
@@ -391,6 +402,7 @@ class Fleet:
         while self._book.find(operation) is not None:
             operation = replace(operation, attempt=operation.attempt + 1)
         planned = self._plan.machine(operation.who)
+        await self._see(planned.name, 0.0)
         letter = messages.OrderLetter(planned.name, str(operation), await self._order(operation, planned, action))
         posting = self._room.post(planned.relays, letter)
         await posting.taken(self._limits.lost)
@@ -459,7 +471,10 @@ class Fleet:
         elif report.state in FINAL:
             flight.result.set_result(report)
         elif report.number > flight.newest:
-            flight.heard_at = flight.heard_at or asyncio.get_running_loop().time()
+            if report.reason:
+                await self._tell(flight.machine.name, f"{flight.operation}: {report.reason}")
+            else:
+                flight.heard_at = flight.heard_at or asyncio.get_running_loop().time()
             flight.newest = report.number
             if flight.on_progress is not None:
                 flight.on_progress(report)
@@ -564,7 +579,7 @@ class Fleet:
             return LostError(flight.machine.name, unseen)
         if not flight.newest and now - flight.since >= self._limits.accept:
             return UnreachableError(f"{flight.machine.name} is there, but says nothing of an order")
-        if flight.newest and now - flight.heard_at >= flight.longest + self._limits.report:
+        if flight.heard_at and now - flight.heard_at >= flight.longest + self._limits.report:
             return UnreachableError(
                 f"{flight.machine.name} began, and no relay brought its end within {now - flight.heard_at:.0f} s"
             )

@@ -14,13 +14,15 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import msgspec
 import sqlalchemy as sa
 
+from agent.platform import lock_file
 from orchestrator.acts import Decided, FenceClaimed, ReleaseCreated
 from orchestrator.journal import tables
 from orchestrator.journal.events import (
@@ -36,8 +38,10 @@ from orchestrator.journal.events import (
 )
 from orchestrator.journal.sqlite import Database
 from orchestrator.journal.trail import tell_facts
+from orchestrator.journal.views import BracketEvent, OpenBracket, bracket_after
+from orchestrator.journal.views import open_brackets as fold_brackets
 from relay.audit.event import tell
-from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
+from relay.errors import ConflictError, LockedError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
 FORMAT: Final = 3
 """Of the tables and of the kinds of entries. A journal of a higher one is refused, never half understood."""
@@ -97,6 +101,7 @@ class Journal:
         Raises:
             UsageError: a URL of another kind of database.
             RefusedError: the journal has a newer format than this version reads.
+            LockedError: the journal has an older format, and an older Waystation works with it now.
             StoreError: the file cannot be made or read, is damaged, or is no journal.
         """
         journal = cls(Database(_path_of(location)), clock)
@@ -196,8 +201,9 @@ class Journal:
 
     # --- fences
 
-    def claim(self, environment: str, seen: Iterable[int] = ()) -> int:
-        """The next fence of an environment: above every one that was claimed here and all that agents have `seen`.
+    def claim(self, project: str, environment: str, seen: Iterable[int] = ()) -> int:
+        """The next fence of a project in an environment: above every one that was claimed here and all that agents have
+        `seen`.
 
         No two claims are equal, also of different processes.
 
@@ -205,17 +211,25 @@ class Journal:
             RefusedError: there is no higher fence.
             StoreError: see the class.
         """
-        mine = tables.fences.c.environment == environment
+        column = tables.fences.c
+        # That of no project is older than the fences of projects, and below all of them.
+        held = sa.select(column.project, column.fence).where(
+            column.environment == environment, column.project.in_([project, ""])
+        )
         with self.database.writing() as connection:
-            own: int | None = connection.execute(sa.select(tables.fences.c.fence).where(mine)).scalar_one_or_none()
-            fence = max([own or 0, *seen]) + 1
+            known: dict[str, int] = {row.project: row.fence for row in connection.execute(held)}
+            fence = max([0, *known.values(), *seen]) + 1
             if fence > FENCE_MAX:
-                raise RefusedError(f"the fences of {environment} are used up: an agent has seen {fence - 1}")
-            if own is None:
-                connection.execute(sa.insert(tables.fences), {"environment": environment, "fence": fence})
-            else:
+                raise RefusedError(
+                    f"the fences of {project} in {environment} are used up: an agent has seen {fence - 1}"
+                )
+            if project in known:
+                mine = (column.environment == environment) & (column.project == project)
                 connection.execute(sa.update(tables.fences).where(mine).values(fence=fence))
-        tell(FenceClaimed(environment, fence))
+            else:
+                row = {"environment": environment, "project": project, "fence": fence}
+                connection.execute(sa.insert(tables.fences), row)
+        tell(FenceClaimed(project, environment, fence))
         return fence
 
     # --- deployments
@@ -253,8 +267,6 @@ class Journal:
             if connection.execute(_where_is(deployment)).first() is not None:
                 raise ConflictError(f"deployment {deployment} has begun already")
             connection.execute(sa.insert(tables.deployments), row)
-            # From here on there may be entries of kinds that an older Waystation does not know.
-            connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
             number = self._add(connection, deployment, (started,))
         tell_facts(deployment, (started,), project=head.project, label=head.label, environment=head.environment)
         return number
@@ -270,11 +282,15 @@ class Journal:
         if not events:
             raise ValueError("nothing to append")
         with self.database.writing() as connection:
-            if connection.execute(_where_is(deployment)).first() is None:
-                raise NotFoundError(f"there is no deployment {deployment}")
-            number = self._add(connection, deployment, events)
+            number = self.append_in(connection, deployment, *events)
         tell_facts(deployment, events)
         return number
+
+    def append_in(self, connection: sa.Connection, deployment: str, *events: Event) -> int:
+        """As `append`, in the transaction of `connection`; the caller tells them once it is committed."""
+        if connection.execute(_where_is(deployment)).first() is None:
+            raise NotFoundError(f"there is no deployment {deployment}")
+        return self._add(connection, deployment, events)
 
     def entries(self, deployment: str, after: int = 0) -> list[JournalEntry]:
         """What happened in a deployment after the entry `after`, in order. Raises `StoreError`."""
@@ -345,22 +361,13 @@ class Journal:
 
         Raises `StoreError`.
         """
-        query = (
-            sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
-            .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)
-            .where(tables.entries.c.kind.in_(BRACKET_KINDS))
-            .order_by(tables.entries.c.number)
-        )
-        if environment is not None:
-            query = query.where(tables.deployments.c.environment == environment)
         with self.database.reading() as connection:
-            rows = connection.execute(query).all()
-        found: dict[str, tuple[DeploymentRecord, list[JournalEntry]]] = {}
-        for row in rows:
-            if row.deployment not in found:
-                found[row.deployment] = (DeploymentRecord(*row[len(tables.entries.c) :]), [])
-            found[row.deployment][1].append(_entry(row))
-        return list(found.values())
+            return _brackets(connection, environment)
+
+    def open_brackets(self, environment: str | None = None) -> list[OpenBracket]:
+        """The brackets that are open now, oldest first. Raises `StoreError`."""
+        with self.database.reading() as connection:
+            return open_brackets_in(connection, environment)
 
     # --- decisions
 
@@ -438,38 +445,28 @@ class Journal:
         tell_facts(deployment, events)
 
     def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
-        number, at = 0, self._clock()
-        for event in events:
-            row = {
-                "deployment": deployment,
-                "at": at,
-                "kind": event.kind(),
-                "data": msgspec.json.encode(event).decode(),
-            }
-            number = _key_of(connection.execute(sa.insert(tables.entries), row))
-        return number
+        return add_entries(connection, deployment, events, self._clock())
 
     def _prepare(self) -> None:
-        if not self._read_meta():
+        with self.database.reading() as connection:
+            found = self._read_meta(connection)
+        if found != FORMAT:
             with self.database.writing() as connection:
-                if not tables.names(connection):  # no other process was faster
+                found = self._read_meta(connection)
+                if not found:  # no other process was faster
                     self._create(connection)
-            self._read_meta()
-        with self.database.reading() as connection:
-            is_whole = tables.is_whole(connection)
-        if not is_whole:
-            with self.database.writing() as connection:
-                tables.complete(connection)
+                elif found < FORMAT:
+                    self._migrate(connection)
+                self._read_meta(connection)
 
-    def _read_meta(self) -> bool:
-        """Take format and id. False where the file is still empty."""
-        with self.database.reading() as connection:
-            there = tables.names(connection)
-            if not there:
-                return False
-            if "meta" not in there:
-                raise StoreError(f"{self.path} is not a journal: it is a database of something else")
-            meta = {str(key): str(value) for key, value in connection.execute(sa.select(tables.meta))}
+    def _read_meta(self, connection: sa.Connection) -> int:
+        """Take the id; gives the format, 0 where the file is still empty."""
+        there = tables.names(connection)
+        if not there:
+            return 0
+        if "meta" not in there:
+            raise StoreError(f"{self.path} is not a journal: it is a database of something else")
+        meta = {str(key): str(value) for key, value in connection.execute(sa.select(tables.meta))}
         found, id = meta.get("format", ""), meta.get("id", "")
         if not re.fullmatch(r"[0-9]{1,9}", found, re.ASCII) or not re.fullmatch(r"[0-9a-f]{32}", id, re.ASCII):
             raise self.database.damaged("its format or its id cannot be read")
@@ -481,7 +478,24 @@ class Journal:
         if int(found) < 1:
             raise self.database.damaged(f"there never was a format {found}")
         self.id = id
-        return True
+        return int(found)
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        """Bring a journal of an older format up to this one. What older versions have under way must end first."""
+        folder = f"{self.path}.locks"
+        with suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                descriptor = lock_file(os.path.join(folder, name))
+                if descriptor is None:
+                    raise LockedError(
+                        f"{self.path} is in use by an older Waystation, which works in one of its environments",
+                        hint="let that end, and call again: the journal is brought up to this version then",
+                    )
+                os.close(descriptor)  # no older one can take it before this transaction ends, nor use it afterwards
+        tables.migrate(connection)
+        for bracket in fold_brackets(_brackets(connection, None)):
+            _keep_bracket(connection, bracket)
+        connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
 
     def _create(self, connection: sa.Connection) -> None:
         tables.create(connection)
@@ -504,6 +518,89 @@ def _path_of(location: str) -> str:
     if path == location or not path:
         raise UsageError(f"{location.partition('://')[0]}:// is no journal", hint="a path, or sqlite:///PATH")
     return os.path.abspath(path)
+
+
+# --- entries and what is kept beside them
+
+
+def add_entries(connection: sa.Connection, deployment: str, events: Sequence[Event], at: float) -> int:
+    """Add entries to a deployment in the transaction of `connection`, and keep what they mean for open brackets. Gives the
+    number of the last.
+    """
+    number = 0
+    for event in events:
+        row = {
+            "deployment": deployment,
+            "at": at,
+            "kind": event.kind(),
+            "data": msgspec.json.encode(event).decode(),
+        }
+        number = _key_of(connection.execute(sa.insert(tables.entries), row))
+        if isinstance(event, BracketEvent):
+            _move_bracket(connection, JournalEntry(number, deployment, at, event), event)
+    return number
+
+
+def open_brackets_in(connection: sa.Connection, environment: str | None) -> list[OpenBracket]:
+    """The brackets that are open now, oldest first, in the transaction of `connection`."""
+    query = sa.select(tables.open_brackets.c.data).order_by(tables.open_brackets.c.number)
+    if environment is not None:
+        query = query.where(tables.open_brackets.c.environment == environment)
+    return [_bracket(data) for data in connection.execute(query).scalars()]
+
+
+def _move_bracket(connection: sa.Connection, entry: JournalEntry, event: BracketEvent) -> None:
+    of_this = sa.select(*_LISTED).where(tables.deployments.c.deployment == entry.deployment)
+    record = DeploymentRecord(*connection.execute(of_this).one())
+    column = tables.open_brackets.c
+    this = (
+        (column.environment == record.environment)
+        & (column.rotation == event.rotation)
+        & (column.machine == event.machine)
+    )
+    data = connection.execute(sa.select(column.data).where(this)).scalar_one_or_none()
+    before = None if data is None else _bracket(data)
+    after = bracket_after(before, record, entry, event)
+    if after != before:
+        connection.execute(sa.delete(tables.open_brackets).where(this))
+        if after is not None:
+            _keep_bracket(connection, after)
+
+
+def _keep_bracket(connection: sa.Connection, bracket: OpenBracket) -> None:
+    row = {
+        "environment": bracket.environment,
+        "rotation": bracket.rotation,
+        "machine": bracket.machine,
+        "number": bracket.number,
+        "data": msgspec.json.encode(bracket).decode(),
+    }
+    connection.execute(sa.insert(tables.open_brackets), row)
+
+
+def _brackets(connection: sa.Connection, environment: str | None) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
+    query = (
+        sa.select(tables.entries, *(column.label(f"of_{column.name}") for column in _LISTED))
+        .join(tables.deployments, tables.deployments.c.deployment == tables.entries.c.deployment)
+        .where(tables.entries.c.kind.in_(BRACKET_KINDS))
+        .order_by(tables.entries.c.number)
+    )
+    if environment is not None:
+        query = query.where(tables.deployments.c.environment == environment)
+    rows = connection.execute(query).all()
+    found: dict[str, tuple[DeploymentRecord, list[JournalEntry]]] = {}
+    for row in rows:
+        if row.deployment not in found:
+            found[row.deployment] = (DeploymentRecord(*row[len(tables.entries.c) :]), [])
+        found[row.deployment][1].append(_entry(row))
+    return list(found.values())
+
+
+def _bracket(data: str) -> OpenBracket:
+    try:
+        return msgspec.json.decode(data, type=OpenBracket)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"an open bracket of the journal cannot be read: {error}") from error
 
 
 # --- rows

@@ -1,4 +1,4 @@
-"""The lock of an environment: one deployment at a time, and a name for those who must wait.
+"""The lock of a project in an environment: one deployment at a time, and a name for those who must wait.
 
 The kernel's lock on a file (`journal.db.locks/…`) says that it is held, and goes with its process, also at
 kill -9. A row in the journal says by whom. Both change only inside a transaction that excludes all others, so that a
@@ -29,8 +29,9 @@ from relay.folders import make_folder
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds an environment. `since` is seconds since 1970; `deployment` is a ULID, empty where none runs yet."""
+    """Who holds a project's place in an environment. `since` is seconds since 1970; `deployment` is a ULID, empty where none runs yet."""
 
+    project: str
     environment: str
     operator: str
     host: str
@@ -42,13 +43,13 @@ class Holder:
 
 
 class EnvironmentLockedError(LockedError):
-    """Another process holds this environment. `holder` says whose."""
+    """Another process holds this project's place in the environment. `holder` says whose."""
 
     def __init__(self, holder: Holder) -> None:
         since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         what = f"{holder.why} {holder.label}".strip()
         super().__init__(
-            f"{holder.environment} is locked by {holder.operator} on {holder.host} (pid {holder.pid}) since {since}"
+            f"{holder.project} in {holder.environment} is locked by {holder.operator} on {holder.host} (pid {holder.pid}) since {since}"
             f"{f': {what}' if what else ''}"
         )
         self.holder = holder
@@ -56,12 +57,13 @@ class EnvironmentLockedError(LockedError):
 
 @contextmanager
 def hold(
-    journal: Journal, environment: str, *, operator: str, label: str, why: str, deployment: str = ""
+    journal: Journal, project: str, environment: str, *, operator: str, label: str, why: str, deployment: str = ""
 ) -> Iterator[Holder]:
-    """Hold the environment for the length of the block, at most until this process ends.
+    """Hold the project's place in the environment for the length of the block, at most until this process ends.
 
     Args:
-        journal: the journal whose environment it is.
+        journal: whose lock it is; those of other journals are others.
+        project: its name.
         environment: its name.
         operator: the person.
         label: of the release; empty where it is about none.
@@ -72,34 +74,61 @@ def hold(
         EnvironmentLockedError: another person holds it; a `LockedError` that names them.
         StoreError: the journal or the lock file cannot be written.
     """
-    mine = Holder(environment, operator, socket.gethostname(), os.getpid(), time.time(), label, why, deployment)
+    mine = Holder(
+        project, environment, operator, socket.gethostname(), os.getpid(), time.time(), label, why, deployment
+    )
     descriptor = _take(journal, mine)
-    tell(LockTaken(operator, environment, why, label, deployment))
+    tell(LockTaken(operator, project, environment, why, label, deployment))
     try:
         yield mine
     finally:
         _give_back(journal, mine, descriptor)
-        tell(LockGivenBack(operator, environment, deployment))
+        tell(LockGivenBack(operator, project, environment, deployment))
 
 
-def holder(journal: Journal, environment: str) -> Holder | None:
+def holder(journal: Journal, project: str, environment: str) -> Holder | None:
     """Who holds it now; None where it is free, whatever a killed process left behind. Raises `StoreError`."""
     with journal.database.writing() as connection:  # inside it, no process can mistake this look for a holder
-        descriptor = _lock(journal, environment)
-        if descriptor is None:
-            return _row(connection, environment)
-        os.close(descriptor)
-        return None
+        return holder_in(connection, journal, project, environment)
+
+
+def holder_in(connection: sa.Connection, journal: Journal, project: str, environment: str) -> Holder | None:
+    """As `holder`, in the transaction of `connection`, which excludes all others. Raises `StoreError`."""
+    descriptor = _lock(journal, project, environment)
+    if descriptor is None:
+        return _row(connection, project, environment)
+    os.close(descriptor)
+    return None
+
+
+def take_file(journal: Journal, name: str, what: str) -> int | None:
+    """The kernel's lock `name` of this journal, gone when the descriptor is closed; None where another has it.
+
+    Args:
+        journal: beside whose file the locks stand.
+        name: any text.
+        what: is locked, for people.
+
+    Raises:
+        StoreError: the file cannot be made.
+    """
+    folder = f"{journal.path}.locks"
+    try:
+        make_folder(folder, mode=0o700)
+        # The names of things are free text; a file's name is not.
+        return lock_file(os.path.join(folder, hashlib.sha256(name.encode()).hexdigest()[:32]))
+    except OSError as error:
+        raise StoreError(f"the lock of {what} in {folder} failed: {error.strerror or error}") from error
 
 
 def _take(journal: Journal, mine: Holder) -> int:
     descriptor: int | None = None
     try:
         with journal.database.writing() as connection:
-            descriptor = _lock(journal, mine.environment)
+            descriptor = _lock(journal, mine.project, mine.environment)
             if descriptor is None:
-                raise EnvironmentLockedError(_row(connection, mine.environment))
-            connection.execute(sa.delete(holders).where(holders.c.environment == mine.environment))
+                raise EnvironmentLockedError(_row(connection, mine.project, mine.environment))
+            connection.execute(sa.delete(holders).where(_of(mine.project, mine.environment)))
             connection.execute(sa.insert(holders), asdict(mine))
     except BaseException:
         if descriptor is not None:
@@ -112,7 +141,7 @@ def _give_back(journal: Journal, mine: Holder, descriptor: int) -> None:
     # The file is the truth: where the row cannot be removed, it is a stale one that is never read.
     try:
         with suppress(StoreError), journal.database.writing() as connection:
-            connection.execute(sa.delete(holders).where(holders.c.environment == mine.environment))
+            connection.execute(sa.delete(holders).where(_of(mine.project, mine.environment)))
             os.close(descriptor)
             descriptor = -1
     finally:
@@ -120,19 +149,16 @@ def _give_back(journal: Journal, mine: Holder, descriptor: int) -> None:
             os.close(descriptor)
 
 
-def _lock(journal: Journal, environment: str) -> int | None:
-    folder = f"{journal.path}.locks"
-    # Names of environments are free text; a file's name is not.
-    name = hashlib.sha256(environment.encode()).hexdigest()[:32]
-    try:
-        make_folder(folder, mode=0o700)
-        return lock_file(os.path.join(folder, name))
-    except OSError as error:
-        raise StoreError(f"the lock of {environment} in {folder} failed: {error.strerror or error}") from error
+def _lock(journal: Journal, project: str, environment: str) -> int | None:
+    return take_file(journal, f"{project}\0{environment}", f"{project} in {environment}")
 
 
-def _row(connection: sa.Connection, environment: str) -> Holder:
-    row = connection.execute(sa.select(holders).where(holders.c.environment == environment)).first()
+def _of(project: str, environment: str) -> sa.ColumnElement[bool]:
+    return (holders.c.project == project) & (holders.c.environment == environment)
+
+
+def _row(connection: sa.Connection, project: str, environment: str) -> Holder:
+    row = connection.execute(sa.select(holders).where(_of(project, environment))).first()
     if row is None:  # the file was locked, but not with this module
-        return Holder(environment, "somebody", "this host", 0, 0.0, "", "", "")
+        return Holder(project, environment, "somebody", "this host", 0, 0.0, "", "", "")
     return Holder(*tuple(row))

@@ -38,9 +38,9 @@ class Recorder:
         await asyncio.to_thread(self.journal.append, self.deployment, *kept, *events)
         self.tell(*events)
 
-    async def claim(self, environment: str, seen: list[int]) -> int:
+    async def claim(self, project: str, environment: str, seen: list[int]) -> int:
         """Go on with a fence above all that agents have `seen`; the new fence."""
-        fence = await asyncio.to_thread(self.journal.claim, environment, seen)
+        fence = await asyncio.to_thread(self.journal.claim, project, environment, seen)
         note = Note(f"agents have seen fence {max(seen)}: this deployment goes on with {fence}")
         await asyncio.to_thread(self.journal.take_up, self.deployment, fence, operator(), note)
         self.tell(note)

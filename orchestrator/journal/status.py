@@ -7,7 +7,7 @@ import msgspec
 from agent.orders.operation_id import SERVER
 from orchestrator.journal.journal import Journal
 from orchestrator.journal.locks import holder
-from orchestrator.journal.views import DeploymentSummary, DeploymentView, open_brackets, summary, view
+from orchestrator.journal.views import DeploymentSummary, DeploymentView, summary, view
 from orchestrator.plan.plan import Plan
 from relay.errors import NotFoundError, UsageError
 
@@ -62,20 +62,21 @@ def check_machine(view: DeploymentView, machine: str | None) -> None:
 def deployment_view(journal: Journal, deployment: str) -> DeploymentView:
     """All of one deployment. Raises `NotFoundError`, `StoreError`."""
     record = journal.deployment(deployment)
-    holding = holder(journal, record.environment)
+    holding = holder(journal, record.project, record.environment)
     return view(
         record,
         journal.entries(deployment),
         is_alive=holding is not None and holding.deployment == deployment,
         plan=msgspec.json.decode(journal.plan(deployment), type=Plan),
-        brackets=open_brackets(journal.brackets(record.environment)),
+        brackets=journal.open_brackets(record.environment),
     )
 
 
 def summaries(journal: Journal, environment: str | None, limit: int) -> list[DeploymentSummary]:
     """The newest deployments first. Raises `StoreError`."""
     records = journal.deployments(environment, limit=limit)
-    holders = [holder(journal, name) for name in {record.environment for record in records}]
+    places = {(record.project, record.environment) for record in records}
+    holders = [holder(journal, *place) for place in places]
     alive = {found.deployment for found in holders if found is not None}
     return [
         summary(

@@ -85,11 +85,16 @@ fences = sa.Table(
     "fences",
     _all,
     sa.Column("environment", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, primary_key=True),
     sa.Column("fence", sa.Integer, nullable=False),
 )
+"""The highest of each project in an environment. That of no project (an empty name) is from before projects had their own,
+and is the floor of all of them.
+"""
 holders = sa.Table(
     "holders",
     _all,
+    sa.Column("project", sa.Text, primary_key=True),
     sa.Column("environment", sa.Text, primary_key=True),
     sa.Column("operator", sa.Text, nullable=False),
     sa.Column("host", sa.Text, nullable=False),
@@ -99,7 +104,44 @@ holders = sa.Table(
     sa.Column("why", sa.Text, nullable=False),
     sa.Column("deployment", sa.Text, nullable=False),
 )
-"""Who holds, or held, the lock of an environment; `orchestrator/journal/locks.py` writes and reads it."""
+"""Who holds, or held, the lock of a project in an environment; `orchestrator/journal/locks.py` writes and reads it."""
+open_brackets = sa.Table(
+    "open_brackets",
+    _all,
+    sa.Column("environment", sa.Text, primary_key=True),
+    sa.Column("rotation", sa.Text, primary_key=True),
+    sa.Column("machine", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("data", sa.Text, nullable=False),
+)
+"""What `orchestrator.journal.views.open_brackets` makes of all entries, kept as they are written: `data` is JSON of an
+`OpenBracket`, `number` that of its entry.
+"""
+leases = sa.Table(
+    "leases",
+    _all,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("machine", sa.Text, nullable=False),
+    sa.Column("environment", sa.Text, nullable=False, index=True),
+    sa.Column("project", sa.Text, nullable=False),
+    sa.Column("label", sa.Text, nullable=False),
+    sa.Column("deployment", sa.Text, nullable=False),
+    sa.Column("operator", sa.Text, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("since", sa.Float, nullable=False),
+)
+"""Who turns, or turned, a machine; `orchestrator/journal/leases.py` writes and reads it."""
+promises = sa.Table(
+    "promises",
+    _all,
+    sa.Column("deployment", sa.Text, primary_key=True),
+    sa.Column("environment", sa.Text, nullable=False, index=True),
+    sa.Column("rotation", sa.Text, nullable=False),
+    sa.Column("min_in_service", sa.Integer, nullable=False),
+    sa.Column("machines", sa.Text, nullable=False),
+)
+"""How many of its machines a deployment keeps in service while it turns others; `orchestrator/journal/leases.py`."""
 
 _GUARDS: Final = {
     "entries_stay": ("UPDATE ON entries", "an entry is never changed"),
@@ -122,20 +164,28 @@ _GUARDS: Final = {
 def create(connection: sa.Connection) -> None:
     """Make everything, in the transaction of `connection`."""
     _all.create_all(connection, checkfirst=False)
-    for name, (before, told) in _GUARDS.items():
+    _guard(connection, *_GUARDS)
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Give the tables of format 1 or 2 the shape of format 3, in the transaction of `connection`.
+
+    The fence of an environment goes on as the floor of all its projects. Nobody may hold a lock.
+    """
+    known = connection.exec_driver_sql("SELECT environment, fence FROM fences").all()
+    connection.exec_driver_sql("DROP TABLE fences")  # and its triggers
+    connection.exec_driver_sql("DROP TABLE holders")
+    _all.create_all(connection, tables=[fences, holders, open_brackets, leases, promises], checkfirst=False)
+    _guard(connection, "fences_rise", "fences_are_kept")
+    connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN envelope BLOB")
+    for environment, fence in known:
+        connection.execute(sa.insert(fences), {"environment": environment, "project": "", "fence": fence})
+
+
+def _guard(connection: sa.Connection, *names: str) -> None:
+    for name in names:
+        before, told = _GUARDS[name]
         connection.exec_driver_sql(f"CREATE TRIGGER {name} BEFORE {before} BEGIN SELECT RAISE(ABORT, '{told}'); END")
-
-
-def is_whole(connection: sa.Connection) -> bool:
-    """Whether the file has all columns that came later. Others may have been made by an older Waystation."""
-    found = connection.exec_driver_sql("SELECT name FROM pragma_table_info('decisions')").scalars()
-    return "envelope" in set(found)
-
-
-def complete(connection: sa.Connection) -> None:
-    """Add what `is_whole` misses, in the transaction of `connection`. An older Waystation reads on: it names its columns."""
-    if not is_whole(connection):  # no other process was faster
-        connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN envelope BLOB")
 
 
 def names(connection: sa.Connection) -> set[str]:

@@ -36,7 +36,7 @@ class OpenBracket(msgspec.Struct, frozen=True):
     """A machine that may be out of its rotation: `before` was begun at `since`, and no `after` ended well since then.
 
     `deployment`, `label`, `step` and `number` (of the entry) are those of who opened it; `adopted_by` is the ULID of the
-    deployment that answers for it now, where another took it over.
+    deployment that answers for it now, where another took it over. `project` is that of who answers for it.
     """
 
     machine: str
@@ -48,6 +48,7 @@ class OpenBracket(msgspec.Struct, frozen=True):
     step: int
     number: int
     adopted_by: str = ""
+    project: str = ""
 
     @property
     def owner(self) -> str:
@@ -364,29 +365,41 @@ def open_brackets(deployments: Iterable[tuple[DeploymentRecord, Sequence[Journal
     told = [(entry, record) for record, entries in deployments for entry in entries]
     found: dict[tuple[str, str, str], OpenBracket] = {}
     for entry, record in sorted(told, key=lambda pair: pair[0].number):
-        match entry.event:
-            case ev.BracketOpened(machine=machine, rotation=rotation, step=step):
-                key = (record.environment, rotation, machine)
-                if key not in found:
-                    found[key] = OpenBracket(
-                        machine=machine,
-                        rotation=rotation,
-                        environment=record.environment,
-                        deployment=record.deployment,
-                        label=record.label,
-                        since=entry.at,
-                        step=step,
-                        number=entry.number,
-                    )
-                elif found[key].owner != record.deployment:
-                    found[key] = msgspec.structs.replace(found[key], adopted_by=record.deployment)
-            case ev.BracketAdopted(machine=machine, rotation=rotation):
-                key = (record.environment, rotation, machine)
-                if key in found:
-                    found[key] = msgspec.structs.replace(found[key], adopted_by=record.deployment)
-            case ev.BracketClosed(machine=machine, rotation=rotation):
-                found.pop((record.environment, rotation, machine), None)
+        event = entry.event
+        if isinstance(event, BracketEvent):
+            key = (record.environment, event.rotation, event.machine)
+            after = bracket_after(found.pop(key, None), record, entry, event)
+            if after is not None:
+                found[key] = after
     return sorted(found.values(), key=lambda bracket: bracket.number)
+
+
+BracketEvent = ev.BracketOpened | ev.BracketClosed | ev.BracketAdopted
+
+
+def bracket_after(
+    bracket: OpenBracket | None, record: DeploymentRecord, entry: JournalEntry, event: BracketEvent
+) -> OpenBracket | None:
+    """What becomes of a machine's bracket in a rotation (None: it is closed) by an entry of the deployment `record`."""
+    match event:
+        case ev.BracketClosed():
+            return None
+        case ev.BracketOpened() if bracket is None:
+            return OpenBracket(
+                machine=event.machine,
+                rotation=event.rotation,
+                environment=record.environment,
+                deployment=record.deployment,
+                label=record.label,
+                since=entry.at,
+                step=event.step,
+                number=entry.number,
+                project=record.project,
+            )
+        case _:
+            if bracket is None or (isinstance(event, ev.BracketOpened) and bracket.owner == record.deployment):
+                return bracket
+            return msgspec.structs.replace(bracket, adopted_by=record.deployment, project=record.project)
 
 
 def operations(entries: Iterable[JournalEntry]) -> dict[str, OperationView]:

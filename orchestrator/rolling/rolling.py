@@ -12,8 +12,8 @@ known to be in service never become fewer than `min_in_service` by a start of ou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from orchestrator.plan.forecast import counted
@@ -23,11 +23,12 @@ from orchestrator.plan.plan import MachineStep, PlannedPhase
 @dataclass(frozen=True, slots=True)
 class RotationState:
     """Which machines are in service and which are out. Of one in neither it is not known: it does not count as in
-    service, and starting it may take it out.
+    service, and starting it may take it out. `held` must not start now, for a reason that stands elsewhere.
     """
 
     inside: frozenset[str]
     out: frozenset[str]
+    held: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def by_brackets(cls, machines: Collection[str], out: Collection[str]) -> RotationState:
@@ -109,7 +110,7 @@ def begin(step: MachineStep) -> Roll:
 def next_starts(roll: Roll, service: RotationState) -> list[str]:
     """The machines to start now, in this order. Call it again whenever one ended or `service` changed."""
     starts: list[str] = []
-    while (machine := _next(roll, service)) is not None:
+    while (machine := next_start(roll, service)) is not None:
         starts.append(machine)
         roll = started(roll, machine)
     return starts
@@ -167,17 +168,18 @@ def stop(roll: Roll, reason: str) -> Roll:
 
 def why_waiting(roll: Roll, service: RotationState) -> str:
     """Why nothing can start; empty where something can, or where the roll is over."""
-    if roll.is_over or _next(roll, service) is not None:
+    if roll.is_over or next_start(roll, service) is not None:
         return ""
     if roll.stopped:
         return f"stopped: {roll.stopped}; {_names(roll.in_flight)} still in flight"
-    return (_why_full(roll) if roll.in_flight else "") or _why_too_few(roll, service)
+    return (_why_full(roll) if roll.in_flight else "") or _why_held(roll, service) or _why_too_few(roll, service)
 
 
 # --- the rules
 
 
-def _next(roll: Roll, service: RotationState) -> str | None:
+def next_start(roll: Roll, service: RotationState) -> str | None:
+    """The first machine to start now; None where none may."""
     if roll.stopped or _why_full(roll):
         return None
     left = len(service.inside - roll.in_flight)
@@ -197,6 +199,8 @@ def _in_order(roll: Roll, service: RotationState) -> Iterator[str]:
 
 def _may_start(roll: Roll, service: RotationState, machine: str, left: int) -> bool:
     """Whether `min_in_service` are known to stay, of the `left` ones that are in service and not in flight."""
+    if machine in service.held:
+        return False
     if machine in service.out:
         return True
     return left - (machine in service.inside) >= roll.min_in_service
@@ -224,6 +228,13 @@ def _phase(roll: Roll) -> tuple[int, int]:
     # Beyond the last phase's count the last window holds on: a plan whose counts are too small loses no machine.
     index = next((i for i, end in enumerate(firsts[1:]) if len(roll.started) < end), len(roll.phases) - 1)
     return index, firsts[index]
+
+
+def _why_held(roll: Roll, service: RotationState) -> str:
+    """Why the machines that wait are held; empty where one of them is not, and waits for something else."""
+    if any(machine not in service.held for machine in roll.waiting):
+        return ""
+    return "; ".join(dict.fromkeys(service.held[machine] for machine in roll.waiting))
 
 
 def _why_too_few(roll: Roll, service: RotationState) -> str:

@@ -318,7 +318,7 @@ async def test_results_are_kept_until_they_are_acknowledged(place: Place) -> Non
 
         await place.post(place.desk.order(Acknowledge((report.operation,), ends=True), "acknowledge"))
         await eventually(lambda: place.journal.unacknowledged() == [])
-        await eventually(lambda: not place.journal.fences["test"].open)
+        await eventually(lambda: not place.journal.fences["test", ""].open)
 
     assert report.operation in place.journal.operations, "too young to be forgotten"
 

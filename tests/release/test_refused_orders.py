@@ -280,6 +280,7 @@ ALTERED: Mapping[str, Callable[[Any], Any]] = {
     "not_before": lambda value: value - 1,
     "not_after": lambda value: value + 1e6,
     "relays": lambda value: [*value, "http://127.0.0.1:1"],
+    "project": lambda value: "desk",
     "action": lambda value: value | {"type": "switch"},
 }
 ALTERED_ACTION: Mapping[str, Callable[[Any], Any]] = {

@@ -109,14 +109,14 @@ def test_the_window_has_the_skew_on_both_sides(desk: Desk, now: float, code: str
     ],
 )
 def test_the_fence_lets_only_who_leads_order(desk: Desk, fence: int, journal: str, code: str | None) -> None:
-    memory = Memory(fences={"test": fence_seen(5), "other": fence_seen(99)})
+    memory = Memory(fences={("test", ""): fence_seen(5), ("other", ""): fence_seen(99)})
     found = verdict(desk.sign(order(fence=fence, journal=journal)), memory)
 
     assert (found.code if isinstance(found, Refused) else None) == code
 
 
 def test_a_fence_counts_in_its_own_environment_only(desk: Desk) -> None:
-    memory = Memory(fences={"production": fence_seen(9)})
+    memory = Memory(fences={("production", ""): fence_seen(9)})
 
     assert isinstance(verdict(desk.sign(order(environment="test", fence=1)), memory), Accepted)
     assert fenced_off(order(environment="production", fence=1), memory.fences) is not None
@@ -129,10 +129,46 @@ def test_a_clock_that_fell_behind_what_was_obeyed_is_told(desk: Desk) -> None:
     assert isinstance(verdict(desk.sign(order()), Memory(newest=NOW + SKEW_SECONDS - 1)), Accepted)
 
 
+@pytest.mark.parametrize(
+    ("project", "fence", "is_refused"),
+    [
+        ("shop", 5, False),
+        ("shop", 4, True),
+        ("desk", 3, False),  # the fences of another project shut out nobody here
+        ("desk", 2, True),  # what came of no project is above all of them
+        ("", 8, True),  # and must be above all of them
+        ("", 9, False),
+        ("", 10, False),
+    ],
+)
+def test_projects_shut_out_their_own_and_who_speaks_for_the_environment_is_heard_by_all(
+    project: str, fence: int, is_refused: bool
+) -> None:
+    memory = Memory(
+        fences={
+            ("test", ""): fence_seen(3),
+            ("test", "shop"): fence_seen(5),
+            ("test", "news"): fence_seen(9),
+            ("other", "shop"): fence_seen(99),
+        }
+    )
+    judged = verdict(_desk().sign(order(project=project, fence=fence)), memory)
+    assert isinstance(judged, Refused if is_refused else Accepted)
+    assert not isinstance(judged, Refused) or judged.code == "fenced_off"
+
+
+def test_another_journal_does_not_share_a_fence_of_the_project(desk: Desk) -> None:
+    memory = Memory(fences={("test", "shop"): fence_seen(5), ("test", "desk"): fence_seen(5, "f" * 32)})
+
+    assert refusal(desk.sign(order(project="desk", fence=5)), memory).code == "other_journal"
+    assert isinstance(verdict(desk.sign(order(project="shop", fence=5)), memory), Accepted)
+    assert isinstance(verdict(desk.sign(order(project="desk", fence=6)), memory), Accepted)
+
+
 def test_the_same_bytes_again_are_known_even_when_all_else_has_changed(desk: Desk) -> None:
     envelope = desk.sign(order())
     known = {order().operation: order_digest(envelope)}
-    memory = Memory(known=known, fences={"test": fence_seen(99)}, newest=NOW + 9000)
+    memory = Memory(known=known, fences={("test", ""): fence_seen(99)}, newest=NOW + 9000)
 
     assert verdict(envelope, memory, NOW + 99_999) == Known(order().operation, order_digest(envelope))
 
@@ -159,6 +195,7 @@ def test_a_key_out_of_scope_and_a_foreign_key_are_told_apart(desk: Desk) -> None
 FIELDS: list[tuple[str, Callable[[object], object]]] = [
     ("operation", lambda _: f"{DEPLOYMENT}/0/web1/survey/2"),
     ("environment", lambda _: "production"),
+    ("project", lambda _: "desk"),
     ("fence", lambda value: value + 1),
     ("journal", lambda _: "f" * 32),
     ("agent", lambda _: "WEB1"),
@@ -173,7 +210,7 @@ FIELDS: list[tuple[str, Callable[[object], object]]] = [
 def test_no_field_can_be_changed_on_the_way(desk: Desk, field: str, change: Callable[[object], object]) -> None:
     document = json.loads(desk.sign(order()))
     payload = json.loads(base64.b64decode(document["payload"]))
-    payload[field] = change(payload[field])
+    payload[field] = change(payload.get(field))
     document["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
     changed = json.dumps(document).encode()
 
@@ -230,7 +267,7 @@ def test_no_bytes_at_all_are_accepted_or_an_error(data: bytes) -> None:
 def test_no_numbers_are_an_error(not_before: float, not_after: float, fence: int) -> None:
     envelope = _desk().sign(_desk().order(not_before=not_before, not_after=not_after, fence=fence))
 
-    found = verdict(envelope, Memory(fences={"test": fence_seen(5)}), time.time())
+    found = verdict(envelope, Memory(fences={("test", ""): fence_seen(5)}), time.time())
 
     assert isinstance(found, Accepted | Refused)
 

@@ -193,7 +193,7 @@ def test_fences_outlive_the_orders_that_raised_them(desk: Desk) -> None:
 
     again = OperationJournal(desk.home)
 
-    assert again.fences["test"].fence == 7
+    assert again.fences["test", ""].fence == 7
     assert (
         judged(again, desk, order(desk, "old", fence=6, not_before=GONE, not_after=GONE + 60), GONE).code
         == "fenced_off"
@@ -203,22 +203,24 @@ def test_fences_outlive_the_orders_that_raised_them(desk: Desk) -> None:
 def test_a_fence_is_open_until_its_own_deployment_ends(desk: Desk) -> None:
     journal = OperationJournal(desk.home)
     accept(journal, desk, order(desk, fence=7))
-    assert OperationJournal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test", ""].open
 
     journal.close("test", OTHER)
-    assert OperationJournal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test", ""].open
     journal.close("test", DEPLOYMENT)
-    assert not OperationJournal(desk.home).fences["test"].open
+    assert not OperationJournal(desk.home).fences["test", ""].open
     accept(journal, desk, order(desk, "late", fence=7))
-    assert not OperationJournal(desk.home).fences["test"].open, "what follows at the same fence does not open it again"
+    assert not OperationJournal(desk.home).fences["test", ""].open, (
+        "what follows at the same fence does not open it again"
+    )
     accept(journal, desk, order(desk, "next", fence=8))
-    assert OperationJournal(desk.home).fences["test"].open
+    assert OperationJournal(desk.home).fences["test", ""].open
 
 
 def test_an_order_that_is_not_kept_raises_the_fence_durably(desk: Desk) -> None:
     OperationJournal(desk.home).lead(order(desk, fence=9))
 
-    assert OperationJournal(desk.home).fences["test"].fence == 9
+    assert OperationJournal(desk.home).fences["test", ""].fence == 9
 
 
 def test_a_damaged_memory_of_fences_is_not_taken_for_none(desk: Desk) -> None:

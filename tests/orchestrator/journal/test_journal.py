@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -15,17 +16,21 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 import msgspec
 import pytest
 from harness.process import Talk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.orders.orders import AcquireFacts, SurveyFacts, SwitchFacts, TreeFacts, TreePulled
 from orchestrator.journal import events as ev
 from orchestrator.journal import sqlite, tables
 from orchestrator.journal.journal import FENCE_MAX, FORMAT, Journal
-from relay.errors import ConflictError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
+from orchestrator.journal.views import open_brackets
+from relay.errors import ConflictError, LockedError, NotFoundError, RefusedError, StoreError, UntrustedError, UsageError
 
 ULID = "01JD0000000000000000000000"
 OTHER = "01JD0000000000000000000001"
@@ -58,11 +63,30 @@ ONE_OF_EACH: tuple[ev.Event, ...] = (
     ev.BracketOpened("web1", "web", 1),
     ev.BracketClosed("web1", "web", "put_back"),
     ev.BracketAdopted("web1", "web", OTHER),
+    ev.TurnDid("web1", 1, "act 1", "failed", "exit 1"),
+    ev.AskOpened("2/sign off", 2, "sign off", "?", 1800.0),
+    ev.AskAnswered("2/sign off", 3, "ann", "approve", "because"),
+    ev.AskClosed("2/sign off", "expired", "nobody came", late=True),
+    ev.MachineAsked("web1", 1, "verify", ("retry", "fail")),
+    ev.MachineDecided("web1", 1, "retry", 4, "bob", "again"),
+    ev.Paused("by ann", "ann"),
+    ev.Unpaused("ann", "mended"),
+    ev.Left("web2", "in repair", "ann"),
     ev.Dispatched(OPERATION, "web1", HEX),
     ev.Reported(OPERATION, "web1", "done", facts=SwitchFacts("/a", "/b")),
     ev.ServerRunDispatched(f"{ULID}/1/web1/before/1", "out.py", "web1"),
     ev.ServerRunEnded(f"{ULID}/1/web1/before/1", "failed", "web1", "exit status 3", 3),
     ev.Refused("web1", "fence", OPERATION),
+    ev.TurnDid("web1", 1, "ask", "done", answer="retry"),
+    ev.GatePassed(1, 1, "canary"),
+    ev.AskOpened("1/canary", 1, "canary", "Is it good?", 900.0),
+    ev.AskAnswered("1/canary", 3, "anna", "approve", "it is"),
+    ev.AskClosed("1/canary", "approved", "anna agreed", late=True),
+    ev.MachineAsked("web1", 1, "verify: 500", ("retry", "fail")),
+    ev.MachineDecided("web1", 1, "retry", 4, "anna", "once more"),
+    ev.Paused("look", "anna"),
+    ev.Unpaused("anna", "all is well"),
+    ev.Left("web7", "offline"),
 )
 
 
@@ -103,7 +127,7 @@ def test_every_kind_of_entry_comes_back_as_it_went_in(journal: Journal) -> None:
 def test_a_reopened_journal_is_the_same_journal(path: str) -> None:
     with Journal.open(path, clock=lambda: 1000.5) as first:
         id = first.id
-        first.begin(ULID, PLAN, first.claim("production"), "ann", host="deploy1", goal="stage")
+        first.begin(ULID, PLAN, first.claim("shop", "production"), "ann", host="deploy1", goal="stage")
         first.add_release("shop", "1.4.2", b"document", ENVELOPE, {HELLO: b"hello"}, "ann")
         decision = first.decide("production", ULID, "retry", {"machine": "web1"}, "bob")
     with Journal.open(path) as again:
@@ -153,13 +177,13 @@ def test_a_reopened_journal_is_the_same_journal(path: str) -> None:
 def test_what_is_written_can_be_neither_changed_nor_removed(journal: Journal, statement: str) -> None:
     journal.add_release("shop", "1.4.2", b"document", ENVELOPE, {}, "ann")
     journal.take_decision(journal.decide("production", ULID, "retry", {}, "ann"))
-    journal.claim("production", [41])
+    journal.claim("shop", "production", [41])
     before = journal.entries(ULID)
     with raw(journal.path) as connection, pytest.raises(sqlite3.IntegrityError, match=r"never|only rises|once"):
         connection.execute(statement)
     assert journal.entries(ULID) == before
     assert journal.plan(ULID) == PLAN
-    assert journal.claim("production") == 43
+    assert journal.claim("shop", "production") == 43
 
 
 def test_numbers_only_grow_over_all_deployments(journal: Journal) -> None:
@@ -282,15 +306,31 @@ def test_a_release_file_is_what_its_hash_says(journal: Journal) -> None:
 
 
 def test_a_fence_is_above_all_that_was_claimed_or_seen(journal: Journal) -> None:
-    assert [journal.claim("a"), journal.claim("a", [7, 3]), journal.claim("a", [2]), journal.claim("b")] == [1, 8, 9, 1]
+    assert [
+        journal.claim("shop", "a"),
+        journal.claim("shop", "a", [7, 3]),
+        journal.claim("shop", "a", [2]),
+        journal.claim("shop", "b"),
+    ] == [1, 8, 9, 1]
+
+
+def test_projects_have_fences_of_their_own(journal: Journal) -> None:
+    assert [journal.claim(*place) for place in (("shop", "a"), ("desk", "a"), ("shop", "a"), ("shop", "b"))] == [
+        1,
+        1,
+        2,
+        1,
+    ]
+    assert journal.claim("desk", "a", [40]) == 41
+    assert journal.claim("shop", "a") == 3
 
 
 def test_a_fence_that_no_order_can_carry_is_refused(journal: Journal) -> None:
     with pytest.raises(RefusedError, match="used up"):
-        journal.claim("a", [FENCE_MAX])
+        journal.claim("shop", "a", [FENCE_MAX])
     with pytest.raises(RefusedError, match="used up"):
-        journal.claim("a", [1 << 80])
-    assert journal.claim("a", [FENCE_MAX - 1]) == FENCE_MAX
+        journal.claim("shop", "a", [1 << 80])
+    assert journal.claim("shop", "a", [FENCE_MAX - 1]) == FENCE_MAX
 
 
 # --- decisions
@@ -369,6 +409,86 @@ def test_the_location_is_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest.Mon
             Journal.open(wrong)
 
 
+def aged(path: str, format: str, *statements: str) -> None:
+    """Give a journal the shape of an older format."""
+    with raw(path) as connection:
+        for table in ("fences", "holders", "open_brackets", "leases", "promises"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("CREATE TABLE fences (environment TEXT PRIMARY KEY, fence INTEGER NOT NULL)")
+        connection.execute(
+            "CREATE TABLE holders (environment TEXT PRIMARY KEY, operator TEXT, host TEXT, pid INTEGER, since FLOAT, "
+            "label TEXT, why TEXT, deployment TEXT)"
+        )
+        connection.execute(
+            "CREATE TRIGGER fences_are_kept BEFORE DELETE ON fences BEGIN SELECT RAISE(ABORT, 'a fence only rises'); END"
+        )
+        connection.execute("ALTER TABLE decisions DROP COLUMN envelope")
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (format,))
+        for statement in statements:
+            connection.execute(statement)
+
+
+@pytest.mark.parametrize("format", ["1", "2"])
+def test_a_journal_of_before_goes_on_with_its_fences_and_brackets(path: str, format: str) -> None:
+    with Journal.open(path) as journal:
+        journal.begin(ULID, PLAN, 7, "ann")
+        journal.append(ULID, ev.BracketOpened("web1", "web", 1), ev.BracketOpened("web2", "web", 1))
+        journal.append(ULID, ev.BracketClosed("web1", "web", "deployed"))
+        was_open = journal.open_brackets()
+    aged(path, format, "INSERT INTO fences VALUES ('production', 7)")
+    for _ in range(2):
+        with Journal.open(path) as journal:
+            assert journal.open_brackets() == was_open
+            assert journal.open_brackets("staging") == []
+    with Journal.open(path) as journal:
+        assert [(one.machine, one.project) for one in was_open] == [("web2", "shop")]
+        assert journal.claim("desk", "production") == 8, "no fence of a project is below that of the environment"
+        assert journal.claim("shop", "production") == 8
+        assert journal.claim("shop", "staging") == 1
+        assert journal.deployment(ULID).fence == 7
+    with raw(path) as connection:
+        assert connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchall() == [(str(FORMAT),)]
+        with pytest.raises(sqlite3.IntegrityError, match="only rises"):
+            connection.execute("DELETE FROM fences")
+
+
+def test_a_journal_that_an_older_version_works_with_is_left_as_it_is_until_that_ends(path: str) -> None:
+    Journal.open(path).close()
+    aged(path, "2")
+    Path(f"{path}.locks").mkdir()
+    with Path(f"{path}.locks/production").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="older Waystation"):
+            Journal.open(path)
+        with raw(path) as connection:
+            assert connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchall() == [("2",)]
+    Journal.open(path).close()
+
+
+bracket_events = st.builds(
+    lambda kind, machine: {
+        "open": ev.BracketOpened(machine, "web", 1),
+        "close": ev.BracketClosed(machine, "web", "deployed"),
+        "adopt": ev.BracketAdopted(machine, "web", ULID),
+    }[kind],
+    st.sampled_from(["open", "close", "adopt"]),
+    st.sampled_from(["web1", "web2"]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([ULID, OTHER]), st.lists(bracket_events, min_size=1, max_size=4)), max_size=12)
+)
+def test_the_open_brackets_that_are_kept_are_those_of_the_entries(story: list[tuple[str, list[ev.Event]]]) -> None:
+    with TemporaryDirectory() as folder, Journal.open(f"{folder}/journal.db") as journal:
+        journal.begin(ULID, PLAN, 1, "ann")
+        journal.begin(OTHER, PLAN.replace(b'"shop"', b'"desk"'), 1, "ann")
+        for deployment, events in story:
+            journal.append(deployment, *events)
+            assert journal.open_brackets("production") == open_brackets(journal.brackets("production"))
+
+
 def test_a_journal_of_a_newer_format_is_refused_and_untouched(path: str) -> None:
     Journal.open(path).close()
     with raw(path) as connection:
@@ -385,17 +505,12 @@ def test_a_journal_of_format_2_is_read_on_and_takes_signed_decisions(path: str) 
     with Journal.open(path) as journal:
         journal.begin(ULID, PLAN, 1, "ann")
         journal.decide("production", ULID, "cancel", {}, "ann")
-    with raw(path) as connection:
-        connection.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
-        connection.execute("ALTER TABLE decisions DROP COLUMN envelope")
+    aged(path, "2")
     with Journal.open(path) as journal, Journal.open(path) as other:
         number = journal.decide("production", ULID, "pause", {}, "ann", b"signed")
         old, new = other.pending_decisions(ULID)
         assert (old.kind, old.envelope) == ("cancel", b"")
         assert (new.number, new.envelope) == (number, b"signed")
-    with raw(path) as connection:
-        # Nothing of the new kinds was written yet: the older one may go on with it.
-        assert connection.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() == ("2",)
 
 
 def test_an_envelope_is_kept_once(journal: Journal) -> None:
@@ -448,7 +563,7 @@ def use_all(path: str) -> None:
         with suppress(NotFoundError):
             journal.release("shop", "1")
         journal.append(ULID, ev.Note("after"))
-        journal.claim("production")
+        journal.claim("shop", "production")
 
 
 def test_damage_anywhere_is_a_store_error_and_never_anything_else(path: str, tmp_path: Path) -> None:
@@ -574,7 +689,7 @@ sys.stdin.readline()
 with Journal.open(path) as journal:
     print(journal.id)
     for i in range(int(count)):
-        print(journal.append(deployment, Note(f"{name} {i}")), journal.claim("production"),
+        print(journal.append(deployment, Note(f"{name} {i}")), journal.claim("shop", "production"),
               journal.decide("production", deployment, name, {"i": i}, name), flush=True)
 """
 
@@ -688,4 +803,4 @@ def test_a_process_killed_while_it_makes_the_journal_leaves_room_for_the_next(pa
     assert os.path.exists(path)
     with Journal.open(path) as journal:
         journal.begin(ULID, PLAN, 1, "ann")
-        assert journal.claim("production") == 1
+        assert journal.claim("shop", "production") == 1

@@ -29,7 +29,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def test_every_act_is_told_once_with_who_and_where(journal: Journal, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with log_to_file(str(path)):
-        journal.begin(ULID, PLAN, journal.claim("production"), "ann@deploy1")
+        journal.begin(ULID, PLAN, journal.claim("shop", "production"), "ann@deploy1")
         number = journal.decide("production", ULID, "cancel", {"why": CANARY}, "bob@desk")
         assert journal.take_decision(number)
         assert not journal.take_decision(number)

@@ -356,7 +356,7 @@ def test_an_open_bracket_outlives_its_deployment_and_says_since_when_and_by_whom
     first = (record(state="failed"), entries(ev.BracketOpened("web1", "web", 2), ev.Ended("failed")))
     second = (record(OTHER, label="1.4.3"), entries(STARTED, deployment=OTHER, first=10))
     (found,) = views.open_brackets([second, first])
-    assert found == views.OpenBracket("web1", "web", "production", ULID, "1.4.2", 1001.0, 2, 1)
+    assert found == views.OpenBracket("web1", "web", "production", ULID, "1.4.2", 1001.0, 2, 1, project="shop")
     assert found.owner == ULID
 
 
