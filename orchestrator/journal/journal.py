@@ -22,7 +22,7 @@ import msgspec
 import sqlalchemy as sa
 
 from orchestrator.acts import Decided, FenceClaimed, ReleaseCreated
-from orchestrator.journal import tables
+from orchestrator.journal import chain, tables
 from orchestrator.journal.events import (
     BRACKET_KINDS,
     DecisionTaken,
@@ -66,6 +66,36 @@ class Decision:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A row by its number, and its hash; empty of an entry that is older than the chain."""
+
+    number: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The last entry and decision of a journal, and the last entry of some deployments."""
+
+    entries: Head
+    decisions: Head
+    of_deployments: dict[str, Head]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """What the two chains turned out to be."""
+
+    entries: chain.Checked
+    decisions: chain.Checked
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all is as it was written."""
+        return self.entries.wrong is None and self.decisions.wrong is None and self.entries.has_kept
+
+
 _LISTED = tuple(column for column in tables.deployments.c if column.name not in {"number", "plan"})
 
 
@@ -81,7 +111,10 @@ class Journal:
         self.database = database
         self.path = database.path
         self.id = ""
-        self._clock = clock
+        self._given_clock = clock
+
+    def _clock(self) -> float:
+        return float(self._given_clock())  # as it comes back from a column of this type
 
     @classmethod
     def open(cls, location: str, *, clock: Callable[[], float] = time.time) -> Journal:
@@ -250,9 +283,7 @@ class Journal:
             if connection.execute(_where_is(deployment)).first() is not None:
                 raise ConflictError(f"deployment {deployment} has begun already")
             connection.execute(sa.insert(tables.deployments), row)
-            # From here on there may be entries of kinds that an older Waystation does not know.
-            connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
-            number = self._add(connection, deployment, (started,))
+            number = self._add(connection, deployment, (started,), tables.of_deployment(row))
         tell_facts(deployment, (started,), project=head.project, label=head.label, environment=head.environment)
         return number
 
@@ -373,9 +404,9 @@ class Journal:
         with self.database.writing() as connection:
             if connection.execute(_where_is(deployment)).first() is None:
                 raise NotFoundError(f"there is no deployment {deployment}")
-            done = connection.execute(sa.insert(tables.decisions), row | {"data": text, "at": self._clock()})
+            number = self._chain(connection, tables.decisions, [row | {"data": text, "at": self._clock()}])
         tell(Decided(operator, environment, deployment, kind))
-        return _key_of(done)
+        return number
 
     def pending_decisions(self, deployment: str) -> list[Decision]:
         """Decisions for this deployment that were not taken up yet, oldest first. Raises `StoreError`."""
@@ -408,6 +439,44 @@ class Journal:
         tell_facts(decision.deployment, (taken,))
         return True
 
+    # --- the chain
+
+    def verify(self, kept: str | None = None) -> ChainReport:
+        """Walk all entries and decisions, and find the first that is not what was written.
+
+        `kept` is a head that somebody kept: it must still be the hash of an entry. Raises `StoreError`.
+        """
+        with self.database.reading() as connection:
+            entries, decisions = (self._check(connection, table, kept) for table in tables.CHAINED)
+        return ChainReport(entries, decisions)
+
+    def heads(self, deployments: Iterable[str] = ()) -> Heads:
+        """Where the chains end now, and the last entry of each of these deployments. Raises `StoreError`."""
+        column = tables.entries.c
+        with self.database.reading() as connection:
+            entries, decisions = (self._head(connection, table) for table in tables.CHAINED)
+            of = {}
+            for deployment in deployments:
+                query = sa.select(column.number, column.hash).where(column.deployment == deployment)
+                last = connection.execute(query.order_by(column.number.desc()).limit(1)).first()
+                if last is not None:
+                    of[deployment] = Head(last.number, last.hash or "")
+        return Heads(entries, decisions, of)
+
+    def _check(self, connection: sa.Connection, table: sa.Table, kept: str | None) -> chain.Checked:
+        start = chain.start_of(self.id)
+        rows = tables.chained_rows(connection, table)
+        highest = tables.highest_number(connection, table)
+        if table is tables.decisions:
+            kept = None
+        try:
+            return chain.check(rows, start, tables.base_of(connection, table, start), highest, kept=kept)
+        except ValueError as error:
+            raise self.database.damaged(f"where the chain of its {table.name} begins cannot be read") from error
+
+    def _head(self, connection: sa.Connection, table: sa.Table) -> Head:
+        return Head(*tables.head_of(connection, table, chain.start_of(self.id)))
+
     # --- inside
 
     def _change(self, deployment: str, values: dict[str, Any], events: tuple[Event, ...]) -> None:
@@ -419,31 +488,48 @@ class Journal:
             self._add(connection, deployment, events)
         tell_facts(deployment, events)
 
-    def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
-        number, at = 0, self._clock()
-        for event in events:
-            row = {
-                "deployment": deployment,
-                "at": at,
-                "kind": event.kind(),
-                "data": msgspec.json.encode(event).decode(),
-            }
-            number = _key_of(connection.execute(sa.insert(tables.entries), row))
-        return number
+    def _add(
+        self,
+        connection: sa.Connection,
+        deployment: str,
+        events: tuple[Event, ...],
+        begins: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Entries at the end of the chain; `begins` are columns of the deployment that the first one begins."""
+        if not events:
+            return 0
+        at = self._clock()
+        rows = [
+            {"deployment": deployment, "at": at, "kind": one.kind(), "data": msgspec.json.encode(one).decode()}
+            for one in events
+        ]
+        rows[0] |= begins or {}
+        return self._chain(connection, tables.entries, rows)
+
+    def _chain(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> int:
+        return tables.add_chained(connection, table, chain.start_of(self.id), rows)
 
     def _prepare(self) -> None:
-        if not self._read_meta():
+        found = self._read_meta()
+        if found is None:
             with self.database.writing() as connection:
                 if not tables.names(connection):  # no other process was faster
                     self._create(connection)
-            self._read_meta()
+            found = self._read_meta()
+        if found is not None and found < FORMAT:
+            # From here on there may be what an older Waystation does not know: it refuses the file then.
+            with self.database.writing() as connection:
+                tables.migrate(connection, self.id)
+                connection.execute(
+                    sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT))
+                )
 
-    def _read_meta(self) -> bool:
-        """Take format and id. False where the file is still empty."""
+    def _read_meta(self) -> int | None:
+        """Take the id; the format. None where the file is still empty."""
         with self.database.reading() as connection:
             there = tables.names(connection)
             if not there:
-                return False
+                return None
             if "meta" not in there:
                 raise StoreError(f"{self.path} is not a journal: it is a database of something else")
             meta = {str(key): str(value) for key, value in connection.execute(sa.select(tables.meta))}
@@ -458,7 +544,7 @@ class Journal:
         if int(found) < 1:
             raise self.database.damaged(f"there never was a format {found}")
         self.id = id
-        return True
+        return int(found)
 
     def _create(self, connection: sa.Connection) -> None:
         tables.create(connection)
@@ -488,13 +574,6 @@ def _path_of(location: str) -> str:
 
 def _where_is(deployment: str) -> sa.Select[Any]:
     return sa.select(sa.literal(1)).where(tables.deployments.c.deployment == deployment)
-
-
-def _key_of(result: sa.CursorResult[Any]) -> int:
-    key = result.inserted_primary_key
-    if key is None:
-        raise StoreError("the database gave no number")
-    return int(key[0])
 
 
 def _entry(row: sa.Row[Any]) -> JournalEntry:
