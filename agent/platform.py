@@ -13,6 +13,7 @@ import select
 import signal
 import stat
 import sys
+import time
 
 from relay.support.durable import sync_folder
 
@@ -326,12 +327,6 @@ def start_leader(argv: Sequence[str], environment: Mapping[str, str], output: in
     )
 
 
-def adopt_orphans() -> None:
-    """Become the parent of every descendant whose parent ends, so that none gets out of sight (Linux; else nothing)."""
-    if IS_LINUX and _libc is not None:
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def ended_children() -> dict[int, int]:
     """Every child that ended since the last call: its exit status, negative for the signal that ended it."""
     ended: dict[int, int] = {}
@@ -360,40 +355,119 @@ def descendants(of: int) -> dict[int, int]:
     return found
 
 
-def end_tree(leader: int, *, at_once: bool = False) -> None:
-    """Ask the group of `leader`, and every other descendant of this process, to end (or end them `at_once`).
+_LOST_SECONDS = 2.0
+"""How long what was lost is looked for, while some of it is still found."""
+RUN = "WAYSTATION_RUN"
+"""A variable in the environment of all that a run starts: its value names the run on this machine."""
 
-    `leader` is a child of this process that was not waited for, or 0 if it was.
+
+class ProcessTree:
+    """All that one run starts, to be ended as a whole: also what left session and group, or lost its parents.
+
+    On Linux all of it is found below this process, which becomes the parent of every orphan among it. Where this process
+    may make a cgroup (version 2) below its own, all is born in one, and one write ends it. Whoever comes later, when this
+    process was lost, finds it by that cgroup and by `RUN` in its environment (`end_lost`). Elsewhere only the group of the
+    leader is known.
     """
-    number = signal.SIGKILL if at_once else signal.SIGTERM
-    below = descendants(os.getpid())
-    if leader:
-        _send(os.killpg, leader, number)
-    for process, group in below.items():
-        if group != leader or not leader:
-            _send(os.kill, process, number)
+
+    def __init__(self, name: str) -> None:
+        """`name` is of hex digits, and no other run's on this machine."""
+        self.name = name
+        self._leader = 0
+        self._started = ""
+        self._cgroup = _make_cgroup(name)
+        if IS_LINUX and _libc is not None:
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def start(self, argv: Sequence[str], environment: Mapping[str, str], output: int, errors: int) -> int:
+        """Start its leader, as `start_leader` does, and answer its process id. Raises `OSError`: nothing ran."""
+        environment = {**environment, RUN: self.name}
+        leader = _start_in_cgroup(self._cgroup, argv, environment, output, errors) if self._cgroup else None
+        if leader is None:
+            self.close()
+            leader = start_leader(argv, environment, output, errors)
+        self._leader, self._started = leader, process_mark(leader)
+        return leader
+
+    @property
+    def mark(self) -> str:
+        """What `end_lost` needs to know of it."""
+        return f"{self._started}\n{self._cgroup}"
+
+    def reap(self) -> int | None:
+        """Take the exit statuses of all children that ended; that of the leader, once, when it is among them."""
+        ended = ended_children()
+        if not self._leader or self._leader not in ended:
+            return None
+        leader, self._leader = self._leader, 0
+        return ended[leader]
+
+    def is_alive(self) -> bool:
+        """Whether anything of it lives."""
+        return bool(self._leader or descendants(os.getpid()) or _is_populated(self._cgroup))
+
+    def end(self, *, at_once: bool = False) -> None:
+        """Ask all of it to end, or end it `at_once`."""
+        if at_once:
+            _kill_cgroup(self._cgroup)
+        number = signal.SIGKILL if at_once else signal.SIGTERM
+        below = descendants(os.getpid())
+        if self._leader:
+            _send(os.killpg, self._leader, number)
+        for process, group in below.items():
+            if group != self._leader or not self._leader:
+                _send(os.kill, process, number)
+
+    def close(self) -> None:
+        """Give back what it took of the system; what lives of it lives on."""
+        _remove_cgroup(self._cgroup)
+        self._cgroup = ""
 
 
-def has_tree(leader: int) -> bool:
-    """Whether `leader` (0: it ended) or any descendant of this process lives."""
-    return bool(leader) or bool(descendants(os.getpid()))
+def end_lost(name: str, mark: str = "") -> bool:
+    """End at once all that can be found of the tree with this name, whose own process was lost. False: there was nothing.
+
+    `mark` is what its process wrote down of it, if it came to that.
+    """
+    leader, _, cgroup = mark.partition("\n")
+    if os.path.basename(cgroup) != _cgroup_name(name):
+        cgroup = ""
+    found = False
+    until = time.monotonic() + _LOST_SECONDS
+    while ((processes := _lost(name, leader)) or _is_populated(cgroup)) and time.monotonic() < until:
+        found = True
+        _kill_cgroup(cgroup)
+        for process in processes:
+            _send(os.kill, process, signal.SIGKILL)
+        time.sleep(0.01)  # until they are gone; and one of them may have started another between two looks
+    _remove_cgroup(cgroup)
+    return found
+
+
+def _lost(name: str, leader: str) -> set[int]:
+    """Processes of the tree `name`: with its name in their environment, and those of the leader's group and below it."""
+    wanted = f"{RUN}={name}".encode()
+    processes = [int(each) for each in os.listdir("/proc") if each.isdecimal()] if IS_LINUX else []
+    found = {each for each in processes if wanted in _environment_of(each) and process_mark(each)}
+    number = int(leader.partition(" ")[0] or 0)
+    if number and process_mark(number) == leader:
+        found |= {number, *descendants(number)}
+        found |= {each for each in processes if (fields := _process_fields(str(each))) and int(fields[2]) == number}
+    return found - {os.getpid()}
+
+
+def _environment_of(process: int) -> list[bytes]:
+    try:
+        with open(f"/proc/{process}/environ", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:  # it ended, or is another user's
+        return []
 
 
 def process_mark(process: int) -> str:
     """What tells this process from a later one with the same number; empty if it ended, or the system cannot tell."""
     fields = _process_fields(str(process)) if IS_LINUX else []
     return f"{process} {fields[_START_TIME].decode()}" if fields else ""
-
-
-def end_marked(mark: str) -> bool:
-    """End the process with this mark, its group and all below it, at once. False if it ended before."""
-    process = int(mark.partition(" ")[0] or 0)
-    if not process or process_mark(process) != mark:
-        return False
-    for other in descendants(process):
-        _send(os.kill, other, signal.SIGKILL)
-    _send(os.killpg, process, signal.SIGKILL)
-    return True
 
 
 def signal_name(number: int) -> str:
@@ -461,6 +535,151 @@ def _send(how: Callable[[int, int], None], to: int, number: int) -> None:
         how(to, number)
 
 
+# --- cgroups (version 2, Linux)
+
+_CGROUP_PREFIX = "waystation-"
+_SETTLED_SECONDS = 60.0
+"""A cgroup of a run without processes that is older than this is one that was left over."""
+_CLONE3 = 435
+_CLONE_INTO_CGROUP = 0x200000000
+_AT_EXEC = b"!"
+_found_cgroup: str | None = None
+
+
+def prepare_trees() -> None:
+    """Do once for many trees what each would do by itself, and remove cgroups of runs that left nothing behind."""
+    own = _own_cgroup()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(own) if own else ():
+            path = os.path.join(own, name)
+            if name.startswith(_CGROUP_PREFIX) and time.time() - os.stat(path).st_mtime > _SETTLED_SECONDS:
+                _remove_cgroup(path)
+
+
+def _own_cgroup() -> str:
+    """The folder of the cgroup that this process is in; empty where there is none that we may make others below."""
+    global _found_cgroup  # noqa: PLW0603 - asked once, by the fork server for all its forks
+    if _found_cgroup is None:
+        try:
+            _found_cgroup = _find_cgroup() if IS_LINUX else ""
+        except (OSError, ValueError):
+            _found_cgroup = ""
+        if not os.access(_found_cgroup, os.W_OK):
+            _found_cgroup = ""
+    return _found_cgroup
+
+
+def _find_cgroup() -> str:
+    with open("/proc/self/cgroup", encoding="utf-8") as file:
+        own = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            root, mounted_at = left.split(" ")[3:5]
+            if right.startswith("cgroup2 ") and (root == "/" or f"{own}/".startswith(f"{root}/")):
+                return mounted_at + (own if root == "/" else own.removeprefix(root)).rstrip("/")
+    return ""
+
+
+def _cgroup_name(name: str) -> str:
+    return _CGROUP_PREFIX + name
+
+
+def _make_cgroup(name: str) -> str:
+    """A cgroup for the tree of this name; empty where there can be none."""
+    if not (own := _own_cgroup()):
+        return ""
+    path = os.path.join(own, _cgroup_name(name))
+    # Never one that is there: in a cgroup that was once ended, the kernel ends whatever is born into it.
+    _remove_cgroup(path)
+    try:
+        os.mkdir(path, 0o755)
+    except OSError:
+        return ""
+    return path
+
+
+def _remove_cgroup(cgroup: str) -> None:
+    """Unless something lives in it."""
+    if cgroup:
+        with contextlib.suppress(OSError):
+            os.rmdir(cgroup)
+
+
+def _is_populated(cgroup: str) -> bool:
+    """Whether a process lives in it, or below it."""
+    if not cgroup:
+        return False
+    try:
+        with open(os.path.join(cgroup, "cgroup.events"), "rb") as file:
+            return b"populated 1" in file.read()
+    except OSError:
+        return False
+
+
+def _kill_cgroup(cgroup: str) -> None:
+    if not cgroup:
+        return
+    # Since Linux 5.14; before that what else is known of the tree must do.
+    with contextlib.suppress(OSError), open(os.path.join(cgroup, "cgroup.kill"), "wb", buffering=0) as file:
+        file.write(b"1")
+
+
+def _start_in_cgroup(
+    cgroup: str, argv: Sequence[str], environment: Mapping[str, str], output: int, errors: int
+) -> int | None:
+    """As `start_leader`, but the process is born in `cgroup`. None where this kernel or its rules do not allow that.
+
+    To move a process into a cgroup takes the kernel ten milliseconds and more; to fork it there (clone3(2)) takes none.
+    Python has no such fork. This process must have one thread, and what the fork does before its `exec` is little.
+
+    Raises:
+        OSError: it could not be started, and nothing ran.
+    """
+    if _forking_libc is None:
+        return None
+    folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | _NOT_INHERITED)
+    reading, writing = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        wanted = (ctypes.c_uint64 * 11)(_CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, folder)
+        child = _forking_libc.syscall(_CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
+        if child == 0:
+            _become(argv, environment, output, errors, writing)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(folder)
+        os.close(writing)
+    with open(reading, "rb", buffering=0) as file:
+        told = file.read() if child > 0 else b""
+    if told == _AT_EXEC:
+        return int(child)
+    if child > 0:
+        os.waitpid(child, 0)
+    if not told:  # where a cgroup above was once ended, the kernel ends it at its birth: nothing of it ran
+        return None
+    number = int(told.lstrip(_AT_EXEC))
+    raise OSError(number, os.strerror(number), argv[0])
+
+
+def _become(argv: Sequence[str], environment: Mapping[str, str], output: int, errors: int, told: int) -> NoReturn:
+    """In the fork: become the program. `told` hears that it comes to that, and the error's number where it fails."""
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.write(told, _AT_EXEC)
+        os.execvpe(argv[0], list(argv), environment)  # noqa: S606 - a shell is what nobody asked for
+    except OSError as error:
+        os.write(told, _AT_EXEC + str(error.errno).encode())
+    finally:
+        os._exit(127)
+
+
 # --- services
 
 SERVICE_COMMAND = ("systemctl", "{action}", "{service}")
@@ -502,4 +721,6 @@ def _load_libc() -> ctypes.CDLL | None:
 
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = _load_libc() if IS_LINUX else None
+_forking_libc = ctypes.PyDLL(None) if _libc is not None else None
+"""The same; its calls keep the interpreter to themselves, as one that returns twice must."""
 _syncfs = getattr(_libc, "syncfs", None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -167,6 +168,7 @@ class _Tester:
         from agent.runs.scripts import base_environment
 
         environment = base_environment() if self.environment is None else dict(self.environment)
+        environment[platform.RUN] = secrets.token_hex(16)
         async with _output() as (output, writer):
             process = await asyncio.create_subprocess_exec(
                 *argv,
@@ -181,7 +183,7 @@ class _Tester:
             try:
                 status = await process.wait()
             except asyncio.CancelledError:
-                _kill(process)
+                await asyncio.shield(asyncio.to_thread(_kill, process, environment[platform.RUN]))
                 await asyncio.shield(process.wait())
                 raise
             await output.end()
@@ -229,10 +231,10 @@ async def _output() -> AsyncIterator[tuple[_Tail, IO[bytes]]]:
             transport.close()
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
+def _kill(process: asyncio.subprocess.Process, run: str) -> None:
     """It, its group and what it started."""
     with suppress(ProcessLookupError):
-        if not platform.end_marked(platform.process_mark(process.pid)):
+        if not platform.end_lost(run, platform.process_mark(process.pid)):
             process.kill()
 
 

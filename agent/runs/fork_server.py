@@ -44,6 +44,7 @@ _PARENT = 0
 def serve() -> None:
     """Fork off runners until the parent is gone."""
     shown, wakes = platform.LastArgument(), platform.Wakes()
+    platform.prepare_trees()
     gc.freeze()  # so that no fork touches, and thereby copies, what is never garbage
     while not wakes.asked_to_end:
         asked = wakes.wait([_PARENT], None)

@@ -7,7 +7,7 @@ killed and come back.
     spec.json    what to run (`agent.runs.runs.RunSpec`); names of secrets, never a value
     lock         held (flock) while the runner lives
     begun        durable before the script is started, and made only once: this alone makes "at most once"
-    leader       the script's process, as `agent.platform.process_mark` names it
+    leader       where all that it starts is found, as `agent.platform.ProcessTree.mark` names it
     output       what it printed, masked, as lines with time and stream (`framed`); it only grows
     stop         it is asked to end
     exit.json    how it ended; durable after the output is
@@ -97,7 +97,7 @@ class _Run:
         self.output = Output(os.path.join(folder, OUTPUT), spec["head_bytes"], spec["tail_bytes"])
         self.started = time.time()
         self.streams: dict[int, Stream] = {}
-        self.leader = 0
+        self.tree: platform.ProcessTree
         self.status: int | None = None
         self.cause = ""
 
@@ -116,8 +116,8 @@ class _Run:
         printed = [self.open_stream(name) for name in (b"stdout", b"stderr")]
         try:
             os.chdir(self.spec["cwd"])
-            platform.adopt_orphans()
-            self.leader = platform.start_leader(self.spec["argv"], self.environment, *printed)
+            self.tree = platform.ProcessTree(self.spec["run"])
+            self.tree.start(self.spec["argv"], self.environment, *printed)
         except OSError as error:
             about = f" ({error.filename})" if error.filename else ""
             self.record(f"it could not be started: {error.strerror}{about}")
@@ -126,8 +126,8 @@ class _Run:
             for descriptor in printed:
                 os.close(descriptor)
             os.chdir("/")
-        with contextlib.suppress(OSError), open(os.path.join(self.folder, LEADER), "w", encoding="ascii") as file:
-            file.write(platform.process_mark(self.leader))
+        with contextlib.suppress(OSError), open(os.path.join(self.folder, LEADER), "w", encoding="utf-8") as file:
+            file.write(self.tree.mark)
         return True
 
     def open_stream(self, name: bytes) -> int:
@@ -141,10 +141,9 @@ class _Run:
     def follow(self) -> None:
         """Read what it prints until it ends, or end it when its time is over or it is asked to; then record that."""
         deadline = time.monotonic() + self.spec["timeout"]
-        while self.leader and not self.cause:
+        while not self.cause:
             self.pump(min(_LOOK_SECONDS, deadline - time.monotonic()))
-            self.reap()
-            if not self.leader:
+            if self.reap():
                 break
             if self.wakes.asked_to_end or os.path.exists(os.path.join(self.folder, STOP)):
                 self.cause = "stopped"
@@ -160,14 +159,14 @@ class _Run:
 
     def end_all(self) -> bool:
         """TERM to every process, then, when the grace is over, KILL until none is left. False if one stays."""
-        platform.end_tree(self.leader)
+        self.tree.end()
         kill_at = time.monotonic() + self.spec["grace"]
-        while platform.has_tree(self.leader):
+        while self.tree.is_alive():
             now = time.monotonic()
             if now >= kill_at + _GIVE_UP_SECONDS:
                 return False
             if now >= kill_at:
-                platform.end_tree(self.leader, at_once=True)
+                self.tree.end(at_once=True)
             self.pump(0.02)
             self.reap()
         return True
@@ -206,10 +205,13 @@ class _Run:
                 self.wakes.wait(self.streams, until - time.monotonic())
         self.output.write(*(stream.close() for stream in self.streams.values()))
 
-    def reap(self) -> None:
-        ended = platform.ended_children()
-        if self.leader in ended:
-            self.status, self.leader = ended[self.leader], 0
+    def reap(self) -> bool:
+        """Take exit statuses; whether the script's own is among them."""
+        status = self.tree.reap()
+        if status is None:
+            return False
+        self.status = status
+        return True
 
     def record(self, reason: str) -> None:
         """Put down how it ended, for good. On a full disk that waits for room: the end is known, and must not get lost."""
@@ -236,6 +238,7 @@ class _Run:
                         os.close(pipe)
                         del self.streams[pipe]
             self.reap()
+        self.tree.close()
 
 
 class Stream:

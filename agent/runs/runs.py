@@ -7,6 +7,7 @@ Used by the agent for scripts and services, and by the orchestrator for what run
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import os
 import sys
@@ -84,7 +85,7 @@ class Outcome(msgspec.Struct, frozen=True):
 def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
     """Run `spec` in `folder` (made if needed, private), at most once: again is harmless, also at the same time.
 
-    The script sees exactly `environment`. It runs on when this process ends.
+    The script sees exactly `environment`, and `agent.platform.RUN`. It runs on when this process ends.
 
     Raises:
         UsageError: the spec is wrong, or a secret is missing or shorter than 4 characters; nothing was started.
@@ -98,7 +99,7 @@ def launch(folder: str, spec: RunSpec, environment: Mapping[str, str]) -> None:
             sync_folder(os.path.dirname(folder))
         if _has(folder, BEGUN) or _has(folder, EXIT):
             return
-        written = {**msgspec.to_builtins(spec), "environment": sorted(environment)}
+        written = {**msgspec.to_builtins(spec), "environment": sorted(environment), "run": _name_of(folder)}
         _write_spec(os.path.join(folder, SPEC), msgspec.json.encode(written))
         _forget_ended()
         _children.append((folder, _start(folder, environment)))
@@ -151,7 +152,7 @@ def state_of(folder: str) -> RunState:
 def stop(folder: str) -> None:
     """Ask for the end: TERM to all its processes, the grace, KILL. `watch` tells when it came. Also before it begins.
 
-    Of an unknown run (its runner was lost) the script is ended at once, if it still lives: then it may be repeated.
+    Of an unknown run (its runner was lost) all that can be found of it is ended at once: then it may be repeated.
 
     Raises:
         StoreError: the folder cannot be written, or does not exist.
@@ -162,8 +163,7 @@ def stop(folder: str) -> None:
     try:
         write_durably(os.path.join(folder, STOP), b"", mode=0o600)
         if state == "unknown":
-            with open(os.path.join(folder, LEADER), encoding="ascii") as file:
-                platform.end_marked(file.read())
+            platform.end_lost(_name_of(os.path.abspath(folder)), _text(folder, LEADER))
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise StoreError(f"there is no run in {folder}") from None
@@ -273,6 +273,11 @@ def _piece(folder: str, offset: int) -> bytes:
     with open(os.path.join(folder, OUTPUT), "rb") as file:
         file.seek(offset)
         return file.read(_PIECE_BYTES)
+
+
+def _name_of(folder: str) -> str:
+    """What all processes of the run in this folder have in their environment."""
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
 
 
 def _write_spec(path: str, data: bytes) -> None:

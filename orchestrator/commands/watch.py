@@ -8,8 +8,11 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import to_builtins
 
 from orchestrator.commands.options import (
+    DONE,
+    FAILED,
     answer,
     check_installed,
     journal_option,
@@ -17,10 +20,11 @@ from orchestrator.commands.options import (
     paths_of,
     time_text,
 )
+from relay.errors import UsageError
 from relay.support.console import json_option, printable, say, showing, table
 
 if TYPE_CHECKING:
-    from orchestrator.journal.journal import Journal
+    from orchestrator.journal.journal import ChainReport, Journal
     from orchestrator.journal.views import DeploymentSummary, DeploymentView, OpenBracket
 
 
@@ -75,16 +79,32 @@ class _StatusBoard:
 @click.command(epilog="Example: waystation release history --environment production")
 @click.option("--environment", "-e", metavar="NAME", help="Only of this environment.")
 @click.option("--limit", default=20, show_default=True, help="Deployments to show.")
+@click.option("--verify", is_flag=True, help="Check that no entry of the journal was changed or removed, instead.")
+@click.option(
+    "--head", metavar="HASH", help="With --verify: the newest hash of an earlier time; the journal must have it."
+)
 @journal_option
 @json_option
-def history(environment: str | None, limit: int, journal: str | None, as_json: bool) -> None:
-    """List deployments, the newest first."""
+def history(
+    environment: str | None, limit: int, verify: bool, head: str | None, journal: str | None, as_json: bool
+) -> int:
+    """List deployments, the newest first.
+
+    Exit code of --verify: 1 where something is not what was written.
+    """
     check_installed()
     from orchestrator.journal.status import check_environment, summaries
 
+    if head is not None and not verify:
+        raise UsageError("--head is for --verify")
     with open_journal(paths_of(journal=journal)) as opened:
+        if verify:
+            report = opened.verify(head)
+            answer(_chain_document(report), _chain_text(report, head), as_json=as_json)
+            return DONE if report.is_whole else FAILED
         check_environment(opened, environment)
         found = summaries(opened, environment, limit)
+        heads = opened.heads(s.deployment for s in found)
     rows = [
         [
             *(
@@ -99,9 +119,30 @@ def history(environment: str | None, limit: int, journal: str | None, as_json: b
         ]
         for s in found
     ]
-    heads = ["deployment", "started", "environment", "release", "state", "by", "why"]
-    shown = table(heads, rows) if rows else "nothing was deployed yet"
-    answer({"format": 1, "deployments": found}, shown, as_json=as_json)
+    titles = ["deployment", "started", "environment", "release", "state", "by", "why"]
+    shown = table(titles, rows) if rows else "nothing was deployed yet"
+    listed = [to_builtins(s) | {"last": heads.of_deployments[s.deployment]} for s in found]
+    chain = {"entries": heads.entries, "decisions": heads.decisions}
+    answer({"format": 1, "deployments": listed, "chain": chain}, shown, as_json=as_json)
+    return DONE
+
+
+def _chain_document(report: ChainReport) -> object:
+    return {"format": 1, "whole": report.is_whole, "entries": report.entries, "decisions": report.decisions}
+
+
+def _chain_text(report: ChainReport, kept: str | None) -> str:
+    lines = []
+    for name, found in (("entry", report.entries), ("decision", report.decisions)):
+        if found.wrong is not None:
+            lines.append(f"{name} {found.wrong.number} is the first that is wrong: {found.wrong.reason}")
+    if not report.entries.has_kept:
+        lines.append(f"no entry has the hash {kept}: what was there when it was kept is there no more")
+    entries, decisions = report.entries, report.decisions
+    whole = (
+        f"{entries.rows} entries and {decisions.rows} decisions are as they were written; newest hash {entries.head}"
+    )
+    return "\n".join(lines) or whole
 
 
 @click.command(epilog="Example: waystation release log web1")

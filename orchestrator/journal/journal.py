@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from agent.platform import lock_file
 from orchestrator.acts import Decided, FenceClaimed, ReleaseCreated
-from orchestrator.journal import tables
+from orchestrator.journal import chain, tables
 from orchestrator.journal.events import (
     BRACKET_KINDS,
     DecisionTaken,
@@ -73,6 +73,36 @@ class Decision:
     envelope: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A row by its number, and its hash; empty of an entry that is older than the chain."""
+
+    number: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The last entry and decision of a journal, and the last entry of some deployments."""
+
+    entries: Head
+    decisions: Head
+    of_deployments: dict[str, Head]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """What the two chains turned out to be."""
+
+    entries: chain.Checked
+    decisions: chain.Checked
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all is as it was written."""
+        return self.entries.wrong is None and self.decisions.wrong is None and self.entries.has_kept
+
+
 _LISTED = tuple(column for column in tables.deployments.c if column.name not in {"number", "plan"})
 
 
@@ -88,7 +118,10 @@ class Journal:
         self.database = database
         self.path = database.path
         self.id = ""
-        self._clock = clock
+        self._given_clock = clock
+
+    def _clock(self) -> float:
+        return float(self._given_clock())  # as it comes back from a column of this type
 
     @classmethod
     def open(cls, location: str, *, clock: Callable[[], float] = time.time) -> Journal:
@@ -267,7 +300,7 @@ class Journal:
             if connection.execute(_where_is(deployment)).first() is not None:
                 raise ConflictError(f"deployment {deployment} has begun already")
             connection.execute(sa.insert(tables.deployments), row)
-            number = self._add(connection, deployment, (started,))
+            number = self._add(connection, deployment, (started,), tables.of_deployment(row))
         tell_facts(deployment, (started,), project=head.project, label=head.label, environment=head.environment)
         return number
 
@@ -398,9 +431,9 @@ class Journal:
             if signed and connection.execute(same).first() is not None:
                 raise ConflictError("this decision is in the journal already: what is signed once counts once")
             values = row | {"data": text, "at": self._clock(), "envelope": signed}
-            done = connection.execute(sa.insert(tables.decisions), values)
+            number = self._chain(connection, tables.decisions, [values])
         tell(Decided(operator, environment, deployment, kind))
-        return _key_of(done)
+        return number
 
     def pending_decisions(self, deployment: str) -> list[Decision]:
         """Decisions for this deployment that were not taken up yet, oldest first. Raises `StoreError`."""
@@ -433,6 +466,44 @@ class Journal:
         tell_facts(decision.deployment, (taken,))
         return True
 
+    # --- the chain
+
+    def verify(self, kept: str | None = None) -> ChainReport:
+        """Walk all entries and decisions, and find the first that is not what was written.
+
+        `kept` is a head that somebody kept: it must still be the hash of an entry. Raises `StoreError`.
+        """
+        with self.database.reading() as connection:
+            entries, decisions = (self._check(connection, table, kept) for table in tables.CHAINED)
+        return ChainReport(entries, decisions)
+
+    def heads(self, deployments: Iterable[str] = ()) -> Heads:
+        """Where the chains end now, and the last entry of each of these deployments. Raises `StoreError`."""
+        column = tables.entries.c
+        with self.database.reading() as connection:
+            entries, decisions = (self._head(connection, table) for table in tables.CHAINED)
+            of = {}
+            for deployment in deployments:
+                query = sa.select(column.number, column.hash).where(column.deployment == deployment)
+                last = connection.execute(query.order_by(column.number.desc()).limit(1)).first()
+                if last is not None:
+                    of[deployment] = Head(last.number, last.hash or "")
+        return Heads(entries, decisions, of)
+
+    def _check(self, connection: sa.Connection, table: sa.Table, kept: str | None) -> chain.Checked:
+        start = chain.start_of(self.id)
+        rows = tables.chained_rows(connection, table)
+        highest = tables.highest_number(connection, table)
+        if table is tables.decisions:
+            kept = None
+        try:
+            return chain.check(rows, start, tables.base_of(connection, table, start), highest, kept=kept)
+        except ValueError as error:
+            raise self.database.damaged(f"where the chain of its {table.name} begins cannot be read") from error
+
+    def _head(self, connection: sa.Connection, table: sa.Table) -> Head:
+        return Head(*tables.head_of(connection, table, chain.start_of(self.id)))
+
     # --- inside
 
     def _change(self, deployment: str, values: dict[str, Any], events: tuple[Event, ...]) -> None:
@@ -444,8 +515,33 @@ class Journal:
             self._add(connection, deployment, events)
         tell_facts(deployment, events)
 
-    def _add(self, connection: sa.Connection, deployment: str, events: tuple[Event, ...]) -> int:
-        return add_entries(connection, deployment, events, self._clock())
+    def _add(
+        self,
+        connection: sa.Connection,
+        deployment: str,
+        events: tuple[Event, ...],
+        begins: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Entries at the end of the chain, and what they mean for open brackets; gives the number of the last.
+
+        `begins` are columns of the deployment that the first one begins.
+        """
+        if not events:
+            return 0
+        at = self._clock()
+        rows = [
+            {"deployment": deployment, "at": at, "kind": one.kind(), "data": msgspec.json.encode(one).decode()}
+            for one in events
+        ]
+        rows[0] |= begins or {}
+        last = self._chain(connection, tables.entries, rows)
+        for number, event in enumerate(events, last - len(events) + 1):
+            if isinstance(event, BracketEvent):
+                _move_bracket(connection, JournalEntry(number, deployment, at, event), event)
+        return last
+
+    def _chain(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> int:
+        return tables.add_chained(connection, table, chain.start_of(self.id), rows)
 
     def _prepare(self) -> None:
         with self.database.reading() as connection:
@@ -492,7 +588,7 @@ class Journal:
                         hint="let that end, and call again: the journal is brought up to this version then",
                     )
                 os.close(descriptor)  # no older one can take it before this transaction ends, nor use it afterwards
-        tables.migrate(connection)
+        tables.migrate(connection, self.id)
         for bracket in fold_brackets(_brackets(connection, None)):
             _keep_bracket(connection, bracket)
         connection.execute(sa.update(tables.meta).where(tables.meta.c.key == "format").values(value=str(FORMAT)))
@@ -521,24 +617,6 @@ def _path_of(location: str) -> str:
 
 
 # --- entries and what is kept beside them
-
-
-def add_entries(connection: sa.Connection, deployment: str, events: Sequence[Event], at: float) -> int:
-    """Add entries to a deployment in the transaction of `connection`, and keep what they mean for open brackets. Gives the
-    number of the last.
-    """
-    number = 0
-    for event in events:
-        row = {
-            "deployment": deployment,
-            "at": at,
-            "kind": event.kind(),
-            "data": msgspec.json.encode(event).decode(),
-        }
-        number = _key_of(connection.execute(sa.insert(tables.entries), row))
-        if isinstance(event, BracketEvent):
-            _move_bracket(connection, JournalEntry(number, deployment, at, event), event)
-    return number
 
 
 def open_brackets_in(connection: sa.Connection, environment: str | None) -> list[OpenBracket]:
@@ -608,13 +686,6 @@ def _bracket(data: str) -> OpenBracket:
 
 def _where_is(deployment: str) -> sa.Select[Any]:
     return sa.select(sa.literal(1)).where(tables.deployments.c.deployment == deployment)
-
-
-def _key_of(result: sa.CursorResult[Any]) -> int:
-    key = result.inserted_primary_key
-    if key is None:
-        raise StoreError("the database gave no number")
-    return int(key[0])
 
 
 def _entry(row: sa.Row[Any]) -> JournalEntry:

@@ -5,9 +5,12 @@ Numbers only grow (AUTOINCREMENT). Times are seconds since 1970, `data` is JSON.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 import sqlalchemy as sa
+
+from orchestrator.journal import chain
 
 _all = sa.MetaData()
 meta = sa.Table(
@@ -63,6 +66,7 @@ entries = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("kind", sa.Text, nullable=False, index=True),
     sa.Column("data", sa.Text, nullable=False),
+    sa.Column("hash", sa.Text),
     sa.Index("entries_of_deployment", "deployment", "number"),
     sqlite_autoincrement=True,
 )
@@ -78,6 +82,7 @@ decisions = sa.Table(
     sa.Column("data", sa.Text, nullable=False),
     sa.Column("taken", sa.Float),
     sa.Column("envelope", sa.LargeBinary),
+    sa.Column("hash", sa.Text),
     sa.Index("decisions_that_wait", "environment", sqlite_where=sa.text("taken IS NULL")),
     sqlite_autoincrement=True,
 )
@@ -167,21 +172,6 @@ def create(connection: sa.Connection) -> None:
     _guard(connection, *_GUARDS)
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Give the tables of format 1 or 2 the shape of format 3, in the transaction of `connection`.
-
-    The fence of an environment goes on as the floor of all its projects. Nobody may hold a lock.
-    """
-    known = connection.exec_driver_sql("SELECT environment, fence FROM fences").all()
-    connection.exec_driver_sql("DROP TABLE fences")  # and its triggers
-    connection.exec_driver_sql("DROP TABLE holders")
-    _all.create_all(connection, tables=[fences, holders, open_brackets, leases, promises], checkfirst=False)
-    _guard(connection, "fences_rise", "fences_are_kept")
-    connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN envelope BLOB")
-    for environment, fence in known:
-        connection.execute(sa.insert(fences), {"environment": environment, "project": "", "fence": fence})
-
-
 def _guard(connection: sa.Connection, *names: str) -> None:
     for name in names:
         before, told = _GUARDS[name]
@@ -192,3 +182,137 @@ def names(connection: sa.Connection) -> set[str]:
     """Of all tables that the file holds."""
     found = connection.exec_driver_sql("SELECT name FROM sqlite_schema WHERE type = 'table'").scalars()
     return {str(name) for name in found if not str(name).startswith("sqlite_")}
+
+
+# --- the chain
+
+CHAINED: Final = (entries, decisions)
+"""Tables whose rows carry a hash over the row before (`orchestrator.journal.chain`)."""
+_OF_DEPLOYMENT: Final = ("project", "label", "environment", "goal", "plan", "started")
+"""Columns of a deployment that stand in the hash of its entry `started`, as they never change either."""
+
+
+def content(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a row of `CHAINED` its hash is over: all but the hash, and when a decision was taken."""
+    return {name: value for name, value in row.items() if name not in {"hash", "taken"}}
+
+
+def add_chained(connection: sa.Connection, table: sa.Table, start: str, rows: list[dict[str, Any]]) -> int:
+    """Put rows in at the end of a chain that begins with `start`; the number of the last.
+
+    A row of `entries` may have columns of its deployment beside its own, as `chained_rows` gives them.
+    """
+    head, hash, highest = _end_of(connection, table, start)
+    number = max(head, highest)
+    ready = []
+    for row in rows:
+        number += 1
+        hash = chain.link(hash, row | {"number": number})
+        ready.append({name: value for name, value in row.items() if name in table.c} | {"number": number, "hash": hash})
+    connection.execute(sa.insert(table), ready)
+    return number
+
+
+def head_of(connection: sa.Connection, table: sa.Table, start: str) -> tuple[int, str]:
+    """Number and hash of the last row."""
+    return _end_of(connection, table, start)[:2]
+
+
+def highest_number(connection: sa.Connection, table: sa.Table) -> int:
+    """The number of the newest row that a table ever had (AUTOINCREMENT remembers it); 0 where there never was one."""
+    return _end_of(connection, table, "")[2]
+
+
+def _end_of(connection: sa.Connection, table: sa.Table, start: str) -> tuple[int, str, int]:
+    last = f"SELECT number, hash FROM {table.name} ORDER BY number DESC LIMIT 1"  # noqa: S608 - one of CHAINED
+    highest = "SELECT seq FROM sqlite_sequence WHERE name = ?"
+    query = f"SELECT ({highest}), number, hash FROM (SELECT 1) LEFT JOIN ({last})"  # noqa: S608
+    ever, number, hash = connection.exec_driver_sql(query, (table.name,)).one()
+    if hash is None:
+        base = base_of(connection, table, start)
+        number, hash = base.number, base.hash
+    return number, hash, ever or 0
+
+
+def base_of(connection: sa.Connection, table: sa.Table, start: str) -> chain.Base:
+    """Where the chain of a table begins to stand beside its rows. Raises `ValueError` where that cannot be read."""
+    text = connection.execute(sa.select(meta.c.value).where(meta.c.key == _base_key(table))).scalar_one_or_none()
+    if text is None:
+        return chain.Base(0, start)
+    number, _, hash = text.partition(" ")
+    return chain.Base(int(number), hash)
+
+
+def chained_rows(connection: sa.Connection, table: sa.Table) -> Iterator[chain.Link]:
+    """All rows of a table, with what their hashes are over, in order."""
+    columns = [column for column in table.c if column.name in _columns(connection, table)]
+    query = sa.select(*columns).order_by(table.c.number)
+    if table is entries:
+        of = [deployments.c[name].label(f"deployment_{name}") for name in _OF_DEPLOYMENT]
+        begins = (deployments.c.deployment == entries.c.deployment) & (entries.c.kind == "started")
+        query = sa.select(*columns, *of).outerjoin(deployments, begins).order_by(table.c.number)
+    for row in connection.execute(query).mappings():
+        words = dict(row)
+        yield chain.Link(row["number"], content(words), words.get("hash"))
+
+
+def of_deployment(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a deployment, as they stand in the hash of its entry `started`."""
+    return {f"deployment_{name}": row[name] for name in _OF_DEPLOYMENT}
+
+
+def _base_key(table: sa.Table) -> str:
+    return f"chain of {table.name}"
+
+
+# --- older files
+
+
+def migrate(connection: sa.Connection, id: str) -> None:
+    """Bring a file of an older format to this one's shape, in the transaction of `connection`; `id` is the journal's."""
+    for step in _MIGRATIONS:
+        step(connection, id)
+
+
+def _chain_rows(connection: sa.Connection, id: str) -> None:
+    """Rows carry hashes from here on; one hash is kept over all that were there before."""
+    start = chain.start_of(id)
+    for table in CHAINED:
+        if "hash" in _columns(connection, table):
+            continue
+        number, hash = 0, start
+        for row in chained_rows(connection, table):
+            number, hash = row.number, chain.link(hash, row.content)
+        connection.execute(sa.insert(meta), {"key": _base_key(table), "value": f"{number} {hash}"})
+        connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN hash TEXT")
+
+
+def _by_project(connection: sa.Connection, _id: str) -> None:
+    """Locks and fences are of projects: the fence of an environment goes on as the floor of all of them.
+
+    Nobody may hold a lock.
+    """
+    if "project" in _columns(connection, fences):
+        return
+    known = connection.exec_driver_sql("SELECT environment, fence FROM fences").all()
+    connection.exec_driver_sql("DROP TABLE fences")  # and its triggers
+    connection.exec_driver_sql("DROP TABLE holders")
+    _all.create_all(connection, tables=[fences, holders, open_brackets, leases, promises], checkfirst=False)
+    _guard(connection, "fences_rise", "fences_are_kept")
+    for environment, fence in known:
+        connection.execute(sa.insert(fences), {"environment": environment, "project": "", "fence": fence})
+
+
+def _sign_decisions(connection: sa.Connection, _id: str) -> None:
+    """Decisions carry what a person signed."""
+    if "envelope" not in _columns(connection, decisions):
+        connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN envelope BLOB")
+
+
+def _columns(connection: sa.Connection, table: sa.Table) -> set[str]:
+    found = connection.exec_driver_sql("SELECT name FROM pragma_table_info(?)", (table.name,)).scalars()
+    return {str(name) for name in found}
+
+
+_MIGRATIONS: Final[tuple[Callable[[sa.Connection, str], None], ...]] = (_by_project, _chain_rows, _sign_decisions)
+"""In this order; each looks for itself whether it was done."""

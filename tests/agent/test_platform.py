@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from harness.process import eventually
 from agent import platform
 
 needs_linux = pytest.mark.skipif(not platform.IS_LINUX, reason="needs Linux: processes are seen by /proc")
+needs_cgroup = pytest.mark.skipif(
+    not platform._own_cgroup(), reason="there is no cgroup of version 2 that may be used: trees in one are NOT tested"
+)
 
 
 def in_a_process(code: str, *arguments: str) -> str:
@@ -112,22 +116,124 @@ async def test_descendants_are_seen_also_in_another_session_and_not_when_they_en
         child.communicate(b"\n")
 
 
-@needs_linux
-def test_who_adopts_orphans_sees_and_ends_them_and_who_does_not_loses_them() -> None:
-    code = (
-        "if sys.argv[1] == 'adopt': platform.adopt_orphans()\n"
-        "script = 'setsid sleep 1000 & echo $!'\n"
-        "reading, writing = os.pipe()\n"
-        "leader = platform.start_leader(['sh', '-c', script], {'PATH': os.environ['PATH']}, writing)\n"
-        "orphan = int(os.read(reading, 100))\nos.waitpid(leader, 0)\n"
-        "seen = orphan in platform.descendants(os.getpid())\n"
-        "while platform.has_tree(0): platform.end_tree(0, at_once=True); platform.ended_children()\n"
-        "print(orphan, seen, bool(platform.process_mark(orphan)))"
+NAME = secrets.token_hex(16)
+ESCAPES = {
+    "another session": "setsid sleep 1000 & echo $!",
+    "another group": "set -m; sleep 1000 & echo $!",
+    "an orphan": "(setsid sh -c 'sleep 1000 & echo $!' &); sleep 1000",
+    "an orphan's orphan": "(setsid sh -c '(setsid sh -c \"sleep 1000 & echo \\$!\" &) & exit' &); exit",
+    "deaf": "sh -c \"trap '' TERM; (trap '' TERM; setsid sleep 1000 & echo \\$!); sleep 1000\"",
+    "an environment without its mark": "env -i setsid sleep 1000 & echo $!",
+}
+"""Scripts that print the process id of one that tries to get away."""
+TREE = (
+    "platform._found_cgroup = None if sys.argv[2] == 'cgroup' else ''\n"
+    "reading, writing = os.pipe()\n"
+    f"tree = platform.ProcessTree({NAME!r})\n"
+    "tree.start(['sh', '-c', sys.argv[1]], {'PATH': os.environ['PATH']}, writing, os.open(os.devnull, os.O_WRONLY))\n"
+    "escaped = int(os.read(reading, 100))\n"
+)
+ALL_WAYS = pytest.mark.parametrize(
+    "way", [pytest.param("cgroup", marks=needs_cgroup), pytest.param("proc", marks=needs_linux)]
+)
+
+
+@ALL_WAYS
+@pytest.mark.parametrize("script", ESCAPES.values(), ids=ESCAPES)
+def test_all_that_a_tree_started_ends_with_it_wherever_it_went(way: str, script: str) -> None:
+    code = TREE + (
+        "was_there = bool(platform.process_mark(escaped))\n"
+        "tree.end()\ntime.sleep(0.05)\n"
+        "while tree.is_alive(): tree.end(at_once=True); tree.reap(); time.sleep(0.01)\n"
+        "print(was_there, bool(platform.process_mark(escaped)))\ntree.close()"
     )
-    assert in_a_process(code, "adopt").split()[1:] == ["True", "False"]
-    orphan, *seen = in_a_process(code, "not").split()
-    os.kill(int(orphan), signal.SIGKILL)
-    assert seen == ["False", "True"]
+    assert in_a_process(code, script, way).split() == ["True", "False"]
+
+
+@ALL_WAYS
+@pytest.mark.parametrize("script", [ESCAPES["another session"], ESCAPES["an orphan"], ESCAPES["an orphan's orphan"]])
+def test_a_tree_whose_own_process_was_lost_is_found_by_who_comes_later(way: str, script: str) -> None:
+    code = TREE + "print(escaped, tree.mark, sep='\\n', flush=True)\nos.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", f"import os, sys, time\nfrom agent import platform\n{code}", script, way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    escaped, leader, cgroup = done.stdout.split("\n")[:3]
+    mark = f"{leader}\n{cgroup}"
+    assert platform.process_mark(int(escaped))
+    assert not platform.end_lost("cd34" * 8, f"\n{cgroup}")
+    assert platform.process_mark(int(escaped)), "another name must end nothing"
+    assert platform.end_lost(NAME, mark)
+    assert not platform.process_mark(int(escaped))
+    assert not platform.end_lost(NAME, mark)
+
+
+@needs_cgroup
+def test_what_hides_its_mark_and_lost_its_runner_is_found_by_its_cgroup() -> None:
+    script = "(env -i setsid sh -c 'sleep 1000 & echo $!' &)"
+    code = TREE + "print(escaped, tree.mark, sep='\\n', flush=True)\nos.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", f"import os, sys, time\nfrom agent import platform\n{code}", script, "cgroup"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    escaped, leader, cgroup = done.stdout.split("\n")[:3]
+    assert os.path.isdir(cgroup)
+    assert platform.end_lost(NAME, f"{leader}\n{cgroup}")
+    assert not platform.process_mark(int(escaped))
+    assert not os.path.exists(cgroup)
+
+
+@needs_cgroup
+def test_where_the_kernel_ends_what_is_born_in_a_cgroup_a_tree_starts_without_one() -> None:
+    """Linux does so where the parent's cgroup was once ended as a whole."""
+    code = (
+        "above = os.path.join(platform._own_cgroup(), 'ended-' + sys.argv[1])\nos.mkdir(above)\n"
+        "def put(path, text):\n    with open(path, 'w') as file: file.write(text)\n"
+        "try:\n    put(above + '/cgroup.kill', '1')\nexcept OSError: pass\n"
+        "before = platform._own_cgroup()\nput(above + '/cgroup.procs', '0')\nplatform._found_cgroup = None\n"
+        "tree = platform.ProcessTree(sys.argv[1])\n"
+        "tree.start(['sh', '-c', 'exit 3'], {'PATH': os.environ['PATH']}, 1, 2)\n"
+        "while (status := tree.reap()) is None: time.sleep(0.01)\nprint(status)\ntree.close()\n"
+        "put(before + '/cgroup.procs', '0')\nos.rmdir(above)\n"
+    )
+    assert in_a_process(code, NAME) == "3\n"
+
+
+@ALL_WAYS
+def test_what_a_tree_left_lives_on_when_nobody_ends_it(way: str) -> None:
+    code = TREE + (
+        "while tree.reap() is None: time.sleep(0.01)\ntree.close()\n"
+        "print(escaped, bool(platform.process_mark(escaped)))"
+    )
+    escaped, *lives = in_a_process(code, "setsid sleep 1000 & echo $!", way).split()
+    try:
+        assert lives == ["True"]
+        assert platform.process_mark(int(escaped))
+    finally:
+        assert platform.end_lost(NAME)
+
+
+@ALL_WAYS
+def test_a_trees_leader_is_as_any_leader_and_knows_its_run(way: str) -> None:
+    shown = (
+        "import os, signal, sys; print(os.getsid(0) == os.getpid(), dict(os.environb), sys.stdin.read(), os.getcwd(), "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, []), sorted(os.listdir('/proc/self/fd'))[:4])"
+    )
+    code = (
+        "import signal\nwakes = platform.Wakes()\n"
+        "platform._found_cgroup = None if sys.argv[2] == 'cgroup' else ''\nos.chdir('/tmp')\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nreading, writing = os.pipe()\n"
+        f"tree = platform.ProcessTree({NAME!r})\n"
+        "tree.start([sys.executable, '-c', sys.argv[1]], {'A': '1', 'LC_ALL': 'C'}, writing, writing)\n"
+        "while tree.reap() is None: wakes.wait([], 1)\n"
+        "print(os.read(reading, 1000).decode(), bool(tree.mark.split(chr(10))[1]), sep='|')\n"
+        "tree.start(['sh', '-c', 'kill -HUP $$; exit 3'], {'PATH': os.environ['PATH']}, 1, 2)\n"
+        "while (status := tree.reap()) is None: wakes.wait([], 1)\nprint(status)\n"
+        "try: tree.start(['/no/such/program'], {}, 1, 2)\n"
+        "except FileNotFoundError as error: print(error.filename, platform.ended_children())\ntree.close()\n"
+    )
+    first, second, third = in_a_process(code, shown, way).rstrip("\n").replace("\n|", "|").split("\n")
+    run = {"A": "1", "LC_ALL": "C", platform.RUN: NAME}
+    of_it = {name.encode(): value.encode() for name, value in run.items()}
+    assert first == f"True {of_it}  /tmp set() ['0', '1', '2', '3']|{way == 'cgroup'}"
+    assert (second, third) == ("-1", "/no/such/program {}")
 
 
 @needs_linux
@@ -136,17 +242,17 @@ def test_a_mark_means_this_process_and_no_later_one_with_its_number() -> None:
     mark = platform.process_mark(child.pid)
     assert mark == platform.process_mark(child.pid)
     number, _, started = mark.partition(" ")
-    assert not platform.end_marked(f"{number} {int(started) - 1}")
+    assert not platform.end_lost(NAME, f"{number} {int(started) - 1}\n")
     assert child.poll() is None
-    assert platform.end_marked(mark)
+    assert platform.end_lost(NAME, f"{mark}\n")
     assert child.wait() == -signal.SIGKILL
     assert platform.process_mark(child.pid) == ""
-    assert not platform.end_marked(mark)
+    assert not platform.end_lost(NAME, mark)
 
 
-@pytest.mark.parametrize("mark", ["", " ", "1"])
+@pytest.mark.parametrize("mark", ["", "\n", " ", "1", "\n/sys/fs/cgroup", "\n/", "\nwaystation-ab12"])
 def test_a_mark_that_says_nothing_ends_nobody(mark: str) -> None:
-    assert not platform.end_marked(mark)
+    assert not platform.end_lost(NAME, mark)
 
 
 def test_wakes_tell_of_a_child_that_ended_and_of_being_asked_to_end() -> None:

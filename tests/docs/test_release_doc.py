@@ -132,13 +132,14 @@ def _names_seen() -> set[str]:
 def test_the_names_that_scripts_see_are_told_and_no_other() -> None:
     table = section(PAGE, "## What scripts see")
     told = {name for row in rows(table) for name in re.findall(r"`([A-Z][A-Z_]*(?:<NAME>)?)`", row[0])}
-    later = {"DEPLOYMENT", "ATTEMPT", "OUTCOME", "PACKAGE_DIR", "WAYSTATION_OPERATION"}
+    later = {"DEPLOYMENT", "ATTEMPT", "OUTCOME", "PACKAGE_DIR", "WAYSTATION_OPERATION", "WAYSTATION_RUN"}
     source = "".join(
         (ROOT / name).read_text(encoding="utf-8")
         for name in (
             "orchestrator/deployment/steps.py",
             "orchestrator/deployment/server_runs.py",
             "agent/operations.py",
+            "agent/platform.py",
         )
     )
     assert [name for name in later if f'"{name}"' not in source] == []

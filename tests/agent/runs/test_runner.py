@@ -57,6 +57,11 @@ def runner_of(folder: Path) -> int:
     return [child.pid for of, child in runs._children if of == str(folder)][-1]
 
 
+def run_of(folder: Path) -> dict[str, str]:
+    """What stands in the environment of all that runs there, beside what was given."""
+    return {platform.RUN: json.loads((folder / "spec.json").read_text())["run"]}
+
+
 def lives(process: int) -> bool:
     return bool(platform.process_mark(process))
 
@@ -113,7 +118,7 @@ async def test_a_script_sees_exactly_its_environment_its_folder_and_an_empty_inp
     run = RunSpec((sys.executable, "-c", code), str(folder.parent.parent), 60.0)
     launch(str(folder), run, environment)
     assert (await watch(str(folder))).state == "done"
-    expected = {name.encode(): value.encode() for name, value in environment.items()}
+    expected = {name.encode(): value.encode() for name, value in (environment | run_of(folder)).items()}
     assert output(folder).decode() == f"{expected} {folder.parent.parent}  True\n"
 
 
@@ -121,7 +126,8 @@ async def test_python_adds_nothing_to_a_scripts_environment(folder: Path) -> Non
     """An interpreter without a locale sets LC_CTYPE for itself (PEP 538): a script must not inherit that."""
     launch(str(folder), RunSpec(("/usr/bin/env",), "/", 60.0), {"A": "1"})
     assert (await watch(str(folder))).state == "done"
-    assert output(folder) == b"A=1\n"
+    (run,) = run_of(folder).values()
+    assert output(folder).decode() == f"A=1\n{platform.RUN}={run}\n"
 
 
 async def test_signals_that_python_ignores_are_not_ignored_in_a_script(folder: Path) -> None:
@@ -332,6 +338,59 @@ async def test_a_time_limit_ends_the_whole_tree_also_who_left_the_group_and_igno
     assert not lives(process)
     # It heard TERM, and waited for KILL: else this proves nothing.
     assert outcome.ended - outcome.started >= 1.4
+
+
+ESCAPE = "(setsid sh -c 'setsid sh -c \"trap : TERM; echo \\$\\$ > {0}.new; mv {0}.new {0}; while :; do sleep 0.05; done\" & exit' &)"
+"""Twice a session of its own, twice an orphan, deaf to TERM: it writes down who it is."""
+
+
+async def escaped(folder: Path, name: str = "escaped") -> int:
+    await eventually((folder / name).exists)
+    return int((folder / name).read_text())
+
+
+async def test_what_left_session_and_parents_ends_with_its_script_at_its_time_limit(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    outcome = await ran(folder, ESCAPE.format(folder / "escaped") + "; sleep 1000", timeout=1.0, grace=0.2)
+    assert (outcome.state, outcome.reason) == ("failed", "its time limit of 1 s was over")
+    assert not lives(await escaped(folder))
+
+
+async def test_what_left_session_and_parents_ends_with_its_script_when_that_is_stopped(folder: Path) -> None:
+    launch(str(folder), spec(ESCAPE.format(folder / "escaped") + "; sleep 1000", grace=0.2), base_environment())
+    process = await escaped(folder)
+    assert lives(process)
+    stop(str(folder))
+    assert (await watch(str(folder))).state == "stopped"
+    assert not lives(process)
+
+
+async def test_what_a_lost_runner_left_behind_is_ended_before_a_repeat_and_nothing_else(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    script = ESCAPE.format("{0}/escaped") + "; touch {0}/ready; exec sleep 1000"
+    for each in (one, other):
+        launch(str(each), spec(script.format(each)), base_environment())
+    processes = [await escaped(each) for each in (one, other)]
+    await eventually(lambda: (one / "leader").exists() and (one / "leader").read_text() != "")
+    os.kill(runner_of(one), signal.SIGKILL)
+    assert (await watch(str(one))).state == "unknown"
+    stop(str(one))
+    assert [lives(process) for process in processes] == [False, True]
+    stop(str(other))
+    assert (await watch(str(other))).state == "stopped"
+    assert not lives(processes[1])
+
+
+async def test_a_daemon_that_a_step_left_outlives_a_stop_that_comes_too_late(folder: Path) -> None:
+    outcome = await ran(
+        folder, "setsid sh -c 'echo $$ > $0/daemon; exec sleep 1000' " + str(folder) + " >/dev/null 2>&1 &"
+    )
+    assert outcome.state == "done"
+    process = await escaped(folder, "daemon")
+    stop(str(folder))
+    await eventually(lambda: not platform.is_locked(str(folder / "lock")))
+    assert lives(process)
+    os.kill(process, signal.SIGKILL)
 
 
 async def test_a_tree_that_ends_when_asked_is_not_waited_for(folder: Path) -> None:
@@ -561,6 +620,7 @@ async def test_a_damaged_result_is_an_error_and_never_a_guess(folder: Path) -> N
 async def test_the_spec_says_what_was_run_and_holds_no_value_of_a_variable(folder: Path) -> None:
     await ran(folder, "true", {"VAR_A": "a value", "SECRET_A": "another value"}, secret_names=("SECRET_A",))
     written = json.loads((folder / "spec.json").read_bytes())
+    assert re.fullmatch("[0-9a-f]{32}", written.pop("run"))
     assert written.pop("environment") == sorted({*base_environment(), "VAR_A", "SECRET_A"})
     assert msgspec.convert(written, RunSpec) == spec("true", secret_names=("SECRET_A",))
     assert b"value" not in (folder / "spec.json").read_bytes()

@@ -422,7 +422,8 @@ def aged(path: str, format: str, *statements: str) -> None:
         connection.execute(
             "CREATE TRIGGER fences_are_kept BEFORE DELETE ON fences BEGIN SELECT RAISE(ABORT, 'a fence only rises'); END"
         )
-        connection.execute("ALTER TABLE decisions DROP COLUMN envelope")
+        for table, column in (("decisions", "envelope"), ("decisions", "hash"), ("entries", "hash")):
+            connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (format,))
         for statement in statements:
             connection.execute(statement)
