@@ -427,7 +427,7 @@ async def _under_signals(paths: Paths, journal: Journal, start: Start, *, aside:
 
 
 def _tell_end(view: DeploymentView, result: Result) -> None:
-    from orchestrator.commands.ledger_text import brief
+    from orchestrator.replication.ledger_text import brief
 
     for line in brief(view.ledger):
         say(line)

@@ -197,7 +197,7 @@ def log(
 
 
 def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
-    from orchestrator.commands.ledger_text import brief, full
+    from orchestrator.replication.ledger_text import brief, full
 
     s = view.summary
     lines = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.orders import AcquireFacts, TreePulled
-from orchestrator.commands.ledger_text import brief, full
+from orchestrator.replication.ledger_text import brief, full
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry, LineBytes, decode
 from orchestrator.journal.ledger import LedgerView, ledger
