@@ -343,7 +343,8 @@ class Operations:
         environment["WAYSTATION_OPERATION"] = job.order.operation
         root = self._root(action.root) if action.root else ""
         cwd = root if os.path.isdir(root) else job.folder
-        return RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets)), environment
+        spec = RunSpec(tuple(command), cwd, action.timeout, secret_names=tuple(secrets), stall=action.stall)
+        return spec, environment
 
     def _script_command(self, package: str, path: str) -> list[str]:
         """How a script of a signed package is started."""

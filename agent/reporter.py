@@ -23,7 +23,7 @@ from agent.orders.acceptance import Refused
 from agent.orders.envelopes import sign_presence, sign_report
 from agent.orders.journal import OperationJournal, OperationRecord
 from agent.orders.keys import AgentIdentity
-from agent.orders.orders import PROJECT_FENCES, SEALED_ACTIONS, Presence, Report, deployment_of
+from agent.orders.orders import PROJECT_FENCES, SEALED_ACTIONS, STALL_LIMITS, Presence, Report, deployment_of
 from agent.orders.outbox import COPIES, Outbox
 from agent.runs.runner import OUTPUT
 from relay.audit.event import tell
@@ -84,7 +84,7 @@ class Reporter:
             fences=self.journal.highest_fences(),
             project_fences=self.journal.project_fences(_FENCES_SHOWN),
             refused=tuple(refused[-_REFUSED_SHOWN:]),
-            understands=(SEALED_ACTIONS, PROJECT_FENCES),
+            understands=(SEALED_ACTIONS, PROJECT_FENCES, STALL_LIMITS),
             start=self._start,
             started=self._started,
             host=socket.gethostname()[:255],

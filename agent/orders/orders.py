@@ -20,6 +20,9 @@ SEALED_ACTIONS: Final = "sealed-actions"
 PROJECT_FENCES: Final = "project-fences"
 """The same of one that takes an order's `project`, and keeps a fence for each."""
 
+STALL_LIMITS: Final = "stall-limits"
+"""The same, of an agent that knows `RunScript.stall`."""
+
 SKEW_SECONDS: Final = 300.0
 """How far an agent's clock and the orchestrator's may be apart."""
 ACCEPT_SECONDS: Final = 3600.0
@@ -95,6 +98,8 @@ class RunScript(_Said, frozen=True, tag="script"):
         secrets: sealed to this agent (see `agent.orders.envelopes.seal`), opened into the environment under these names.
         root: the `to:` of the step; the folder it is started in (its own folder where that is empty).
         idempotent: may be run again after an unknown outcome.
+        stall: it is ended where it prints nothing for so many seconds. Only for agents that say that
+            they know it (`STALL_LIMITS`): others refuse the order.
     """
 
     package: _Hex
@@ -104,6 +109,7 @@ class RunScript(_Said, frozen=True, tag="script"):
     root: Annotated[str, Meta(max_length=4096)] = ""
     timeout: _Limit = 600.0
     idempotent: bool = False
+    stall: _Limit | None = None
 
 
 class Switch(_Said, frozen=True, tag="switch"):

@@ -88,7 +88,7 @@ def _take(folder: str) -> bool:
 
 
 class _Run:
-    """The only run of a folder. `cause` of its end: "timed_out", "stopped", or empty for an end of its own."""
+    """The only run of a folder. `cause` of its end: "timed_out", "stalled", "stopped", or empty for an end of its own."""
 
     def __init__(self, folder: str, spec: dict[str, Any]) -> None:
         self.folder, self.spec = folder, spec
@@ -97,6 +97,7 @@ class _Run:
         self.output = Output(os.path.join(folder, OUTPUT), spec["head_bytes"], spec["tail_bytes"])
         self.started = time.time()
         self.streams: dict[int, Stream] = {}
+        self.printed = 0.0
         self.tree: platform.ProcessTree
         self.status: int | None = None
         self.cause = ""
@@ -140,18 +141,25 @@ class _Run:
 
     def follow(self) -> None:
         """Read what it prints until it ends, or end it when its time is over or it is asked to; then record that."""
-        deadline = time.monotonic() + self.spec["timeout"]
+        self.printed = time.monotonic()
+        deadline, stall = self.printed + self.spec["timeout"], self.spec["stall"] or float("inf")
         while not self.cause:
-            self.pump(min(_LOOK_SECONDS, deadline - time.monotonic()))
+            self.pump(min(_LOOK_SECONDS, min(deadline, self.printed + stall) - time.monotonic()))
             if self.reap():
                 break
             if self.wakes.asked_to_end or os.path.exists(os.path.join(self.folder, STOP)):
                 self.cause = "stopped"
             elif time.monotonic() >= deadline:
                 self.cause = "timed_out"
+            elif time.monotonic() >= self.printed + stall:
+                self.cause = "stalled"
         reason = ""
         if self.cause:
-            reason = f"its time limit of {self.spec['timeout']:g} s was over" if self.cause == "timed_out" else _STOPPED
+            reason = {
+                "timed_out": f"its time limit of {self.spec['timeout']:g} s was over",
+                "stalled": f"it stalled: it printed nothing for {stall:g} s",
+                "stopped": _STOPPED,
+            }[self.cause]
             if not self.end_all():
                 reason += "; some of its processes could not be killed"
         self.drain()
@@ -187,7 +195,9 @@ class _Run:
         except BlockingIOError:
             return 0
         self.output.write(stream.take(data, time.monotonic()))
-        if not data:
+        if data:
+            self.printed = time.monotonic()
+        else:
             self.output.write(stream.close())
             os.close(pipe)
             del self.streams[pipe]

@@ -48,6 +48,7 @@ class RunSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         argv: the program and its arguments; the program is looked up in the PATH of the given environment.
         cwd: absolute folder that it is started in.
         timeout: seconds, more than 0.
+        stall: seconds without output after which it is ended; None: never.
         secret_names: variables of the environment whose values are masked in the output.
         grace: seconds between TERM and KILL.
         head_bytes, tail_bytes: of longer output only that much of its beginning and end is kept.
@@ -60,13 +61,14 @@ class RunSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace: float = 10.0
     head_bytes: int = 5_000_000
     tail_bytes: int = 5_000_000
+    stall: float | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
     """How a run ended.
 
     Attributes:
-        state: `done`: exit status 0. `failed`: another one, its time limit, or it could not be started. `stopped`:
+        state: `done`: exit status 0. `failed`: another one, one of its limits, or it could not be started. `stopped`:
             it was asked for. `unknown`: it began, and its runner was lost before the end; it may even still run.
         exit_status: of the script, negative for the signal that ended it; None if there is none.
         reason: a sentence for a person; empty when done.
@@ -217,7 +219,7 @@ class _Exit(msgspec.Struct, frozen=True):
     """As the runner wrote it."""
 
     status: int | None
-    cause: Literal["", "timed_out", "stopped"]
+    cause: Literal["", "timed_out", "stalled", "stopped"]
     reason: str
     started: float
     ended: float
@@ -320,6 +322,8 @@ def _check(spec: RunSpec, environment: Mapping[str, str]) -> None:
         raise UsageError(f"a run's folder must be absolute, not {spec.cwd!r}")
     if not spec.timeout > 0 or not spec.grace >= 0:
         raise UsageError(f"a run needs a time limit of more than 0 s (not {spec.timeout}) and a grace of at least 0 s")
+    if spec.stall is not None and not spec.stall > 0:
+        raise UsageError(f"a run cannot be ended after {spec.stall} s without output")
     if any("\0" in text for text in (*spec.argv, spec.cwd, *environment, *environment.values())):
         raise UsageError("an argument, folder or variable of a run has a null character in it")
     for name in spec.secret_names:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -149,7 +149,14 @@ def _chain_text(report: ChainReport, kept: str | None) -> str:
 @click.argument("machine", required=False)
 @click.option("--deployment", metavar="ULID", help="The deployment to read from. [default: the newest]")
 @click.option("--environment", "-e", metavar="NAME", help="The newest deployment there.")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the deployment ends, whoever runs it.")
+@click.option(
+    "--to",
+    "target",
+    metavar="FILE",
+    help="Append the lines to FILE, as JSON, in place of printing them, and go on where it ends: each line is in it once, "
+    "however often this command was killed.",
+)
 @journal_option
 @json_option
 def log(
@@ -157,39 +164,41 @@ def log(
     deployment: str | None,
     environment: str | None,
     follow: bool,
+    target: str | None,
     journal: str | None,
     as_json: bool,
 ) -> None:
     """Print what scripts printed, on the server and on machines, each line with where it is from. Secrets are masked."""
     check_installed()
     from orchestrator.fleet.log_reader import LogReader
+    from orchestrator.fleet.told_lines import ToldLines
     from orchestrator.journal.status import check_machine, deployment_view, find_deployment
 
     paths = paths_of(journal=journal)
-    with open_journal(paths) as opened:
+    with open_journal(paths) as opened, ExitStack() as stack:
         ulid = find_deployment(opened, deployment, environment)
         check_machine(deployment_view(opened, ulid), machine)
+        told = stack.enter_context(ToldLines(target)) if target is not None else None
         said = False
-        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine)
+        reader = LogReader(os.path.join(paths.deployment(ulid), "logs"), machine, told.counts if told else None)
+        warned = False
         while True:
-            is_over = not deployment_view(opened, ulid).is_alive
+            view = deployment_view(opened, ulid)
+            # Its process may be gone, and another take it up.
+            is_over = view.summary.ended is not None
             for entry in reader.news(final=is_over or not follow):
                 said = True
-                if as_json:
-                    # One document a line, so that a reader who follows has each as it comes.
-                    told = {
-                        "operation": entry.operation,
-                        "text": entry.text,
-                        "time": entry.time,
-                        "stream": entry.stream,
-                    }
-                    say(json.dumps({"format": 1} | told))
+                if told:
+                    told.add(entry)
                 else:
-                    say(str(entry))
+                    say(entry.as_json() if as_json else str(entry))
             if not follow or is_over:
                 break
+            if not view.is_alive and not warned:
+                say("nobody runs this deployment now; this goes on when somebody does", aside=True)
+            warned = not view.is_alive
             time.sleep(0.3)
-    if not said and not as_json:
+    if not said and not as_json and target is None:
         say("nothing was printed" + ("" if is_over else " yet"), aside=True)
 
 

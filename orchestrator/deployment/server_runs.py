@@ -230,7 +230,8 @@ class ServerRuns:
         spent, printed, output = 0.0, 0, self._open_log(log)
         outcome = Outcome("done", 0, "", 0.0, 0.0, 0)
         for number, (place, cwd, argv) in enumerate(series, 1):
-            spec = RunSpec(argv=argv, cwd=cwd, timeout=max(run.timeout - spent, 0.001), secret_names=names)
+            left = max(run.timeout - spent, 0.001)
+            spec = RunSpec(argv=argv, cwd=cwd, timeout=left, secret_names=names, stall=run.stall)
             outcome = await _see_through(place, spec, environment, output, printed)
             spent += max(outcome.ended - outcome.started, 0.0)
             printed += outcome.output_bytes

@@ -300,6 +300,7 @@ class MachineTurnRunner:
                     root=self._turn.root,
                     timeout=action.timeout,
                     idempotent=action.idempotent,
+                    stall=action.stall,
                 )
 
     async def _settle(self) -> Done:

@@ -108,6 +108,8 @@ class Rotation(Written, frozen=True):
     """Names; only these scripts see them, and no process can ask for them."""
     timeout: Duration | None = None
     """Of one attempt. Default: `10m`."""
+    stall: Duration | None = None
+    """It is ended as stalled where it prints nothing for so long. Without it, only its time counts."""
     retry: Retry | None = None
     """`attempts`, `delay`."""
     run_on: Literal["server", "machine"] = "server"

@@ -36,7 +36,7 @@ _ActionName = Annotated[
         description="a name of letters, digits, '.', '_' and '-', at most 63 characters",
     ),
 ]
-_Run = ("timeout", "retry", "idempotent", "secrets")
+_Run = ("timeout", "stall", "retry", "idempotent", "secrets")
 
 Value = str | int | float | bool
 """A variable's value; numbers and truth values are kept as they were written."""
@@ -78,6 +78,7 @@ class Undo(Written, frozen=True):
     script: ScriptPath | None = None
     commands: tuple[Command, ...] = ()
     timeout: Duration | None = None
+    stall: Duration | None = None
     retry: Retry | None = None
     secrets: tuple[Name, ...] = ()
 
@@ -93,6 +94,8 @@ class PreAcquireStep(Written, frozen=True):
     """One of the two: a script, or argument lists, one after another."""
     timeout: Duration | None = None
     """Of one attempt. Default: `10m`."""
+    stall: Duration | None = None
+    """It is ended as stalled where it prints nothing for so long. Without it, only its time counts."""
     retry: Retry | None = None
     """`attempts` (default 3), `delay` (`10s`). Without it, one attempt."""
     idempotent: bool = False
@@ -100,7 +103,7 @@ class PreAcquireStep(Written, frozen=True):
     secrets: tuple[Name, ...] = ()
     """Names; seen as `SECRET_…`."""
     undo: ScriptPath | Undo | None = None
-    """A script, or a mapping with `script` or `commands`, `timeout`, `retry`, `secrets`. It is owed from the moment
+    """A script, or a mapping with `script` or `commands`, `timeout`, `stall`, `retry`, `secrets`. It is owed from the moment
     that the step may have begun; it sees `UNDO=1`.
     """
     until: Literal["finished", "acquired"] = "finished"
@@ -198,7 +201,7 @@ class Strategy(Written, frozen=True):
 class Apply(Written, frozen=True):
     """Something done on the machine: a script, or an action of its service manager."""
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"script": Kind(may=("secrets",)), "service": Kind(needs=("action",))}
+    kinds: ClassVar[Mapping[str, Kind]] = {"script": Kind(may=("secrets", "stall")), "service": Kind(needs=("action",))}
     name: _ActionName | None = None
     """For logs and operation ids."""
     script: ScriptPath | None = None
@@ -208,6 +211,8 @@ class Apply(Written, frozen=True):
     """`start`, `stop`, `restart` or `reload` by the machine's service manager."""
     timeout: Duration | None = None
     """Of one attempt. Default: `10m`, of a service `2m`."""
+    stall: Duration | None = None
+    """Of a script: as in `pre_acquire`."""
     retry: Retry | None = None
     idempotent: bool = False
     secrets: tuple[Name, ...] = ()
@@ -302,6 +307,7 @@ class Step(Written, frozen=True):
     script: ScriptPath | None = None
     commands: tuple[Command, ...] = ()
     timeout: Duration | None = None
+    stall: Duration | None = None
     retry: Retry | None = None
     idempotent: bool = False
     secrets: tuple[Name, ...] = ()
@@ -385,7 +391,7 @@ def package_of(use: str | Package) -> Package:
 def undo_of(step: PreAcquireStep) -> Undo | None:
     """The long form; a script in the short form has its step's secrets, time and tries."""
     if isinstance(step.undo, str):
-        return Undo(script=step.undo, timeout=step.timeout, retry=step.retry, secrets=step.secrets)
+        return Undo(script=step.undo, timeout=step.timeout, stall=step.stall, retry=step.retry, secrets=step.secrets)
     return step.undo
 
 

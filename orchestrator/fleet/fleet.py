@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import msgspec
+
 from agent.orders.envelopes import order_digest, seal_action, sign_order, verify_report
 from agent.orders.keys import AgentIdentity
 from agent.orders.operation_id import OperationId
@@ -29,12 +31,14 @@ from agent.orders.orders import (
     FINAL,
     PROJECT_FENCES,
     SEALED_ACTIONS,
+    STALL_LIMITS,
     Acknowledge,
     Action,
     OpenAction,
     Order,
     Presence,
     Report,
+    RunScript,
     Stop,
     longest_of,
 )
@@ -357,6 +361,10 @@ class Fleet:
             return kept
         if self.fence < 1:
             raise ValueError("no fence was claimed")
+        if isinstance(action, RunScript) and action.stall is not None and not self._understands(machine, STALL_LIMITS):
+            action = msgspec.structs.replace(action, stall=None)
+            what = f"the agent of {machine.name} is older than stall limits: only the time of its scripts is watched"
+            await self._tell(machine.name, what)
         now = self._clock()
         order = Order(
             format=1,
@@ -393,9 +401,13 @@ class Fleet:
         """
         if isinstance(action, Stop | Acknowledge):
             return action
-        seen = self.presence(machine.name)
-        understands = SEALED_ACTIONS in seen.understands
-        return seal_action(action, seen.sealing, str(operation)) if understands else action
+        sealing = self.presence(machine.name).sealing
+        understands = self._understands(machine, SEALED_ACTIONS)
+        return seal_action(action, sealing, str(operation)) if understands else action
+
+    def _understands(self, machine: PlannedMachine, form: str) -> bool:
+        """Whether its agent knows a form of orders. Raises `UnreachableError` where no relay has seen it."""
+        return form in self.presence(machine.name).understands
 
     async def _send(self, operation: OperationId, action: OpenAction) -> None:
         """A new order of which no result is awaited; it takes the next attempt."""

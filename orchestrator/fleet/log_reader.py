@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _PIECE = 256 << 10
@@ -33,6 +34,11 @@ class LogLine:
         _, machine, action, attempt = (*self.operation.split("~"), "", "", "", "")[:4]
         return f"{machine} {action}" + (f" (attempt {attempt})" if attempt not in {"", "1"} else "")
 
+    def as_json(self) -> str:
+        """One document a line, so that a reader who follows has each as it comes."""
+        told = {"operation": self.operation, "text": self.text, "time": self.time, "stream": self.stream}
+        return json.dumps({"format": 1} | told)
+
     def __str__(self) -> str:
         """For people: what was printed as an error has a mark. Two spaces stand before the text."""
         mark = " stderr" if self.stream == "stderr" else ""
@@ -42,8 +48,11 @@ class LogLine:
 class LogReader:
     """Follows the log files of a deployment. Blocking, small."""
 
-    def __init__(self, folder: str, machine: str | None) -> None:
-        """Read below `folder`; only what is of `machine`, where one is given."""
+    def __init__(self, folder: str, machine: str | None, told: Mapping[str, int] | None = None) -> None:
+        """Read below `folder`; only what is of `machine`, where one is given. Of each operation the first `told` lines are
+        passed over: log files only grow, so that these are always the same.
+        """
+        self._passed_over = dict(told or {})
         self._folder = folder
         self._machine = machine
         self._read: dict[str, int] = {}
@@ -52,9 +61,17 @@ class LogReader:
         """By file and stream, of a line that goes on: its time, and its text so far."""
 
     def news(self, *, final: bool = True) -> Iterator[LogLine]:
-        """Lines that came since the last call. A last line without an end waits for it, but where this is the `final`
+        """Lines that came since the last call and were not told before. A last line without an end waits for it, but where this is the `final`
         call.
         """
+        for line in self._read_on(final=final):
+            left = self._passed_over.get(line.operation, 0)
+            if left:
+                self._passed_over[line.operation] = left - 1
+            else:
+                yield line
+
+    def _read_on(self, *, final: bool) -> Iterator[LogLine]:
         for name in self._names():
             with open(os.path.join(self._folder, name), "rb") as file:
                 file.seek(self._read.get(name, 0))

@@ -155,6 +155,10 @@ class Ground:
             self.wrong(place, f"{duration} is over before anything began: expected a longer time")
         return value
 
+    def stall_limit(self, duration: str | None, place: Place) -> float | None:
+        """Seconds that something may print nothing; None: for ever. `place` is that which may have `stall`."""
+        return None if duration is None else self.time_limit(duration, place.below("stall"), 0.0)
+
     def seconds(self, duration: str | None, place: Place, default: float) -> float:
         if duration is None:
             return default
@@ -184,6 +188,7 @@ class Ground:
                 for index, command in enumerate(what.commands)
             ),
             timeout=self.time_limit(what.timeout, place.below("timeout"), SCRIPT_SECONDS),
+            stall=self.stall_limit(what.stall, place),
             attempts=attempts,
             delay=delay,
             idempotent=isinstance(what, Undo) or what.idempotent,

@@ -103,13 +103,14 @@ class ServerRun(_Planned, frozen=True):
     """Something that runs on the server: a script, or commands one after another (exactly one of the two is given).
 
     `variables` are the whole of what is resolved already, by the names that the script sees (VAR_PORT, …);
-    `secrets` are names of secrets, which it sees as SECRET_<NAME>.
+    `secrets` are names of secrets, which it sees as SECRET_<NAME>. It is ended where it prints nothing for `stall` seconds.
     """
 
     name: str
     script: FrozenFile | None = None
     commands: tuple[tuple[str, ...], ...] = ()
     timeout: float = 600.0
+    stall: float | None = None
     attempts: int = 1
     delay: float = 10.0
     idempotent: bool = False
@@ -181,13 +182,14 @@ class RotationPlan(_Planned, frozen=True):
 
 
 class ScriptAction(_Planned, frozen=True, tag="script"):
-    """A script of the process on the machine: `path` inside the release's scripts package."""
+    """A script of the process on the machine: `path` inside the release's scripts package. `stall` as of a `ServerRun`."""
 
     name: str
     path: str
     variables: dict[str, str] = {}
     secrets: tuple[str, ...] = ()
     timeout: float = 600.0
+    stall: float | None = None
     attempts: int = 1
     delay: float = 10.0
     idempotent: bool = False

@@ -404,6 +404,27 @@ async def test_a_tree_that_ends_when_asked_is_not_waited_for(folder: Path) -> No
     assert b"bye" in output(folder).splitlines()
 
 
+async def test_what_prints_nothing_for_too_long_is_ended_as_stalled(folder: Path) -> None:
+    outcome = await ran(folder, "echo one; sleep 1000", stall=0.5, grace=0.2)
+    assert (outcome.state, outcome.exit_status) == ("failed", -signal.SIGTERM)
+    assert outcome.reason == "it stalled: it printed nothing for 0.5 s"
+    assert output(folder) == b"one\n"
+
+
+async def test_what_goes_on_printing_on_either_stream_does_not_stall(folder: Path) -> None:
+    """Also where it prints no whole line, and where what it prints is held back because it could become a secret."""
+    script = "for i in 1 2 3 4 5 6 7 8; do printf s; sleep 0.2; printf e >&2; sleep 0.2; done"
+    outcome = await ran(folder, script, {"SECRET_A": "ssssssssss"}, secret_names=("SECRET_A",), stall=2.0)
+    assert outcome.state == "done"
+    assert outcome.ended - outcome.started > 2.0, "it was over before it could stall"
+
+
+async def test_a_stall_limit_of_none_is_none_and_one_below_is_refused(folder: Path) -> None:
+    assert (await ran(folder, "sleep 0.3", stall=None)).state == "done"
+    with pytest.raises(UsageError, match="without output"):
+        launch(str(folder) + "-2", spec("true", stall=0.0), base_environment())
+
+
 async def test_a_process_hears_term_once(folder: Path) -> None:
     """Many programs take a second TERM for "do not clean up"."""
     code = (

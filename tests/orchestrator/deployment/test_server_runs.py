@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,7 @@ async def test_the_environment_is_what_is_promised_and_nothing_else(server: Serv
     result = await server.runs.run(run, BEFORE, {"OUTCOME": "deployed", "MACHINE": "web2"})
     assert result.ok
     seen = dict(line.split("=", 1) for line in log(result).split("\0") if line)
+    assert re.fullmatch("[0-9a-f]{32}", seen.pop("WAYSTATION_RUN"))
     assert seen == {
         **base_environment(),
         "VAR_PORT": "8080",
@@ -307,6 +309,16 @@ async def test_at_its_time_limit_a_hanging_script_is_killed_with_its_children(se
     children = [int(line) for line in log(result).split()]
     assert len(children) >= 2
     assert not any(lives(pid) for pid in children)
+
+
+async def test_a_script_that_stalls_fails_and_is_repeated_as_often_as_declared(server: Server, tmp_path: Path) -> None:
+    counter = tmp_path / "counter"
+    result = await server.run(
+        f"#!/bin/sh\necho run >> {counter}\nexec sleep 600\n", stall=0.3, attempts=2, delay=0.01, timeout=60.0
+    )
+    assert (result.ok, result.state) == (False, "failed")
+    assert "printed nothing for 0.3 s" in result.reason
+    assert counter.read_text().splitlines() == ["run"] * 2
 
 
 async def test_commands_run_one_after_another_until_one_fails(server: Server) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import hashlib
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -26,6 +28,7 @@ from agent.orders.keys import load_agent_identity, load_report_signer, load_seal
 from agent.orders.operation_id import OperationId
 from agent.orders.orders import (
     SEALED_ACTIONS,
+    STALL_LIMITS,
     Acknowledge,
     Order,
     Presence,
@@ -676,6 +679,26 @@ async def test_an_agent_of_before_is_ordered_in_the_clear(world: World) -> None:
     scene = await world.scene()
     assert (await perform(scene, CONFIGURE)).state == "done"
     assert scene.agent.orders[0].action == CONFIGURE
+
+
+STALLS = msgspec.structs.replace(CONFIGURE, stall=30.0)
+
+
+async def test_a_stall_limit_is_sent_only_to_an_agent_that_knows_it_and_else_it_is_said_once(world: World) -> None:
+    """An older agent refuses an order with a field that it does not know."""
+    new = await world.scene(understands=(STALL_LIMITS,))
+    assert (await perform(new, STALLS)).state == "done"
+    assert new.agent.orders[0].action == STALLS
+    assert new.told.notes == []
+
+
+async def test_an_agent_of_before_is_ordered_without_a_stall_limit(world: World) -> None:
+    old = await world.scene()
+    assert (await perform(old, STALLS)).state == "done"
+    assert old.agent.orders[0].action == CONFIGURE
+    assert b"stall" not in base64.b64decode(json.loads(old.agent.envelopes[0])["payload"])
+    (note,) = old.told.notes
+    assert "web1 is older than stall limits" in note
 
 
 async def test_a_stranger_with_an_agents_token_neither_blocks_a_machine_nor_reads_its_variables(world: World) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from orchestrator.fleet.log_reader import LogLine, LogReader
+from orchestrator.fleet.told_lines import ToldLines
+from relay.errors import UsageError
 
 
 def test_lines_are_told_with_machine_and_action(tmp_path: Path) -> None:
@@ -30,6 +35,47 @@ def test_what_was_told_is_not_told_again(tmp_path: Path) -> None:
 
     assert [line.text for line in reader.news()] == ["second"]
     assert list(reader.news()) == []
+
+
+def test_lines_that_were_told_by_another_are_passed_over_and_none_is_missing(tmp_path: Path) -> None:
+    """Also where the two streams are told in another order than they began."""
+    at = b"2026-12-01T00:12:03.123Z"
+    log = tmp_path / "1~web1~before~1.log"
+    log.write_bytes(at + b" stdout P ha\n" + at + b" stderr F no\n")
+    (tmp_path / "1~web2~before~1.log").write_bytes(b"other\n")
+    first = list(LogReader(str(tmp_path), "web1").news(final=False))
+    with log.open("ab") as file:
+        file.write(at + b" stdout F lf\n")
+    later = LogReader(str(tmp_path), "web1", Counter(line.operation for line in first))
+    assert [line.text for line in [*first, *later.news()]] == ["no", "half"]
+    assert list(later.news()) == []
+
+
+LINES = [LogLine("1~web1~before~1", f"line {n} ü") for n in range(5)]
+
+
+def test_a_file_of_told_lines_goes_on_where_a_kill_left_it(tmp_path: Path) -> None:
+    path = tmp_path / "told"
+    with ToldLines(str(path)) as told:
+        for line in LINES:
+            told.add(line)
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with ToldLines(str(path)) as again:
+            there = again.counts["1~web1~before~1"]
+            for line in LINES[there:]:
+                again.add(line)
+        assert path.read_bytes() == whole
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    for text in ("my notes\n", '{"operation": 1}\n', "[]\n"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="no 'release log --to' wrote"):
+            ToldLines(str(path))
+        assert path.read_text() == text
 
 
 def test_only_the_machine_that_is_asked_for_is_told(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.orders.orders import AcquireFacts, TreePulled
-from orchestrator.replication.ledger_text import brief, full
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry, LineBytes, decode
 from orchestrator.journal.ledger import LedgerView, ledger
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedPackage, PlannedRelay
+from orchestrator.replication.ledger_text import brief, full
 from relay.protocol.messages import EncodedBytes, summed
 
 ULID = "01M83DSN7Z2DSFFFVQGSAHJFQ0"

@@ -106,7 +106,7 @@ packages:
   web: { id: Acme.Web }
   db:  { id: Acme.Schema, feed: corp }
 pre_acquire:
-  - { name: open vpn, script: ops/vpn-up.sh, timeout: 2m, retry: { attempts: 3, delay: 10s }, undo: ops/vpn-down.sh }
+  - { name: open vpn, script: ops/vpn-up.sh, timeout: 2m, stall: 30s, retry: { attempts: 3, delay: 10s }, undo: ops/vpn-down.sh }
   - { name: tell, commands: [ [logger, "deploying ${release.label}"] ], until: acquired, secrets: [chat_hook] }
 acquire: { deadline: 20m, stall: 30s, per_relay: 5 }
 steps:
@@ -119,7 +119,7 @@ steps:
     strategy: { rolling: { phases: [ { machines: 1 }, { window: 50% } ], min_in_service: 2, max_failures: 1 } }
     rotation: web
     apply:
-      - { name: configure, script: deploy/configure.sh, secrets: [app_key], timeout: 1m, retry: { attempts: 2, delay: 1s } }
+      - { name: configure, script: deploy/configure.sh, secrets: [app_key], timeout: 1m, stall: 20s, retry: { attempts: 2, delay: 1s } }
       - switch
       - { service: webshop, action: restart, idempotent: true }
     verify:
@@ -155,6 +155,8 @@ def test_all_that_is_built_is_planned_with_its_numbers() -> None:
     assert (made.acquire.deadline, made.acquire.stall, made.acquire.per_relay) == (1200.0, 30.0, 5)
     assert (made.deadline, made.machine_secrets) == (10800.0, ("app_key",))
     vpn, tell = made.pre_acquire
+    assert vpn.undo is not None
+    assert (vpn.run.stall, vpn.undo.stall) == (30.0, 30.0)
     assert (vpn.run.timeout, vpn.run.attempts, vpn.run.delay, vpn.until) == (120.0, 3, 10.0, "finished")
     assert vpn.undo is not None
     assert vpn.undo.variables["UNDO"] == "1"
@@ -170,6 +172,7 @@ def test_all_that_is_built_is_planned_with_its_numbers() -> None:
     assert (farm.min_in_service, farm.max_failures, farm.keep, farm.label) == (2, 1, 5, "1.4.2")
     configure = farm.turns[0].actions[0]
     assert isinstance(configure, ScriptAction)
+    assert configure.stall == 20.0
     assert (configure.path, configure.secrets, configure.attempts, configure.delay) == (
         "deploy/configure.sh", ("app_key",), 2, 1.0,
     )  # fmt: skip
