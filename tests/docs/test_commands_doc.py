@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from relay.main import waystation
 from relay.protocol.messages import EncodedBytes
 
 PAGE = (DOCS / "commands.md").read_text(encoding="utf-8")
-HEADINGS = re.findall(r"^## waystation ([a-z]+(?: [a-z]+)?)(.*)$", PAGE, re.MULTILINE)
+HEADINGS = re.findall(r"^## waystation ([a-z]+(?: [a-z-]+)?)(.*)$", PAGE, re.MULTILINE)
 COMMANDS = tables.commands()
 
 
@@ -66,7 +67,7 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
     examples = [one.text for one in blocks(_section_of(name)) if one.info == "sh"]
     assert examples
     for line in "".join(examples).splitlines():
-        words = line.split()
+        words = shlex.split(line)
         depth = 1 + len(name.split())
         assert words[:depth] == ["waystation", *name.split()]
         # The example's folder need not be here; everything else must parse.
@@ -185,8 +186,8 @@ class _Session:
 
     def _decide(self) -> None:
         """What people say of a deployment that no process runs."""
-        self.run("trust person", "anna", "--environment", "staging")
         self.run("trust person", "ben")
+        self.run("trust person", "anna", "--environment", "staging")
         with Journal.open(str(self.folder / "home/journal.db")) as journal:
             journal.begin(DEPLOYMENT, msgspec.json.encode(planned()), 1, "clara@host")
             for name in ("canary looks good", "sign off"):

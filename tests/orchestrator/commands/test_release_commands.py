@@ -10,6 +10,10 @@ import pytest
 import yaml
 from harness.packages import make_nupkg
 from harness.process import Done, run
+from orchestrator.deployment.releases import author_of
+
+from orchestrator.journal.journal import Journal
+from orchestrator.trust.keyring import load_pins
 
 PROCESS = {
     "format": 1,
@@ -243,3 +247,30 @@ def test_without_sqlalchemy_a_release_says_what_to_install_and_help_works(desk: 
     assert call("release", "deploy", "--help").code == 0
     assert call("release", "plan", "-e", "production", "--package", "web=1.0.0").code == 0
     assert call("agent", "--help").code == 0
+
+
+# --- people
+
+
+def test_a_release_is_signed_by_whoever_made_it_and_stays_theirs(origin: Desk) -> None:
+    made = origin.call("trust", "person", "anna", "--json").json
+    assert (made["name"], made["environments"]) == ("anna", [])
+    assert origin.call("trust", "person", "ben").code == 0
+    for person in ("anna", "ben"):
+        done = origin.call("release", "create", "1.0", "--package", "web=1.0.0", "--as", person)
+        assert done.code == 0, done.err
+    with Journal.open(str(origin.home / "journal.db")) as journal:
+        envelope = journal.release("shop", "1.0").envelope
+    pins = load_pins(str(origin.home / "trust"))
+    assert author_of(envelope, pins.order_keys("production")) == "anna"
+
+
+def test_approvers_are_looked_for_in_trust_json(origin: Desk) -> None:
+    step = {"name": "sign off", "ask": "Ready?", "approvers": ["anna"]}
+    origin.write("release.yaml", PROCESS | {"steps": [*PROCESS["steps"], step]})  # type: ignore[misc]
+    words = ("release", "plan", "-e", "production", "--package", "web=1.0.0")
+    refused = origin.call(*words)
+    assert refused.code == 2
+    assert re.search(r"release\.yaml:\d+: steps\[1\]\.approvers\[0\]: trust\.json names no 'anna'", refused.err)
+    assert origin.call("trust", "person", "anna").code == 0
+    assert "step 2 sign off: asks anna: Ready?" in origin.call(*words).out
