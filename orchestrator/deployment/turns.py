@@ -39,7 +39,6 @@ from orchestrator.journal.events import (
     Reported,
     TurnDid,
     TurnEnded,
-    TurnStarted,
 )
 from orchestrator.plan.plan import (
     OLD_VERSION,
@@ -122,7 +121,6 @@ class MachineTurnRunner:
         past = self._context.history.turn(number, machine)
         state = turn.begin(self.shape)
         if past is None:
-            await self._context.recorder.record(TurnStarted(machine, number))
             return state
         for did in past.did:
             if did.do != word_of(state.do):

@@ -64,6 +64,7 @@ class Scene:
                     "to": f"{self.srv}/${{machine.name}}",
                     "strategy": {"rolling": rolling or {"window": 1}},
                     "rotation": "web",
+                    "on_failure": "stop",
                     "apply": ["switch", {"script": "deploy/start.sh"}],
                 },
             ],
