@@ -12,15 +12,29 @@ from typing import Final, get_args
 
 import msgspec
 
-from orchestrator.journal.events import Ended, Event, Refused, RelayBehind, Reported, StepEnded, TurnEnded
+from orchestrator.journal.events import (
+    AskClosed,
+    AskOpened,
+    Ended,
+    Event,
+    Left,
+    MachineAsked,
+    Paused,
+    Refused,
+    RelayBehind,
+    Reported,
+    StepEnded,
+    TurnDid,
+    TurnEnded,
+)
 from relay.audit.event import Told, said, tell_fact
 from relay.audit.shown import Value
 
 KINDS: Final[tuple[type[Event], ...]] = get_args(Event)
 
-_PRIVATE: Final = frozenset({"facts", "data", "lines"})
-_WITHOUT_REASON: Final = (Reported, TurnEnded, StepEnded, Ended)
-"""Whose reason may be a check's."""
+_PRIVATE: Final = frozenset({"facts", "data", "lines", "why"})
+_WITHOUT_REASON: Final = (Reported, TurnDid, TurnEnded, StepEnded, Ended, MachineAsked, AskClosed, Paused, Left)
+"""Whose reason may be a check's, or what a person typed."""
 _GRAVE: Final = (Refused, RelayBehind)
 
 
@@ -39,7 +53,7 @@ def name_of(kind: type[Event]) -> str:
 
 def told_fields(kind: type[Event]) -> tuple[str, ...]:
     """What the event has of such an entry, beside `deployment`."""
-    private = _PRIVATE | ({"reason"} if kind in _WITHOUT_REASON else set())
+    private = _PRIVATE | ({"reason"} if kind in _WITHOUT_REASON else set()) | ({"text"} if kind is AskOpened else set())
     return tuple(name for name in kind.__struct_fields__ if name not in private)
 
 

@@ -253,7 +253,7 @@ class World:
         return self.farm.agents[name].pid
 
 
-def write_release(farm: Farm, vault: Path, proofs: Path) -> None:
+def write_release(farm: Farm, vault: Path, proofs: Path, **of_web: Any) -> None:
     made = {"python": sys.executable, "proofs": str(proofs), "log_marker": LOG_MARKER}
     farm.write_script("environments/lb/out.py", BEFORE.format(**made))
     farm.write_script("environments/lb/in.sh", '#!/bin/sh\ntest "$SECRET_LB_TOKEN"\n')
@@ -274,7 +274,8 @@ def write_release(farm: Farm, vault: Path, proofs: Path) -> None:
                     {"name": OPERATION_MARKER[2:], "script": "ops/configure.py", "secrets": ["app_key"]},
                     "switch",
                 ],
-            },
+            }
+            | of_web,
             {
                 "name": "work",
                 "roles": ["worker"],
@@ -330,6 +331,44 @@ def _wait(path: Path, process: Process) -> None:
     assert process.is_alive, "the deployment was over before its script ran"
 
 
+def ask_people(world: World) -> None:
+    """Two more deployments that people decide: a retry and a gate, then a machine that goes back."""
+    farm, ill = world.farm, world.folder / "ill"
+    farm.write_script("ops/verify.sh", f"#!/bin/sh\necho {LOG_MARKER} verify; test ! -e {ill}\n")
+    farm.write_script("ops/look.sh", f"#!/bin/sh\necho {LOG_MARKER} look\n")
+    gate = {"name": "looks good", "check": "ops/look.sh", "ask": "Is it good?", "approvers": ["anna"]}
+    write_release(
+        farm,
+        world.vault,
+        world.proofs,
+        strategy={"rolling": {"phases": [{"machines": 1, "gate": gate}]}},
+        verify=[{"command": ["ops/verify.sh"], "deadline": "1s"}],
+        on_failure="ask",
+    )
+    farm.do("trust", "person", "anna")
+    anna = ("--as", "anna", "-m", "I looked")
+    for version in ("1.1.0", "1.2.0"):
+        farm.add_package("Acme.Web", version, {"about.txt": f"{version} {FILE_MARKER}\n"})
+        ill.touch()
+        words = ("deploy", version, "--environment", "production", "--package", f"web={version}")
+        _people(world, 3, *words, "--no-wait")
+        if version == "1.1.0":
+            ill.unlink()
+            _people(world, 0, "decide", "web1", "retry", *anna)
+            _people(world, 3, "resume", "--no-wait")
+            _people(world, 0, "approve", "looks good", *anna)
+            _people(world, 0, "resume")
+        else:
+            _people(world, 0, "decide", "web1", "rollback", *anna)
+            ill.unlink()
+            _people(world, 1, "resume")
+
+
+def _people(world: World, code: int, *words: str) -> None:
+    done = world.note(" ".join(("release", *words)), world.farm.call("release", *words, LB_PIN=LB_PIN))
+    assert done.code == code, f"{words}: {done.code}\n{done.out}\n{done.err}"
+
+
 def ask_everybody(world: World) -> None:
     """All that commands say of it afterwards."""
     farm = world.farm
@@ -363,6 +402,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             farm.add_agent(name).start()
         write_release(farm, made.vault, proofs)
         roll_through(made)
+        ask_people(made)
         ask_everybody(made)
         yield made
         tap.close()
@@ -511,9 +551,8 @@ def test_a_machine_script_that_prints_its_secret_gives_stars(world: World) -> No
 
 def test_what_an_order_on_the_wire_says_opens_for_its_agent_in_its_operation_alone(world: World) -> None:
     keys = {name: read_sealing_key(str(agent.home / "sealing.key")) for name, agent in world.farm.agents.items()}
-    [order] = {
-        each.operation: each for each in orders_on(world.tap.bytes) if OPERATION_MARKER in each.operation
-    }.values()
+    found = {each.operation: each for each in orders_on(world.tap.bytes) if OPERATION_MARKER in each.operation}
+    order = found[min(found)]  # of the first deployment
     assert "/web1/" in order.operation
     action = open_order(order, keys["web1"]).action
     assert isinstance(action, RunScript)
@@ -548,18 +587,19 @@ def trails(world: World) -> dict[str, str]:
 
 def test_the_events_of_a_whole_release_say_who_did_what(world: World) -> None:
     told = {who: events(text) for who, text in trails(world).items()}
-    [begun] = [event for event in told["orchestrator"] if event["event"] == "deployment.started"]
+    begun, *_ = [event for event in told["orchestrator"] if event["event"] == "deployment.started"]
     mine = [event for event in told["orchestrator"] if event.get("deployment") == begun["deployment"]]
     assert begun["operator"] == mine[0]["operator"]
     assert [
         event["event"].partition(".")[2] for event in mine if event.get("machine", "web1") == "web1"
     ] == ORCHESTRATED
-    assert [event["event"].partition(".")[2] for event in told["web1"]] == ON_WEB1
+    assert [event["event"].partition(".")[2] for event in told["web1"]][: len(ON_WEB1)] == ON_WEB1
     here = [f"{event['event'].partition('.')[2]} {event.get('agent', '')}".strip() for event in told["relay"]]
     assert set(here) == AT_THE_RELAY
     assert {event["address"] for event in told["relay"] if "address" in event} == {"127.0.0.1"}
     [keys] = [event for event in told["orchestrator"] if event["event"] == "orchestrator.keys_made"]
     accepted = [event for event in told["web1"] if event["event"] == "agent.order_accepted"]
+    accepted = [event for event in accepted if event["operation"].startswith(begun["deployment"])]
     assert {event["key"] for event in accepted} == {keys["order_key"]}, "whose order it was"
     sent = {
         event["order"] for event in mine if event["event"] == "deployment.dispatched" and event["machine"] == "web1"
@@ -578,8 +618,8 @@ ORCHESTRATED = [
     *("dispatched", "reported", "surveyed"),
     *("dispatched", "replicated", "replicated", "reported", "acquired", "barrier"),
     *("step_started", "turn_started", "bracket_opened", "server_run_dispatched", "server_run_ended"),
-    *("dispatched", "reported") * 3,
-    *("server_run_dispatched", "server_run_ended", "bracket_closed", "turn_ended", "step_ended"),
+    *("turn_did", "dispatched", "reported") * 3,
+    *("turn_did", "server_run_dispatched", "server_run_ended", "bracket_closed", "turn_did", "turn_ended", "step_ended"),
     *("step_started", "step_ended"),
     "ended", "lock_given_back",
 ]  # fmt: skip
