@@ -141,6 +141,9 @@ class RunQueue:
         self._whole = self._begun = 0
         self._ready: deque[RunAhead] = deque()
         self._planning = asyncio.Lock()
+        """Held while one run is planned."""
+        self._ahead: asyncio.Task[None] | None = None
+        """What plans those behind the next one."""
 
     def begin(self, missing: Ranges, held: Sequence[Held]) -> None:
         """What is to be sent from here on, building on `held`."""
@@ -152,6 +155,10 @@ class RunQueue:
 
     def close(self) -> None:
         """Nothing of it is wanted any more."""
+        if self._ahead is not None and not self._ahead.cancel() and not self._ahead.cancelled():
+            # Taken note of, in case that nothing asked for a run since.
+            self._ahead.exception()
+        self._ahead = None
         for ahead in self.alive:
             ahead.payload.close()
         self.alive.clear()
@@ -159,16 +166,34 @@ class RunQueue:
 
     @property
     def has_more(self) -> bool:
-        return bool(self._left or self._plainly or self._ready)
+        return bool(self._left or self._plainly or self._ready) or self._planning.locked()
 
     # --- for a sender
 
     async def next(self) -> RunAhead | None:
-        """The next run, while those after it are encoded already; None when all are on their way."""
+        """The next run, while those after it are tried, planned and encoded already: it waits for none of them. None when
+        all are on their way.
+        """
+        if not self._ready:
+            await self._plan_one(1)
+        if self._ahead is not None and self._ahead.done():
+            self._ahead.result()
+        found = self._ready.popleft() if self._ready else None
+        if (self._left or self._plainly) and (self._ahead is None or self._ahead.done()):
+            self._ahead = asyncio.create_task(self._plan_ahead())
+        return found
+
+    async def _plan_ahead(self) -> None:
+        while await self._plan_one(self._depth):
+            pass
+
+    async def _plan_one(self, most: int) -> bool:
+        """One run more where fewer than `most` are ready; False where there are enough, or no more."""
         async with self._planning:
-            while len(self._ready) < self._depth and (planned := await self.plan()) is not None:
-                self._ready.append(self._encode(planned))
-            return self._ready.popleft() if self._ready else None
+            if len(self._ready) >= most or (planned := await self.plan()) is None:
+                return False
+            self._ready.append(self._encode(planned))
+            return True
 
     def put_back(self, ahead: RunAhead) -> None:
         """It comes first again, as nothing of it was taken for the line."""

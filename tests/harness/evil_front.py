@@ -38,6 +38,8 @@ class Asked:
     @property
     def seconds(self) -> float:
         """How long it may be kept waiting."""
+        if self.kind == "poll":
+            return msgspec.json.decode(self.body, type=messages.PollRequest).wait
         query = parse_qs(urlsplit(self.target).query)
         return float(query.get("wait", ["0"])[0])
 
@@ -120,14 +122,22 @@ def kind_of(method: str, target: str) -> str:
 
 
 class EvilFront:
-    """Use as a context manager; it lives in a thread of its own. `way` may be changed at any time."""
+    """Use as a context manager; it lives in a thread of its own.
+
+    `way` may be changed at any time: it takes hold of requests that are kept waiting, too. So what turns evil meets the poll
+    of every agent that is there.
+    """
 
     def __init__(self, port: int, way: Way | None = None) -> None:
         """`port`: of the honest relay, on loopback."""
-        self.way = way
+        self._way = way
+        self._turned = asyncio.Event()
+        """Replaced where the way is another one."""
         self.played = 0
         self.counts: dict[str, int] = {}
         """Requests, by kind."""
+        self.in_hand: list[Asked] = []
+        """Requests that are not answered yet."""
         self._behind = port
         self._kept: dict[str, Any] = {}
         self._loop = asyncio.new_event_loop()
@@ -146,6 +156,7 @@ class EvilFront:
 
     async def start(self) -> int:
         """Listen in the running loop, for who is in it already; the port."""
+        self._serving_in = asyncio.get_running_loop()
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self._serving: set[asyncio.Task[None]] = set()
         self.port: int = self._server.sockets[0].getsockname()[1]
@@ -161,6 +172,19 @@ class EvilFront:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def way(self) -> Way | None:
+        return self._way
+
+    @way.setter
+    def way(self, way: Way | None) -> None:
+        self._way = way
+        self._serving_in.call_soon_threadsafe(self._turn)
+
+    def _turn(self) -> None:
+        self._turned.set()
+        self._turned = asyncio.Event()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def send(data: bytes) -> None:
             writer.write(data)
@@ -172,16 +196,37 @@ class EvilFront:
         try:
             while (asked := await _read_request(reader)) is not None:
                 self.counts[asked.kind] = self.counts.get(asked.kind, 0) + 1
-                if self.way is not None and self.way.meets(asked):
-                    self.played += 1
-                    await self.way.play(Scene(asked, self._ask, send, self._kept))
-                else:
-                    await send((await self._ask(asked)).whole)
+                self.in_hand.append(asked)
+                try:
+                    await self._answer(asked, send)
+                finally:
+                    self.in_hand.remove(asked)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._serving.discard(task)
             writer.close()
+
+    async def _answer(self, asked: Asked, send: Callable[[bytes], Awaitable[None]]) -> None:
+        while True:
+            way, turned = self._way, self._turned
+            if way is not None and way.meets(asked):
+                self.played += 1
+                return await way.play(Scene(asked, self._ask, send, self._kept))
+            if (said := await self._honest(asked, turned)) is not None:
+                return await send(said.whole)
+
+    async def _honest(self, asked: Asked, turned: asyncio.Event) -> Said | None:
+        """None where it was still kept waiting when the way became another one."""
+        if not asked.seconds:
+            return await self._ask(asked)
+        answer, turn = asyncio.create_task(self._ask(asked)), asyncio.create_task(turned.wait())
+        try:
+            await asyncio.wait({answer, turn}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else None
+        finally:
+            answer.cancel()
+            turn.cancel()
 
     async def _ask(self, asked: Asked) -> Said:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._behind, limit=1 << 20)

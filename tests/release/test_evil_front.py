@@ -15,7 +15,7 @@ import pytest
 from harness.evil_front import WAYS, EvilFront, Way, way
 from harness.farm import Farm
 from harness.packages import noise
-from harness.process import Done
+from harness.process import Done, wait_for
 from harness.seed import SOAK
 
 from agent.relays.health import Average, Health
@@ -52,7 +52,10 @@ class World:
             farm.add_agent(name, "fra", list(farm.urls.values()))
 
     def start_agents(self) -> None:
-        """Anew, and sure that the evil relay is the closest by far."""
+        """Anew, and sure that the evil relay is the closest by far. It is honest until all of them wait for mail there: agents
+        that met it as it was before would leave it alone for longer than a release takes.
+        """
+        self.front.way = None
         for agent in self.farm.agents.values():
             agent.stop()
             now = time.time()
@@ -62,6 +65,11 @@ class World:
             }
             save_state(agent.home / "relays.json", State(current=self.front.url, healths=healths))
             agent.start()
+        wait_for(lambda: self._polls_at_front() == len(self.farm.agents))
+
+    def _polls_at_front(self) -> int:
+        """How many agents wait for mail there."""
+        return len({asked.target for asked in tuple(self.front.in_hand) if asked.kind == "poll" and asked.seconds})
 
     def release(self, way: Way | None, deadline: float = 60.0) -> tuple[Done, float]:
         """A new version; how it ended, and after how many seconds."""
