@@ -22,7 +22,7 @@ HOUSES = {
     ),
     "agent": ("orders", "relays", "trees", "runs", "checks"),
     "orchestrator": (
-        "files", "depot", "plan", "trust", "journal", "people", "releases", "replication", "fleet", "rolling", "deployment", "compare",
+        "files", "depot", "plan", "trust", "journal", "locks", "people", "releases", "replication", "fleet", "rolling", "deployment", "compare",
         "commands",
     ),
     "benchmarks": ("lines", "support"),

@@ -329,7 +329,7 @@ class _Desk:
             NotFoundError: there is no such deployment, or none has not ended.
             RefusedError: the one that was named has ended, or is elsewhere.
         """
-        from orchestrator.journal.status import check_environment
+        from orchestrator.locks.status import check_environment
 
         if deployment is not None:
             record = self._journal.deployment(deployment.upper())
@@ -375,7 +375,7 @@ class _Desk:
 
     def tell(self, one: _Running, number: int, saying: Saying, by: str, words: str, state: dict[str, Any]) -> None:
         """What was written, and when it counts."""
-        from orchestrator.journal.status import deployment_view
+        from orchestrator.locks.status import deployment_view
 
         # By the lock: a deployment that is written as running may have lost its process.
         is_alive = deployment_view(self._journal, one.record.deployment).is_alive

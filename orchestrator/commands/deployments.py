@@ -285,7 +285,7 @@ def resume(
     """
     paths = _paths(depot, trust_folder, journal, person, keys_folder)
     from orchestrator.deployment.deployment import resume as start
-    from orchestrator.journal.status import the_unfinished
+    from orchestrator.locks.status import the_unfinished
 
     tell = _timed(aside=as_json)
     with open_journal(paths) as opened, progress_bars() as bar:
@@ -376,7 +376,7 @@ Start = Callable[[Callable[[str, "Plan"], None]], Coroutine[Any, Any, tuple[str,
 
 def _in_foreground(paths: Paths, journal: Journal, start: Start, *, as_json: bool) -> int:
     """Run it here, and say how it ended."""
-    from orchestrator.journal.status import deployment_view
+    from orchestrator.locks.status import deployment_view
 
     ulid, result = run(_under_signals(paths, journal, start, aside=as_json))
     view = deployment_view(journal, ulid)

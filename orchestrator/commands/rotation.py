@@ -39,7 +39,7 @@ def rotation(context: click.Context) -> None:
 @json_option
 def list_(environment: str | None, journal: str | None, as_json: bool) -> None:
     """List machines whose bracket is open: `before` was begun, and no `after` ended well since."""
-    from orchestrator.journal.status import check_environment
+    from orchestrator.locks.status import check_environment
 
     with open_journal(paths_of(journal=journal)) as opened:
         check_environment(opened, environment)

@@ -40,7 +40,7 @@ def status(
 ) -> None:
     """Show a deployment: its state, its machines, open brackets, what agents refused, and which bytes crossed which line."""
     check_installed()
-    from orchestrator.journal.status import deployment_view, find_deployment
+    from orchestrator.locks.status import deployment_view, find_deployment
 
     with open_journal(paths_of(journal=journal)) as opened:
         ulid = find_deployment(opened, deployment, environment)
@@ -52,7 +52,7 @@ def status(
 
 def _watched(journal: Journal, view: DeploymentView, *, with_ledger: bool, quiet: bool) -> DeploymentView:
     """Show it until it has ended: below the lines of a terminal, elsewhere as lines, each time that it changed."""
-    from orchestrator.journal.status import deployment_view
+    from orchestrator.locks.status import deployment_view
 
     board, told = _StatusBoard(), 0
     with showing(board) as is_drawn:
@@ -93,7 +93,7 @@ def history(
     Exit code of --verify: 1 where something is not what was written.
     """
     check_installed()
-    from orchestrator.journal.status import check_environment, summaries
+    from orchestrator.locks.status import check_environment, summaries
 
     if head is not None and not verify:
         raise UsageError("--head is for --verify")
@@ -172,7 +172,7 @@ def log(
     check_installed()
     from orchestrator.fleet.log_reader import LogReader
     from orchestrator.fleet.told_lines import ToldLines
-    from orchestrator.journal.status import check_machine, deployment_view, find_deployment
+    from orchestrator.locks.status import check_machine, deployment_view, find_deployment
 
     paths = paths_of(journal=journal)
     with open_journal(paths) as opened, ExitStack() as stack:

@@ -35,7 +35,7 @@ from orchestrator.journal.events import (
     Refused,
     outcome_of,
 )
-from orchestrator.journal.locks import holder
+from orchestrator.locks.locks import holder
 from orchestrator.paths import operator
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
 from relay.support.together import together, told_if_slow

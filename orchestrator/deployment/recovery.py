@@ -22,11 +22,11 @@ from orchestrator.deployment.turns import checks_of_new, checks_of_old, done_by,
 from orchestrator.fleet.fences import seen_of
 from orchestrator.fleet.fleet import Fleet
 from orchestrator.journal.events import BracketClosed, Note
-from orchestrator.journal.leases import Tenant, claim
-from orchestrator.journal.leases import machine as leased
-from orchestrator.journal.locks import hold
 from orchestrator.journal.recorder import Recorder, Tell
 from orchestrator.journal.views import OpenBracket, operations
+from orchestrator.locks.leases import Tenant, claim
+from orchestrator.locks.leases import machine as leased
+from orchestrator.locks.locks import hold
 from orchestrator.paths import operator
 from orchestrator.plan.placement import trees_of
 from orchestrator.plan.plan import MachineStep, MachineTurn, Plan, RotationPlan

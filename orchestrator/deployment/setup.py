@@ -24,10 +24,10 @@ from orchestrator.files.process import load_process
 from orchestrator.fleet.endings import check_endings
 from orchestrator.fleet.fleet import Fleet
 from orchestrator.journal.events import DeploymentRecord, Goal, Resumed
-from orchestrator.journal.locks import hold, holder
 from orchestrator.journal.recorder import Recorder, Tell
-from orchestrator.journal.status import find_deployment
 from orchestrator.journal.views import OpenBracket
+from orchestrator.locks.locks import hold, holder
+from orchestrator.locks.status import find_deployment
 from orchestrator.paths import Paths, operator
 from orchestrator.plan.leave_out import EVERYBODY, Selection, without
 from orchestrator.plan.make_plan import make_plan

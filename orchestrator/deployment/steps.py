@@ -18,8 +18,8 @@ from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.server_runs import PROBE
 from orchestrator.deployment.turns import MachineTurnRunner
 from orchestrator.journal.events import GatePassed, StepEnded, StepStarted, TurnEnded, TurnStarted
-from orchestrator.journal.leases import Claimed, Elsewhere, Lease, Promise, Tenant, claim
-from orchestrator.journal.leases import machine as leased
+from orchestrator.locks.leases import Claimed, Elsewhere, Lease, Promise, Tenant, claim
+from orchestrator.locks.leases import machine as leased
 from orchestrator.paths import operator
 from orchestrator.plan.plan import AskStep, MachineStep, PlannedAsk, PlannedGate, PlannedStep, ServerRun, ServerStep
 from orchestrator.rolling import rolling, shared

@@ -3,7 +3,7 @@
 Append-only: triggers refuse to change an entry, a release or a plan (`orchestrator/journal/tables.py`). What a method returned from
 is on the disk. Several processes may have it open at once: a deployment writes, `status` reads, `decide` adds a row
 (`orchestrator/journal/sqlite.py` says how). Beside the file stand SQLite's own (`-wal`, `-shm`) and the folder
-`journal.db.locks` (`orchestrator/journal/locks.py`).
+`journal.db.locks` (`orchestrator/locks/locks.py`).
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ holders = sa.Table(
     sa.Column("why", sa.Text, nullable=False),
     sa.Column("deployment", sa.Text, nullable=False),
 )
-"""Who holds, or held, the lock of a project in an environment; `orchestrator/journal/locks.py` writes and reads it."""
+"""Who holds, or held, the lock of a project in an environment; `orchestrator/locks/locks.py` writes and reads it."""
 open_brackets = sa.Table(
     "open_brackets",
     _all,
@@ -136,7 +136,7 @@ leases = sa.Table(
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("since", sa.Float, nullable=False),
 )
-"""Who turns, or turned, a machine; `orchestrator/journal/leases.py` writes and reads it."""
+"""Who turns, or turned, a machine; `orchestrator/locks/leases.py` writes and reads it."""
 promises = sa.Table(
     "promises",
     _all,
@@ -146,7 +146,7 @@ promises = sa.Table(
     sa.Column("min_in_service", sa.Integer, nullable=False),
     sa.Column("machines", sa.Text, nullable=False),
 )
-"""How many of its machines a deployment keeps in service while it turns others; `orchestrator/journal/leases.py`."""
+"""How many of its machines a deployment keeps in service while it turns others; `orchestrator/locks/leases.py`."""
 
 _GUARDS: Final = {
     "entries_stay": ("UPDATE ON entries", "an entry is never changed"),

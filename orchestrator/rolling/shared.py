@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from orchestrator.journal.leases import Elsewhere, Promise, since_text
 from orchestrator.journal.views import OpenBracket
+from orchestrator.locks.leases import Elsewhere, Promise, since_text
 from orchestrator.rolling import rolling
 from orchestrator.rolling.rolling import Roll, RotationState
 

@@ -78,7 +78,7 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     told = {int(row[0]) for row in rows(section(PAGE, "## Exit codes"))[2:]}
     of_errors = {WaystationError.exit_code, UsageError.exit_code, LockedError.exit_code}
-    of_deployments = {options.DONE, options.FAILED, options.WITH_EXCLUSIONS, options.CANCELLED}
+    of_deployments = {options.DONE, options.FAILED, options.WAITS, options.WITH_EXCLUSIONS, options.CANCELLED}
     assert told == of_errors | of_deployments
 
 
@@ -182,6 +182,11 @@ class _Session:
         self.run("rotation list")
         self.run("rotation close", "web1", "--force", "--message", "back")
         self.run("release rollback", "--process", str(process), "--environment", good)
+        process.write_text(_PROCESS.replace("on_failure: stop", "on_failure: ask"), encoding="utf-8")
+        self.run("release deploy", "1.4.2-asks", *files, bad, "--no-wait", code=options.WAITS)
+        self.run("release decide", "web1", "fail")
+        self.run("release resume", code=options.FAILED)
+        self.run("rotation close", "web1", "--force", "--message", "back")
         self._decide()
 
     def _decide(self) -> None:
@@ -241,7 +246,7 @@ def printed(session: _Session) -> Mapping[str, dict[str, object]]:
 
 _OPEN_MAPS = {"metadata", "shares", "from_relays", "to_relays", "failed", "variables"}
 """Members whose keys are data: what a nuspec says, encoders, URLs, names of relays and variables."""
-_AS = {f"release {name}": "release status" for name in ("deploy", "stage", "retry", "rollback")}
+_AS = {f"release {name}": "release status" for name in ("deploy", "resume", "stage", "retry", "rollback")}
 """Commands that print what another prints."""
 
 

@@ -22,8 +22,8 @@ from harness.pages import DOCS, ROOT, block, rows, section
 from agent.orders import acceptance, orders
 from agent.orders.envelopes import secret_context
 from agent.orders.keys import AgentIdentity
-from orchestrator.deployment import releases
 from orchestrator.journal import events, tables
+from orchestrator.releases import release as releases
 from relay.config import RelayConfig
 from relay.encoding import bundle
 from relay.encoding.bundle import BundleDecoder, NotSent, Received, Whole

@@ -132,11 +132,12 @@ def _names_seen() -> set[str]:
 def test_the_names_that_scripts_see_are_told_and_no_other() -> None:
     table = section(PAGE, "## What scripts see")
     told = {name for row in rows(table) for name in re.findall(r"`([A-Z][A-Z_]*(?:<NAME>)?)`", row[0])}
-    later = {"DEPLOYMENT", "ATTEMPT", "OUTCOME", "PACKAGE_DIR", "WAYSTATION_OPERATION", "WAYSTATION_RUN"}
+    later = {"DEPLOYMENT", "ATTEMPT", "OUTCOME", "MACHINES", "PACKAGE_DIR", "WAYSTATION_OPERATION", "WAYSTATION_RUN"}
     source = "".join(
         (ROOT / name).read_text(encoding="utf-8")
         for name in (
             "orchestrator/deployment/steps.py",
+            "orchestrator/deployment/turns.py",
             "orchestrator/deployment/server_runs.py",
             "agent/operations.py",
             "agent/platform.py",
@@ -237,7 +238,7 @@ def test_a_command_that_the_page_calls_missing_is_missing() -> None:
     group = waystation.get_command(click.Context(waystation), "release")
     assert isinstance(group, click.Group)
     named = [name.removeprefix("release ") for name in re.findall(r"`([^`]+)`", of_release)]
-    assert "resume" in named
+    assert "promote" in named
     assert [name for name in named if name in group.commands] == []
     assert "`orchestrator serve`" in of_orchestrator
     assert waystation.get_command(click.Context(waystation), "orchestrator") is None

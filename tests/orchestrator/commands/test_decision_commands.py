@@ -15,7 +15,7 @@ from harness.process import run
 
 from orchestrator.journal import events as ev
 from orchestrator.journal.journal import Decision
-from orchestrator.journal.locks import hold
+from orchestrator.locks.locks import hold
 from orchestrator.people.statement import Cancel, Decide, Pause, SignedDecision, read_decision
 from relay.errors import NotFoundError, RefusedError, UsageError, WaystationError
 from relay.main import waystation

@@ -23,8 +23,8 @@ ENGINE = """
 import asyncio, random, sys
 from orchestrator.journal.events import BracketClosed, BracketOpened, TurnEnded, TurnStarted
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.leases import Promise, Tenant, claim
-from orchestrator.journal.locks import hold
+from orchestrator.locks.leases import Promise, Tenant, claim
+from orchestrator.locks.locks import hold
 from orchestrator.plan.plan import PlannedPhase
 from orchestrator.rolling import rolling, shared
 from orchestrator.rolling.rolling import Roll, RotationState

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.journal.leases import Elsewhere, Promise, Turning
 from orchestrator.journal.views import OpenBracket
+from orchestrator.locks.leases import Elsewhere, Promise, Turning
 from orchestrator.plan.plan import PlannedPhase
 from orchestrator.rolling import rolling, shared
 from orchestrator.rolling.rolling import Roll, RotationState

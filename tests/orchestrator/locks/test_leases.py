@@ -14,9 +14,9 @@ from harness.process import Talk
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import TurnStarted
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.leases import Elsewhere, Lease, Promise, Tenant, claim, machine
-from orchestrator.journal.locks import hold
 from orchestrator.journal.tables import leases, promises
+from orchestrator.locks.leases import Elsewhere, Lease, Promise, Tenant, claim, machine
+from orchestrator.locks.locks import hold
 from relay.errors import StoreError
 
 SHOP = "01JD0000000000000000000000"
@@ -176,7 +176,7 @@ async def test_a_lease_that_cannot_be_kept_is_a_store_error_and_holds_nothing(jo
 TAKER = """
 import asyncio, sys
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.leases import Tenant, claim, machine
+from orchestrator.locks.leases import Tenant, claim, machine
 path, project, deployment = sys.argv[1:]
 mine = Tenant(project, "production", "1.4.2", deployment, project)
 
@@ -194,7 +194,7 @@ with Journal.open(path) as journal:
 RACER = """
 import asyncio, os, sys
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.leases import Tenant, claim
+from orchestrator.locks.leases import Tenant, claim
 path, folder, name, rounds = sys.argv[1:]
 mine = Tenant(name, "production", "1", name, name)
 keys = {f"web{n}": f"sha256:web{n}" for n in range(4)}

@@ -16,8 +16,8 @@ import pytest
 from harness.process import Talk
 
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.locks import EnvironmentLockedError, Holder, hold, holder
 from orchestrator.journal.tables import holders
+from orchestrator.locks.locks import EnvironmentLockedError, Holder, hold, holder
 from relay.errors import LockedError, StoreError
 
 ULID = "01JD0000000000000000000000"
@@ -37,7 +37,7 @@ def take(journal: Journal, environment: str = "production", project: str = "shop
 TAKER = """
 import os, sys
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.locks import hold
+from orchestrator.locks.locks import hold
 from relay.errors import LockedError
 path, name = sys.argv[1:]
 with Journal.open(path) as journal:

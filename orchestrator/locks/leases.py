@@ -1,6 +1,6 @@
 """The lease of a machine while it turns: one deployment at a time, whichever project, and a name for those who wait.
 
-As with `orchestrator/journal/locks.py`, the kernel's lock on a file says that it is held, and goes with its process, also
+As with `orchestrator/locks/locks.py`, the kernel's lock on a file says that it is held, and goes with its process, also
 at kill -9; a row says by whom. A row alone says nothing: where its file is free, it is of the past. Leases are taken
 inside a transaction that excludes all others, together with the decision that the machine may turn: so what one
 deployment decides, the next one sees, whatever process it is in.
@@ -25,10 +25,10 @@ import sqlalchemy as sa
 
 from orchestrator.journal.events import Event
 from orchestrator.journal.journal import Journal, open_brackets_in
-from orchestrator.journal.locks import holder_in, take_file
 from orchestrator.journal.tables import leases, promises
 from orchestrator.journal.trail import tell_facts
 from orchestrator.journal.views import OpenBracket
+from orchestrator.locks.locks import holder_in, take_file
 
 LOOK_SECONDS: Final = 0.25
 """Between two looks whether a machine is free."""

@@ -6,8 +6,8 @@ import msgspec
 
 from agent.orders.operation_id import SERVER
 from orchestrator.journal.journal import Journal
-from orchestrator.journal.locks import holder
 from orchestrator.journal.views import DeploymentSummary, DeploymentView, summary, view
+from orchestrator.locks.locks import holder
 from orchestrator.plan.plan import Plan
 from relay.errors import NotFoundError, UsageError
 
