@@ -145,7 +145,14 @@ async def _survey(context: DeploymentContext, arriving: _Arriving) -> dict[str, 
 
 
 async def _why_needed(context: DeploymentContext, arriving: _Arriving, name: str, error: UnreachableError) -> str:
-    """Why the deployment cannot go on without a machine that is not reached any more; empty where it does."""
+    """Why the deployment cannot go on without a machine that something failed for; empty where it does.
+
+    Only one that no relay sees any more is offline. A relay that takes nothing is another matter.
+    """
+    if context.plan.acquire.offline is None:
+        return "it is needed"
+    if name not in (await context.fleet.presences()).offline:
+        return "it is there, so it is not left out (acquire: offline)"
     if refused := await context.leave_out(name, error.message):
         return refused
     arriving.complete(name)

@@ -237,7 +237,9 @@ def test_an_agent_that_is_not_there_stops_everything_before_a_byte_moves(barrier
     assert barrier.chunks("ams") == chunks
 
 
-def test_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_deadline(barrier: Barrier) -> None:
+def test_scenario_11_an_agent_that_dies_while_it_pulls_stops_everything_and_later_only_what_is_missing_moves(
+    barrier: Barrier,
+) -> None:
     barrier.prepare("5.0.0", deadline="5s")
     before, already = barrier.currents(), barrier.line.counts.down
     barrier.line.shape(down=Line(rate=PAYLOAD / 30))
@@ -254,3 +256,12 @@ def test_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_
     finally:
         barrier.line.shape(down=Line())
         barrier.farm.agents["far"].start()
+
+    began = barrier.line.counts.down
+    done = barrier.farm.call("release", "retry", "--failed")
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    ledger = barrier.farm.status()["ledger"]
+    assert ledger["already"] >= 1, "the near machine has all of it"
+    assert list(ledger["from_relays"]) == [barrier.farm.urls["ams"]]
+    assert ledger["resumed_bytes"] > 0, "the far one has some"
+    assert barrier.line.counts.down - began < PAYLOAD

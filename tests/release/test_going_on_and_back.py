@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 import yaml
 from harness.farm import Farm
+from harness.packages import noise
 from harness.process import Done
 
+from benchmarks.lines.network import Line, ThreadedProxy
 from orchestrator.files.process import Step
 
 WEB = ("web1", "web2", "web3")
+SLOW_BYTES = 1 << 20
+"""Of a package that one machine gets slowly."""
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 
 
@@ -218,20 +222,27 @@ def test_scenario_31_an_offline_machine_is_left_out_by_rule_and_brought_up_to_da
 
 def test_scenario_31_a_machine_that_is_lost_while_it_pulls_is_left_out_by_rule(farm: Farm) -> None:
     scene = Scene(farm, "lost")
+    farm.add_package("Acme.Web", "9.0.0", {"version.txt": "9.0.0\n", "noise.txt": noise("9", SLOW_BYTES).hex()})
     relay = farm.add_relay("iad")
-    agent = farm.add_agent("web8", "iad")
-    agent.start()
-    scene.script("ops/cut.sh", f"kill -9 {relay.pid}\n")
-    scene.write(
-        pre_acquire=[{"name": "the line is cut", "script": "ops/cut.sh"}],
-        acquire={"stall": "2s", "offline": {"action": "skip", "at_most": 1}},
-    )
-    scene.machines("web1", "web2", "web8")
-    try:
-        done = scene.deploy("1.0.0", code=5)
-    finally:
+    # Only the last line is slow: nobody waits for what is still on its way to a relay.
+    urls = [word for url in farm.urls.values() for word in ("--relay", url)]
+    farm.do("package", "replicate", "Acme.Web", "9.0.0", *urls)
+    scene.write(acquire={"stall": "3s", "offline": {"action": "skip", "at_most": 1}})
+    with ThreadedProxy("127.0.0.1", relay.port) as line:
+        farm.urls["iad"] = f"http://127.0.0.1:{line.port}"
+        agent = farm.add_agent("web8", "iad")
+        agent.start()
+        scene.machines("web1", "web2", "web8")
+        line.shape(down=Line(rate=SLOW_BYTES / 10))
+        words = ("release", "deploy", "9.0.0", "-e", scene.name, "--package", "web=9.0.0")
+        deploying = farm.start(*words, cwd=scene.folder)
+        line.wait_for(line.counts.down + SLOW_BYTES // 20, direction="down")
+        assert scene.told == [], "it still pulls"
+        relay.kill()
+        done = deploying.result()
         farm.agents.pop("web8").stop()
         farm.urls.pop("iad")
+    assert done.code == 5, f"{done.out}\n{done.err}"
     assert "web8 is left out: offline: " in done.out
     assert scene.turned() == ["web1", "web2"]
     assert [one["machine"] for one in scene.status["left"]] == ["web8"]
