@@ -284,14 +284,18 @@ class _Undo:
 async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     """Every machine must be there, with a clock that is right, and know of no other orchestrator that is at work.
 
+    Behind the barrier one that is away is its turn's matter, as it is where it goes away in the middle.
+
     Raises:
         DeploymentFailedError: a machine is not there, or its clock is wrong.
         RefusedError: another orchestrator's deployment is not over.
     """
     with told_if_slow(context.recorder.say, "waiting for relays: they are asked which machines are there"):
         here = await context.fleet.presences()
-    reasons = [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]
-    if reasons:
+    if context.history.barrier is not None:
+        for name in sorted(here.missing):
+            context.recorder.tell(Note(f"it cannot be given orders: {here.missing[name]}", name))
+    elif reasons := [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]:
         raise DeploymentFailedError(f"not every machine can be given orders: {'; '.join(reasons)}")
     foreign = _other_orchestrators(context, here)
     if foreign and not adopt:

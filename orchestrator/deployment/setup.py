@@ -202,10 +202,11 @@ async def take_up(
         fence = journal.claim(plan.environment)
         resumed = Resumed(operator(), socket.gethostname(), os.getpid(), fence)
         journal.take_up(deployment, fence, operator(), resumed)
-        brackets = [b for b in open_brackets(journal.brackets(plan.environment)) if b.owner == deployment]
+        # Those that others left open as well: they count as out, and it may have died before it said that it adopts them.
+        brackets = open_brackets(journal.brackets(plan.environment))
         runs = ServerRuns(paths.deployment(deployment), secrets, recorder)
         ground = _Ground(paths, plan, record.goal, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
-        yield await ground.context(stack, history, waits=waits), brackets
+        yield await ground.context(stack, history, waits=waits), [] if record.goal == "stage" else brackets
 
 
 def _check_unfinished(record: DeploymentRecord) -> None:

@@ -48,14 +48,17 @@ class Tries:
         """
         for attempt, begun in self._next(operation.action):
             if begun is not None and isinstance(begun.ending, Reported):
+                if begun.ending.state == "refused":
+                    continue
                 return begun.ending
             this = replace(operation, attempt=attempt)
             report = await fleet.perform(this, action(this), on_progress, patience=patience)
-            if begun is None:
-                return report
-            if report.state != "refused":
+            # An earlier process may have written an order down and died before it said so anywhere else.
+            if report.state == "refused" and (begun is not None or not fleet.gave(this)):
+                continue
+            if begun is not None:
                 self._miss(words, report)
-                return report
+            return report
         raise AssertionError("there is always a next attempt")
 
     def begun(self, action: str) -> int:

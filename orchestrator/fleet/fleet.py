@@ -170,6 +170,7 @@ class Fleet:
         self._doubled: Mapping[str, str] = {}
         self._seen: dict[str, float] = {}
         self._unproven: dict[str, deque[tuple[str, messages.NumberedReport]]] = {}
+        self._given: set[OperationId] = set()
         self._finals: dict[OperationId, Report] = {}
         self._unacknowledged: dict[OperationId, Report] = {}
         self._told: set[tuple[str, str]] = set()
@@ -250,6 +251,10 @@ class Fleet:
         self._unacknowledged[operation] = report
         await self._compare_log(operation)
         return report
+
+    def gave(self, operation: OperationId) -> bool:
+        """Whether this process made its order, and did not find it written down by an earlier one."""
+        return operation in self._given
 
     async def stop(self, operation: OperationId) -> None:
         """Ask the agent to end a running operation; its own report says what became of it.
@@ -355,6 +360,7 @@ class Fleet:
             return kept
         if self.fence < 1:
             raise ValueError("no fence was claimed")
+        self._given.add(operation)
         now = self._clock()
         order = Order(
             format=1,
