@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from agent.orders.operation_id import SERVER
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import SurveyFacts
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.server_runs import PROBE
@@ -56,7 +56,7 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
             continue
         # Right before anything starts, so that nothing starts after a cancel, or in a pause.
         await context.desk.free()
-        skip = _why_skipped(step, outcome, context.stop.reason)
+        skip = "" if _is_under_way(context, step) else _why_skipped(step, outcome, context.stop.reason)
         if skip:
             await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
             continue
@@ -105,12 +105,27 @@ def _why_skipped(step: PlannedStep, outcome: StepsOutcome, stopping: str) -> str
     return ""
 
 
+def _is_under_way(context: DeploymentContext, step: PlannedStep) -> bool:
+    """An earlier process began what comes to its end in any case, also where nothing new starts any more."""
+    match step:
+        case ServerStep():
+            return context.history.server_run(step.number, SERVER, _run_of(context, step).action) > 0
+        case MachineStep():
+            return bool(context.history.roll(step).started)
+        case AskStep():
+            return False
+
+
 # --- on the server
+
+
+def _run_of(context: DeploymentContext, step: ServerStep) -> OperationId:
+    return context.operation(step.number, SERVER, step.run.name)
 
 
 async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
     extra = {"PACKAGE_DIR": await context.trees.build(context.plan.packages[step.package])} if step.package else {}
-    operation = context.operation(step.number, SERVER, step.run.name)
+    operation = _run_of(context, step)
     begun = context.history.server_run(step.number, SERVER, operation.action)
     result = await context.runs.run(step.run, operation, extra, begun=begun)
     while result.state == "unknown":
@@ -200,15 +215,16 @@ class RollingStep:
         stuck_since: float | None = None
         clock = asyncio.get_running_loop().time
         while not roll.is_over:
+            roll = self._stopped(roll)
             if (phase := roll.gate_due) is not None:
                 roll = await self._pass_gate(roll, phase)
                 continue
             service = await self._service(roll)
             await self._context.desk.obey()
-            if self._context.stop.reason:
-                roll = rolling.stop(roll, self._context.stop.reason)
+            roll = self._stopped(roll)
             if self._context.desk.is_paused and not roll.stopped:
                 roll = await self._in_pause(roll)
+                stuck_since = None
                 continue
             for machine in rolling.next_starts(roll, service):
                 roll = rolling.started(roll, machine)
@@ -228,6 +244,9 @@ class RollingStep:
 
     def _start(self, machine: str) -> None:
         self._running[asyncio.create_task(self._turns[machine].run())] = machine
+
+    def _stopped(self, roll: Roll) -> Roll:
+        return rolling.stop(roll, self._context.stop.reason) if self._context.stop.reason else roll
 
     async def _in_pause(self, roll: Roll) -> Roll:
         """Nothing new starts; what is in flight comes to its end."""

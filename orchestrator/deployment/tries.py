@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from agent.orders.operation_id import OperationId
 from orchestrator.journal.events import Reported
 from orchestrator.rolling.history import Begun, TurnHistory
+from relay.errors import UnreachableError
 
 if TYPE_CHECKING:
     from agent.orders.orders import OpenAction, Report
@@ -52,7 +53,12 @@ class Tries:
                     continue
                 return begun.ending
             this = replace(operation, attempt=attempt)
-            report = await fleet.perform(this, action(this), on_progress, patience=patience)
+            try:
+                report = await fleet.perform(this, action(this), on_progress, patience=patience)
+            except UnreachableError:
+                # It may have left, and may run there: whoever tries again must hear of it before anything else begins.
+                self._begun.append(Begun(this))
+                raise
             # An earlier process may have written an order down and died before it said so anywhere else.
             if report.state == "refused" and (begun is not None or not fleet.gave(this)):
                 continue

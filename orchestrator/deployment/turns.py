@@ -130,7 +130,7 @@ class MachineTurnRunner:
             state = turn.did(state, done_of(did))
         self._tries = Tries(past)
         self._context.recorder.tell(Note(f"its turn goes on with {self._words_of(state.do)}", machine))
-        if state.is_open and not isinstance(state.do, Before | After | Ask | End):
+        if turn.is_out(state) and not isinstance(state.do, After | Ask | End):
             state = await self._out_again(state)
         return state
 

@@ -132,6 +132,7 @@ class Process:
                 self._bury()
 
     def _bury(self) -> None:
+        self.loop.turns = 0
         for _ in range(100):
             left = asyncio.all_tasks(self.loop)
             if not left:

@@ -125,6 +125,9 @@ def _of_stops(entries: list[JournalEntry]) -> Iterator[str]:
                 for when, why in ((since, "a pause"), (cancelled, "a cancel")):
                     if when is not None and entry.at > when + AT_ONCE:
                         yield f"{event} {entry.at - when:.2f} s after {why}"
+            case ev.ServerRunDispatched(operation=operation) if "/server/gate-" in operation:
+                if cancelled is not None and entry.at > cancelled + AT_ONCE:
+                    yield f"{operation} {entry.at - cancelled:.2f} s after a cancel"
 
 
 # --- people
@@ -238,15 +241,18 @@ def _of_machines_words(world: World, entries: list[JournalEntry]) -> Iterator[st
 def _of_brackets(world: World, entries: list[JournalEntry], result: Result) -> Iterator[str]:
     open_ = {entry.event.machine for entry in world.entries if entry.deployment == EARLIER}  # type: ignore[union-attr]
     adopted: set[str] = set()
+    told: dict[str, str] = {}
     for entry in entries:
         match entry.event:
             case ev.BracketOpened(machine=machine):
                 open_.add(machine)
             case ev.BracketAdopted(machine=machine):
                 adopted.add(machine)
-            case ev.BracketClosed(machine=machine):
-                if machine not in open_:
+            case ev.BracketClosed(machine=machine, outcome=outcome):
+                # Where a process died right behind it, it is said again.
+                if machine not in open_ and told.get(machine) != outcome:
                     yield f"the bracket of {machine} was closed, and was not open"
+                told[machine] = outcome
                 open_.discard(machine)
             case ev.ServerRunDispatched(operation=operation, machine=machine) if operation.split("/")[3] == "before":
                 if machine not in open_:

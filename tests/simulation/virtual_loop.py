@@ -25,19 +25,21 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self._clock = clock
-        self._turns = 0
+        self.turns = 0
         self._selector = self
+        self._scheduled: list[asyncio.TimerHandle]
 
     def time(self) -> float:
         return self._clock.now
 
     def select(self, timeout: float | None) -> list[Any]:
         """Of the selector that a loop has: the time until the next timer has passed."""
-        self._turns += 1
-        if timeout is None or self._turns > TURNS_MAX:
+        self.turns += 1
+        if timeout is None or self.turns > TURNS_MAX:
             raise StuckError("nothing can happen any more" if timeout is None else "it goes round and round")
         if timeout > 0:
-            self._clock.now += timeout
+            # Exactly: what is added to a clock of many digits may be nothing.
+            self._clock.now = max(self._clock.now, self._scheduled[0].when())
         return []
 
     def _process_events(self, event_list: list[Any]) -> None:
