@@ -77,14 +77,14 @@ class DeploymentContext:
         return ""
 
 
-async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0) -> bool:
+async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0, why: str = "") -> bool:
     """Close what a step before acquisition opened, where it has an undo. Whether that went well.
 
-    An earlier process `begun` it so many times.
+    An earlier process `begun` it so many times. `why`: as in `UndoStarted`.
     """
     if step.undo is None:
         return True
-    await recorder.record(UndoStarted(step.run.name))
+    await recorder.record(UndoStarted(step.run.name, why))
     operation = OperationId.of(recorder.deployment, 0, SERVER, f"undo-{step.run.name}")
     result = await runs.run(step.undo, operation, {"UNDO": "1"}, begun=begun)
     await recorder.record(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))

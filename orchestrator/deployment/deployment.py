@@ -155,7 +155,7 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
                     raise
                 except WaystationError as error:
                     outcome = StepsOutcome(failed=[str(error)])
-            not_undone = await undo.everything()
+            not_undone = await undo.everything("; ".join(outcome.failed))
             result = _result_of(context, outcome, not_undone)
             await _close(context, result)
         except WaitsForPeopleError as error:
@@ -194,9 +194,9 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     reasons = [stop.reason, *(why for why in outcome.failed if why != stop.reason)]
     reason = "; ".join(filter(None, reasons))
     state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
-    if not_undone and state == "succeeded":
-        return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
     excluded = context.plan.excluded
+    if not_undone and state == "succeeded":
+        state, reason = "failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}"
     if state == "succeeded":
         failed = [f"not deployed: {', '.join(outcome.left)}"] if outcome.left else []
         away = (
@@ -232,6 +232,10 @@ async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) ->
 async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
     """One after another. An undo is owed from the moment that its step may have begun."""
     history = context.history
+    if history.given_up:
+        begun = [step for step in context.plan.pre_acquire if step.run.name in history.pre_acquired]
+        undo.owed += [step for step in begun if step.undo is not None]
+        raise DeploymentFailedError(history.given_up)
     for step in context.plan.pre_acquire:
         past = history.pre_acquired.get(step.run.name)
         if past is None and history.barrier is not None:
@@ -267,17 +271,17 @@ class _Undo:
     async def those_until_acquired(self) -> None:
         await self._undo([step for step in self.owed if step.until == "acquired"])
 
-    async def everything(self) -> list[str]:
-        """Undo all that is left; the names of those that failed."""
-        await self._undo(list(self.owed))
+    async def everything(self, why: str) -> list[str]:
+        """Undo all that is left, `why` being why the deployment fails; the names of those that failed."""
+        await self._undo(list(self.owed), why)
         return self.failed
 
-    async def _undo(self, steps: Sequence[PreAcquire]) -> None:
+    async def _undo(self, steps: Sequence[PreAcquire], why: str = "") -> None:
         for step in reversed(steps):
             self.owed.remove(step)
             action = self.context.operation(0, SERVER, f"undo-{step.run.name}").action
             begun = self.context.history.server_run(0, SERVER, action)
-            if not await undo_step(step, self.context.runs, self.context.recorder, begun):
+            if not await undo_step(step, self.context.runs, self.context.recorder, begun, why):
                 self.failed.append(step.run.name)
 
 

@@ -226,6 +226,10 @@ class RollingStep:
                 roll = await self._in_pause(roll)
                 stuck_since = None
                 continue
+            if any(task.done() for task in self._running):
+                # It ended while the probes were asked; what it came to may let nothing more start.
+                roll = await self._wait(roll)
+                continue
             for machine in rolling.next_starts(roll, service):
                 roll = rolling.started(roll, machine)
                 self._start(machine)

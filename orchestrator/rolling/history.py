@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from agent.orders.operation_id import OperationId
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import SurveyFacts
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry
@@ -111,6 +111,12 @@ class History:
         return found
 
     @cached_property
+    def given_up(self) -> str:
+        """Why it fails, where that was so before the barrier and what was opened is being closed; empty where it is not."""
+        found = (entry.event for entry in self.entries if isinstance(entry.event, ev.UndoStarted))
+        return "" if self.barrier is not None else next((event.why for event in found if event.why), "")
+
+    @cached_property
     def left_by_rule(self) -> Mapping[str, str]:
         """Machines that a rule left out on the way, and why."""
         left = (entry.event for entry in self.entries if isinstance(entry.event, ev.Left))
@@ -154,7 +160,7 @@ class History:
         return found
 
     def machine_asked(self, step: int, machine: str) -> MachineHistory:
-        """The question about this machine that its turn has not gone beyond."""
+        """The question about this machine, or about the server's part, that nothing has followed yet."""
         found = MachineHistory()
         for entry in self.entries:
             match entry.event:
@@ -164,6 +170,10 @@ class History:
                     found = replace(found, decided=decided)
                 case ev.TurnDid(step=of, machine=whose) if (of, whose) == (step, machine):
                     found = MachineHistory()
+                case ev.ServerRunDispatched(operation=text) if machine == SERVER and found.decided is not None:
+                    operation = OperationId.parse(text)
+                    if (operation.step, operation.who) == (step, SERVER):
+                        found = MachineHistory()
                 case _:
                     pass
         return found

@@ -60,17 +60,20 @@ def _of_rolls(world: World, entries: list[JournalEntry]) -> Iterator[str]:
         ends = list(accumulate(phase.machines or len(step.turns) for phase in phases))
         started: list[str] = []
         ended: dict[str, ev.TurnEnded] = {}
+        known: dict[str, float] = {}
         gates: set[int] = set()
         for entry in entries:
             match entry.event:
                 case ev.TurnStarted(machine=machine, step=step.number):
                     phase = next((i for i, end in enumerate(ends) if len(started) < end), len(phases) - 1)
-                    yield from _of_start(step, phases, ends, phase, machine, started, ended, gates)
+                    # What ends in the same moment may not be known yet.
+                    before = {name: end for name, end in ended.items() if known[name] < entry.at}
+                    yield from _of_start(step, phases, ends, phase, machine, started, ended, before, gates)
                     started.append(machine)
                 case ev.TurnEnded(machine=machine, step=step.number) as end:
                     if machine in ended:
                         yield f"the turn of {machine} in step {step.number} ended twice"
-                    ended[machine] = end
+                    ended[machine], known[machine] = end, entry.at
                 case ev.GatePassed(step=step.number, phase=phase):
                     gates.add(phase - 1)
                     if set(started) - set(ended):
@@ -87,6 +90,7 @@ def _of_start(
     machine: str,
     started: list[str],
     ended: dict[str, ev.TurnEnded],
+    known: dict[str, ev.TurnEnded],
     gates: set[int],
 ) -> Iterator[str]:
     if machine in started:
@@ -102,10 +106,10 @@ def _of_start(
     for before in range(phase):
         if phases[before].gate is not None and before not in gates:
             yield f"{machine} started before gate {before + 1}"
-    failures = [end.machine for end in ended.values() if end.failure]
+    failures = [end.machine for end in known.values() if end.failure]
     if len(failures) > step.max_failures:
         yield f"{machine} started after {failures} had failed, and {step.max_failures} may"
-    if any(end.stop_roll for end in ended.values()):
+    if any(end.stop_roll for end in known.values()):
         yield f"{machine} started after the capacity was not known any more"
 
 
