@@ -205,6 +205,9 @@ class RollingStep:
         finally:
             if self._running:
                 await asyncio.wait(self._running)
+                for task in self._running:
+                    # What ended the step is raised already; the others' errors are the same, and heard here.
+                    _ = task.cancelled() or task.exception()
 
     async def _roll(self) -> Roll:
         roll = self._context.history.roll(self._step)

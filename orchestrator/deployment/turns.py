@@ -254,6 +254,9 @@ class MachineTurnRunner:
         def again(done: Done) -> bool:
             return done.how == "failed" or (done.how == "unknown" and action.idempotent)
 
+        if isinstance(action, ScriptAction):
+            # Its secrets are sealed by what the machine says of itself, and an earlier process may have heard that.
+            await self._context.fleet.see(self._turn.machine)
         return await self._order(
             action.name, order, name=name, attempts=action.attempts, delay=action.delay, again=again
         )

@@ -204,6 +204,15 @@ class Fleet:
         except KeyError:
             raise UnreachableError(f"no relay has seen {machine}") from None
 
+    async def see(self, machine: str, patience: float | None = None) -> None:
+        """Look until some relay has seen it, for at most so many seconds; by default as long as a machine may be away."""
+        until = asyncio.get_running_loop().time() + (self._limits.lost if patience is None else patience)
+        while machine not in self._presences:
+            await self.presences()
+            if machine in self._presences or asyncio.get_running_loop().time() >= until:
+                return
+            await asyncio.sleep(self._limits.look)
+
     # --- orders
 
     def log_path(self, operation: OperationId) -> str:
@@ -321,7 +330,7 @@ class Fleet:
         patience: float,
     ) -> _Flight:
         # An order that was kept is sent as it is: other bytes under its name would be refused.
-        await self._see(machine.name, patience if self._book.find(operation) is None else 0.0)
+        await self.see(machine.name, patience if self._book.find(operation) is None else 0.0)
         if why := self._doubled.get(machine.name):
             raise UnreachableError(f"{machine.name} is ordered nothing: {why}")
         envelope = await self._order(operation, machine, action)
@@ -344,15 +353,6 @@ class Fleet:
         if (known := self._finals.pop(operation, None)) is not None:
             await self._deliver(flight, known)
         return flight
-
-    async def _see(self, machine: str, patience: float) -> None:
-        """Look until some relay has seen it, or the patience is over."""
-        until = asyncio.get_running_loop().time() + patience
-        while machine not in self._presences:
-            await self.presences()
-            if machine in self._presences or asyncio.get_running_loop().time() >= until:
-                return
-            await asyncio.sleep(self._limits.look)
 
     async def _order(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> bytes:
         """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""

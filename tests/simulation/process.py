@@ -38,7 +38,7 @@ from orchestrator.journal.journal import Decision
 from orchestrator.journal.recorder import Recorder
 from orchestrator.journal.views import OpenBracket, open_brackets
 from orchestrator.plan.leave_out import without
-from orchestrator.plan.plan import ServerRun
+from orchestrator.plan.plan import Plan, ServerRun
 from orchestrator.rolling.history import History
 from relay.errors import UnreachableError
 
@@ -168,7 +168,7 @@ class Process:
         context = DeploymentContext(
             plan=plan,
             recorder=recorder,
-            fleet=SimulatedFleet(self, recorder, world.fence),  # type: ignore[arg-type]
+            fleet=SimulatedFleet(self, recorder, plan, world.fence),  # type: ignore[arg-type]
             runs=SimulatedRuns(self, recorder),
             secrets=secrets,  # type: ignore[arg-type]
             depot=None,  # type: ignore[arg-type]
@@ -325,8 +325,9 @@ class SimulatedFleet:
     `perform` returns.
     """
 
-    def __init__(self, process: Process, recorder: Recorder, fence: int) -> None:
+    def __init__(self, process: Process, recorder: Recorder, plan: Plan, fence: int) -> None:
         self.fence = fence
+        self._plan = plan
         self._process = process
         self._world = process.world
         self._recorder = recorder
@@ -339,7 +340,7 @@ class SimulatedFleet:
         self._process.check()
         world = self._world
         world.advance()
-        names = [machine.name for machine in world.scenario.plan.machines]
+        names = [machine.name for machine in self._plan.machines]
         present = {name: self._presence(name) for name in names if name not in world.gone}
         self._seen |= set(present)
         missing = {name: "no relay has seen it" for name in names if name in world.gone}
@@ -364,7 +365,8 @@ class SimulatedFleet:
         process, world, key = self._process, self._world, str(operation)
         order = world.book.get(key)
         if order is None:
-            await self._see(operation.who, patience or LOST)
+            await self.see(operation.who, patience or LOST)
+            self.presence(operation.who)
             order = Order(operation, action, self.fence, world.now + ACCEPT)
             self._given.add(operation)
             await process.to_thread(self._keep, order)
@@ -383,13 +385,12 @@ class SimulatedFleet:
         await self._recorder.record(ev.Reported.of(operation.who, report), *refused)
         return report
 
-    async def _see(self, machine: str, patience: float) -> None:
+    async def see(self, machine: str, patience: float = LOST) -> None:
         if machine not in self._seen:
             await self.presences()
             if machine not in self._seen:
                 await asyncio.sleep(patience)
                 await self.presences()
-        self.presence(machine)
 
     def _keep(self, order: Order) -> None:
         self._world.book[str(order.operation)] = order
