@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,10 +78,10 @@ class DeploymentContext:
         return ""
 
 
-async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0, why: str = "") -> bool:
+async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: Collection[int] = (), why: str = "") -> bool:
     """Close what a step before acquisition opened, where it has an undo. Whether that went well.
 
-    An earlier process `begun` it so many times. `why`: as in `UndoStarted`.
+    `begun`: as in `ServerRuns.run`. `why`: as in `UndoStarted`.
     """
     if step.undo is None:
         return True

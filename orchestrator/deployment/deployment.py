@@ -233,8 +233,8 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
     """One after another. An undo is owed from the moment that its step may have begun."""
     history = context.history
     if history.given_up:
-        begun = [step for step in context.plan.pre_acquire if step.run.name in history.pre_acquired]
-        undo.owed += [step for step in begun if step.undo is not None]
+        opened = [step for step in context.plan.pre_acquire if step.run.name in history.pre_acquired]
+        undo.owed += [step for step in opened if step.undo is not None]
         raise DeploymentFailedError(history.given_up)
     for step in context.plan.pre_acquire:
         past = history.pre_acquired.get(step.run.name)
@@ -251,7 +251,7 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
         if past:
             continue
         operation = context.operation(0, SERVER, f"pre-{step.run.name}")
-        begun = 0 if past is None else history.server_run(0, SERVER, operation.action)
+        begun = history.server_run(0, operation.action)
         result = await context.runs.run(step.run, operation, {}, begun=begun)
         await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
@@ -280,7 +280,7 @@ class _Undo:
         for step in reversed(steps):
             self.owed.remove(step)
             action = self.context.operation(0, SERVER, f"undo-{step.run.name}").action
-            begun = self.context.history.server_run(0, SERVER, action)
+            begun = self.context.history.server_run(0, action)
             if not await undo_step(step, self.context.runs, self.context.recorder, begun, why):
                 self.failed.append(step.run.name)
 

@@ -109,7 +109,7 @@ def _is_under_way(context: DeploymentContext, step: PlannedStep) -> bool:
     """An earlier process began what comes to its end in any case, also where nothing new starts any more."""
     match step:
         case ServerStep():
-            return context.history.server_run(step.number, SERVER, _run_of(context, step).action) > 0
+            return bool(context.history.server_run(step.number, _run_of(context, step).action))
         case MachineStep():
             return bool(context.history.roll(step).started)
         case AskStep():
@@ -126,7 +126,7 @@ def _run_of(context: DeploymentContext, step: ServerStep) -> OperationId:
 async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
     extra = {"PACKAGE_DIR": await context.trees.build(context.plan.packages[step.package])} if step.package else {}
     operation = _run_of(context, step)
-    begun = context.history.server_run(step.number, SERVER, operation.action)
+    begun = context.history.server_run(step.number, operation.action)
     result = await context.runs.run(step.run, operation, extra, begun=begun)
     while result.state == "unknown":
         # It began, and nobody saw its end: whether it did its work is for a person to find out.
@@ -153,7 +153,7 @@ async def _gate(context: DeploymentContext, step: MachineStep, phase: int, gate:
     machines = [context.plan.machine(name) for name in roll.machines_of(phase)]
     if gate.check is not None:
         operation = context.operation(step.number, SERVER, f"gate-{phase + 1}")
-        begun = context.history.server_run(step.number, SERVER, operation.action)
+        begun = context.history.server_run(step.number, operation.action)
         extra = {"MACHINES": " ".join(machine.name for machine in machines)}
         result = await context.runs.run(gate.check, operation, extra, begun=begun)
         if not result.ok:

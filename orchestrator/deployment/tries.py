@@ -67,9 +67,9 @@ class Tries:
             return report
         raise AssertionError("there is always a next attempt")
 
-    def begun(self, action: str) -> int:
-        """How many attempts at this action an earlier process began."""
-        return sum(one.operation.action == action for one in self._begun)
+    def begun(self, action: str) -> tuple[int, ...]:
+        """Which attempts at this action an earlier process began."""
+        return tuple(one.operation.attempt for one in self._begun if one.operation.action == action)
 
     def next(self, *, keep: bool) -> None:
         """What was begun belonged to what is done now, unless it may still be under way (`keep`)."""

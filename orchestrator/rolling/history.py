@@ -239,9 +239,22 @@ class History:
         """What was begun on this machine before the steps."""
         return TurnHistory((), self._begun(self.entries, 0, machine), _attempts(self.entries, 0, machine))
 
-    def server_run(self, step: int, who: str, action: str) -> int:
-        """How many attempts of something on the server were begun."""
-        return _attempts(self.entries, step, who).get(action, 0)
+    def server_run(self, step: int, action: str) -> tuple[int, ...]:
+        """Which attempts of something on the server were begun, since a person last had it tried again."""
+        found: list[int] = []
+        is_again = False
+        for entry in self.entries:
+            match entry.event:
+                case ev.ServerRunDispatched(operation=text):
+                    operation = OperationId.parse(text)
+                    if (operation.step, operation.who, operation.action) == (step, SERVER, action):
+                        found = [operation.attempt] if is_again else [*found, operation.attempt]
+                        is_again = False
+                case ev.MachineDecided(machine=machine, step=of, what="retry") if (machine, of) == (SERVER, step):
+                    is_again = True
+                case _:
+                    pass
+        return tuple(found)
 
     def _begun(self, entries: Iterable[JournalEntry], step: int, who: str) -> tuple[Begun, ...]:
         found: dict[OperationId, Begun] = {}

@@ -44,7 +44,7 @@ def _said(world: World, event: ev.Event) -> Iterable[Said]:
         case ev.Started():
             return _unasked(world)
         case ev.Paused():
-            return [(1 + 3 * world.scenario.fate("goes on", len(world.rows)), "anna", GoOn(), b"signed")]
+            return [(0.5 + 1.5 * world.scenario.fate("goes on", len(world.rows)), "anna", GoOn(), b"signed")]
         case ev.AskOpened(ask=ask):
             return _of_ask(world, ask, planned_asks(world.scenario.plan)[ask])
         case ev.MachineAsked(machine=machine, step=step, choices=choices):
@@ -83,7 +83,7 @@ def _of_ask(world: World, name: str, ask: PlannedAsk) -> Iterator[Said]:
         if ask.minimum > 1:
             yield 0.6, able[0], Approve(name), b"signed"
             yield 0.7, able[0], Approve(name), b"signed"
-    when, how = 1 + 4 * fate("when", name), fate("how", name)
+    when, how = 1 + 2 * fate("when", name), fate("how", name)
     if how < 0.12:
         yield when, able[-1], Reject(name, "it looks bad"), b"signed"
     elif how < 0.25 and ask.expires:
@@ -100,7 +100,7 @@ def _of_machine(world: World, machine: str, step: int, choices: Collection[str])
     nth = len([event for event in mine if event.step == step])
     wanted = [choice for choice in choices if choice != "retry"] if nth > 2 else [*choices, "retry"]
     what = world.scenario.one_of(tuple(wanted), "decides", machine, step, nth)
-    when = 0.5 + 4 * world.scenario.fate("decides", machine, step, nth)
+    when = 0.5 + 2 * world.scenario.fate("decides", machine, step, nth)
     if world.scenario.fate("wrong", machine, nth) < 0.2:
         yield when / 3, "dora", Decide(machine, step + 7, "exclude"), b"signed"
         yield when / 2, "ben", Decide(machine, step, "fail"), b"forged"

@@ -89,11 +89,11 @@ class Process:
 
     async def to_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Stands for `asyncio.to_thread`: others may come between."""
-        if self.chance.random() < 0.5:
+        if self.chance.random() < 0.4:
             await asyncio.sleep(0)
         self.check()
         result = function(*arguments, **named)
-        if self.chance.random() < 0.5:
+        if self.chance.random() < 0.4:
             await asyncio.sleep(0)
         return result
 

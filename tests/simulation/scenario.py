@@ -99,7 +99,7 @@ def scenario_of(seed: int) -> Scenario:
     """The scenario of this seed."""
     chance = random.Random(seed)
     weather: Weather = chance.choices(("calm", "rough", "storm"), (1, 5, 2))[0]
-    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (1, 3, 4, 2))[0])]
+    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (2, 5, 4, 1))[0])]
     beside = [f"web{number}" for number in range(7, 7 + chance.choices((0, 1, 2), (7, 2, 1))[0])]
     excluded = {name: "it is mended" for name in beside if chance.random() < 0.5}
     drawn = _Drawn(chance, names, beside)
@@ -121,7 +121,7 @@ def scenario_of(seed: int) -> Scenario:
         acquire=AcquirePlan(deadline=120.0, stall=10.0, offline=rule),
         steps=steps,
         author=AUTHOR,
-        deadline=chance.uniform(3, 30) if chance.random() < 0.06 else 0.0,
+        deadline=chance.uniform(2, 15) if chance.random() < 0.06 else 0.0,
         excluded=excluded,
         force=chance.random() < 0.1,
     )
@@ -145,9 +145,9 @@ def scenario_of(seed: int) -> Scenario:
         offline=frozenset(name for name in names if weather != "calm" and chance.random() < 0.03),
         outside=outside,
         brackets=frozenset(name for name in outside if is_left or not drawn.probes),
-        cancel=chance.uniform(0, 25) if chance.random() < 0.08 else None,
+        cancel=chance.uniform(0, 12) if chance.random() < 0.08 else None,
         kills=chance.random() < 0.5,
-        pauses=((chance.uniform(0, 15), chance.uniform(0.1, 5)),) if chance.random() < 0.12 else (),
+        pauses=((chance.uniform(0, 8), chance.uniform(0.1, 3)),) if chance.random() < 0.12 else (),
         waits=chance.random() < 0.8,
     )
 
@@ -179,7 +179,7 @@ class _Drawn:
             approvers,
             minimum=self.chance.choice((1, 1, 2)),
             not_author=self.maybe(0.5),
-            expires=self.chance.choice((0.0, 0.0, 12.0)),
+            expires=self.chance.choice((0.0, 0.0, 6.0)),
             on_expiry=self.chance.choice(("pause", "stop", "proceed")),  # type: ignore[arg-type]
         )
 

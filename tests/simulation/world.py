@@ -35,7 +35,7 @@ from orchestrator.journal.events import JournalEntry
 from orchestrator.journal.journal import Decision
 from orchestrator.plan.plan import ServerRun
 
-LOST: Final = 3.0
+LOST: Final = 2.0
 """Seconds after which a machine that no relay has seen is lost."""
 ACCEPT: Final = 3600.0
 
@@ -248,7 +248,7 @@ class World:
                 attempts, is_idempotent = self._planned(what), action.idempotent
             case _:
                 raise AssertionError(f"{action} is not ordered here")
-        seconds = 0.05 + self.scenario.fate("takes", what, self.counts.get(what, 0))
+        seconds = 0.05 + 0.5 * self.scenario.fate("takes", what, self.counts.get(what, 0))
         index = self._began(what, at, seconds, fate, attempts, is_idempotent=is_idempotent)
         self.operations[key] = Began(index, "" if fate == "done" else f"it {fate}", facts if fate == "done" else None)
         if effect is not None:
@@ -312,7 +312,7 @@ class World:
         if key in self.runs:
             return
         state = self._outcome_here(run, what)
-        seconds = 0.05 + (0.3 if what[2] == "probe" else 1.5) * self.scenario.fate("takes", what, self.counts.get(what, 0))
+        seconds = 0.05 + (0.2 if what[2] == "probe" else 0.7) * self.scenario.fate("takes", what, self.counts.get(what, 0))
         index = self._began(what, self.now, seconds, state, run.attempts, is_idempotent=run.idempotent)
         self.runs[key] = Began(index, "" if state == "done" else f"it {state}")
         if what[2] == "before" and (state == "done" or self.scenario.fate("halfway", what) < 0.5):
