@@ -84,7 +84,9 @@ class MachineTurnRunner:
         self._step = step
         self._turn = planned
         self._facts = tree_facts(context.plan, step, planned, facts.get(planned.machine))
-        is_out, is_forced = planned.machine in context.out, context.plan.force
+        # A turn that an earlier process began is no other one because its bracket is closed meanwhile.
+        has_begun = context.history.turn(step.number, planned.machine) is not None
+        is_out, is_forced = planned.machine in context.out, context.plan.force or has_begun
         self.shape = turn.shape_of(step, planned, self._facts, is_out=is_out, is_forced=is_forced)
         self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
         self._tries = Tries()

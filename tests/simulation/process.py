@@ -376,6 +376,7 @@ class SimulatedFleet:
         try:
             await self._recorder.record(ev.Dispatched(key, operation.who, order.digest))
             process.check()
+            world.advance()
             world.post(order)
             process.effect()
             report = await self._result(order)

@@ -355,7 +355,7 @@ def _of_executions(world: World, entries: list[JournalEntry]) -> Iterator[str]:
         for first, then in pairwise(ran):
             asked = any(first.begin <= at <= then.begin for at in again)
             may = first.state == "failed" or (first.state == "unknown" and first.is_idempotent)
-            if not may and not asked:
+            if not may and not (asked and first.state != "done"):
                 yield f"{what} ran again, after it {first.state} (execution {first.n})"
         if len(ran) > max(each.attempts for each in ran) * (1 + len(again)):
             yield f"{what} ran {len(ran)} times"

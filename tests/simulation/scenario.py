@@ -99,7 +99,7 @@ def scenario_of(seed: int) -> Scenario:
     """The scenario of this seed."""
     chance = random.Random(seed)
     weather: Weather = chance.choices(("calm", "rough", "storm"), (1, 5, 2))[0]
-    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (2, 5, 4, 1))[0])]
+    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (3, 5, 3, 1))[0])]
     beside = [f"web{number}" for number in range(7, 7 + chance.choices((0, 1, 2), (7, 2, 1))[0])]
     excluded = {name: "it is mended" for name in beside if chance.random() < 0.5}
     drawn = _Drawn(chance, names, beside)
@@ -147,7 +147,7 @@ def scenario_of(seed: int) -> Scenario:
         brackets=frozenset(name for name in outside if is_left or not drawn.probes),
         cancel=chance.uniform(0, 12) if chance.random() < 0.08 else None,
         kills=chance.random() < 0.5,
-        pauses=((chance.uniform(0, 8), chance.uniform(0.1, 3)),) if chance.random() < 0.12 else (),
+        pauses=((chance.uniform(1, 8), chance.uniform(0.5, 4)),) if chance.random() < 0.25 else (),
         waits=chance.random() < 0.8,
     )
 

@@ -176,7 +176,11 @@ class World:
         key = str(order.operation)
         if key not in self.operations:
             self.refused.pop(key, None)
-            self.later(0.02 + 0.05 * self.scenario.fate("mail", key), "arrive", order, key=key)
+            slow = self.scenario.fate("mail", key)
+            if slow < 0.6 and key not in self.pending:
+                self._arrive(self.now, order)
+            else:
+                self.later(0.05 * slow, "arrive", order, key=key)
 
     def _arrive(self, at: float, order: Order) -> None:
         operation, machine = order.operation, order.operation.who
