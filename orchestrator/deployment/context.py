@@ -78,7 +78,9 @@ class DeploymentContext:
         return ""
 
 
-async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: Collection[int] = (), why: str = "") -> bool:
+async def undo_step(
+    step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: Collection[int] = (), why: str = ""
+) -> bool:
     """Close what a step before acquisition opened, where it has an undo. Whether that went well.
 
     `begun`: as in `ServerRuns.run`. `why`: as in `UndoStarted`.

@@ -49,7 +49,9 @@ def in_flight_counts_as_in_service(patch: pytest.MonkeyPatch) -> None:
 
 
 def open_brackets_count_as_in_service(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RotationState, "by_brackets", classmethod(lambda cls, machines, _out: cls(frozenset(machines), frozenset())))
+    patch.setattr(
+        RotationState, "by_brackets", classmethod(lambda cls, machines, _out: cls(frozenset(machines), frozenset()))
+    )
 
 
 def one_failure_more_is_allowed(patch: pytest.MonkeyPatch) -> None:
@@ -142,7 +144,6 @@ def an_answer_is_for_any_machine(patch: pytest.MonkeyPatch) -> None:
 def bad_versions_go_in(patch: pytest.MonkeyPatch) -> None:
     """What failed behind the switch is called the old version that was kept."""
     patch.setattr(turn, "_is_old", lambda *_: True)
-
 
 
 MUTANTS: Final[Mapping[str, Mutant]] = {

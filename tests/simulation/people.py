@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from simulation.scenario import AUTHOR, DEPLOYMENT, PEOPLE
-
 from orchestrator.journal import events as ev
 from orchestrator.journal.journal import Decision
 from orchestrator.people.asks import planned_asks
@@ -22,6 +20,7 @@ from orchestrator.people.statement import (
     SignedDecision,
 )
 from orchestrator.plan.plan import PlannedAsk
+from simulation.scenario import AUTHOR, DEPLOYMENT, PEOPLE
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -34,7 +33,16 @@ def rows_about(world: World, event: ev.Event) -> list[Decision]:
     """What people will say because of this event, with when."""
     first = len(world.rows) + 1
     return [
-        Decision(number, "prod", DEPLOYMENT, world.now + seconds, by, saying.kind, {"id": str(number), "said": saying}, envelope)
+        Decision(
+            number,
+            "prod",
+            DEPLOYMENT,
+            world.now + seconds,
+            by,
+            saying.kind,
+            {"id": str(number), "said": saying},
+            envelope,
+        )
         for number, (seconds, by, saying, envelope) in enumerate(_said(world, event), first)
     ]
 

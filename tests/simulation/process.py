@@ -8,18 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Final, TypeVar
-from unittest import mock
-
-from simulation.people import read_row
-from simulation.scenario import DEPLOYMENT, EARLIER
-from simulation.virtual_loop import StuckError, VirtualLoop
-from simulation.world import ACCEPT, LOST, Order, World, people_rows
 
 from agent.orders.operation_id import OperationId
 from agent.orders.orders import FenceSeen, OpenAction, Report, TimedCheck
@@ -33,7 +26,7 @@ from orchestrator.fleet.fleet import LostError
 from orchestrator.fleet.presence import Presences
 from orchestrator.journal import events as ev
 from orchestrator.journal import recorder as recorder_module
-from orchestrator.journal.events import DeploymentRecord, Event, FinalState, JournalEntry, WrittenState
+from orchestrator.journal.events import DeploymentRecord, Event, JournalEntry, WrittenState
 from orchestrator.journal.journal import Decision
 from orchestrator.journal.recorder import Recorder
 from orchestrator.journal.views import OpenBracket, open_brackets
@@ -41,13 +34,15 @@ from orchestrator.plan.leave_out import without
 from orchestrator.plan.plan import Plan, ServerRun
 from orchestrator.rolling.history import History
 from relay.errors import UnreachableError
+from simulation.people import read_row
+from simulation.scenario import DEPLOYMENT, EARLIER
+from simulation.virtual_loop import VirtualLoop
+from simulation.world import ACCEPT, LOST, Order, World, people_rows
 
 T = TypeVar("T")
 
 WHO: Final = "ops@server"
 JOURNAL: Final = "0" * 32
-DAYS_MAX: Final = 3.0
-"""A process that has not come to an end by then never will."""
 
 
 @dataclass
@@ -238,7 +233,9 @@ async def _checked(process: Process, checks: Sequence[TimedCheck]) -> Any:
     world = process.world
     world.advance()
     _, _, machine, number, version = checks[0].check.url.split("/")  # type: ignore[union-attr]
-    nth = len([each for each in world.executions if each.what[:2] == (int(number), machine) and each.what[2] == "settle"])
+    nth = len(
+        [each for each in world.executions if each.what[:2] == (int(number), machine) and each.what[2] == "settle"]
+    )
     ok = not world.scenario.fails("looked at", machine, number, version, nth)
     return SimpleNamespace(ok=ok, texts=["500"])
 
@@ -292,7 +289,9 @@ class MemoryJournal:
     def brackets(self, environment: str) -> list[tuple[DeploymentRecord, list[JournalEntry]]]:
         return [
             (
-                DeploymentRecord(one, "shop", "2.0", environment, "deploy", 1, "running", "", WHO, "server", 1, 0.0, None),
+                DeploymentRecord(
+                    one, "shop", "2.0", environment, "deploy", 1, "running", "", WHO, "server", 1, 0.0, None
+                ),
                 [entry for entry in self._world.entries if entry.deployment == one],
             )
             for one in (EARLIER, DEPLOYMENT)
@@ -503,6 +502,3 @@ class SimulatedRuns(ServerRuns):
                 self._process.check()
                 self._world.stop_run(operation)
                 self._process.wake(str(operation))
-
-
-__all__ = ["FinalState", "Process", "StuckError", "mock", "time"]

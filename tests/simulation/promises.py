@@ -8,10 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
-from simulation.people import counts
-from simulation.scenario import DEPLOYMENT, EARLIER, NEW, OLD
-from simulation.world import Execution, World
-
 from orchestrator.deployment.deployment import Result
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry
@@ -19,6 +15,9 @@ from orchestrator.people.asks import planned_asks
 from orchestrator.people.statement import Approve, Decide, Reject
 from orchestrator.plan.leave_out import without
 from orchestrator.plan.plan import MachineStep, PlannedPhase, ServerStep
+from simulation.people import counts
+from simulation.scenario import DEPLOYMENT, EARLIER, NEW, OLD
+from simulation.world import Execution, World
 
 AT_ONCE = 1.0
 """Seconds in which a pause or a cancel takes hold."""
@@ -177,7 +176,10 @@ def _of_asks(world: World, entries: list[JournalEntry]) -> Iterator[str]:
                 if row.data["said"].ask != ask or row.envelope != b"signed" or not counts(asks[ask], by):
                     yield f"{by}'s row {number} ({row.data['said']}) was taken for an answer to {ask}"
             case ev.AskClosed(ask=ask, outcome=outcome):
-                planned, said = asks[ask], [row for row in world.rows if row.at <= entry.at and row.envelope == b"signed"]
+                planned, said = (
+                    asks[ask],
+                    [row for row in world.rows if row.at <= entry.at and row.envelope == b"signed"],
+                )
                 late = opened[ask] + planned.expires if planned.expires and planned.on_expiry != "pause" else None
                 mine = [
                     row
@@ -193,7 +195,9 @@ def _of_asks(world: World, entries: list[JournalEntry]) -> Iterator[str]:
                     yield f"{ask} is approved by {sorted(yes)}, and {planned.minimum} are needed"
                 if outcome == "rejected" and not no:
                     yield f"{ask} is rejected, and nobody said no"
-                if outcome == "expired" and (late is None or entry.at < late - 0.1 or len(yes) >= planned.minimum or no):
+                if outcome == "expired" and (
+                    late is None or entry.at < late - 0.1 or len(yes) >= planned.minimum or no
+                ):
                     yield f"{ask} has expired, at {entry.at - opened[ask]:.1f} of {planned.expires}"
     for row in world.rows:
         if row.at < world.now - AT_ONCE and row.number not in taken and row.at < entries[-1].at - AT_ONCE:
@@ -262,7 +266,9 @@ def _of_brackets(world: World, entries: list[JournalEntry], result: Result) -> I
                 if machine not in open_:
                     yield f"'before' of {machine} began without a bracket"
     mine = {machine.name for machine in world.scenario.plan.machines} & {
-        entry.event.machine for entry in world.entries if entry.deployment == EARLIER  # type: ignore[union-attr]
+        entry.event.machine
+        for entry in world.entries
+        if entry.deployment == EARLIER  # type: ignore[union-attr]
     }
     if any(isinstance(entry.event, ev.Barrier) for entry in entries) and mine - adopted - set(world.left):
         yield f"the brackets of {sorted(mine - adopted)} were not adopted"
@@ -302,9 +308,19 @@ def _of_turns(world: World, entries: list[JournalEntry]) -> Iterator[str]:
             yield f"{machine} is {end.outcome}, and failure is {end.failure}"
         closes = {"deployed", "kept_old", "rolled_back", "put_back", "not_started"}
         ran_before = world.really_ran((number, machine, "before"))
-        if step.rotation is not None and end.outcome in closes and ran_before and end.outcome not in closed[number, machine]:
+        if (
+            step.rotation is not None
+            and end.outcome in closes
+            and ran_before
+            and end.outcome not in closed[number, machine]
+        ):
             yield f"{machine} is {end.outcome}, and 'after' was told {closed[number, machine]}"
-        if step.rotation is not None and end.outcome in {"excluded", "left_out", "lost"} and not end.bracket_open and ran_before:
+        if (
+            step.rotation is not None
+            and end.outcome in {"excluded", "left_out", "lost"}
+            and not end.bracket_open
+            and ran_before
+        ):
             yield f"{machine} is {end.outcome}, and its bracket is said to be closed"
         yield from _of_versions(world, entries, step, machine, end)
 
@@ -316,7 +332,9 @@ def _of_versions(
         return
     root = f"/srv/{step.package}"
     now, before = world.current.get((machine, root), ""), world.scenario.current.get((machine, root), "")
-    switches = [each for each in world.executions if each.what[:2] == (step.number, machine) and "switch" in each.what[2]]
+    switches = [
+        each for each in world.executions if each.what[:2] == (step.number, machine) and "switch" in each.what[2]
+    ]
     unseen = any(each.state in {"unknown", "stopped"} for each in switches) or machine in world.gone
     if end.outcome in {"deployed", "already_current"} and now != NEW[step.package]:
         yield f"{machine} is {end.outcome}, and runs {now[:4]}"

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from orchestrator.deployment.deployment import Result
+from orchestrator.journal import events as ev
 from simulation.process import Process
 from simulation.promises import broken
 from simulation.scenario import Scenario, scenario_of
 from simulation.virtual_loop import StuckError
 from simulation.world import World
-
-from orchestrator.deployment.deployment import Result
-from orchestrator.journal import events as ev
 
 PROCESSES_MAX: Final = 60
 """Of one deployment."""

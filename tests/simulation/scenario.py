@@ -99,7 +99,7 @@ def scenario_of(seed: int) -> Scenario:
     """The scenario of this seed."""
     chance = random.Random(seed)
     weather: Weather = chance.choices(("calm", "rough", "storm"), (1, 5, 2))[0]
-    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (3, 5, 3, 1))[0])]
+    names = [f"web{number}" for number in range(1, 1 + chance.choices((1, 2, 3, 4), (4, 6, 3, 1))[0])]
     beside = [f"web{number}" for number in range(7, 7 + chance.choices((0, 1, 2), (7, 2, 1))[0])]
     excluded = {name: "it is mended" for name in beside if chance.random() < 0.5}
     drawn = _Drawn(chance, names, beside)
@@ -125,7 +125,12 @@ def scenario_of(seed: int) -> Scenario:
         excluded=excluded,
         force=chance.random() < 0.1,
     )
-    roots = {(turn.machine, turn.root): turn.fingerprint for step in steps if isinstance(step, MachineStep) for turn in step.turns}
+    roots = {
+        (turn.machine, turn.root): turn.fingerprint
+        for step in steps
+        if isinstance(step, MachineStep)
+        for turn in step.turns
+    }
     current, settled = {}, {}
     for (name, root), fingerprint in roots.items():
         there = chance.choices(("old", "new", "settled", "nothing"), (12, 1, 1, 1))[0]
@@ -196,7 +201,9 @@ class _Drawn:
     def steps(self) -> tuple[PlannedStep, ...]:
         made: list[PlannedStep] = []
         if self.maybe(0.3):
-            made.append(ServerStep(1, "schema", self.run("schema", idempotent=self.maybe(0.3)), required=self.maybe(0.5)))
+            made.append(
+                ServerStep(1, "schema", self.run("schema", idempotent=self.maybe(0.3)), required=self.maybe(0.5))
+            )
         for package in ("web", "api")[: self.chance.choices((1, 2), (5, 1))[0]]:
             made.append(self.machines(len(made) + 1, package))
         if self.maybe(0.15):
@@ -213,7 +220,9 @@ class _Drawn:
         if rotates:
             probe = ServerRun("probe", commands=(("true",),)) if self.maybe(0.6) else None
             self.probes = self.probes and probe is not None
-            rotation = RotationPlan("web", self.run("before", idempotent=True), self.run("after", idempotent=True), probe)
+            rotation = RotationPlan(
+                "web", self.run("before", idempotent=True), self.run("after", idempotent=True), probe
+            )
         deploys = package if self.maybe(0.85) else ""
         actions, here, there = self.actions(deploys), self.maybe(0.7), self.maybe(0.3)
         turns = [
@@ -250,7 +259,9 @@ class _Drawn:
         left = count
         while left > 1 and self.maybe(0.5):
             size = self.chance.randint(1, left - 1)
-            made.append(PlannedPhase(size, self.chance.randint(1, size), self.gate(len(made)) if self.maybe(0.6) else None))
+            made.append(
+                PlannedPhase(size, self.chance.randint(1, size), self.gate(len(made)) if self.maybe(0.6) else None)
+            )
             left -= size
         window = self.chance.randint(1, left)
         return (*made, PlannedPhase(0, window, self.gate(len(made)) if self.maybe(0.15) else None))

@@ -9,10 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from simulation.people import rows_about
-from simulation.scenario import BEGINS, DEPLOYMENT, EARLIER, NEW, OLD, Scenario
-
-from agent.orders.operation_id import SERVER, OperationId
+from agent.orders.operation_id import OperationId
 from agent.orders.orders import (
     Acquire,
     AcquireFacts,
@@ -34,6 +31,8 @@ from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry
 from orchestrator.journal.journal import Decision
 from orchestrator.plan.plan import ServerRun
+from simulation.people import rows_about
+from simulation.scenario import BEGINS, DEPLOYMENT, EARLIER, NEW, OLD, Scenario
 
 LOST: Final = 2.0
 """Seconds after which a machine that no relay has seen is lost."""
@@ -316,7 +315,9 @@ class World:
         if key in self.runs:
             return
         state = self._outcome_here(run, what)
-        seconds = 0.05 + (0.2 if what[2] == "probe" else 0.7) * self.scenario.fate("takes", what, self.counts.get(what, 0))
+        seconds = 0.05 + (0.2 if what[2] == "probe" else 0.7) * self.scenario.fate(
+            "takes", what, self.counts.get(what, 0)
+        )
         index = self._began(what, self.now, seconds, state, run.attempts, is_idempotent=run.idempotent)
         self.runs[key] = Began(index, "" if state == "done" else f"it {state}")
         if what[2] == "before" and (state == "done" or self.scenario.fate("halfway", what) < 0.5):
@@ -325,7 +326,7 @@ class World:
             self.pending["effect", index] = (self.now + seconds, "entered", (operation.who,))
 
     def _outcome_here(self, run: ServerRun, what: What) -> str:
-        step, who, action = what
+        _, who, action = what
         nth = self.counts.get(what, 0) + 1
         if action in {"before", "after"}:
             # So many fail, and then none ever again: to run it once more, as a resume may, changes nothing.
@@ -351,7 +352,9 @@ class World:
         [step] = [step for step in self.scenario.machine_steps if step.number == number]
         serving = self.inside.intersection(turn.machine for turn in (*step.turns, *step.beside))
         if len(serving) < step.min_in_service:
-            self.faults.append(f"{machine} was taken out, and only {len(serving)} of {step.min_in_service} are in service")
+            self.faults.append(
+                f"{machine} was taken out, and only {len(serving)} of {step.min_in_service} are in service"
+            )
 
     def _entered(self, at: float, machine: str) -> None:
         self.inside.add(machine)
@@ -364,9 +367,7 @@ class World:
 
     # --- what ran
 
-    def _began(
-        self, what: What, at: float, seconds: float, state: str, attempts: int, *, is_idempotent: bool
-    ) -> int:
+    def _began(self, what: What, at: float, seconds: float, state: str, attempts: int, *, is_idempotent: bool) -> int:
         n = self.counts[what] = self.counts.get(what, 0) + 1
         self.executions.append(
             Execution(what, n, at, at + seconds, state, attempts, is_idempotent)  # type: ignore[arg-type]
@@ -390,6 +391,3 @@ def people_rows(world: World) -> Iterable[Decision]:
     return sorted(
         (row for row in world.rows if row.at <= world.now and row.number not in world.taken), key=lambda row: row.at
     )
-
-
-__all__ = ["SERVER", "Began", "Execution", "Order", "What", "World", "people_rows"]
