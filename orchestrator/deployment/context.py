@@ -40,6 +40,7 @@ class DeploymentContext:
         goal: what it is for: all of it, or all up to the barrier (`stage`).
         by_rule: machines that are left out because they cannot be reached, and why. They are in the plan no more.
         out: machines whose bracket is open.
+        unsure: those of them whose `before` or `after` failed last.
         refused_before: what agents had refused, by their own word, before any order of this deployment left; None until
             all were met.
     """
@@ -60,6 +61,7 @@ class DeploymentContext:
     goal: Goal = "deploy"
     by_rule: dict[str, str] = field(default_factory=dict)
     out: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
     refused_before: dict[str, tuple[str, ...]] | None = None
 
     def operation(self, step: int, who: str, action: str, attempt: int = 1) -> OperationId:

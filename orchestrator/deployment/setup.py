@@ -295,6 +295,7 @@ class _Ground:
             stop=stop,
             goal=self.goal,
             by_rule=dict(history.left_by_rule),
+            unsure=set(history.unsure),
         )
 
 

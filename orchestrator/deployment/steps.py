@@ -301,7 +301,7 @@ class RollingStep:
         machines = [machine for machine in (*roll.machines, *beside) if machine not in roll.in_flight]
         rotation = self._step.rotation
         if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
-            return RotationState.by_brackets((*roll.machines, *beside), self._context.out)
+            return RotationState.by_brackets((*roll.machines, *beside), self._context.out, self._context.unsure)
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))

@@ -219,7 +219,9 @@ class MachineTurnRunner:
 
     async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
         operation, begun = self._operation(name), self._tries.begun(name)
-        return await self._context.runs.run(what, operation, {**self.variables, **extra}, begun=begun)
+        result = await self._context.runs.run(what, operation, {**self.variables, **extra}, begun=begun)
+        (self._context.unsure.discard if result.ok else self._context.unsure.add)(self._turn.machine)
+        return result
 
     # --- on the machine
 

@@ -122,6 +122,19 @@ class History:
         left = (entry.event for entry in self.entries if isinstance(entry.event, ev.Left))
         return {event.machine: event.reason for event in left if not event.by}
 
+    @cached_property
+    def unsure(self) -> frozenset[str]:
+        """Machines whose `before` or `after` failed last: whether they are in service nobody knows."""
+        found: set[str] = set()
+        for entry in self.entries:
+            match entry.event:
+                case ev.ServerRunEnded(machine=machine, operation=text, state=state) if machine:
+                    if OperationId.parse(text).action in {"before", "after"}:
+                        (found.discard if state == "done" else found.add)(machine)
+                case _:
+                    pass
+        return frozenset(found)
+
     # --- people
 
     @cached_property

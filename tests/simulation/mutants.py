@@ -50,7 +50,7 @@ def in_flight_counts_as_in_service(patch: pytest.MonkeyPatch) -> None:
 
 def open_brackets_count_as_in_service(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        RotationState, "by_brackets", classmethod(lambda cls, machines, _out: cls(frozenset(machines), frozenset()))
+        RotationState, "by_brackets", classmethod(lambda cls, machines, *_: cls(frozenset(machines), frozenset()))
     )
 
 

@@ -183,6 +183,7 @@ class Process:
             ),
             stop=stop,
             by_rule=dict(history.left_by_rule),
+            unsure=set(history.unsure),
         )
         return context, brackets
 
