@@ -53,6 +53,7 @@ LONG = (
     "relay/server/test_routes.py",
     "relay/transfer/test_explain_agrees.py",
     "relay/transfer/test_replicate.py",
+    "simulation/",
 )
 """The same, of what takes five seconds of processor time or more: both ends of a transfer in one process."""
 # A busy machine is no reason to fail: what must be fast is measured in benchmarks/.

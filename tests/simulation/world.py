@@ -98,6 +98,7 @@ class World:
     fences: dict[str, int] = field(default_factory=dict)
     current: dict[tuple[str, str], str] = field(default_factory=dict)
     settled: dict[tuple[str, str], str] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     held: dict[str, tuple[Order, ...]] = field(default_factory=dict)
     lost: set[What] = field(default_factory=set)
@@ -252,6 +253,10 @@ class World:
             case _:
                 raise AssertionError(f"{action} is not ordered here")
         seconds = 0.05 + 0.5 * self.scenario.fate("takes", what, self.counts.get(what, 0))
+        if isinstance(action, Switch | Settle | RunScript | ControlService):
+            # An agent changes its machine by one thing at a time, in the order in which they came.
+            at = max(at, self.busy.get(machine, 0.0))
+            self.busy[machine] = at + seconds
         index = self._began(what, at, seconds, fate, attempts, is_idempotent=is_idempotent)
         self.operations[key] = Began(index, "" if fate == "done" else f"it {fate}", facts if fate == "done" else None)
         if effect is not None:
