@@ -32,7 +32,7 @@ test-newest test-oldest: test-%:
 	@.venv-$*/bin/python -m pytest $(PARALLEL)
 
 # The long form, chapter by chapter: `make soak`, or `make soak CHAPTER=road`. What each said goes to tests/soak/.
-CHAPTERS := relay agent orchestrator release road demo benchmarks
+CHAPTERS := relay agent orchestrator release road simulation demo benchmarks
 CHAPTER ?= $(CHAPTERS)
 
 soak:

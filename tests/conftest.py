@@ -29,7 +29,7 @@ PROCESSES = (
     "orchestrator/depot/test_depot.py",
     "orchestrator/deployment/test_server_runs.py",
     "orchestrator/journal/test_journal.py",
-    "orchestrator/journal/test_locks.py",
+    "orchestrator/locks/test_locks.py",
     "relay/engines/",
     "relay/rebuild/",
     "relay/server/test_nupkg_routes.py",
@@ -53,6 +53,7 @@ LONG = (
     "relay/server/test_routes.py",
     "relay/transfer/test_explain_agrees.py",
     "relay/transfer/test_replicate.py",
+    "simulation/",
 )
 """The same, of what takes five seconds of processor time or more: both ends of a transfer in one process."""
 # A busy machine is no reason to fail: what must be fast is measured in benchmarks/.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class DeploymentContext:
         goal: what it is for: all of it, or all up to the barrier (`stage`).
         by_rule: machines that are left out because they cannot be reached, and why. They are in the plan no more.
         out: machines whose bracket is open.
+        unsure: those of them whose `before` or `after` failed last.
         refused_before: what agents had refused, by their own word, before any order of this deployment left; None until
             all were met.
     """
@@ -59,6 +61,7 @@ class DeploymentContext:
     goal: Goal = "deploy"
     by_rule: dict[str, str] = field(default_factory=dict)
     out: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
     refused_before: dict[str, tuple[str, ...]] | None = None
 
     def operation(self, step: int, who: str, action: str, attempt: int = 1) -> OperationId:
@@ -77,14 +80,16 @@ class DeploymentContext:
         return ""
 
 
-async def undo_step(step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: int = 0) -> bool:
+async def undo_step(
+    step: PreAcquire, runs: ServerRuns, recorder: Recorder, begun: Collection[int] = (), why: str = ""
+) -> bool:
     """Close what a step before acquisition opened, where it has an undo. Whether that went well.
 
-    An earlier process `begun` it so many times.
+    `begun`: as in `ServerRuns.run`. `why`: as in `UndoStarted`.
     """
     if step.undo is None:
         return True
-    await recorder.record(UndoStarted(step.run.name))
+    await recorder.record(UndoStarted(step.run.name, why))
     operation = OperationId.of(recorder.deployment, 0, SERVER, f"undo-{step.run.name}")
     result = await runs.run(step.undo, operation, {"UNDO": "1"}, begun=begun)
     await recorder.record(UndoEnded(step.run.name, ok=result.ok, reason=result.reason))

@@ -39,6 +39,7 @@ from orchestrator.people.statement import (
     read_decision,
     used_statements,
 )
+from orchestrator.rolling.history import MachineHistory
 from relay.errors import StoreError, WaystationError
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class Desk:
         self._paused = history.paused.reason if history.paused is not None else ""
         self._obeying = asyncio.Lock()
         self._noted: set[int] = set()
+        self._recalled: set[tuple[str, int]] = set()
+        """Machines and steps of which the question that an earlier process asked was taken up: the next one is new."""
         self._turns = 0
         self._turns_waiting = 0
         self._steps_waiting = 0
@@ -217,11 +220,13 @@ class Desk:
 
     async def decide(self, machine: str, step: int, reason: str, choices: Sequence[str]) -> MachineDecided | None:
         """Ask what becomes of a machine; None where the deployment is stopped before anybody says it. Raises as `free`."""
-        past = self._history.machine_asked(step, machine)
+        about = (machine, step)
+        past = MachineHistory() if about in self._recalled else self._history.machine_asked(step, machine)
+        self._recalled.add(about)
         if past.decided is not None:
             return past.decided
         since = past.asked or self._clock()
-        waiting = self._machines[machine, step] = _Machine(choices, since)
+        waiting = self._machines[about] = _Machine(choices, since)
         try:
             if past.asked is None:
                 await self._recorder.record(MachineAsked(machine, step, reason, tuple(choices)))
@@ -230,7 +235,7 @@ class Desk:
                 await self.obey()
                 await self._until(waiting.decided)
         finally:
-            del self._machines[machine, step]
+            del self._machines[about]
         return waiting.decided.result() if waiting.decided.done() else None
 
     async def pause(self, reason: str, by: str = "") -> None:

@@ -157,7 +157,7 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
                     raise
                 except WaystationError as error:
                     outcome = StepsOutcome(failed=[str(error)])
-            not_undone = await undo.everything()
+            not_undone = await undo.everything("; ".join(outcome.failed))
             result = _result_of(context, outcome, not_undone)
             await _close(context, result)
         except WaitsForPeopleError as error:
@@ -196,9 +196,9 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     reasons = [stop.reason, *(why for why in outcome.failed if why != stop.reason)]
     reason = "; ".join(filter(None, reasons))
     state: FinalState = "cancelled" if stop.by_person else "failed" if reason else "succeeded"
-    if not_undone and state == "succeeded":
-        return Result("failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}")
     excluded = context.plan.excluded
+    if not_undone and state == "succeeded":
+        state, reason = "failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}"
     if state == "succeeded":
         failed = [f"not deployed: {', '.join(outcome.left)}"] if outcome.left else []
         away = (
@@ -234,6 +234,10 @@ async def _adopt(context: DeploymentContext, brackets: Iterable[OpenBracket]) ->
 async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
     """One after another. An undo is owed from the moment that its step may have begun."""
     history = context.history
+    if history.given_up:
+        opened = [step for step in context.plan.pre_acquire if step.run.name in history.pre_acquired]
+        undo.owed += [step for step in opened if step.undo is not None]
+        raise DeploymentFailedError(history.given_up)
     for step in context.plan.pre_acquire:
         past = history.pre_acquired.get(step.run.name)
         if past is None and history.barrier is not None:
@@ -249,7 +253,7 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
         if past:
             continue
         operation = context.operation(0, SERVER, f"pre-{step.run.name}")
-        begun = 0 if past is None else history.server_run(0, SERVER, operation.action)
+        begun = history.server_run(0, operation.action)
         result = await context.runs.run(step.run, operation, {}, begun=begun)
         await context.recorder.record(
             PreAcquireEnded(step.run.name, ok=result.ok, undo_due=step.undo is not None, reason=result.reason)
@@ -269,22 +273,24 @@ class _Undo:
     async def those_until_acquired(self) -> None:
         await self._undo([step for step in self.owed if step.until == "acquired"])
 
-    async def everything(self) -> list[str]:
-        """Undo all that is left; the names of those that failed."""
-        await self._undo(list(self.owed))
+    async def everything(self, why: str) -> list[str]:
+        """Undo all that is left, `why` being why the deployment fails; the names of those that failed."""
+        await self._undo(list(self.owed), why)
         return self.failed
 
-    async def _undo(self, steps: Sequence[PreAcquire]) -> None:
+    async def _undo(self, steps: Sequence[PreAcquire], why: str = "") -> None:
         for step in reversed(steps):
             self.owed.remove(step)
             action = self.context.operation(0, SERVER, f"undo-{step.run.name}").action
-            begun = self.context.history.server_run(0, SERVER, action)
-            if not await undo_step(step, self.context.runs, self.context.recorder, begun):
+            begun = self.context.history.server_run(0, action)
+            if not await undo_step(step, self.context.runs, self.context.recorder, begun, why):
                 self.failed.append(step.run.name)
 
 
 async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     """Every machine must be there, with a clock that is right, and know of no other orchestrator that is at work.
+
+    Behind the barrier one that is away is its turn's matter, as it is where it goes away in the middle.
 
     Raises:
         DeploymentFailedError: a machine is not there, or its clock is wrong.
@@ -292,8 +298,10 @@ async def _meet(context: DeploymentContext, *, adopt: bool) -> None:
     """
     with told_if_slow(context.recorder.say, "waiting for relays: they are asked which machines are there"):
         here = await context.fleet.presences()
-    reasons = [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]
-    if reasons:
+    if context.history.barrier is not None:
+        for name in sorted(here.missing):
+            context.recorder.tell(Note(f"it cannot be given orders: {here.missing[name]}", name))
+    elif reasons := [reason for name in sorted(here.missing) if (reason := await _missing(context, here, name))]:
         raise DeploymentFailedError(f"not every machine can be given orders: {'; '.join(reasons)}")
     plan, journal = context.plan, context.recorder.journal
     seen = seen_of(here.present, plan.project, plan.environment)

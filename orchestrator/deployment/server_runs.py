@@ -140,7 +140,7 @@ class ServerRuns:
     # --- running
 
     async def run(
-        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], *, begun: int = 0
+        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], *, begun: Collection[int] = ()
     ) -> RunResult:
         """Run it until it succeeds or its attempts are used up.
 
@@ -153,13 +153,14 @@ class ServerRuns:
             operation: its id; the attempt is the next that never was.
             extra: variables that are only known now; they win over those of the run. ATTEMPT and DEPLOYMENT are set
                 where neither names them.
-            begun: so many attempts of it were made by a process that died: the last of them is taken up.
+            begun: the attempts at it that a process which died recorded: the last of them is taken up.
 
         Raises:
             StoreError: our own folder or the journal cannot be written.
         """
-        made = begun
-        if begun and (found := await self.take_up(run, operation, extra)) is not None:
+        made = len(begun)
+        last = replace(operation, attempt=max(begun, default=0))
+        if begun and (found := await self.take_up(run, last, extra)) is not None:
             if found.ok or made >= run.attempts or not _may_repeat(run, found):
                 return found
             await asyncio.sleep(run.delay)
@@ -174,15 +175,14 @@ class ServerRuns:
             await asyncio.sleep(run.delay)
 
     async def take_up(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str]) -> RunResult | None:
-        """What became of the last attempt that was begun, awaiting its end; None where there was none.
+        """What became of this attempt, awaiting its end; None where it was never begun.
 
         For what a dead process left. Nothing is begun a second time; of commands, those that never began are.
         The end is recorded (again, where the crash came right after it). Raises as `run` does.
         """
-        attempts = await asyncio.to_thread(self._attempts, operation)
-        if not attempts:
+        if operation.attempt not in await asyncio.to_thread(self._attempts, operation):
             return None
-        return await self._attempt(run, replace(operation, attempt=attempts[-1]), extra, 1)
+        return await self._attempt(run, operation, extra, 1)
 
     async def _attempt(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int) -> RunResult:
         log = os.path.join(self._folder, "logs", f"{operation.file_name}.log")

@@ -202,10 +202,12 @@ async def take_up(
         fence = journal.claim(*place)
         resumed = Resumed(operator(), socket.gethostname(), os.getpid(), fence)
         journal.take_up(deployment, fence, operator(), resumed)
-        brackets = [bracket for bracket in journal.open_brackets(plan.environment) if bracket.owner == deployment]
+        # Those that others of the project left open as well: they count as out, and it may have died before it said that it
+        # adopts them.
+        brackets = [each for each in journal.open_brackets(plan.environment) if each.project == plan.project]
         runs = ServerRuns(paths.deployment(deployment), secrets, recorder)
         ground = _Ground(paths, plan, record.goal, recorder, runs, secrets, depot, clients, fence, order_signer, bar)
-        yield await ground.context(stack, history, waits=waits), brackets
+        yield await ground.context(stack, history, waits=waits), [] if record.goal == "stage" else brackets
 
 
 def _check_unfinished(record: DeploymentRecord) -> None:
@@ -295,6 +297,7 @@ class _Ground:
             stop=stop,
             goal=self.goal,
             by_rule=dict(history.left_by_rule),
+            unsure=set(history.unsure),
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from agent.orders.operation_id import SERVER
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import SurveyFacts
 from orchestrator.deployment.context import DeploymentContext
 from orchestrator.deployment.server_runs import PROBE
@@ -62,11 +62,10 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
             continue
         # Right before anything starts, so that nothing starts after a cancel, or in a pause.
         await context.desk.free()
+        if skip := "" if _is_under_way(context, step) else _why_skipped(step, outcome, context.stop.reason):
+            await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
+            continue
         if step.number not in context.history.begun_steps:
-            if skip := _why_skipped(step, outcome, context.stop.reason):
-                ended = StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name)
-                await context.recorder.record(ended)
-                continue
             await context.recorder.record(StepStarted(step.number, step.name))
         why = await _run(context, step, facts, outcome)
         await context.recorder.record(StepEnded(step.number, ok=not why, reason=why, name=step.name))
@@ -111,13 +110,28 @@ def _why_skipped(step: PlannedStep, outcome: StepsOutcome, stopping: str) -> str
     return ""
 
 
+def _is_under_way(context: DeploymentContext, step: PlannedStep) -> bool:
+    """An earlier process began what comes to its end in any case, also where nothing new starts any more."""
+    match step:
+        case ServerStep():
+            return bool(context.history.server_run(step.number, _run_of(context, step).action))
+        case MachineStep():
+            return bool(context.history.roll(step).started)
+        case AskStep():
+            return False
+
+
 # --- on the server
+
+
+def _run_of(context: DeploymentContext, step: ServerStep) -> OperationId:
+    return context.operation(step.number, SERVER, step.run.name)
 
 
 async def _on_server(context: DeploymentContext, step: ServerStep) -> str:
     extra = {"PACKAGE_DIR": await context.trees.build(context.plan.packages[step.package])} if step.package else {}
-    operation = context.operation(step.number, SERVER, step.run.name)
-    begun = context.history.server_run(step.number, SERVER, operation.action)
+    operation = _run_of(context, step)
+    begun = context.history.server_run(step.number, operation.action)
     result = await context.runs.run(step.run, operation, extra, begun=begun)
     while result.state == "unknown":
         # It began, and nobody saw its end: whether it did its work is for a person to find out.
@@ -144,7 +158,7 @@ async def _gate(context: DeploymentContext, step: MachineStep, phase: int, gate:
     machines = [context.plan.machine(name) for name in roll.machines_of(phase)]
     if gate.check is not None:
         operation = context.operation(step.number, SERVER, f"gate-{phase + 1}")
-        begun = context.history.server_run(step.number, SERVER, operation.action)
+        begun = context.history.server_run(step.number, operation.action)
         extra = {"MACHINES": " ".join(machine.name for machine in machines)}
         result = await context.runs.run(gate.check, operation, extra, begun=begun)
         if not result.ok:
@@ -199,6 +213,9 @@ class RollingStep:
         finally:
             if self._running:
                 await asyncio.wait(self._running)
+                for task in self._running:
+                    # What ended the step is raised already; the others' errors are the same, and heard here.
+                    _ = task.cancelled() or task.exception()
 
     async def _roll(self) -> Roll:
         roll = self._context.history.roll(self._step)
@@ -210,15 +227,20 @@ class RollingStep:
         told = ""
         clock = asyncio.get_running_loop().time
         while not roll.is_over:
+            roll = self._stopped(roll)
             if (phase := roll.gate_due) is not None:
                 roll = await self._pass_gate(roll, phase)
                 continue
             service = await self._service(roll)
             await self._context.desk.obey()
-            if self._context.stop.reason:
-                roll = rolling.stop(roll, self._context.stop.reason)
+            roll = self._stopped(roll)
             if self._context.desk.is_paused and not roll.stopped:
                 roll = await self._in_pause(roll)
+                stuck_since = None
+                continue
+            if any(task.done() for task in self._running):
+                # It ended while the probes were asked; what it came to may let nothing more start.
+                roll = await self._wait(roll, None)
                 continue
             claimed = await self._claim(roll, service)
             for lease in claimed.leases:
@@ -256,6 +278,9 @@ class RollingStep:
                 return await self._turns[machine].run()
 
         self._running[asyncio.create_task(run())] = machine
+
+    def _stopped(self, roll: Roll) -> Roll:
+        return rolling.stop(roll, self._context.stop.reason) if self._context.stop.reason else roll
 
     async def _in_pause(self, roll: Roll) -> Roll:
         """Nothing new starts; what is in flight comes to its end."""
@@ -320,7 +345,7 @@ class RollingStep:
         machines = [machine for machine in (*roll.machines, *beside) if machine not in roll.in_flight]
         rotation = self._step.rotation
         if rotation is None or rotation.probe is None or not roll.waiting or roll.stopped:
-            return RotationState.by_brackets((*roll.machines, *beside), self._context.out)
+            return RotationState.by_brackets((*roll.machines, *beside), self._context.out, self._context.unsure)
         probe = rotation.probe
         answers = await together([self._probe(probe, machine) for machine in machines])
         status = dict(zip(machines, answers, strict=True))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from agent.orders.operation_id import OperationId
 from orchestrator.journal.events import Reported
 from orchestrator.rolling.history import Begun, TurnHistory
+from relay.errors import UnreachableError
 
 if TYPE_CHECKING:
     from agent.orders.orders import OpenAction, Report
@@ -48,19 +49,27 @@ class Tries:
         """
         for attempt, begun in self._next(operation.action):
             if begun is not None and isinstance(begun.ending, Reported):
+                if begun.ending.state == "refused":
+                    continue
                 return begun.ending
             this = replace(operation, attempt=attempt)
-            report = await fleet.perform(this, action(this), on_progress, patience=patience)
-            if begun is None:
-                return report
-            if report.state != "refused":
+            try:
+                report = await fleet.perform(this, action(this), on_progress, patience=patience)
+            except UnreachableError:
+                # It may have left, and may run there: whoever tries again must hear of it before anything else begins.
+                self._begun.append(Begun(this))
+                raise
+            # An earlier process may have written an order down and died before it said so anywhere else.
+            if report.state == "refused" and (begun is not None or not fleet.gave(this)):
+                continue
+            if begun is not None:
                 self._miss(words, report)
-                return report
+            return report
         raise AssertionError("there is always a next attempt")
 
-    def begun(self, action: str) -> int:
-        """How many attempts at this action an earlier process began."""
-        return sum(one.operation.action == action for one in self._begun)
+    def begun(self, action: str) -> tuple[int, ...]:
+        """Which attempts at this action an earlier process began."""
+        return tuple(one.operation.attempt for one in self._begun if one.operation.action == action)
 
     def next(self, *, keep: bool) -> None:
         """What was begun belonged to what is done now, unless it may still be under way (`keep`)."""

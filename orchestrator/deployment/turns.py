@@ -83,7 +83,9 @@ class MachineTurnRunner:
         self._step = step
         self._turn = planned
         self._facts = tree_facts(context.plan, step, planned, facts.get(planned.machine))
-        is_out, is_forced = planned.machine in context.out, context.plan.force
+        # A turn that an earlier process began is no other one because its bracket is closed meanwhile.
+        has_begun = context.history.turn(step.number, planned.machine) is not None
+        is_out, is_forced = planned.machine in context.out, context.plan.force or has_begun
         self.shape = turn.shape_of(step, planned, self._facts, is_out=is_out, is_forced=is_forced)
         self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
         self._tries = Tries()
@@ -128,7 +130,7 @@ class MachineTurnRunner:
             state = turn.did(state, done_of(did))
         self._tries = Tries(past)
         self._context.recorder.tell(Note(f"its turn goes on with {self._words_of(state.do)}", machine))
-        if state.is_open and not isinstance(state.do, Before | After | Ask | End):
+        if turn.is_out(state) and not isinstance(state.do, After | Ask | End):
             state = await self._out_again(state)
         return state
 
@@ -215,7 +217,9 @@ class MachineTurnRunner:
 
     async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
         operation, begun = self._operation(name), self._tries.begun(name)
-        return await self._context.runs.run(what, operation, {**self.variables, **extra}, begun=begun)
+        result = await self._context.runs.run(what, operation, {**self.variables, **extra}, begun=begun)
+        (self._context.unsure.discard if result.ok else self._context.unsure.add)(self._turn.machine)
+        return result
 
     # --- on the machine
 
@@ -252,6 +256,9 @@ class MachineTurnRunner:
         def again(done: Done) -> bool:
             return done.how == "failed" or (done.how == "unknown" and action.idempotent)
 
+        if isinstance(action, ScriptAction):
+            # Its secrets are sealed by what the machine says of itself, and an earlier process may have heard that.
+            await self._context.fleet.see(self._turn.machine)
         return await self._order(
             action.name, order, name=name, attempts=action.attempts, delay=action.delay, again=again
         )

@@ -176,6 +176,7 @@ class Fleet:
         self._doubled: Mapping[str, str] = {}
         self._seen: dict[str, float] = {}
         self._unproven: dict[str, deque[tuple[str, messages.NumberedReport]]] = {}
+        self._given: set[OperationId] = set()
         self._finals: dict[OperationId, Report] = {}
         self._unacknowledged: dict[OperationId, Report] = {}
         self._told: set[tuple[str, str]] = set()
@@ -208,6 +209,15 @@ class Fleet:
             return self._presences[machine]
         except KeyError:
             raise UnreachableError(f"no relay has seen {machine}") from None
+
+    async def see(self, machine: str, patience: float | None = None) -> None:
+        """Look until some relay has seen it, for at most so many seconds; by default as long as a machine may be away."""
+        until = asyncio.get_running_loop().time() + (self._limits.lost if patience is None else patience)
+        while machine not in self._presences:
+            await self.presences()
+            if machine in self._presences or asyncio.get_running_loop().time() >= until:
+                return
+            await asyncio.sleep(self._limits.look)
 
     # --- orders
 
@@ -256,6 +266,10 @@ class Fleet:
         self._unacknowledged[operation] = report
         await self._compare_log(operation)
         return report
+
+    def gave(self, operation: OperationId) -> bool:
+        """Whether this process made its order, and did not find it written down by an earlier one."""
+        return operation in self._given
 
     async def stop(self, operation: OperationId) -> None:
         """Ask the agent to end a running operation; its own report says what became of it.
@@ -322,7 +336,7 @@ class Fleet:
         patience: float,
     ) -> _Flight:
         # An order that was kept is sent as it is: other bytes under its name would be refused.
-        await self._see(machine.name, patience if self._book.find(operation) is None else 0.0)
+        await self.see(machine.name, patience if self._book.find(operation) is None else 0.0)
         if why := self._doubled.get(machine.name):
             raise UnreachableError(f"{machine.name} is ordered nothing: {why}")
         envelope = await self._order(operation, machine, action)
@@ -346,15 +360,6 @@ class Fleet:
             await self._deliver(flight, known)
         return flight
 
-    async def _see(self, machine: str, patience: float) -> None:
-        """Look until some relay has seen it, or the patience is over."""
-        until = asyncio.get_running_loop().time() + patience
-        while machine not in self._presences:
-            await self.presences()
-            if machine in self._presences or asyncio.get_running_loop().time() >= until:
-                return
-            await asyncio.sleep(self._limits.look)
-
     async def _order(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> bytes:
         """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""
         if (kept := self._book.find(operation)) is not None:
@@ -365,6 +370,7 @@ class Fleet:
             action = msgspec.structs.replace(action, stall=None)
             what = f"the agent of {machine.name} is older than stall limits: only the time of its scripts is watched"
             await self._tell(machine.name, what)
+        self._given.add(operation)
         now = self._clock()
         order = Order(
             format=1,
@@ -414,7 +420,7 @@ class Fleet:
         while self._book.find(operation) is not None:
             operation = replace(operation, attempt=operation.attempt + 1)
         planned = self._plan.machine(operation.who)
-        await self._see(planned.name, 0.0)
+        await self.see(planned.name, 0.0)
         letter = messages.OrderLetter(planned.name, str(operation), await self._order(operation, planned, action))
         posting = self._room.post(planned.relays, letter)
         await posting.taken(self._limits.lost)

@@ -108,9 +108,10 @@ class PreAcquireEnded(_Fact, frozen=True, tag="pre_acquire_ended"):
 
 
 class UndoStarted(_Fact, frozen=True, tag="undo_started"):
-    """What a step before acquisition opened is about to be closed."""
+    """What a step before acquisition opened is about to be closed: `why` the deployment fails, where it is known by then."""
 
     name: str
+    why: str = ""
 
 
 class UndoEnded(_Fact, frozen=True, tag="undo_ended"):

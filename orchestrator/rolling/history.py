@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from agent.orders.operation_id import OperationId
+from agent.orders.operation_id import SERVER, OperationId
 from agent.orders.orders import SurveyFacts
 from orchestrator.journal import events as ev
 from orchestrator.journal.events import JournalEntry
@@ -111,10 +111,29 @@ class History:
         return found
 
     @cached_property
+    def given_up(self) -> str:
+        """Why it fails, where that was so before the barrier and what was opened is being closed; empty where it is not."""
+        found = (entry.event for entry in self.entries if isinstance(entry.event, ev.UndoStarted))
+        return "" if self.barrier is not None else next((event.why for event in found if event.why), "")
+
+    @cached_property
     def left_by_rule(self) -> Mapping[str, str]:
         """Machines that a rule left out on the way, and why."""
         left = (entry.event for entry in self.entries if isinstance(entry.event, ev.Left))
         return {event.machine: event.reason for event in left if not event.by}
+
+    @cached_property
+    def unsure(self) -> frozenset[str]:
+        """Machines whose `before` or `after` failed last: whether they are in service nobody knows."""
+        found: set[str] = set()
+        for entry in self.entries:
+            match entry.event:
+                case ev.ServerRunEnded(machine=machine, operation=text, state=state) if machine:
+                    if OperationId.parse(text).action in {"before", "after"}:
+                        (found.discard if state == "done" else found.add)(machine)
+                case _:
+                    pass
+        return frozenset(found)
 
     # --- people
 
@@ -154,16 +173,33 @@ class History:
         return found
 
     def machine_asked(self, step: int, machine: str) -> MachineHistory:
-        """The question about this machine that its turn has not gone beyond."""
+        """The question about this machine, or about the server's part, that nothing has followed yet."""
         found = MachineHistory()
+        for entry, _ in self._about.get((step, machine), ()):
+            match entry.event:
+                case ev.MachineAsked():
+                    found = MachineHistory(entry.at)
+                case ev.MachineDecided() as decided:
+                    found = replace(found, decided=decided)
+                case ev.TurnDid():
+                    found = MachineHistory()
+                case ev.ServerRunDispatched() if machine == SERVER and found.decided is not None:
+                    found = MachineHistory()
+                case _:
+                    pass
+        return found
+
+    @cached_property
+    def _about(self) -> Mapping[tuple[int, str], Sequence[tuple[JournalEntry, OperationId | None]]]:
+        """What was said of a step's part on one machine, or on the server, by number and name; with the operation."""
+        found: dict[tuple[int, str], list[tuple[JournalEntry, OperationId | None]]] = {}
         for entry in self.entries:
             match entry.event:
-                case ev.MachineAsked(step=of, machine=whose) if (of, whose) == (step, machine):
-                    found = MachineHistory(entry.at)
-                case ev.MachineDecided(step=of, machine=whose) as decided if (of, whose) == (step, machine):
-                    found = replace(found, decided=decided)
-                case ev.TurnDid(step=of, machine=whose) if (of, whose) == (step, machine):
-                    found = MachineHistory()
+                case ev.Dispatched() | ev.ServerRunDispatched() | ev.Reported() | ev.ServerRunEnded() as event:
+                    operation = OperationId.parse(event.operation)
+                    found.setdefault((operation.step, operation.who), []).append((entry, operation))
+                case ev.TurnStarted() | ev.TurnDid() | ev.MachineAsked() | ev.MachineDecided() as event:
+                    found.setdefault((event.step, event.machine), []).append((entry, None))
                 case _:
                     pass
         return found
@@ -205,56 +241,51 @@ class History:
 
     def turn(self, step: int, machine: str) -> TurnHistory | None:
         """The turn of this machine in this step; None where it did not begin."""
-        began = any(
-            isinstance(e.event, ev.TurnStarted) and (e.event.step, e.event.machine) == (step, machine)
-            for e in self.entries
-        )
-        if not began:
+        told = self._about.get((step, machine), ())
+        if not any(isinstance(entry.event, ev.TurnStarted) for entry, _ in told):
             return None
         did: list[ev.TurnDid] = []
         counts_from = 0
-        for entry in self.entries:
-            match entry.event:
-                case ev.TurnDid(machine=whose, step=of) as one if (whose, of) == (machine, step):
-                    did.append(one)
-                    # What is lost may still run there: a retry takes it up.
-                    if one.how != "lost" and one.do != "ask":
-                        counts_from = entry.number
-                case _:
-                    pass
-        mine = [entry for entry in self.entries if entry.number > counts_from]
-        return TurnHistory(tuple(did), self._begun(mine, step, machine), _attempts(self.entries, step, machine))
+        for entry, _ in told:
+            if isinstance(entry.event, ev.TurnDid):
+                did.append(entry.event)
+                # What is lost may still run there: a retry takes it up.
+                if entry.event.how != "lost" and entry.event.do != "ask":
+                    counts_from = entry.number
+        return self._turn(step, machine, did, counts_from)
 
     def preparation(self, machine: str) -> TurnHistory:
         """What was begun on this machine before the steps."""
-        return TurnHistory((), self._begun(self.entries, 0, machine), _attempts(self.entries, 0, machine))
+        return self._turn(0, machine, (), 0)
 
-    def server_run(self, step: int, who: str, action: str) -> int:
-        """How many attempts of something on the server were begun."""
-        return _attempts(self.entries, step, who).get(action, 0)
-
-    def _begun(self, entries: Iterable[JournalEntry], step: int, who: str) -> tuple[Begun, ...]:
-        found: dict[OperationId, Begun] = {}
-        for entry in entries:
+    def server_run(self, step: int, action: str) -> tuple[int, ...]:
+        """Which attempts of something on the server were begun, since a person last had it tried again."""
+        found: list[int] = []
+        is_again = False
+        for entry, operation in self._about.get((step, SERVER), ()):
             match entry.event:
-                case ev.Dispatched(operation=text) | ev.ServerRunDispatched(operation=text):
-                    operation = OperationId.parse(text)
-                    if (operation.step, operation.who) == (step, who):
-                        found.setdefault(operation, Begun(operation))
-                case ev.Reported(operation=text) | ev.ServerRunEnded(operation=text) as end:
-                    operation = OperationId.parse(text)
-                    if operation in found:
-                        found[operation] = Begun(operation, end)
+                case ev.ServerRunDispatched() if operation is not None and operation.action == action:
+                    found = [operation.attempt] if is_again else [*found, operation.attempt]
+                    is_again = False
+                case ev.MachineDecided(what="retry"):
+                    is_again = True
                 case _:
                     pass
-        return tuple(found.values())
+        return tuple(found)
 
-
-def _attempts(entries: Iterable[JournalEntry], step: int, who: str) -> dict[str, int]:
-    highest: dict[str, int] = {}
-    for entry in entries:
-        if isinstance(entry.event, ev.Dispatched | ev.ServerRunDispatched):
-            operation = OperationId.parse(entry.event.operation)
-            if (operation.step, operation.who) == (step, who):
-                highest[operation.action] = max(operation.attempt, highest.get(operation.action, 0))
-    return highest
+    def _turn(self, step: int, who: str, did: Iterable[ev.TurnDid], counts_from: int) -> TurnHistory:
+        begun: dict[OperationId, Begun] = {}
+        highest: dict[str, int] = {}
+        for entry, operation in self._about.get((step, who), ()):
+            if operation is None:
+                continue
+            match entry.event:
+                case ev.Dispatched() | ev.ServerRunDispatched():
+                    highest[operation.action] = max(operation.attempt, highest.get(operation.action, 0))
+                    if entry.number > counts_from:
+                        begun.setdefault(operation, Begun(operation))
+                case ev.Reported() | ev.ServerRunEnded() as end if operation in begun:
+                    begun[operation] = Begun(operation, end)
+                case _:
+                    pass
+        return TurnHistory(tuple(did), tuple(begun.values()), highest)

@@ -31,9 +31,13 @@ class RotationState:
     held: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def by_brackets(cls, machines: Collection[str], out: Collection[str]) -> RotationState:
-        """What is known without a probe: a machine is out where a bracket of ours is open, else in service."""
-        return cls(frozenset(machines) - frozenset(out), frozenset(out))
+    def by_brackets(
+        cls, machines: Collection[str], out: Collection[str], unsure: Collection[str] = frozenset()
+    ) -> RotationState:
+        """What is known without a probe: a machine is out where a bracket of ours is open, else in service; of those whose
+        `before` or `after` failed last (`unsure`) it is not known.
+        """
+        return cls(frozenset(machines) - frozenset(out), frozenset(out) - frozenset(unsure))
 
 
 @dataclass(frozen=True, slots=True)

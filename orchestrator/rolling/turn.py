@@ -303,6 +303,11 @@ def did(turn: Turn, done: Done) -> Turn:
             assert_never(unexpected)
 
 
+def is_out(turn: Turn) -> bool:
+    """Whether `before` has taken the machine out: where it failed, nothing is done that would need it."""
+    return turn.is_open and not (turn.reasons and turn.reasons[0].startswith("before:"))
+
+
 def interrupted(turn: Turn, done: Done) -> Turn:
     """The turn where `before` was run again, because time had passed or a process had died, and it failed."""
     return _leave(turn, done, "before again")
