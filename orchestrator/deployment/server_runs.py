@@ -182,7 +182,12 @@ class ServerRuns:
         attempts = await asyncio.to_thread(self._attempts, operation)
         if not attempts:
             return None
-        return await self._attempt(run, replace(operation, attempt=attempts[-1]), extra, 1)
+        attempt = replace(operation, attempt=attempts[-1])
+        runners = _runners(self.run_folder(attempt))
+        if await asyncio.to_thread(lambda: all(runs.state_of(folder) == "new" for folder in runners)):
+            # Its folder was made, and perhaps no more: nothing starts that the journal does not know of.
+            await self._record(attempt, ServerRunDispatched(str(attempt), attempt.action, attempt.machine))
+        return await self._attempt(run, attempt, extra, 1)
 
     async def _attempt(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int) -> RunResult:
         log = os.path.join(self._folder, "logs", f"{operation.file_name}.log")

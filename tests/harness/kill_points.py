@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from functools import wraps
@@ -22,16 +23,17 @@ if TYPE_CHECKING:
     from agent.orders.operation_id import OperationId
     from orchestrator.journal.events import Event
 
-PASSED, AT = "KILL_POINTS_PASSED", "KILL_POINTS_AT"
+PASSED, AT, COUNT = "KILL_POINTS_PASSED", "KILL_POINTS_AT", "KILL_POINTS_COUNT"
 CODE = "from harness.kill_points import serve; serve()"
 
 
-def kill_at(passed: Path, *points: str) -> dict[str, Any]:
-    """How to start a process that kills itself at the first of `points` that it comes to.
+def kill_at(passed: Path, *points: str, count: int = 0) -> dict[str, Any]:
+    """How to start a process that kills itself at the first of `points` that it comes to, or at the point of this `count`,
+    where it is not 0.
 
     All that it comes to are written into the file `passed`, in order, one a line.
     """
-    return {"code": CODE, PASSED: str(passed), AT: json.dumps(points)}
+    return {"code": CODE, PASSED: str(passed), AT: json.dumps(points), COUNT: str(count)}
 
 
 def passed_in(path: Path) -> list[str]:
@@ -43,28 +45,32 @@ def serve() -> None:
     """In the process: wrap what there is to wrap, and be the command."""
     from relay.main import main
 
-    points = _Points(Path(os.environ.pop(PASSED)), json.loads(os.environ.pop(AT)))
+    points = _Points(Path(os.environ.pop(PASSED)), json.loads(os.environ.pop(AT)), int(os.environ.pop(COUNT)))
     _wrap_journal(points)
     _wrap_dispatches(points)
     main()
 
 
 class _Points:
-    def __init__(self, passed: Path, deadly: Iterable[str]) -> None:
+    def __init__(self, passed: Path, deadly: Iterable[str], count: int) -> None:
         self._deadly = frozenset(deadly)
+        self._left = count
+        self._lock = threading.Lock()
         self._seen: Counter[str] = Counter()
         self._file = os.open(passed, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def come_to(self, point: str, *, again: bool = False) -> None:
         """Where it may come `again`, each time is a point of its own."""
-        self._seen[point] += 1
-        if self._seen[point] > 1:
-            if not again:
-                return
-            point = f"{point} #{self._seen[point]}"
-        os.write(self._file, f"{point}\n".encode())
-        if point in self._deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:
+            self._seen[point] += 1
+            if self._seen[point] > 1:
+                if not again:
+                    return
+                point = f"{point} #{self._seen[point]}"
+            os.write(self._file, f"{point}\n".encode())
+            self._left -= 1
+            if point in self._deadly or self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def around(
         self, name: Callable[..., str], function: Callable[..., Any], *, again: bool = False

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +22,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.support.programs import free_ports
 from harness.farm import Farm
 from harness.kill_points import kill_at, passed_in
 from harness.machines import Agent
 from harness.paths import ROOT
-from harness.process import Done, Process, wait_for
-from harness.relays import RelayProcess
-
-from benchmarks.support.programs import free_ports
+from harness.process import Done, Process
 
 sys.path[:0] = [str(ROOT / "deploy" / "demo"), str(ROOT / "deploy" / "demo" / "webapp")]
 
 import folder as webapp  # noqa: E402
 import haproxy_log  # noqa: E402
-from balancer import Balancer, Checking  # noqa: E402
+from balancer import Balancer, Checking, haproxy  # noqa: E402
 from load import Load  # noqa: E402
 from programs import end_what_is_left  # noqa: E402
 
@@ -50,6 +50,7 @@ QUESTIONS = {"1/all agree": "all agree", "3/canary": "canary"}
 ONCE_ON_SERVER = ("vpn-up", "schema", "told", "vpn-down")
 ONCE_ON_MACHINES = ("configure", "restart")
 SECONDS = 120.0
+__all__ = ["MACHINES", "SECONDS", "SITES", "Rolling", "Shop", "haproxy", "shop_in"]
 
 
 class Shop:
@@ -60,7 +61,6 @@ class Shop:
         self.balancer = balancer
         self.load = load
         self.deployed = 0
-        self._said: list[Process] = []
 
     # --- one release
 
@@ -85,18 +85,23 @@ class Shop:
         done = self.farm.do("release", "history", "-e", ENVIRONMENT, "--limit", "3", "--json").json
         return next((each["deployment"] for each in done["deployments"] if each["label"] == label), "")
 
-    def check(self, label: str, version: str) -> None:
-        """All that must be so once a release is through, however it came there."""
+    def check(self, label: str, version: str, *, agents_died: bool = False) -> None:
+        """All that must be so once a release is through, however it came there.
+
+        Where agents died, their own records count in place of what they printed: one may die before it prints.
+        """
         deployment = self.deployment_of(label)
         status = self.farm.do("release", "status", "-e", ENVIRONMENT, "--json").json
         summary = status["summary"]
         assert (summary["label"], summary["state"]) == (label, "succeeded"), summary
         assert {one["name"]: one["outcome"] for one in status["machines"]} == dict.fromkeys(MACHINES, "deployed")
         assert {one["name"]: one["undo"] for one in status["pre_acquire"]} == {"vpn": "done"}
-        assert (status["running"], status["brackets"]) == ([], [])
+        assert status["running"] == [], "the journal knows of something that did not end"
+        assert status["brackets"] == []
         assert self.farm.do("rotation", "list", "--json").json["open"] == []
         assert self.runs_of(deployment) == self.once()
-        assert self.switches_of(deployment) == Counter(MACHINES)
+        switched = self.recorded_switches_of(deployment) if agents_died else self.switches_of(deployment)
+        assert switched == Counter(MACHINES)
         for agent in self.farm.agents.values():
             assert (agent.root / "current" / "version.txt").read_text().strip() == version
         if "--verify" in self.farm.do("release", "history", "--help").out:
@@ -121,25 +126,19 @@ class Shop:
         """How often each agent has let `current` name another tree for it, by its own audit trail."""
         found: Counter[str] = Counter()
         for agent in self.farm.agents.values():
-            for line in self.told_by(agent).splitlines():
+            for line in agent.said.splitlines():
                 if "agent.switched" in line and deployment in line:
                     found[agent.name] += 1
         return found
 
-    # --- what dies
-
-    def told_by(self, agent: Agent) -> str:
-        """What all its processes have printed."""
-        mine = [each for each in self._said if str(agent.home) in each.words]
-        return "".join(each.out + each.err for each in (*mine, agent.process) if each is not None)
-
-    def kill_agent(self, agent: Agent) -> None:
-        assert agent.process is not None
-        self._said.append(agent.process)
-        agent.kill()
-
-    def kill_relay(self, relay: RelayProcess) -> None:
-        relay.kill()
+    def recorded_switches_of(self, deployment: str) -> Counter[str]:
+        """How many orders to switch each agent has carried out for it, by its own records."""
+        found: Counter[str] = Counter()
+        for agent in self.farm.agents.values():
+            for one in agent.status()["operations"]:
+                if one["operation"].startswith(deployment) and "switch/" in one["operation"]:
+                    found[agent.name] += one["state"] == "done"
+        return found
 
     # --- inside
 
@@ -246,46 +245,56 @@ class Rolling:
     def __post_init__(self) -> None:
         self.label, self.version = self.shop.next()
 
-    def start(self, *points: str) -> None:
-        """Deploy it, or go on with it; the engine dies at the first of `points` that it comes to."""
+    def start(self, *points: str, count: int = 0) -> None:
+        """Deploy it, or go on with it; the engine dies at the first of `points` that it comes to, or after so many."""
         self._starts += 1
-        how = kill_at(self._file, *points)
+        how = kill_at(self._file, *points, count=count)
         if self._starts > 1 and not self.by_deploy and self.shop.deployment_of(self.label):
             self.engine = self.shop.farm.start("release", "resume", "-e", ENVIRONMENT, **how)
             return
         versions = ("--package", f"web={self.version}")
         self.engine = self.shop.farm.start("release", "deploy", self.label, "-e", ENVIRONMENT, *versions, **how)
 
-    def until_it_ends(self) -> Done:
-        """Wait for the engine's end, and answer meanwhile what is asked."""
+    def until_it_ends(self, kill_after: float = 0.0) -> Done:
+        """Wait for the engine's end, and answer meanwhile what is asked; after `kill_after` seconds, where it is not 0, it is
+        killed.
+        """
         assert self.engine is not None
-        engine = self.engine
-        wait_for(lambda: self.answer_what_is_asked() or not engine.is_alive, SECONDS, pause=0.05)
+        engine, began = self.engine, time.monotonic()
+        while engine.is_alive:
+            self.answer_what_is_asked()
+            spent = time.monotonic() - began
+            assert spent < SECONDS, f"{self.label} hangs\n{engine.out}{engine.err}"
+            if kill_after and spent > kill_after:
+                engine.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
         done = engine.result()
         self.passed += passed_in(self._file)
         self.said += done.out + done.err
         return done
 
-    def answer_what_is_asked(self) -> bool:
-        """By a person, from another process. Never says that it is enough."""
+    def answer_what_is_asked(self) -> None:
+        """By a person, from another process."""
         for asked in QUESTIONS:
             is_open = any(point.startswith("after append ask_opened") and asked in point for point in self._points)
             if is_open and asked not in self._answered:
                 done = self.shop.approve(asked)
                 assert done.code == 0, done.err
                 self._answered.add(asked)
-        return False
 
     def died_at(self, done: Done) -> str:
-        """The point at which it killed itself."""
-        assert done.code == -9, f"{self.label}: it should have died: {done.code}\n{done.out}{done.err}"
-        self.deaths.append(passed_in(self._file)[-1])
+        """The last point that it came to, at which it killed itself, or after which it was killed."""
+        assert done.code == -signal.SIGKILL, f"{self.label}: it should have died: {done.code}\n{done.out}{done.err}"
+        self.deaths.append(next(reversed(passed_in(self._file)), "before the first point"))
         if self.while_dead:
             self.answer_what_is_asked()
         return self.deaths[-1]
 
-    def through(self, *points: str) -> None:
-        """Kill it at each of the points that it comes to, one after another, until it is through; then all must be well."""
+    def through(self, *points: str) -> list[str]:
+        """Kill it at each of the points that it comes to, one after another, until it is through; then all must be well.
+
+        Gives those that it did not come to: what came first has changed the way.
+        """
         left = list(points)
         while True:
             self.start(*left)
@@ -294,6 +303,20 @@ class Rolling:
                 break
             left.remove(self.died_at(done))
         self.shop.check(self.label, self.version)
+        return left
+
+    def until_it_comes_to(self, point: str) -> None:
+        """Answer what is asked, until the engine has come to `point`."""
+        assert self.engine is not None
+        while point not in passed_in(self._file):
+            assert self.engine.is_alive, self.engine.out + self.engine.err
+            self.answer_what_is_asked()
+            time.sleep(0.02)
+
+    @property
+    def came_to(self) -> int:
+        """How many points the newest engine has come to."""
+        return len(passed_in(self._file))
 
     @property
     def _file(self) -> Path:
