@@ -54,9 +54,11 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
         if (over := context.history.steps.get(step.number)) is not None:
             _recall(context, step, over, outcome)
             continue
-        # Right before anything starts, so that nothing starts after a cancel, or in a pause.
-        await context.desk.free()
-        skip = _why_skipped(step, outcome, context.stop.reason)
+        skip = ""
+        if not _is_under_way(context, step):
+            # Right before anything starts, so that nothing starts after a cancel, or in a pause.
+            await context.desk.free()
+            skip = _why_skipped(step, outcome, context.stop.reason)
         if skip:
             await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
             continue
@@ -81,6 +83,17 @@ async def _run(
             return await _ask(context, step.number, step.name, step.ask)
         case MachineStep():
             return await _on_machines(context, step, facts, outcome)
+
+
+def _is_under_way(context: DeploymentContext, step: PlannedStep) -> bool:
+    """Whether an earlier process left something of it in the middle: that comes to its end, whatever was decided since."""
+    match step:
+        case ServerStep():
+            return context.history.server_run(step.number, SERVER, step.run.name) > 0
+        case AskStep():
+            return False
+        case MachineStep():
+            return bool(context.history.roll(step).in_flight)
 
 
 def _recall(context: DeploymentContext, step: PlannedStep, over: StepEnded, outcome: StepsOutcome) -> None:
