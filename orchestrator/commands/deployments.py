@@ -133,11 +133,14 @@ def deploy(
     """
     paths = _paths(depot, trust_folder, journal, person, keys_folder)
     from orchestrator.deployment.setup import DeployRequest
+    from orchestrator.releases.what_differs import Files
 
     selection = _selection(exclude, only, message)
     process, where = _files(process_path, environment, has_versions=bool(versions))
     project = project or (process.value.project if process else None)
-    request = DeployRequest(label, project, where, prompts, adopt, force, "deploy", selection, waits)
+    request = DeployRequest(
+        label, project, where, prompts, adopt, force, "deploy", selection, waits, Files(process_path, where.name)
+    )
     return _create_and_run(paths, process, versions, request, as_json=as_json)
 
 
@@ -171,11 +174,14 @@ def stage(
     """
     paths = _paths(depot, trust_folder, journal, person, keys_folder)
     from orchestrator.deployment.setup import DeployRequest
+    from orchestrator.releases.what_differs import Files
 
     selection = _selection(exclude, only, message)
     process, where = _files(process_path, environment, has_versions=bool(versions))
     project = project or (process.value.project if process else None)
-    request = DeployRequest(label, project, where, prompts, adopt, False, "stage", selection, waits)
+    request = DeployRequest(
+        label, project, where, prompts, adopt, False, "stage", selection, waits, Files(process_path, where.name)
+    )
     return _create_and_run(paths, process, versions, request, as_json=as_json)
 
 
@@ -216,11 +222,14 @@ def rollback(
     """
     paths = _paths(depot, trust_folder, journal, person, keys_folder)
     from orchestrator.deployment.setup import DeployRequest
+    from orchestrator.releases.what_differs import Files
 
     selection = _selection(exclude, only, message)
     process, where = _files(process_path, environment, has_versions=False)
     project = project or (process.value.project if process else None)
-    request = DeployRequest(label, project, where, prompts, adopt, False, "rollback", selection, waits)
+    request = DeployRequest(
+        label, project, where, prompts, adopt, False, "rollback", selection, waits, Files(process_path, where.name)
+    )
     return _create_and_run(paths, None, {}, request, as_json=as_json)
 
 
@@ -264,11 +273,13 @@ def retry(
 @click.command(epilog="Example: waystation release resume --environment production")
 @click.argument("deployment", required=False)
 @click.option("--environment", "-e", metavar="NAME", help="The one there that did not end.")
+@options.process_option
 @_take_over_option
 @_places
 def resume(
     deployment: str | None,
     environment: str | None,
+    process_path: str,
     adopt: bool,
     waits: bool,
     depot: str | None,
@@ -280,20 +291,24 @@ def resume(
 ) -> int:
     """Go on with a deployment whose process died, or was left.
 
-    DEPLOYMENT is its ULID; without it, the only one that did not end. It goes on by what was frozen when it began: no file
-    is read again, and nothing that was done is done twice. Exit codes as those of deploy.
+    DEPLOYMENT is its ULID; without it, the only one that did not end. It goes on by what was frozen when it began: files
+    that were edited since are named and do not count, and nothing that was done is done twice. Exit codes as those of
+    deploy.
     """
     paths = _paths(depot, trust_folder, journal, person, keys_folder)
     from orchestrator.deployment.deployment import resume as start
     from orchestrator.locks.status import the_unfinished
+    from orchestrator.releases.what_differs import Files
 
-    tell = _timed(aside=as_json)
+    tell, files = _timed(aside=as_json), Files(process_path)
     with open_journal(paths) as opened, progress_bars() as bar:
         ulid = the_unfinished(opened, deployment, environment)
         return _in_foreground(
             paths,
             opened,
-            lambda begun: start(paths, opened, ulid, begun=begun, tell=tell, bar=bar, waits=waits, adopt=adopt),
+            lambda begun: start(
+                paths, opened, ulid, begun=begun, tell=tell, bar=bar, waits=waits, adopt=adopt, files=files
+            ),
             as_json=as_json,
         )
 

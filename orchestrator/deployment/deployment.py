@@ -37,6 +37,7 @@ from orchestrator.journal.events import (
 )
 from orchestrator.locks.locks import holder
 from orchestrator.paths import operator
+from orchestrator.releases.what_differs import NO_FILES, Files, what_differs
 from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
 from relay.support.together import together, told_if_slow
 
@@ -102,7 +103,16 @@ async def deploy(
     """
     if (unfinished := find_unfinished(journal, request)) is not None:
         tell(f"the deployment of {unfinished.label} into {unfinished.environment} did not end: it goes on")
-        return await resume(paths, journal, unfinished.deployment, begun=begun, tell=tell, bar=bar, waits=request.waits)
+        return await resume(
+            paths,
+            journal,
+            unfinished.deployment,
+            begun=begun,
+            tell=tell,
+            bar=bar,
+            waits=request.waits,
+            files=request.files,
+        )
     async with set_up(paths, journal, request, tell=tell, bar=bar) as (context, brackets):
         begun(context.recorder.deployment, context.plan)
         return context.recorder.deployment, await _roll_out(context, brackets, adopt=request.adopt)
@@ -118,17 +128,19 @@ async def resume(
     bar: Bar,
     waits: bool = True,
     adopt: bool = False,
+    files: Files = NO_FILES,
 ) -> tuple[str, Result]:
     """Go on with a deployment whose process died or left, by its frozen plan and its journal alone.
 
-    Args and what is raised as `deploy`; `waits`: whether to wait for people.
+    Args and what is raised as `deploy`; `waits`: whether to wait for people; `files`: what is told of where it differs.
 
     Raises:
         UsageError: it has ended.
     """
     async with take_up(paths, journal, deployment, tell=tell, bar=bar, waits=waits) as (context, brackets):
         begun(deployment, context.plan)
-        for line in what_was_left(context.plan, context.history):
+        different = await asyncio.to_thread(what_differs, paths, journal, deployment, files)
+        for line in (*different, *what_was_left(context.plan, context.history)):
             tell(line)
         return deployment, await _roll_out(context, brackets, adopt=adopt)
 
@@ -243,10 +255,10 @@ async def _pre_acquire(context: DeploymentContext, undo: _Undo) -> None:
         if past is None and history.barrier is not None:
             # It was undone before; what it was open for is done.
             continue
-        await context.desk.free()
-        if past is None and context.stop.reason:
-            raise DeploymentFailedError(context.stop.reason)
         if past is None:
+            await context.desk.free()
+            if context.stop.reason:
+                raise DeploymentFailedError(context.stop.reason)
             await context.recorder.record(PreAcquireStarted(step.run.name, undo_due=step.undo is not None))
         if step.undo is not None:
             undo.owed.append(step)

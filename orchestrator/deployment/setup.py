@@ -34,6 +34,7 @@ from orchestrator.plan.make_plan import make_plan
 from orchestrator.plan.plan import FrozenFile, MachineStep, Plan, ServerRun, ServerStep
 from orchestrator.releases.packages import ServerTrees, ensure_packages, ensure_scripts
 from orchestrator.releases.release import author_of, open_release, unpack_release
+from orchestrator.releases.what_differs import NO_FILES, Files
 from orchestrator.replication.fill_relays import relays_filled
 from orchestrator.replication.send import open_relay
 from orchestrator.rolling.again import plan_again
@@ -69,6 +70,7 @@ class DeployRequest:
         goal: `stage` ends behind the barrier; `rollback` goes back to `label`, or to the last good one.
         selection: whom to leave out.
         waits: the process waits for people as long as they take.
+        files: what is compared with what was frozen, where it goes on with what did not end.
     """
 
     label: str
@@ -80,6 +82,7 @@ class DeployRequest:
     goal: Goal = "deploy"
     selection: Selection = EVERYBODY
     waits: bool = True
+    files: Files = NO_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class RetryRequest:
     machines: tuple[str, ...] = ()
     adopt: bool = False
     waits: bool = True
+    files: Files = NO_FILES
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,9 +60,12 @@ async def run_steps(context: DeploymentContext, facts: Mapping[str, SurveyFacts]
         if (over := context.history.steps.get(step.number)) is not None:
             _recall(context, step, over, outcome)
             continue
-        # Right before anything starts, so that nothing starts after a cancel, or in a pause.
-        await context.desk.free()
-        if skip := "" if _is_under_way(context, step) else _why_skipped(step, outcome, context.stop.reason):
+        skip = ""
+        if not _is_under_way(context, step):
+            # Right before anything starts, so that nothing starts after a cancel, or in a pause.
+            await context.desk.free()
+            skip = _why_skipped(step, outcome, context.stop.reason)
+        if skip:
             await context.recorder.record(StepEnded(step.number, ok=True, skipped=True, reason=skip, name=step.name))
             continue
         if step.number not in context.history.begun_steps:

@@ -139,7 +139,12 @@ class MachineTurnRunner:
         rotation = self._step.rotation
         if rotation is None or not state.is_open:
             return state
-        result = await self._context.runs.run(rotation.before, self._operation("before"), self.variables)
+        operation = self._operation("before")
+        if begun := self._tries.begun(operation.action):
+            # Whoever went on before us died in just this: it is seen through, and its end written down.
+            last = self._operation("before", begun[-1])
+            await self._context.runs.take_up(rotation.before, last, self.variables)
+        result = await self._context.runs.run(rotation.before, operation, self.variables)
         return state if result.ok else turn.interrupted(state, _done(result))
 
     def _tell_what_was_missed(self, state: Turn) -> None:

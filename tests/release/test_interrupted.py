@@ -200,6 +200,51 @@ def test_what_ended_while_nobody_watched_is_told_and_not_done_again(world: World
     assert world.lines.count("web1 configure begins") == 1
 
 
+def test_scenario_24_what_was_edited_between_crash_and_resume_is_named_and_does_not_count(world: World) -> None:
+    world.set_up("edited")
+    world.farm.do("release", "create", "edited", "--package", "web=1.0.0")
+    engine = world.deploy()
+    world.until("web1 configure begins")
+    engine.kill()
+    world.go()
+    project = world.farm.project
+    for path in (project / "release.yaml", project / "environments/edited.yaml"):
+        path.write_text(
+            path.read_text().replace("strategy: rolling", "strategy: parallel").replace("timeout: 60s", "timeout: 50s")
+        )
+    (project / "deploy/configure.sh").write_text("#!/bin/sh\nexit 1\n")
+    (project / "environments/lb/after.sh").write_text("#!/bin/sh\nexit 1\n")
+    done = world.farm.call("release", "resume", "-e", "edited")
+    assert done.code == 0, done.out + done.err
+    told = [line.partition(" s  ")[2] for line in done.out.splitlines() if "what was frozen counts" in line]
+    assert [line.partition(":")[0] for line in told] == [
+        "release.yaml is not what edited was made of",
+        "deploy/configure.sh is not what edited was made of",
+        "environments/edited.yaml has changed since, in rotation web",
+    ]
+    frozen_ran = [line for line in world.lines if " before " not in line]
+    assert frozen_ran == [*OPENED, *turn("web1")[2:], *turn("web2")[2:], "vpn closed"]
+
+
+def test_what_lies_elsewhere_or_cannot_be_read_any_more_keeps_nobody_from_going_on(world: World) -> None:
+    world.set_up("mistaken")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    engine.kill()
+    for number, spoil in enumerate(("release.yaml", "environments/mistaken.yaml")):
+        path = world.farm.project / spoil
+        path.write_text("machines: [\n")
+        engine = world.farm.start("release", "resume", "-e", "mistaken")
+        wait_for(lambda n=number: world.lines.count("web1 before ends") == n + 2, seconds=SECONDS)
+        assert f"{spoil} " in engine.out
+        assert engine.out.count("what was frozen counts") == number + 1
+        engine.kill()
+    world.go()
+    done = world.farm.call("release", "resume", "-e", "mistaken", cwd=world.folder)
+    assert done.code == 0, done.out + done.err
+    assert "frozen" not in done.out, "nothing is compared where there is no such process"
+
+
 def test_another_release_is_refused_while_one_is_unfinished_and_cancel_lets_it_end(world: World) -> None:
     world.set_up("unfinished")
     world.farm.do("release", "create", "other", "--package", "web=1.0.0")
@@ -221,6 +266,24 @@ def test_another_release_is_refused_while_one_is_unfinished_and_cancel_lets_it_e
     nothing = world.farm.call("release", "resume", "-e", "unfinished")
     assert nothing.code != 0
     assert "has ended" in nothing.err
+
+
+def test_a_machine_in_flight_comes_to_its_end_after_a_resume_in_a_pause_and_nothing_new_starts(world: World) -> None:
+    world.set_up("paused")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    engine.kill()
+    world.farm.do("release", "pause", "-e", "paused", "-m", "the network is being changed")
+    world.go()
+    heir = world.farm.start("release", "resume", "-e", "paused")
+    world.until("web1 after deployed")
+    wait_for(lambda: "lets it go on" in heir.out)
+    assert [line for line in world.lines if line.startswith("web2")] == []
+    assert world.out == []
+    world.farm.do("release", "go-on", "-e", "paused")
+    done = heir.result()
+    assert done.code == 0, done.out + done.err
+    assert world.lines[-6:] == [*turn("web2"), "vpn closed"]
 
 
 def test_closing_a_machine_waits_for_the_before_that_a_killed_engine_left_running(world: World) -> None:
