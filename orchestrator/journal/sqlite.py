@@ -95,6 +95,8 @@ class Database:
             raise self._told(error.orig or error) from error
         except (sqlite3.Error, sa.exc.SQLAlchemyError) as error:
             raise self._told(error) from error
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a text in it is none: {error.reason}") from error
 
     def _told(self, error: BaseException) -> StoreError:
         match _code(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import yaml
 from harness.dns import DOMAIN, DnsServer, Srv, dns_server
 from harness.machines import Agent
 from harness.process import run, wait_for
@@ -69,7 +69,8 @@ class World:
     def relay(self, address: str) -> RelayProcess:
         config = self.folder / f"{address}.yaml"
         tokens = [msgspec.to_builtins(each) for each in (RECORD, OTHER)]
-        config.write_text(yaml.safe_dump({"listen": f"{address}:{self.port}", "tokens": tokens}))
+        # As JSON, which is YAML: what it quotes stays a text, also where an id looks like a number.
+        config.write_text(json.dumps({"listen": f"{address}:{self.port}", "tokens": tokens}))
         return self._stack.enter_context(RelayProcess(self.folder / address, "--config", config))
 
     async def until_seen(self, relay: RelayProcess) -> None:

@@ -290,6 +290,7 @@ ALTERED_ACTION: Mapping[str, Callable[[Any], Any]] = {
     "root": lambda value: "/",
     "timeout": lambda value: (value or 600.0) + 1,
     "idempotent": lambda value: not value,
+    "stall": lambda value: (value or 0.0) + 1.0,
     "secrets": lambda value: {"SECRET_X": "AAAA"},
 }
 

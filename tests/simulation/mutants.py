@@ -15,7 +15,7 @@ from orchestrator.deployment.tries import Tries
 from orchestrator.deployment.turns import MachineTurnRunner
 from orchestrator.journal import events as ev
 from orchestrator.people.statement import Decide, SignedDecision
-from orchestrator.rolling import rolling, turn
+from orchestrator.rolling import rolling, shared, turn
 from orchestrator.rolling.history import History, TurnHistory
 from orchestrator.rolling.rolling import Roll, RotationState
 from orchestrator.rolling.turn import AfterOutcome, Done, Turn
@@ -52,6 +52,7 @@ def open_brackets_count_as_in_service(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         RotationState, "by_brackets", classmethod(lambda cls, machines, *_: cls(frozenset(machines), frozenset()))
     )
+    patch.setattr(shared, "_gone", lambda *_: frozenset())
 
 
 def one_failure_more_is_allowed(patch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final, TypeVar
 
 from agent.orders.operation_id import OperationId
-from agent.orders.orders import FenceSeen, OpenAction, Report, TimedCheck
+from agent.orders.orders import PROJECT_FENCES, FenceSeen, OpenAction, Report, TimedCheck
 from agent.runs.runs import Outcome
 from orchestrator.deployment import decisions, deployment, server_runs, steps, tries, turns
 from orchestrator.deployment.context import DeploymentContext
@@ -30,6 +31,7 @@ from orchestrator.journal.events import DeploymentRecord, Event, JournalEntry, W
 from orchestrator.journal.journal import Decision
 from orchestrator.journal.recorder import Recorder
 from orchestrator.journal.views import OpenBracket, open_brackets
+from orchestrator.locks.leases import Claimed, Elsewhere
 from orchestrator.plan.leave_out import without
 from orchestrator.plan.plan import Plan, ServerRun
 from orchestrator.rolling.history import History
@@ -211,6 +213,8 @@ def simulated(process: Process) -> Iterator[None]:
         (recorder_module, "operator", lambda: WHO),
         (recorder_module, "line", lambda _event: ""),
         (steps, "STUCK_SECONDS", 5.0),
+        (steps, "claim", partial(_claimed, process)),
+        (steps, "leased", _leased),
         (turns, "run_checks", lambda checks: _checked(process, checks)),
     )
     kept = [(where, name, getattr(where, name)) for where, name, _ in told]
@@ -221,6 +225,35 @@ def simulated(process: Process) -> Iterator[None]:
     finally:
         for where, name, value in kept:
             setattr(where, name, value)
+
+
+async def _claimed(
+    process: Process,
+    journal: MemoryJournal,
+    _tenant: object,
+    _machines: object,
+    decide: Callable[[Elsewhere], Sequence[str]],
+    *,
+    promise: object = None,
+    entry: Callable[[str], Event],
+) -> Claimed:
+    """As `orchestrator.locks.leases.claim`: who starts is decided and written down as one."""
+
+    def take() -> Claimed:
+        elsewhere = Elsewhere(brackets=tuple(open_brackets(journal.brackets("prod"))))
+        wanted = decide(elsewhere)
+        if wanted:
+            journal.append(DEPLOYMENT, *map(entry, wanted))
+        leases = tuple(SimpleNamespace(machine=machine, release=lambda: None) for machine in wanted)
+        return Claimed(leases, elsewhere)  # type: ignore[arg-type]
+
+    return await process.to_thread(take)
+
+
+@asynccontextmanager
+async def _leased(*_of: object) -> AsyncIterator[None]:
+    """Nobody else wants the machine."""
+    yield
 
 
 async def _no_endings(_plan: object) -> list[str]:
@@ -266,7 +299,11 @@ class MemoryJournal:
         self._world.state = state
         self.append(deployment, *events)
 
-    def claim(self, _environment: str, seen: Sequence[int]) -> int:
+    def deployments(self, _environment: str, **_which: object) -> list[DeploymentRecord]:
+        """Those of other projects: none."""
+        return []
+
+    def claim(self, _project: str, _environment: str, seen: Sequence[int]) -> int:
         self._process.check()
         self._world.fence = max([self._world.fence, *seen]) + 1
         return self._world.fence
@@ -349,7 +386,10 @@ class SimulatedFleet:
     def _presence(self, machine: str) -> Any:
         fence = self._world.fences.get(machine)
         fences = {"prod": FenceSeen(fence, JOURNAL, DEPLOYMENT, open=True)} if fence is not None else {}
-        return SimpleNamespace(sealing="00", fences=fences, refused=())
+        by_project = {name: {"shop": seen} for name, seen in fences.items()}
+        return SimpleNamespace(
+            sealing="00", fences=fences, project_fences=by_project, understands=(PROJECT_FENCES,), refused=()
+        )
 
     def presence(self, machine: str) -> Any:
         if machine not in self._seen:
