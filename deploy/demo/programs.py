@@ -84,6 +84,22 @@ class Processes:
             raise DemoError(f"exit code {process.returncode}: {command}\n{told[-2000:]}")
         return "".join(lines)
 
+    async def run_and_kill(self, command: Command, moment: str, folder: Path, say: Callable[[str], None]) -> int:
+        """Run until it prints a line with `moment` in it, then SIGKILL. Returns its process id.
+
+        Raises `DemoError` where it ends before.
+        """
+        process = await self._spawn(command, stdout=PIPE, stderr=STDOUT, folder=folder)
+        try:
+            assert process.stdout is not None  # noqa: S101 - it is a pipe
+            async for line in process.stdout:
+                say(line.decode())
+                if moment in line.decode():
+                    return process.pid
+            raise DemoError(f"it ended before {moment!r}: {command}")
+        finally:
+            await end(process, signal.SIGKILL)
+
     async def start(self, name: str, command: Command) -> None:
         """Start a service under `name`; what it prints goes to the end of its log."""
         with self.log(name).open("ab") as log:

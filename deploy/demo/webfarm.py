@@ -1,4 +1,5 @@
-"""The second half: a web farm behind a real HAProxy gets two releases, the second one under load, machine by machine.
+"""The second half: a web farm behind a real HAProxy gets two releases, the second one under load, machine by machine, on
+its worst day: the orchestrator is killed, a person is asked, and a relay is lost for good.
 
 Nothing here is a stand-in: agents wait for signed orders at the relays, the rotation scripts are those of
 deploy/examples/haproxy as users would take them, and HAProxy's own log and the visitors judge.
@@ -6,11 +7,12 @@ deploy/examples/haproxy as users would take them, and HAProxy's own log and the 
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from balancer import Balancer
 from ledger import Promise
 from load import Load, Summary
 from narration import Narrator, names
-from programs import Command, in_thread
+from programs import Command, DemoError, in_thread
 from town import Machine, Town, show
 
 from benchmarks.support.programs import free_ports
@@ -39,6 +41,31 @@ BEFORE, AFTER = 400, 400
 WORK_SECONDS = 0.05
 """What the shop takes for a page: so there are requests in flight when a machine leaves."""
 READY_SECONDS = 30.0
+PERSON, GATE = "anna", "canary"
+"""Who is asked between the first machine and the others, and by which name."""
+LOST = "iad"
+"""The relay that is lost in the middle, and does not come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survived:
+    """What the second release went through.
+
+    Attributes:
+        state: its own, in the journal, after all of it.
+        deployments: of its label, in the journal: 1 where it went on and was not begun again.
+        killed_in: the machine that was out of rotation when the orchestrator was killed.
+        said: what people decided, as `NAME: approve`.
+        switches: how often each machine was switched to it, by the agents' own word.
+        after_the_loss: machines that were put back after the relay was lost.
+    """
+
+    state: str
+    deployments: int
+    killed_in: str
+    said: tuple[str, ...]
+    switches: dict[str, int]
+    after_the_loss: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +79,7 @@ class Rolled:
     seconds: float
     turns: dict[str, str]
     """Outcome by machine, from the product's own status."""
+    survived: Survived
 
     @property
     def out_with_the_second(self) -> int:
@@ -81,9 +109,13 @@ async def play(town: Town, tell: Narrator) -> Rolled:
         await balancer.until_up()
         tell.say(f"HAProxy says UP of all {len(servers)}.")
 
-        tell.begin(f"Version {SECOND} follows under load: first one machine, then {WINDOW} at a time")
+        tell.begin(
+            f"Version {SECOND} follows under load: first one machine, then, if {PERSON} agrees, {WINDOW} at a time"
+        )
         await take_in(SECOND, town, tell)
-        phases = [{"machines": 1}, {"window": WINDOW}]
+        tell.say(await show(town, tell, town.at_origin("trust", "person", PERSON)))
+        gate = {"name": GATE, "ask": "Is ${machine.name} well?", "approvers": [PERSON]}
+        phases = [{"machines": 1, "gate": gate}, {"window": WINDOW}]
         write_process(town, {"strategy": {"rolling": {"phases": phases, "min_in_service": IN_SERVICE}}}, tell)
         rolled = await roll_under_load(balancer, town, tell)
 
@@ -119,7 +151,13 @@ def write_files(town: Town, balancer: Balancer, ports: dict[str, int]) -> None:
     environment = {
         "environment": "demo",
         "relays": {
-            relay: {"url": f"http://127.0.0.1:{line.port}", "site": relay, "token": {"file": "../../tokens/write"}}
+            # Each serves the other's site, too, after that one's own.
+            relay: {
+                "url": f"http://127.0.0.1:{line.port}",
+                "site": relay,
+                "generic": True,
+                "token": {"file": "../../tokens/write"},
+            }
             for relay, line in town.origin_lines.items()
         },
         "rotation": {
@@ -168,10 +206,90 @@ async def take_in(version: str, town: Town, tell: Narrator) -> None:
     await show(town, tell, town.at_origin("package", "add", f"{webapp.ID}.{version}.nupkg"))
 
 
+def deploying(version: str, town: Town) -> Command:
+    return town.at_origin("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
+
+
 async def deploy(version: str, town: Town, tell: Narrator) -> None:
-    command = town.at_origin("release", "deploy", version, "--environment", "demo", "--package", f"web={version}")
+    command = deploying(version, town)
     tell.command(str(command))
     await town.processes.run(command, town.project, tell.say)
+
+
+@dataclass
+class WorstDay:
+    """The second release, and what happens to it on its way."""
+
+    town: Town
+    tell: Narrator
+    killed_in: str = ""
+    after_the_loss: int = 0
+    _asked: asyncio.Event = field(default_factory=asyncio.Event)
+    _others_are_out: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_lost: bool = False
+
+    async def go_through_it(self) -> None:
+        command = deploying(SECOND, self.town)
+        self.tell.command(str(command))
+        pid = await self.town.processes.run_and_kill(command, ": out of web", self.town.project, self._before)
+        self.tell.command(f"kill -KILL {pid}", f"the orchestrator, while {self.killed_in} is out of rotation")
+        resuming = self.town.at_origin("release", "resume", "--environment", "demo")
+        self.tell.command(str(resuming))
+        ending = [asyncio.create_task(each) for each in (self._answer(), self._lose_a_relay())]
+        try:
+            await self.town.processes.run(resuming, self.town.project, self._after)
+            async with asyncio.timeout(READY_SECONDS):
+                await asyncio.gather(*ending)
+        except TimeoutError:
+            raise DemoError(f"{PERSON} was never asked, or relay {LOST} was never lost") from None
+        finally:
+            for task in ending:
+                task.cancel()
+
+    def _before(self, line: str) -> None:
+        self.tell.say(line)
+        if ": out of web" in line:
+            self.killed_in = line.partition(": out of web")[0].split()[-1]
+
+    def _after(self, line: str) -> None:
+        self.tell.say(line)
+        if f"{GATE!r} waits for" in line:
+            self._asked.set()
+        if ": out of web" in line and self._asked.is_set():
+            self._others_are_out.set()
+        if self._is_lost and line.rstrip().endswith(": deployed"):
+            self.after_the_loss += 1
+
+    async def _answer(self) -> None:
+        await self._asked.wait()
+        answer = self.town.at_origin("release", "approve", GATE, "-m", "it looks good", "--as", PERSON)
+        self.tell.command(str(answer))
+        self.tell.say(await self.town.processes.run(answer, self.town.project))
+
+    async def _lose_a_relay(self) -> None:
+        await self._others_are_out.wait()
+        id = await self.town.processes.kill(f"relay-{LOST}")
+        await self.town.pull_plug(LOST)
+        self._is_lost = True
+        self.tell.command(f"kill -KILL {id}", f"relay {LOST}, for good; its lines are cut too")
+
+    async def survived(self) -> Survived:
+        """What came of it, by status, history and the agents."""
+        status = await self.town.json(self.town.at_origin("release", "status", "--json"))
+        history = await self.town.json(self.town.at_origin("release", "history", "--json"))
+        logs = {m.name: self.town.processes.log(f"agent-{m.name}").read_text().splitlines() for m in self.town.machines}
+        deployment = status["summary"]["deployment"]
+        said = (f"{each['data'].get('by', each['operator'])}: {each['what']}" for each in status["decisions"])
+        return Survived(
+            state=status["summary"]["state"],
+            deployments=sum(each["label"] == SECOND for each in history["deployments"]),
+            killed_in=self.killed_in,
+            said=tuple(said),
+            switches={
+                name: sum("agent.switched" in line and deployment in line for line in log) for name, log in logs.items()
+            },
+            after_the_loss=self.after_the_loss,
+        )
 
 
 async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rolled:
@@ -179,7 +297,8 @@ async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rol
         await load.until(BEFORE)
         began = datetime.now(UTC)
         started = time.monotonic()
-        await deploy(SECOND, town, tell)
+        worst_day = WorstDay(town, tell)
+        await worst_day.go_through_it()
         seconds = time.monotonic() - started
         await load.until(load.summary().requests + AFTER)
     summary = load.summary()
@@ -191,7 +310,7 @@ async def roll_under_load(balancer: Balancer, town: Town, tell: Narrator) -> Rol
     log = haproxy_log.since(whole, began)
     status = await town.json(town.at_origin("release", "status", "--json"))
     turns = {machine["name"]: machine["outcome"] for machine in status["machines"]}
-    return Rolled(summary, log, len(whole.requests), seconds, turns)
+    return Rolled(summary, log, len(whole.requests), seconds, turns, await worst_day.survived())
 
 
 # --- the end
@@ -205,6 +324,7 @@ def promises(rolled: Rolled, machines: Sequence[Machine]) -> list[Promise]:
     versions = ", ".join(f"{version}: {count}" for version, count in sorted(load.versions.items()))
     names = {machine.name for machine in machines}
     alone, single = rolled.out_with_the_second, load.requests - load.kept
+    went = rolled.survived
     judged = [
         ("no request failed", f"{load.failed} of {load.requests}{kinds and f': {kinds}'}", load.failed == 0),
         ("HAProxy counted as many as the visitors", f"{rolled.logged} in its log", rolled.logged == load.requests),
@@ -217,6 +337,22 @@ def promises(rolled: Rolled, machines: Sequence[Machine]) -> list[Promise]:
             "every machine left its rotation, and is deployed",
             f"{len(out)} of {len(machines)}",
             out == names and set(rolled.turns.values()) == {"deployed"},
+        ),
+        (
+            "the orchestrator was killed in mid-roll, and the same deployment went on",
+            f"{went.deployments}, {went.state}; it was at {went.killed_in or 'no machine'}",
+            (went.deployments, went.state) == (1, "succeeded") and went.killed_in in names,
+        ),
+        (
+            "every machine was switched once",
+            f"{sum(went.switches.values())} switches",
+            went.switches == dict.fromkeys(names, 1),
+        ),
+        (f"{PERSON} was asked, and answered once", "; ".join(went.said), went.said == (f"{PERSON}: approve",)),
+        (
+            f"relay {LOST} was lost for good, and no machine with it",
+            f"{went.after_the_loss} came back in after it",
+            went.after_the_loss > WINDOW,
         ),
     ]
     return [Promise(*each) for each in judged]

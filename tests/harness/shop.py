@@ -90,23 +90,31 @@ class Shop:
 
         Where agents died, their own records count in place of what they printed: one may die before it prints.
         """
-        deployment = self.deployment_of(label)
-        status = self.farm.do("release", "status", "-e", ENVIRONMENT, "--json").json
-        summary = status["summary"]
-        assert (summary["label"], summary["state"]) == (label, "succeeded"), summary
+        status = self.check_end(label, "succeeded")
+        deployment = status["summary"]["deployment"]
         assert {one["name"]: one["outcome"] for one in status["machines"]} == dict.fromkeys(MACHINES, "deployed")
-        assert {one["name"]: one["undo"] for one in status["pre_acquire"]} == {"vpn": "done"}
-        assert status["running"] == [], "the journal knows of something that did not end"
-        assert status["brackets"] == []
-        assert self.farm.do("rotation", "list", "--json").json["open"] == []
         assert self.runs_of(deployment) == self.once()
         switched = self.recorded_switches_of(deployment) if agents_died else self.switches_of(deployment)
         assert switched == Counter(MACHINES)
         for agent in self.farm.agents.values():
             assert (agent.root / "current" / "version.txt").read_text().strip() == version
+
+    def check_end(self, label: str, state: str) -> Any:
+        """That it has ended so, that nothing of it is open, and that no visitor has seen anything but an answer until now.
+
+        Gives its status.
+        """
+        status = self.farm.do("release", "status", "-e", ENVIRONMENT, "--json").json
+        summary = status["summary"]
+        assert (summary["label"], summary["state"]) == (label, state), summary
+        assert {one["name"]: one["undo"] for one in status["pre_acquire"]} == {"vpn": "done"}
+        assert status["running"] == [], "the journal knows of something that did not end"
+        assert status["brackets"] == []
+        assert self.farm.do("rotation", "list", "--json").json["open"] == []
         if "--verify" in self.farm.do("release", "history", "--help").out:
             self.farm.do("release", "history", "--verify", "-e", ENVIRONMENT)
         self.check_visitors()
+        return status
 
     def check_visitors(self) -> None:
         """None of them saw anything but an answer, until now."""

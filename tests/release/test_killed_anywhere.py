@@ -155,20 +155,36 @@ def _while_they_die(
 # --- left, not killed
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGHUP,), (signal.SIGTERM, signal.SIGINT)], ids=["SIGHUP", "twice"])
 @soak
-def test_an_engine_that_leaves_by_a_signal_leaves_things_as_they_are(
-    shop: Shop, tmp_path: Path, numbers: tuple[signal.Signals, ...]
+def test_an_engine_whose_terminal_closes_leaves_things_as_they_are_and_the_next_goes_on(
+    shop: Shop, tmp_path: Path
 ) -> None:
-    drawn = chance("signals")
-    release = rolling(shop, tmp_path, drawn)
+    release = _left_by(shop, tmp_path, signal.SIGHUP)
+    assert release.through() == []
+
+
+@soak
+def test_an_engine_that_is_told_twice_to_end_leaves_things_as_they_are_and_the_next_brings_them_to_an_end(
+    shop: Shop, tmp_path: Path
+) -> None:
+    release = _left_by(shop, tmp_path, signal.SIGTERM, signal.SIGINT)
     release.start()
-    release.until_it_comes_to("after post 3/web3/3-restart/1")
+    done = release.until_it_ends()
+    assert done.code == 130, done.out + done.err
+    shop.check_end(release.label, "cancelled")
+    assert shop.runs_of(shop.deployment_of(release.label)) <= shop.once()
+
+
+def _left_by(shop: Shop, folder: Path, *numbers: signal.Signals) -> Rolling:
+    """A release whose engine was given these signals while two machines were in flight."""
+    release = rolling(shop, folder, chance(*numbers))
+    release.start()
+    release.until_it_comes_to("after post 3/web2/3-restart/1")
     assert release.engine is not None
     for number in numbers:
         release.engine.send_signal(number)
         time.sleep(0.2)
     left = release.until_it_ends()
-    assert left.code not in {0, -signal.SIGKILL}, left.out
-    assert "release resume" in left.out + left.err
-    assert release.through() == []
+    assert left.code == 130, left.out + left.err
+    assert "release resume" in left.err
+    return release
