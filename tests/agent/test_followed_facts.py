@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 from harness.dns import DOMAIN, DnsServer, Srv, dns_server
 from harness.machines import Agent
 from harness.process import run, wait_for
