@@ -41,6 +41,7 @@ class Tries:
         words: str = "",
         on_progress: Callable[[Report], None] | None = None,
         patience: float = 0.0,
+        goes_on: bool = False,
     ) -> Report | Reported:
         """One try: what became of the next attempt at `operation`. Raises as `orchestrator.fleet.fleet.Fleet.perform`.
 
@@ -50,7 +51,7 @@ class Tries:
             if begun is not None and isinstance(begun.ending, Reported):
                 return begun.ending
             this = replace(operation, attempt=attempt)
-            report = await fleet.perform(this, action(this), on_progress, patience=patience)
+            report = await fleet.perform(this, action(this), on_progress, patience=patience, goes_on=goes_on)
             if begun is None:
                 return report
             if report.state != "refused":
