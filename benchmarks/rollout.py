@@ -1,6 +1,6 @@
 """How fast does a deployment act? From an order to a script's first act, and what a step costs beyond its scripts.
 
-Run: python -m benchmarks.rollout [--agents N] [--rest SECONDS]
+Run: python -m benchmarks.rollout [--agents N] [--steps 1,6] [--rest SECONDS]
 One relay is a process; the agents are tasks of one other process, each with a home and sockets of its own; every script
 is a process with its runner; deployments are `waystation release deploy`. Scripts print the time when they begin and
 when they end, so what is called overhead is everything else: also the start of their own interpreters.
@@ -10,98 +10,32 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import yaml
-
-from agent import platform
 from agent.orders.operation_id import OperationId
 from benchmarks.support.agents import make_agent
-from benchmarks.support.programs import WAYSTATION, Served, make_tokens, pack, relay, run, started, waystation
+from benchmarks.support.farm import ALONE, SCRIPT, STEPS, Deployed, Farm, StepKind, chosen, cpu_seconds, deploy, farm
+from benchmarks.support.programs import WAYSTATION, run, started
 from benchmarks.support.report import add_folder, mega, parser
 from orchestrator.journal import events
 from orchestrator.journal.events import JournalEntry
-from orchestrator.journal.journal import Journal
 
-ENVIRONMENT = "bench"
-SCRIPT = """\
-#!/bin/sh
-date +%s%N
-[ {seconds} = 0 ] || sleep {seconds}
-date +%s%N
-"""
-"""Its first and its last act are to print the time, nanoseconds since 1970."""
-ALONE = "alone"
-"""The agent that is a process of its own."""
 _NO_SCRIPTS = ("switch", "verify", "settle")
 """Operations that start no process."""
-LONG = 1.0
-"""Seconds that the long script sleeps."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepKind:
-    """A step that is measured. `window` None: all machines at once."""
-
-    name: str
-    window: int | None
-    bracket: bool = False
-    deploys: bool = False
-    long: bool = False
-
-
-STEPS = (
-    StepKind("script", 1),
-    StepKind("script of 1 s", 10, long=True),
-    StepKind("script", None),
-    StepKind("before, script, after", 1, bracket=True),
-    StepKind("before, script, after", 10, bracket=True),
-    StepKind("before, switch, script, verify, settle, after", 1, bracket=True, deploys=True),
-    StepKind("before, switch, script of 1 s, verify, settle, after", 10, bracket=True, deploys=True, long=True),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Farm:
-    """A relay, agents that poll it, and the files of a release. `agents` is the pid of their process."""
-
-    folder: str
-    relay: Served
-    agents: int
-    machines: tuple[str, ...]
-    tokens: dict[str, str]
-
-    def credentials(self, agent: str) -> tuple[str, str, str]:
-        """An agent's relay, and the files of its pins and its token."""
-        return self.relay.url, os.path.join(self.home, "trust", "trust.json"), self.tokens[agent]
-
-    @property
-    def home(self) -> str:
-        return os.path.join(self.folder, "origin")
-
-    @property
-    def project(self) -> str:
-        return os.path.join(self.folder, "project")
-
-    def logs(self, deployment: str) -> str:
-        return os.path.join(self.home, "deployments", deployment, "logs")
 
 
 def main() -> None:
     """Measure and print; docs say how to read it."""
     command = parser("rollout", __doc__)
     command.add_argument("--agents", type=int, default=50)
+    command.add_argument("--steps", type=chosen, default=STEPS[:-1], help="by number, such as 1,6; 8 is of 2 s by 20")
     command.add_argument("--rest", type=float, default=20.0, help="seconds that an agent is watched at rest")
     add_folder(command)
     options = command.parse_args()
@@ -109,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="waystation-bench-", dir=options.folder) as folder:
         _use_bytecode(folder)
         tell_machine(folder)
-        with farm(folder, options.agents) as made:
+        with farm(folder, options.agents, options.steps) as made:
             print(f"\nrelay's memory with {options.agents} agents that poll: {mega(resident(made.relay.pid))}")
             deployment = deploy(made)
             tell_steps(made, deployment)
@@ -117,101 +51,6 @@ def main() -> None:
             tell_status(made)
             print(f"\nrelay's memory after all this: {mega(resident(made.relay.pid))}")
             tell_one_agent(made, options.rest)
-
-
-# --- the farm
-
-
-@contextmanager
-def farm(folder: str, agents: int) -> Iterator[Farm]:
-    """All of it, with agents that a relay has answered."""
-    homes, config = os.path.join(folder, "agents"), os.path.join(folder, "relay.yaml")
-    machines = tuple(f"m{number:03}" for number in range(agents))
-    tokens = make_tokens(config, {"origin": ("write", "order")} | dict.fromkeys((ALONE, *machines), ("agent",)))
-    with relay(os.path.join(folder, "relay"), "--config", config) as served:
-        made = Farm(folder, served, 0, machines, tokens)
-        waystation("trust", "init", home=made.home)
-        keys = {name: make_agent(os.path.join(homes, name), name, *made.credentials(name)) for name in machines}
-        write_files(made, keys)
-        with started([sys.executable, "-m", "benchmarks.support.agents", homes]) as (pid, _):
-            yield replace(made, agents=pid)
-
-
-def write_files(made: Farm, keys: dict[str, str]) -> None:
-    """The process, the environment, their scripts, and a small package."""
-    project = Path(made.project)
-    for name in ("deploy", "environments"):
-        (project / name).mkdir(parents=True)
-    for path in ("deploy/quick.sh", "deploy/long.sh", "environments/quick.sh"):
-        (project / path).write_text(SCRIPT.format(seconds=LONG if "long" in path else 0), encoding="ascii")
-    process = {
-        "format": 1,
-        "project": "bench",
-        "packages": {"web": "Bench.Web"},
-        "steps": [_step(number, kind, made) for number, kind in enumerate(STEPS, 1)],
-    }
-    environment = {
-        "environment": ENVIRONMENT,
-        "relays": {"here": {"url": made.relay.url, "site": "here", "token": {"file": made.tokens["origin"]}}},
-        "rotation": {"web": {"before": "quick.sh", "after": "quick.sh"}},
-        "machines": {
-            name: {"address": "127.0.0.1", "site": "here", "roles": ["web"], "key": key} for name, key in keys.items()
-        },
-    }
-    for name, document in (("release.yaml", process), (f"environments/{ENVIRONMENT}.yaml", environment)):
-        (project / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    tree = Path(made.folder, "tree")
-    tree.mkdir()
-    (tree / "version.txt").write_text("1.0.0\n", encoding="ascii")
-    nupkg = pack(str(tree), "Bench.Web", "1.0.0", os.path.join(made.folder, "Bench.Web.1.0.0.nupkg"))
-    waystation("package", "add", nupkg, home=made.home)
-
-
-def _step(number: int, kind: StepKind, made: Farm) -> dict[str, Any]:
-    script = {"script": "deploy/long.sh" if kind.long else "deploy/quick.sh"}
-    step: dict[str, Any] = {"name": f"{kind.name} {number}", "roles": ["web"], "apply": [script], "on_failure": "stop"}
-    step["strategy"] = "parallel" if kind.window is None else {"rolling": {"window": kind.window}}
-    if kind.bracket:
-        step["rotation"] = "web"
-    if kind.deploys:
-        root = os.path.join(made.folder, "srv", "${machine.name}", str(number))
-        step |= {"deploy": "web", "to": root, "apply": ["switch", script]}
-        step["verify"] = [{"tcp": made.relay.url.removeprefix("http://")}]
-    return step
-
-
-# --- a deployment
-
-
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """A finished deployment: its ULID, the command's seconds, the processor time of it all by where, its journal."""
-
-    ulid: str
-    seconds: float
-    processor: dict[str, float]
-    entries: Sequence[JournalEntry]
-
-
-def deploy(made: Farm) -> Deployed:
-    """Run the release by the command, from nothing to its end."""
-    before = _processor(made)
-    words = ["release", "deploy", "1.0.0", "--environment", ENVIRONMENT, "--package", "web=1.0.0", "--json"]
-    timed = run([WAYSTATION, *words], home=made.home, cwd=made.project)
-    used = {name: seconds - before[name] for name, seconds in _processor(made).items()}
-    ulid = str(msgspec.json.decode(timed.output)["summary"]["deployment"])
-    with Journal.open(os.path.join(made.home, "journal.db")) as journal:
-        return Deployed(ulid, timed.seconds, used, journal.entries(ulid))
-
-
-def _processor(made: Farm) -> dict[str, float]:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "the command and its scripts": children.ru_utime + children.ru_stime,
-        # Runners are waited for by their fork server, which lives on.
-        "the agents and their scripts": sum(map(cpu_seconds, (made.agents, *platform.descendants(made.agents)))),
-        "the relay": cpu_seconds(made.relay.pid),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +72,14 @@ class Measured:
     parts: dict[str, tuple[float, ...]]
 
     @property
+    def ideal(self) -> float:
+        """What its scripts alone, in its window, would have taken."""
+        return self.scripts / (self.kind.window or self.machines)
+
+    @property
     def overhead(self) -> float:
-        """For each machine: what the step took longer than its scripts alone, in its window, would have."""
-        return (self.whole - self.scripts / (self.kind.window or self.machines)) / self.machines
+        """For each machine: what the step took longer than that."""
+        return (self.whole - self.ideal) / self.machines
 
 
 def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
@@ -243,7 +87,7 @@ def measure_steps(made: Farm, deployment: Deployed) -> list[Measured]:
     logs = made.logs(deployment.ulid)
     return [
         measure(kind, number, deployment.entries, lambda each: own_time(logs, each))
-        for number, kind in enumerate(STEPS, 1)
+        for number, kind in enumerate(made.kinds, 1)
     ]
 
 
@@ -325,6 +169,10 @@ def tell_steps(made: Farm, deployment: Deployed) -> None:
         parts = ", ".join(f"{name} {middle(values)}" for name, values in step.parts.items())
         rest = statistics.median(step.turns) - sum(statistics.median(values) for values in step.parts.values())
         print(f"    of a turn: {parts}, between them {milli(rest)}")
+        if step.kind.sleeps:
+            print(
+                f"    {step.whole:.1f} s; its scripts alone, in this window, {step.ideal:.1f} s: {step.whole / step.ideal:.3f}"
+            )
 
 
 # --- orders
@@ -363,7 +211,8 @@ def tell_orders(made: Farm, deployment: Deployed) -> None:
     """Three lines for each way of sending: the steps that run one short script tell both."""
     logs = made.logs(deployment.ulid)
     print(f"\n{'order to run a script':44}{'median':>8}{'p95':>8}{'max':>8}")
-    for number, way in ((1, "one at a time"), (3, "at once")):
+    ways = {STEPS[0]: "one at a time", STEPS[2]: "at once"}
+    for number, way in ((made.kinds.index(kind) + 1, way) for kind, way in ways.items() if kind in made.kinds):
         found = trips(deployment.entries, number, lambda operation: _stamps(logs, operation)[0])
         for what, values in (
             ("signed, kept, about to leave", [trip.posted for trip in found]),
@@ -413,12 +262,6 @@ def _timed_sync(path: str) -> float:
 def resident(pid: int) -> int:
     """Bytes of memory that the process has now (Linux)."""
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def cpu_seconds(pid: int) -> float:
-    """Seconds of processor that the process and its children that were waited for have used so far (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- words

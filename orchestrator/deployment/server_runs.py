@@ -140,7 +140,13 @@ class ServerRuns:
     # --- running
 
     async def run(
-        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], *, begun: Collection[int] = ()
+        self,
+        run: ServerRun,
+        operation: OperationId,
+        extra: Mapping[str, str],
+        *,
+        begun: Collection[int] = (),
+        goes_on: bool = False,
     ) -> RunResult:
         """Run it until it succeeds or its attempts are used up.
 
@@ -154,6 +160,8 @@ class ServerRuns:
             extra: variables that are only known now; they win over those of the run. ATTEMPT and DEPLOYMENT are set
                 where neither names them.
             begun: the attempts at it that a process which died recorded: the last of them is taken up.
+            goes_on: where it is done well, the caller records at once what follows from that: so its end comes into the
+                same commit, before it.
 
         Raises:
             StoreError: our own folder or the journal cannot be written.
@@ -169,7 +177,7 @@ class ServerRuns:
             await self._end_of_last(operation)
             attempt = await asyncio.to_thread(self._next_attempt, operation)
             await self._record(attempt, ServerRunDispatched(str(attempt), attempt.action, attempt.machine))
-            result = await self._attempt(run, attempt, extra, made)
+            result = await self._attempt(run, attempt, extra, made, goes_on=goes_on)
             if made >= run.attempts or not _may_repeat(run, result):
                 return result
             await asyncio.sleep(run.delay)
@@ -184,26 +192,29 @@ class ServerRuns:
             return None
         return await self._attempt(run, operation, extra, 1)
 
-    async def _attempt(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int) -> RunResult:
+    async def _attempt(
+        self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], made: int, *, goes_on: bool = False
+    ) -> RunResult:
         log = os.path.join(self._folder, "logs", f"{operation.file_name}.log")
         self._running.add(operation)
         try:
             outcome = await self._follow(run, operation, extra, log)
         finally:
             self._running.discard(operation)
-        await self._record(
-            operation,
-            ServerRunEnded(
-                str(operation),
-                outcome.state,
-                operation.machine,
-                reason=outcome.reason,
-                exit_status=outcome.exit_status,
-                started=outcome.started,
-                ended=outcome.ended,
-                log_bytes=outcome.output_bytes,
-            ),
+        ended = ServerRunEnded(
+            str(operation),
+            outcome.state,
+            operation.machine,
+            reason=outcome.reason,
+            exit_status=outcome.exit_status,
+            started=outcome.started,
+            ended=outcome.ended,
+            log_bytes=outcome.output_bytes,
         )
+        if goes_on and outcome.state == "done":
+            self._recorder.later(operation.machine, ended)
+        else:
+            await self._record(operation, ended)
         ok = outcome.state == "done"
         return RunResult(
             ok=ok,

@@ -42,6 +42,7 @@ class Tries:
         words: str = "",
         on_progress: Callable[[Report], None] | None = None,
         patience: float = 0.0,
+        goes_on: bool = False,
     ) -> Report | Reported:
         """One try: what became of the next attempt at `operation`. Raises as `orchestrator.fleet.fleet.Fleet.perform`.
 
@@ -54,7 +55,7 @@ class Tries:
                 return begun.ending
             this = replace(operation, attempt=attempt)
             try:
-                report = await fleet.perform(this, action(this), on_progress, patience=patience)
+                report = await fleet.perform(this, action(this), on_progress, patience=patience, goes_on=goes_on)
             except UnreachableError:
                 # It may have left, and may run there: whoever tries again must hear of it before anything else begins.
                 self._begun.append(Begun(this))

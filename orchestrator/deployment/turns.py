@@ -89,6 +89,7 @@ class MachineTurnRunner:
         self.shape = turn.shape_of(step, planned, self._facts, is_out=is_out, is_forced=is_forced)
         self.variables = {**planned.variables, "DEPLOYMENT": context.recorder.deployment}
         self._tries = Tries()
+        self._is_closed = False
 
     async def run(self) -> TurnOutcome:
         machine, number = self._turn.machine, self._step.number
@@ -115,6 +116,8 @@ class MachineTurnRunner:
                 reason=result.reason,
             )
         )
+        if self._is_closed:
+            self._context.out.discard(machine)
         return result
 
     async def _begin(self) -> Turn:
@@ -122,7 +125,7 @@ class MachineTurnRunner:
         machine, number = self._turn.machine, self._step.number
         past = self._context.history.turn(number, machine)
         state = turn.begin(self.shape)
-        if past is None:
+        if past is None:  # that it begins was recorded together with its lease
             return state
         for did in past.did:
             if did.do != word_of(state.do):
@@ -204,7 +207,11 @@ class MachineTurnRunner:
         rotation = self._step.rotation
         assert rotation is not None  # noqa: S101 - only such a step has a bracket
         machine = self._turn.machine
-        await self._context.recorder.record(BracketOpened(machine, rotation.name, self._step.number))
+        opened = BracketOpened(machine, rotation.name, self._step.number)
+        if self._tries.begun("before"):
+            await self._context.recorder.record(opened)
+        else:  # with the attempt that is recorded before it starts
+            self._context.recorder.later(machine, opened)
         self._context.out.add(machine)
         result = await self._here(rotation.before, "before", {})
         if result.ok:
@@ -216,13 +223,14 @@ class MachineTurnRunner:
         assert rotation is not None  # noqa: S101 - only such a step has a bracket
         result = await self._here(rotation.after, "after", {"OUTCOME": outcome})
         if result.ok:
-            await self._context.recorder.record(BracketClosed(self._turn.machine, rotation.name, outcome))
-            self._context.out.discard(self._turn.machine)
+            self._context.recorder.later(self._turn.machine, BracketClosed(self._turn.machine, rotation.name, outcome))
+            self._is_closed = True
         return _done(result)
 
     async def _here(self, what: ServerRun, name: str, extra: Mapping[str, str]) -> RunResult:
         operation, begun = self._operation(name), self._tries.begun(name)
-        result = await self._context.runs.run(what, operation, {**self.variables, **extra}, begun=begun)
+        seen = {**self.variables, **extra}
+        result = await self._context.runs.run(what, operation, seen, begun=begun, goes_on=True)
         (self._context.unsure.discard if result.ok else self._context.unsure.add)(self._turn.machine)
         return result
 
@@ -282,7 +290,9 @@ class MachineTurnRunner:
         made = 0
         while True:
             made += 1
-            report = await self._tries.order(self._context.fleet, self._operation(name), order, words=words)
+            report = await self._tries.order(
+                self._context.fleet, self._operation(name), order, words=words, goes_on=True
+            )
             done = done_by(report)
             if made >= attempts or not again(done):
                 return done

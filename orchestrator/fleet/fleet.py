@@ -145,7 +145,7 @@ class Fleet:
                 closes them.
             signer: the order key.
             journal: id of the journal, 32 hex digits.
-            folder: of this deployment, private; `orders/` and `logs/` are made in it.
+            folder: of this deployment, private; `logs/` is made in it.
             recorder: has an order before it leaves, and its result before `perform` returns.
             fence: signed into every order; it may be raised later.
             limits: how long to bear with what.
@@ -153,6 +153,7 @@ class Fleet:
 
         Raises:
             RefusedError: a folder is not private, or cannot be made.
+            StoreError: the journal cannot be read.
         """
         self._plan = plan
         self._deployment = recorder.deployment
@@ -165,7 +166,7 @@ class Fleet:
         self._machines = {machine.name.lower(): machine for machine in plan.machines}
         mail = {name: MailClient(relay) for name, relay in relays.items()}
         self._room = Mailroom(recorder.deployment, mail, self, self._limits.pauses)
-        self._book = OrderBook(os.path.join(folder, "orders"))
+        self._book = OrderBook(recorder, os.path.join(folder, "orders"))
         self._log_folder = os.path.join(folder, "logs")
         make_folder(self._log_folder, mode=0o700)
         self._logs: dict[OperationId, LogFile] = {}
@@ -232,6 +233,7 @@ class Fleet:
         on_progress: Callable[[Report], None] | None = None,
         *,
         patience: float = 0.0,
+        goes_on: bool = False,
     ) -> Report:
         """Order it, and wait for the final report. What was ordered before under the same id is not ordered anew: the
         same bytes are sent, and the agent answers with what became of them.
@@ -241,6 +243,8 @@ class Fleet:
             action: what to do. On a repeat after a crash the first order's counts.
             on_progress: hears the reports of a running operation.
             patience: seconds that all relays of the machine may be away; by default as long as a machine may.
+            goes_on: where it is done well, the caller records at once what follows from that: so the result comes into
+                the same commit, before it.
 
         Raises:
             LostError: no relay has seen the machine for too long.
@@ -255,14 +259,19 @@ class Fleet:
         )
         try:
             if not flight.result.done():
-                await self._recorder.record(Dispatched(str(operation), machine, flight.digest))
+                await self._book.dispatch(
+                    operation, flight.envelope, Dispatched(str(operation), machine, flight.digest)
+                )
                 # To every relay of its machine. One that took it is enough, and so is a result that is there already.
                 flight.posting = self._room.post(flight.machine.relays, flight.letter)
                 await flight.posting.taken(flight.patience, flight.result)
             report = await flight.result
         finally:
             self._end(flight)
-        await self._recorder.record(Reported.of(machine, report), *_refusals(machine, report))
+        if goes_on and report.state == "done":
+            self._recorder.later(machine, Reported.of(machine, report))
+        else:
+            await self._recorder.record(Reported.of(machine, report), *_refusals(machine, report))
         self._unacknowledged[operation] = report
         await self._compare_log(operation)
         return report
@@ -300,6 +309,7 @@ class Fleet:
             UnreachableError: no relay takes the order; the agent then keeps them for longer.
             StoreError: output could not be made durable.
         """
+        await self._recorder.catch_up()
         held = [op for op in self._unacknowledged if op.who == machine and self._has_log(op)]
         await asyncio.to_thread(self._make_durable, held)
         parts = [tuple(held[at : at + OPERATIONS_AT_ONCE]) for at in range(0, len(held), OPERATIONS_AT_ONCE)]
@@ -336,7 +346,7 @@ class Fleet:
         patience: float,
     ) -> _Flight:
         # An order that was kept is sent as it is: other bytes under its name would be refused.
-        await self.see(machine.name, patience if self._book.find(operation) is None else 0.0)
+        await self.see(machine.name, 0.0 if self._book.has(operation) else patience)
         if why := self._doubled.get(machine.name):
             raise UnreachableError(f"{machine.name} is ordered nothing: {why}")
         envelope = await self._order(operation, machine, action)
@@ -361,7 +371,7 @@ class Fleet:
         return flight
 
     async def _order(self, operation: OperationId, machine: PlannedMachine, action: OpenAction) -> bytes:
-        """The order's envelope: the one that was kept under this operation, else a new one, durable on return."""
+        """The order's envelope: the one that was kept under this operation, else a new one, to be kept before it leaves."""
         if (kept := self._book.find(operation)) is not None:
             return kept
         if self.fence < 1:
@@ -387,9 +397,7 @@ class Fleet:
             action=self._sealed(operation, machine, action),
             project=self._project_for(machine),
         )
-        envelope = sign_order(order, self._signer)
-        await self._book.keep(operation, envelope)
-        return envelope
+        return sign_order(order, self._signer)
 
     def _project_for(self, machine: PlannedMachine) -> str:
         """Whose fence it is; to an agent that knows fences of environments only, it is of the environment.
@@ -417,11 +425,12 @@ class Fleet:
 
     async def _send(self, operation: OperationId, action: OpenAction) -> None:
         """A new order of which no result is awaited; it takes the next attempt."""
-        while self._book.find(operation) is not None:
+        while self._book.has(operation):
             operation = replace(operation, attempt=operation.attempt + 1)
         planned = self._plan.machine(operation.who)
         await self.see(planned.name, 0.0)
         letter = messages.OrderLetter(planned.name, str(operation), await self._order(operation, planned, action))
+        await self._book.keep(operation, letter.envelope)
         posting = self._room.post(planned.relays, letter)
         await posting.taken(self._limits.lost)
         # The others are a moment behind; one that is down gets no more than that.
@@ -533,7 +542,7 @@ class Fleet:
         operation = OperationId.find(text)
         if operation is None or (operation.deployment, operation.who) != (self._deployment, machine.name):
             return None
-        is_known = operation in self._logs or operation in self._flights or self._book.find(operation) is not None
+        is_known = operation in self._logs or operation in self._flights or self._book.has(operation)
         return operation if is_known else None
 
     def _log(self, operation: OperationId) -> LogFile:

@@ -297,17 +297,20 @@ class Journal:
             "started": self._clock(),
         }
         with self.database.writing() as connection:
-            if connection.execute(_where_is(deployment)).first() is not None:
+            if _is_there(connection, deployment):
                 raise ConflictError(f"deployment {deployment} has begun already")
             connection.execute(sa.insert(tables.deployments), row)
             number = self._add(connection, deployment, (started,), tables.of_deployment(row))
         tell_facts(deployment, (started,), project=head.project, label=head.label, environment=head.environment)
         return number
 
-    def append(self, deployment: str, *events: Event) -> int:
+    def append(self, deployment: str, *events: Event, orders: Mapping[str, bytes] | None = None) -> int:
         """Add entries in this order, all or none, on the disk on return. Gives the number of the last.
 
+        `orders` are envelopes by operation, kept in the same commit: see `orders`.
+
         Raises:
+            ConflictError: another order has the name of one of `orders`.
             NotFoundError: there is no such deployment.
             ValueError: no events, or a text that no file can hold (half of a surrogate pair).
             StoreError: see the class.
@@ -316,12 +319,39 @@ class Journal:
             raise ValueError("nothing to append")
         with self.database.writing() as connection:
             number = self.append_in(connection, deployment, *events)
+            _keep_orders(connection, deployment, orders or {})
         tell_facts(deployment, events)
         return number
 
+    def keep_order(self, deployment: str, operation: str, envelope: bytes) -> None:
+        """Keep an order of which nothing else is written down, on the disk on return.
+
+        Raises:
+            NotFoundError: there is no such deployment.
+            ConflictError: another order has this name.
+            StoreError: see the class.
+        """
+        with self.database.writing() as connection:
+            if not _is_there(connection, deployment):
+                raise NotFoundError(f"there is no deployment {deployment}")
+            _keep_orders(connection, deployment, {operation: envelope})
+
+    def order(self, operation: str) -> bytes | None:
+        """The envelope that was kept for an operation. Raises `StoreError`."""
+        query = sa.select(tables.orders.c.envelope).where(tables.orders.c.operation == operation)
+        with self.database.reading() as connection:
+            envelope: bytes | None = connection.execute(query).scalar_one_or_none()
+        return envelope
+
+    def ordered(self, deployment: str) -> set[str]:
+        """All operations of a deployment that an order was kept for. Raises `StoreError`."""
+        query = sa.select(tables.orders.c.operation).where(tables.orders.c.deployment == deployment)
+        with self.database.reading() as connection:
+            return set(connection.execute(query).scalars())
+
     def append_in(self, connection: sa.Connection, deployment: str, *events: Event) -> int:
         """As `append`, in the transaction of `connection`; the caller tells them once it is committed."""
-        if connection.execute(_where_is(deployment)).first() is None:
+        if not _is_there(connection, deployment):
             raise NotFoundError(f"there is no deployment {deployment}")
         return self._add(connection, deployment, events)
 
@@ -425,7 +455,7 @@ class Journal:
         row = {"environment": environment, "deployment": deployment, "kind": kind, "operator": operator}
         text, signed = msgspec.json.encode(dict(data)).decode(), envelope or None
         with self.database.writing() as connection:
-            if connection.execute(_where_is(deployment)).first() is None:
+            if not _is_there(connection, deployment):
                 raise NotFoundError(f"there is no deployment {deployment}")
             same = sa.select(sa.literal(1)).where(tables.decisions.c.envelope == signed)
             if signed and connection.execute(same).first() is not None:
@@ -684,8 +714,20 @@ def _bracket(data: str) -> OpenBracket:
 # --- rows
 
 
-def _where_is(deployment: str) -> sa.Select[Any]:
-    return sa.select(sa.literal(1)).where(tables.deployments.c.deployment == deployment)
+def _is_there(connection: sa.Connection, deployment: str) -> bool:
+    query = "SELECT 1 FROM deployments WHERE deployment = ?"
+    return connection.exec_driver_sql(query, (deployment,)).first() is not None
+
+
+def _keep_orders(connection: sa.Connection, deployment: str, orders: Mapping[str, bytes]) -> None:
+    for operation, envelope in orders.items():
+        query = "SELECT envelope FROM orders WHERE operation = ?"
+        kept = connection.exec_driver_sql(query, (operation,)).scalar_one_or_none()
+        if kept is None:
+            row = (operation, deployment, envelope)
+            connection.exec_driver_sql("INSERT INTO orders (operation, deployment, envelope) VALUES (?, ?, ?)", row)
+        elif kept != envelope:
+            raise ConflictError(f"another order has the name {operation}")
 
 
 def _entry(row: sa.Row[Any]) -> JournalEntry:

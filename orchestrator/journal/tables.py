@@ -70,6 +70,14 @@ entries = sa.Table(
     sa.Index("entries_of_deployment", "deployment", "number"),
     sqlite_autoincrement=True,
 )
+orders = sa.Table(
+    "orders",
+    _all,
+    sa.Column("operation", sa.Text, primary_key=True),
+    sa.Column("deployment", sa.Text, sa.ForeignKey(deployments.c.deployment), nullable=False, index=True),
+    sa.Column("envelope", sa.LargeBinary, nullable=False),
+)
+"""Orders as they left: the same order after a crash is the same bytes. Their entry `dispatched` has their digest."""
 decisions = sa.Table(
     "decisions",
     _all,
@@ -160,6 +168,8 @@ _GUARDS: Final = {
     "deployments_are_kept": ("DELETE ON deployments", "a deployment is never removed"),
     "decisions_end": ("UPDATE ON decisions WHEN OLD.taken IS NOT NULL", "a decision is taken once"),
     "decisions_are_kept": ("DELETE ON decisions", "a decision is never removed"),
+    "orders_stay": ("UPDATE ON orders", "an order is never changed"),
+    "orders_are_kept": ("DELETE ON orders", "an order is never removed"),
     "fences_rise": ("UPDATE ON fences WHEN NEW.fence <= OLD.fence", "a fence only rises"),
     "fences_are_kept": ("DELETE ON fences", "a fence only rises"),
 }
@@ -209,7 +219,10 @@ def add_chained(connection: sa.Connection, table: sa.Table, start: str, rows: li
         number += 1
         hash = chain.link(hash, row | {"number": number})
         ready.append({name: value for name, value in row.items() if name in table.c} | {"number": number, "hash": hash})
-    connection.execute(sa.insert(table), ready)
+    # As text: to compile such a statement and to convert its values would take longer than the rest of an append.
+    names = ready[0].keys()
+    words = f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
+    connection.exec_driver_sql(words, [tuple(row.values()) for row in ready])
     return number
 
 
@@ -303,6 +316,13 @@ def _by_project(connection: sa.Connection, _id: str) -> None:
         connection.execute(sa.insert(fences), {"environment": environment, "project": "", "fence": fence})
 
 
+def _keep_orders(connection: sa.Connection, _id: str) -> None:
+    """Orders stand in the journal. Those of older deployments stay in their files."""
+    if "orders" not in names(connection):
+        _all.create_all(connection, tables=[orders], checkfirst=False)
+        _guard(connection, "orders_stay", "orders_are_kept")
+
+
 def _sign_decisions(connection: sa.Connection, _id: str) -> None:
     """Decisions carry what a person signed."""
     if "envelope" not in _columns(connection, decisions):
@@ -314,5 +334,10 @@ def _columns(connection: sa.Connection, table: sa.Table) -> set[str]:
     return {str(name) for name in found}
 
 
-_MIGRATIONS: Final[tuple[Callable[[sa.Connection, str], None], ...]] = (_by_project, _chain_rows, _sign_decisions)
+_MIGRATIONS: Final[tuple[Callable[[sa.Connection, str], None], ...]] = (
+    _by_project,
+    _chain_rows,
+    _sign_decisions,
+    _keep_orders,
+)
 """In this order; each looks for itself whether it was done."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rollout
-from benchmarks.rollout import STEPS, Deployed, Farm, StepKind, measure
+from benchmarks.rollout import measure
+from benchmarks.support.farm import STEPS, Deployed, Farm, StepKind, chosen, deploy, farm
 from orchestrator.journal.events import (
     Dispatched,
     Event,
@@ -103,28 +104,34 @@ def test_median_and_percentile_are_of_the_values_given() -> None:
 
 # --- a tiny run
 
+KINDS = STEPS[:-1]
+
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Farm, Deployed]]:
-    with rollout.farm(str(tmp_path_factory.mktemp("rollout")), 2) as farm:
-        yield farm, rollout.deploy(farm)
+    with farm(str(tmp_path_factory.mktemp("rollout")), 2, KINDS) as made:
+        yield made, deploy(made)
 
 
 def test_every_step_runs_on_every_machine_and_every_script_says_its_time(deployed: tuple[Farm, Deployed]) -> None:
-    for kind, found in zip(STEPS, rollout.measure_steps(*deployed), strict=True):
+    for kind, found in zip(KINDS, rollout.measure_steps(*deployed), strict=True):
         assert found.machines == len(found.turns) == 2
-        expected = {"long" if kind.long else "quick"}
+        expected = {f"long-{kind.sleeps}" if kind.sleeps else "quick"}
         expected |= {"before", "after"} if kind.bracket else set()
         expected |= {"switch", "verify", "settle"} if kind.deploys else set()
         assert set(found.parts) == expected
         assert all(len(values) == 2 for values in found.parts.values())
         # A sleep is never shorter than it was asked for: the scripts' time is not counted as ours.
-        assert found.scripts >= (2 * rollout.LONG if kind.long else 0)
+        assert found.scripts >= 2 * kind.sleeps
         assert all(0 < seconds < found.whole for seconds in found.turns)
 
 
+def test_steps_are_chosen_by_their_numbers() -> None:
+    assert chosen("1,6") == (STEPS[0], STEPS[5])
+
+
 def test_a_step_with_window_one_has_one_machine_at_a_time(deployed: tuple[Farm, Deployed]) -> None:
-    narrow = [number for number, kind in enumerate(STEPS, 1) if kind.window == 1]
+    narrow = [number for number, kind in enumerate(KINDS, 1) if kind.window == 1]
     events = [entry.event for entry in deployed[1].entries]
     for number in narrow:
         told = [type(e) for e in events if isinstance(e, TurnStarted | TurnEnded) and e.step == number]
@@ -132,26 +139,26 @@ def test_a_step_with_window_one_has_one_machine_at_a_time(deployed: tuple[Farm, 
 
 
 def test_the_agents_are_many_at_the_relay_and_each_has_a_journal_of_its_own(deployed: tuple[Farm, Deployed]) -> None:
-    farm, _ = deployed
+    made, _ = deployed
 
     async def seen() -> set[str]:
         from relay.protocol.connection import Connection
         from relay.protocol.mail_client import MailClient
 
-        token = Path(farm.tokens["origin"]).read_text().strip()
-        async with Connection(farm.relay.url, token=token) as connection:
+        token = Path(made.tokens["origin"]).read_text().strip()
+        async with Connection(made.relay.url, token=token) as connection:
             return {agent.name for agent in await MailClient(connection).agents()}
 
-    assert asyncio.run(seen()) == set(farm.machines)
-    for name in farm.machines:
-        assert list((Path(farm.folder) / "agents" / name / "operations").iterdir())
+    assert asyncio.run(seen()) == set(made.machines)
+    for name in made.machines:
+        assert list((Path(made.folder) / "agents" / name / "operations").iterdir())
 
 
 def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Deployed]) -> None:
-    farm, deployment = deployed
-    logs = farm.logs(deployment.ulid)
+    made, deployment = deployed
+    logs = made.logs(deployment.ulid)
     for number in (1, 3):
         found = rollout.trips(deployment.entries, number, lambda operation: rollout._stamps(logs, operation)[0])
-        assert len(found) == len(farm.machines)
+        assert len(found) == len(made.machines)
         for trip in found:
             assert 0 < trip.posted < trip.acted < trip.done

@@ -38,7 +38,7 @@ from agent.trees.installed import AgentState
 from agent.trees.pull import parse_request, pull
 from orchestrator.fleet.fleet import Fleet, FleetLimits
 from orchestrator.fleet.relay_mail import Pauses
-from orchestrator.journal.events import Event
+from orchestrator.journal.events import Dispatched, Event
 from orchestrator.journal.recorder import Recorder
 from orchestrator.plan.plan import AcquirePlan, Plan, PlannedMachine, PlannedRelay
 from relay.config import RelayConfig
@@ -63,9 +63,19 @@ class Quiet(Recorder):
 
     def __init__(self) -> None:
         self.deployment = DEPLOYMENT
+        self.orders: dict[str, bytes] = {}
 
     async def record(self, *events: Event) -> None:
         await asyncio.sleep(0)
+
+    async def dispatch(self, event: Dispatched, envelope: bytes) -> None:
+        self.orders[event.operation] = envelope
+
+    def order(self, operation: OperationId) -> bytes | None:
+        return self.orders.get(str(operation))
+
+    def ordered(self) -> set[str]:
+        return set(self.orders)
 
 
 @dataclass

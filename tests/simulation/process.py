@@ -286,10 +286,12 @@ class MemoryJournal:
         self._process = process
         self._world = process.world
 
-    def append(self, _deployment: str, *events: Event) -> int:
+    def append(self, _deployment: str, *events: Event, orders: Mapping[str, Any] | None = None) -> int:
         if not events:
             raise ValueError("nothing to append")
         self._process.check()
+        for operation, order in (orders or {}).items():
+            self._world.book.setdefault(operation, order)
         number = self._world.write(*events)
         self._process.effect()
         return number
@@ -400,7 +402,13 @@ class SimulatedFleet:
         return operation in self._given
 
     async def perform(
-        self, operation: OperationId, action: OpenAction, _on_progress: object = None, *, patience: float = 0.0
+        self,
+        operation: OperationId,
+        action: OpenAction,
+        _on_progress: object = None,
+        *,
+        patience: float = 0.0,
+        goes_on: bool = False,
     ) -> Report:
         process, world, key = self._process, self._world, str(operation)
         order = world.book.get(key)
@@ -409,12 +417,12 @@ class SimulatedFleet:
             self.presence(operation.who)
             order = Order(operation, action, self.fence, world.now + ACCEPT)
             self._given.add(operation)
-            await process.to_thread(self._keep, order)
         if operation in self._flights:
             raise ValueError(f"{operation} is in flight already")
         self._flights.add(operation)
         try:
-            await self._recorder.record(ev.Dispatched(key, operation.who, order.digest))
+            dispatched = ev.Dispatched(key, operation.who, order.digest)
+            await self._recorder.dispatch(dispatched, order)  # type: ignore[arg-type]
             process.check()
             world.advance()
             world.post(order)
@@ -423,7 +431,11 @@ class SimulatedFleet:
         finally:
             self._flights.discard(operation)
         refused = [ev.Refused(operation.who, report.reason, key)] if report.state == "refused" else []
-        await self._recorder.record(ev.Reported.of(operation.who, report), *refused)
+        reported = ev.Reported.of(operation.who, report)
+        if goes_on and report.state == "done":
+            self._recorder.later(operation.who, reported)
+        else:
+            await self._recorder.record(reported, *refused)
         return report
 
     async def see(self, machine: str, patience: float = LOST) -> None:
@@ -432,10 +444,6 @@ class SimulatedFleet:
             if machine not in self._seen:
                 await asyncio.sleep(patience)
                 await self.presences()
-
-    def _keep(self, order: Order) -> None:
-        self._world.book[str(order.operation)] = order
-        self._process.effect()
 
     async def _result(self, order: Order) -> Report:
         process, world, key = self._process, self._world, str(order.operation)

@@ -40,7 +40,6 @@ from agent.orders.orders import (
 )
 from orchestrator.fleet.fleet import Fleet, FleetLimits, LostError
 from orchestrator.fleet.logs import LogFile
-from orchestrator.fleet.order_book import OrderBook
 from orchestrator.fleet.presence import Answers, merge_presences
 from orchestrator.fleet.relay_mail import Mailroom, Pauses
 from orchestrator.journal.events import Dispatched, Event, Note, Reported
@@ -74,16 +73,36 @@ class Told(Recorder):
     events: list[Event] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
-    """A dispatch waits for it, where there is one."""
+    """A dispatch waits for it, once it is kept, where there is one."""
+    orders: dict[str, bytes] = field(default_factory=dict)
 
     async def record(self, *events: Event) -> None:
         await asyncio.sleep(0)
         for event in events:
             if isinstance(event, Note):
                 self.notes.append(f"{event.machine}: {event.text}" if event.machine else event.text)
-            elif isinstance(event, Dispatched) and self.hold is not None:
-                await self.hold.wait()
         self.events += [event for event in events if not isinstance(event, Note)]
+
+    def later(self, machine: str, *events: Event) -> None:
+        raise AssertionError(f"nothing follows here upon {events} of {machine}")
+
+    async def catch_up(self) -> None:
+        pass
+
+    async def dispatch(self, event: Dispatched, envelope: bytes) -> None:
+        assert self.orders.setdefault(event.operation, envelope) == envelope
+        if self.hold is not None:
+            await self.hold.wait()
+        await self.record(event)
+
+    async def keep_order(self, operation: OperationId, envelope: bytes) -> None:
+        assert self.orders.setdefault(str(operation), envelope) == envelope
+
+    def order(self, operation: OperationId) -> bytes | None:
+        return self.orders.get(str(operation))
+
+    def ordered(self) -> set[str]:
+        return set(self.orders)
 
     @property
     def kinds(self) -> list[str]:
@@ -288,7 +307,7 @@ async def keep_order(world: World, agent: Agent) -> bytes:
         action=SURVEY,
     )
     envelope = sign_order(order, order_signer(agent))
-    await OrderBook(str(world.folder / "deployment" / "orders")).keep(OPERATION, envelope)
+    world.told.orders[str(OPERATION)] = envelope
     return envelope
 
 
@@ -328,8 +347,7 @@ async def test_the_journal_has_the_order_before_it_leaves_and_the_result_before_
     scene = await world.scene()
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
-    book = OrderBook(str(world.folder / "deployment" / "orders"))
-    await eventually(lambda: book.find(OPERATION) is not None)
+    await eventually(lambda: str(OPERATION) in scene.told.orders)
     await scene.fleet.presences()
     # A letter that had left would be at the relay by now, and that relay answers at once.
     seen = await MailClient(scene.relays["a"]).poll("web1", messages.PollRequest(scene.agent.presence(), None, 0.0))
@@ -506,8 +524,8 @@ async def test_reports_that_came_before_the_machine_showed_its_keys_are_not_lost
     client = await world.client(relay.url)
     agent = Agent(world.folder)
     urls = {"a": relay.url}
-    fleet = world.fleet(agent, urls, {"a": client})
     envelope = await keep_order(world, agent)
+    fleet = world.fleet(agent, urls, {"a": client})
     async with fleet:
         running = asyncio.create_task(fleet.perform(OPERATION, SURVEY))
         await eventually(lambda: world.told.kinds == ["dispatched"])
@@ -539,12 +557,11 @@ async def test_an_order_that_was_written_down_but_never_left_leaves_now(world: W
     scene = await world.scene()
     scene.told.hold = asyncio.Event()
     running = asyncio.create_task(perform(scene))
-    book = OrderBook(str(world.folder / "deployment" / "orders"))
-    await eventually(lambda: book.find(OPERATION) is not None)
+    await eventually(lambda: str(OPERATION) in scene.told.orders)
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    kept = book.find(OPERATION)
+    kept = scene.told.orders[str(OPERATION)]
     scene.told.hold = None
 
     assert (await perform(scene)).state == "done"
