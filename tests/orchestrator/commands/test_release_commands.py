@@ -10,7 +10,7 @@ import pytest
 import yaml
 from harness.packages import make_nupkg
 from harness.process import Done, run
-from orchestrator.deployment.releases import author_of
+from orchestrator.releases.release import author_of
 
 from orchestrator.journal.journal import Journal
 from orchestrator.trust.keyring import load_pins
