@@ -240,7 +240,7 @@ async def test_scenarios_02_and_19_a_gate_waits_for_another_person_and_then_one_
         waits = shop.deploy(new, "--as", "anna", "--no-wait")
         assert waits.code == 3, waits.out + waits.err
         assert shop.current() == was | {"web1": new}
-        assert shop.status["summary"]["waits_for"], "status says for whom"
+        assert (shop.status["summary"]["state"], [one["name"] for one in shop.status["asks"]]) == ("waiting", [GATE])
         assert shop.out == [], "the canary serves while people look"
         by_author = shop.leaves(1, "approve", GATE, "-m", "mine", "--as", "anna")
         assert "another person is to agree" in by_author.err

@@ -260,7 +260,7 @@ def deeds(world: World) -> dict[str, Deed]:
 # --- before a byte moves
 
 
-def test_pre_acquisition_runs_before_any_byte_reaches_a_relay(deeds: dict[str, Deed]) -> None:
+def test_scenario_10_pre_acquisition_runs_before_any_byte_reaches_a_relay(deeds: dict[str, Deed]) -> None:
     deed = deeds["first"]
     assert deed.done.code == 0, deed.done.out + deed.done.err
     assert deed.diary[0] == "up, 0 chunks at the relay"
@@ -276,7 +276,9 @@ def test_what_is_open_until_acquired_is_closed_before_the_first_step_and_the_res
     assert last == "down, UNDO=1"
 
 
-def test_where_pre_acquisition_fails_no_byte_moves_and_what_it_opened_is_undone(deeds: dict[str, Deed]) -> None:
+def test_scenario_10_where_pre_acquisition_fails_no_byte_moves_and_what_it_opened_is_undone(
+    deeds: dict[str, Deed],
+) -> None:
     deed = deeds["closed store"]
     assert deed.done.code == 1
     chunks = deeds["other script"].chunks
@@ -295,7 +297,9 @@ def test_where_pre_acquisition_fails_no_byte_moves_and_what_it_opened_is_undone(
     assert "exit status 7" in deed.status["summary"]["reason"]
 
 
-def test_where_acquisition_fails_no_step_begins_and_everything_is_undone(deeds: dict[str, Deed]) -> None:
+def test_scenarios_10_and_11_where_acquisition_fails_no_step_begins_and_everything_is_undone(
+    deeds: dict[str, Deed],
+) -> None:
     deed = deeds["no place"]
     assert deed.done.code == 1
     assert deed.diary[1:] == ["store is open", "store is closed", "down, UNDO=1"]
@@ -397,7 +401,7 @@ def test_an_answer_that_does_not_match_is_refused_before_anything_runs(world: Wo
 # --- again
 
 
-def test_the_same_again_is_already_current_with_no_bracket_and_no_script(deeds: dict[str, Deed]) -> None:
+def test_scenario_32_the_same_again_is_already_current_with_no_bracket_and_no_script(deeds: dict[str, Deed]) -> None:
     deed = deeds["same"]
     assert deed.done.code == 0, deed.done.err
     assert deed.of("web1") == deed.of("web2") == []
