@@ -222,6 +222,11 @@ def _shown(view: DeploymentView, *, with_ledger: bool) -> str:
     if with_ledger and view.ledger.lines:
         lines.append(full(view.ledger))
     lines += left_lines(view)
+    if view.paused is not None:
+        by = f" by {printable(view.paused.by)}" if view.paused.by else ""
+        lines.append(
+            f"paused{by} since {time_text(view.paused.since)}: {printable(view.paused.reason)}; waystation release go-on"
+        )
     lines += [f"asks: {printable(one.name)}: {printable(one.text)} (since {time_text(one.since)})" for one in view.asks]
     lines += [
         f"waits for a person: {one.machine}, since {time_text(one.since)}: {printable(one.reason)}; "

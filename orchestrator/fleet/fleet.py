@@ -71,10 +71,14 @@ UNPROVEN_MAX = 1024
 
 
 class LostError(UnreachableError):
-    """No living relay has seen the machine for too long. What it was doing may go on there."""
+    """No living relay has seen the machine for too long. What it was doing may go on there.
 
-    def __init__(self, machine: str, seconds: float) -> None:
-        super().__init__(f"{machine} is lost: no relay has seen it for {seconds:.0f} s")
+    `stranger`: what is wrong with another agent that is there under its name.
+    """
+
+    def __init__(self, machine: str, seconds: float, stranger: str = "") -> None:
+        who = f"; who is there under its name is another: {stranger}" if stranger else ""
+        super().__init__(f"{machine} is lost: no relay has seen it for {seconds:.0f} s{who}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -603,7 +607,7 @@ class Fleet:
             text = f"none of the relays of {flight.machine.name} has answered for {unseen:.0f} s"
             return UnreachableError(text) if unseen >= flight.patience else None
         if unseen >= self._limits.lost:
-            return LostError(flight.machine.name, unseen)
+            return LostError(flight.machine.name, unseen, found.strangers.get(flight.machine.name, ""))
         if not flight.newest and now - flight.since >= self._limits.accept:
             return UnreachableError(f"{flight.machine.name} is there, but says nothing of an order")
         if flight.heard_at and now - flight.heard_at >= flight.longest + self._limits.report:

@@ -59,6 +59,7 @@ class Presences:
         silent: relays that did not answer, and why.
         doubled: those of the missing whose keys two agents have, and which.
         offline: those of the missing that no relay has seen, or not for too long. Of the others something else is wrong.
+        strangers: of all machines, what is wrong with another agent that a relay has seen under their name.
     """
 
     present: Mapping[str, Presence]
@@ -66,6 +67,7 @@ class Presences:
     silent: Mapping[str, str]
     doubled: Mapping[str, str] = field(default_factory=dict)
     offline: frozenset[str] = frozenset()
+    strangers: Mapping[str, str] = field(default_factory=dict)
 
 
 def merge_presences(
@@ -76,7 +78,10 @@ def merge_presences(
     missing: dict[str, str] = {}
     doubled: dict[str, str] = {}
     offline: set[str] = set()
+    strangers: dict[str, str] = {}
     for machine in machines:
+        if wrong := _why_wrong(machine, answers):
+            strangers[machine.name] = wrong
         sights = _sights(machine, answers, now)
         newest = _newest(sights, lost_seconds)
         if newest is None:
@@ -92,7 +97,7 @@ def merge_presences(
         else:
             present[machine.name] = newest.presence
     silent = {relay: answer for relay, answer in answers.items() if isinstance(answer, str)}
-    return Presences(present, missing, silent, doubled, frozenset(offline))
+    return Presences(present, missing, silent, doubled, frozenset(offline), strangers)
 
 
 def sight_of(machine: PlannedMachine, answers: Answers, now: float, lost_seconds: float = LOST_SECONDS) -> Sight | None:
@@ -178,10 +183,17 @@ def _verified(envelope: bytes) -> Presence | str:
         return error.message
 
 
+def _why_wrong(machine: PlannedMachine, answers: Answers) -> str:
+    """What is wrong with an agent that is there under its name and is not it; empty where there is none."""
+    opened = (_opened(machine, seen) for _, seen in _seen(machine, answers))
+    wrong = next((what for what in opened if isinstance(what, str)), "")
+    again = "if it was set up anew, compare 'waystation agent init' there and correct its key"
+    return f"{wrong}; {again}" if wrong else ""
+
+
 def _why_unseen(machine: PlannedMachine, answers: Answers) -> str:
-    wrong = [str(_opened(machine, seen)) for _, seen in _seen(machine, answers)]
-    if wrong:
-        return f"{wrong[0]}; if it was set up anew, compare 'waystation agent init' there and correct its key"
+    if wrong := _why_wrong(machine, answers):
+        return wrong
     own = {relay: answers[relay] for relay in machine.relays if relay in answers}
     if own and all(isinstance(answer, str) for answer in own.values()):
         return "none of its relays answers: " + "; ".join(f"{relay}: {answer}" for relay, answer in own.items())

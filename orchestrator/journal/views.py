@@ -197,6 +197,14 @@ class AskView(msgspec.Struct, frozen=True):
     until: float = 0.0
 
 
+class PauseView(msgspec.Struct, frozen=True):
+    """Nothing new starts until a person says so. `by` is empty where the deployment paused itself."""
+
+    reason: str
+    by: str
+    since: float
+
+
 class WaitingMachine(msgspec.Struct, frozen=True):
     """A machine whose turn waits for a person: `choices` are what may be decided. `since`: seconds since 1970."""
 
@@ -227,6 +235,7 @@ class DeploymentView(msgspec.Struct, frozen=True):
     is_alive: bool = False
     asks: tuple[AskView, ...] = ()
     waiting: tuple[WaitingMachine, ...] = ()
+    paused: PauseView | None = None
     format: int = 1
 
 
@@ -276,6 +285,7 @@ def view(
         is_alive=is_alive,
         asks=asks_open(entries),
         waiting=machines_asked(entries),
+        paused=pause_of(entries) if record.state == "running" else None,
     )
 
 
@@ -346,10 +356,20 @@ def machines_asked(entries: Iterable[JournalEntry]) -> tuple[WaitingMachine, ...
 
 def is_paused(entries: Iterable[JournalEntry]) -> bool:
     """Nothing new starts before a person says so."""
-    paused = False
+    return pause_of(entries) is not None
+
+
+def pause_of(entries: Iterable[JournalEntry]) -> PauseView | None:
+    """Why and since when nothing new starts; None where things go on."""
+    paused = None
     for entry in entries:
-        if isinstance(entry.event, ev.Paused | ev.Unpaused):
-            paused = isinstance(entry.event, ev.Paused)
+        match entry.event:
+            case ev.Paused(reason=reason, by=by):
+                paused = PauseView(reason, by, entry.at)
+            case ev.Unpaused():
+                paused = None
+            case _:
+                pass
     return paused
 
 

@@ -319,7 +319,7 @@ class _Roll:
         if not count:
             return
         if rolling is None:
-            self._ground.notes.append(f"{title}: {counted(count, 'machine')}, all at once")
+            self._ground.notes.append(f"{title}: parallel, {counted(count, 'machine')}, all at once")
             if rotation and count:
                 self._ground.notes.append(f"{title}: all {count} machines leave rotation {rotation.name} together")
             return

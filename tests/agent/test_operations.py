@@ -462,7 +462,7 @@ async def test_a_script_of_a_package_that_nobody_vouches_for_does_not_run(machin
     assert not machine.out.exists()
 
 
-async def test_a_secret_too_short_to_be_masked_is_refused(machine: Machine) -> None:
+async def test_scenario_33_a_secret_too_short_to_be_masked_is_refused(machine: Machine) -> None:
     await machine.acquired()
     machine.count = 41
     sealed = machine.desk.seal(f"{DEPLOYMENT}/0/web1/x42/1", {"SECRET_A": "abc"})

@@ -151,7 +151,9 @@ def barrier(world: Barrier) -> Iterator[Barrier]:
     world.line.shape(down=Line())
 
 
-def test_no_step_begins_anywhere_before_the_slowest_machine_has_verified_its_package(barrier: Barrier) -> None:
+def test_scenario_06_no_step_begins_anywhere_before_the_slowest_machine_has_verified_its_package(
+    barrier: Barrier,
+) -> None:
     barrier.prepare("1.0.0")
     barrier.line.shape(down=SLOW)
     done = barrier.deploy("1.0.0")

@@ -149,7 +149,9 @@ def _set_up(farm: Farm, balancer: Balancer, ports: dict[str, int], more_relays: 
     )
 
 
-async def test_a_rolling_release_keeps_its_window_and_its_minimum_and_fails_no_request(tmp_path: Path) -> None:
+async def test_scenario_03_a_rolling_release_keeps_its_window_and_its_minimum_and_fails_no_request(
+    tmp_path: Path,
+) -> None:
     async with shop_in(tmp_path) as shop:
         shop.add("1.0.0")
         shop.add("2.0.0")
@@ -169,7 +171,7 @@ async def test_a_rolling_release_keeps_its_window_and_its_minimum_and_fails_no_r
         assert were_out(haproxy_log.rotation(log)) == set(MACHINES)
 
 
-async def test_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(tmp_path: Path) -> None:
+async def test_scenario_17_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(tmp_path: Path) -> None:
     async with shop_in(tmp_path) as shop:
         shop.add("1.0.0")
         shop.add("2.0.0", broken=True)

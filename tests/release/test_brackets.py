@@ -235,12 +235,12 @@ def story(world: tuple[Farm, Path, Application]) -> Story:
 # --- the rows
 
 
-def test_where_before_fails_nothing_is_deployed_and_the_old_version_goes_back(story: Story) -> None:
+def test_scenario_13_where_before_fails_nothing_is_deployed_and_the_old_version_goes_back(story: Story) -> None:
     assert story.of("web1") == ["before", "says 1.0.0", "after not_started, attempt 1"]
     assert story.current["fates"]["web1"] == "1.0.0"
 
 
-def test_where_before_hangs_it_is_killed_with_its_children_at_its_time_limit(story: Story) -> None:
+def test_scenario_14_where_before_hangs_it_is_killed_with_its_children_at_its_time_limit(story: Story) -> None:
     assert story.of("web2") == ["before", "says 1.0.0", "after not_started, attempt 1"]
     for name in ("hangs", "child"):
         pid = int((story.farm.folder / name).read_text())
@@ -248,7 +248,9 @@ def test_where_before_hangs_it_is_killed_with_its_children_at_its_time_limit(sto
     assert story.current["fates"]["web2"] == "1.0.0"
 
 
-def test_a_failure_before_the_switch_keeps_the_old_version_and_verifies_it_before_it_goes_back(story: Story) -> None:
+def test_scenario_16_a_failure_before_the_switch_keeps_the_old_version_and_verifies_it_before_it_goes_back(
+    story: Story,
+) -> None:
     assert story.of("web3") == ["before", "configure", "says 1.0.0", "after kept_old, attempt 1"]
     assert story.current["fates"]["web3"] == "1.0.0"
 
@@ -258,7 +260,7 @@ def test_a_failure_after_the_switch_leaves_the_machine_out(story: Story) -> None
     assert story.current["fates"]["web4"] == "1.1.0"
 
 
-def test_where_verify_sees_another_version_the_machine_is_left_out(story: Story) -> None:
+def test_scenario_17_where_verify_sees_another_version_the_machine_is_left_out(story: Story) -> None:
     assert story.of("web5") == ["before", "configure", "start", "says 0.9.0"]
 
 
@@ -398,7 +400,9 @@ def test_an_adopted_machine_goes_first_and_is_closed_by_its_turn(story: Story) -
 # --- after
 
 
-def test_a_failing_after_is_retried_and_then_stops_the_roll_whatever_max_failures_allows(story: Story) -> None:
+def test_scenario_18_a_failing_after_is_retried_and_then_stops_the_roll_whatever_max_failures_allows(
+    story: Story,
+) -> None:
     done = story.done["after fails"]
     assert done.code == 1, done.out + done.err
     tries = [f"after deployed, attempt {attempt}" for attempt in (1, 2, 3)]
@@ -407,13 +411,15 @@ def test_a_failing_after_is_retried_and_then_stops_the_roll_whatever_max_failure
     assert "still out: web1" in done.err
 
 
-def test_where_after_failed_the_new_version_stays_and_the_rotation_counts_as_unknown(story: Story) -> None:
+def test_scenario_18_where_after_failed_the_new_version_stays_and_the_rotation_counts_as_unknown(story: Story) -> None:
     assert story.current["after fails"]["web1"] == "1.0.0"
     machines = {machine["name"]: machine for machine in story.seen["status after"]["machines"]}
     assert machines["web1"]["outcome"] == "rotation_unknown"
     assert machines["web7"]["outcome"] == ""
     assert story.seen["status after"]["summary"]["state"] == "failed"
-    assert [bracket["machine"] for bracket in story.seen["open after"]] == ["web1"]
+    [bracket] = story.seen["open after"]
+    assert (bracket["machine"], bracket["label"]) == ("web1", "1.0.0-other")
+    assert bracket["since"] > story.seen["status after"]["summary"]["started"], "since when, and by which release"
 
 
 def test_a_machine_that_could_not_be_put_back_stays_listed_and_may_be_closed_again(story: Story) -> None:

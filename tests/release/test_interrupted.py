@@ -27,7 +27,7 @@ class World:
         self.farm = farm
         self.name = ""
 
-    def set_up(self, name: str, opening: str = "true", **process: object) -> None:
+    def set_up(self, name: str, opening: str = "true", strategy: object = "rolling", **process: object) -> None:
         """The files of one test, whose release is called as it is. `opening` is a part of what opens the VPN."""
         self.name = name
         self.folder.mkdir()
@@ -57,7 +57,7 @@ class World:
                     "roles": ["web"],
                     "deploy": "web",
                     "to": root,
-                    "strategy": "rolling",
+                    "strategy": strategy,
                     "rotation": "web",
                     "apply": ["switch", {"name": "configure", "script": "deploy/configure.sh", "timeout": "60s"}],
                     "verify": [{"command": ["deploy/check.sh", "${package.version}"]}],
@@ -102,6 +102,18 @@ class World:
         """The scripts on the machines may end."""
         (self.folder / "go").touch()
 
+    def family(self, what: str, machine: str) -> list[int]:
+        """Those of a waiting script and its child that live."""
+        pids = (self.folder / f"{what}-{machine}").read_text().split()
+        return [
+            f"{pid} {open('/proc/%s/stat' % pid).read()[:200]} {open('/proc/%s/cmdline' % pid).read()}"
+            for pid in pids
+            if os.path.exists(f"/proc/{pid}")
+        ]
+
+    def cancel(self, *words: object) -> None:
+        self.farm.do("release", "cancel", "-e", self.name, *words)
+
     @property
     def status(self) -> Any:
         return self.farm.do("release", "status", "-e", self.name, "--json").json
@@ -113,10 +125,13 @@ class World:
 
 
 def _waiting(what: str, go: Path, diary: Path) -> str:
-    """A script that begins, waits for the file `go`, and ends."""
+    """A script that begins, waits for the file `go` (with a child in a session of its own), and ends."""
+    family = f"{diary.parent}/{what}-$MACHINE"
     return (
         f"#!/bin/sh\necho $MACHINE {what} begins $DEPLOYMENT >> {diary}\n"
-        f"until [ -e {go} ]; do sleep 0.02; done\necho $MACHINE {what} ends $DEPLOYMENT >> {diary}\n"
+        f"[ -e {go} ] || {{ setsid sleep 600 & echo $! $$ > {family}; }}\n"
+        f"until [ -e {go} ]; do sleep 0.02; done\n[ ! -e {family} ] || kill $!\n"
+        f"echo $MACHINE {what} ends $DEPLOYMENT >> {diary}\n"
     )
 
 
@@ -323,7 +338,9 @@ def test_resume_takes_up_the_before_that_a_killed_engine_left_running(world: Wor
 # --- twice at once
 
 
-def test_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hears_who_holds(world: World) -> None:
+def test_scenario_28_of_two_deployments_at_once_exactly_one_runs_and_whoever_else_comes_hears_who_holds(
+    world: World,
+) -> None:
     world.set_up("twice")
     world.farm.do("release", "create", "twice", "--package", "web=1.0.0")
     both = [world.deploy(), world.deploy()]
@@ -355,7 +372,7 @@ def _interrupt(engine: Process) -> str:
     return engine.err
 
 
-def test_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(world: World) -> None:
+def test_scenario_30_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(world: World) -> None:
     world.set_up("cancelled")
     engine = world.begin()
     world.until("web1 configure begins")
@@ -370,7 +387,7 @@ def test_ctrl_c_lets_the_machine_in_flight_come_to_its_end_and_starts_no_other(w
     assert world.out == []
 
 
-def test_ctrl_c_twice_leaves_at_once_and_says_what_is_open(world: World) -> None:
+def test_scenario_30_ctrl_c_twice_leaves_at_once_and_says_what_is_open(world: World) -> None:
     world.set_up("left")
     engine = world.begin()
     world.until("web1 configure begins")
@@ -391,7 +408,9 @@ def test_ctrl_c_twice_leaves_at_once_and_says_what_is_open(world: World) -> None
     assert world.lines[-1] == "web1 after put_back"
 
 
-def test_ctrl_c_before_acquisition_undoes_what_was_opened_and_opens_nothing_more(world: World) -> None:
+def test_scenarios_10_and_30_ctrl_c_before_acquisition_undoes_what_was_opened_and_opens_nothing_more(
+    world: World,
+) -> None:
     folder = world.farm.folder / "early"
     waits = f"echo vpn opens >> {folder}/diary; until [ -e {folder}/go ]; do sleep 0.02; done"
     world.set_up("early", opening=waits)
@@ -402,6 +421,122 @@ def test_ctrl_c_before_acquisition_undoes_what_was_opened_and_opens_nothing_more
     assert engine.result().code == 130
     assert world.lines == ["vpn opens", "vpn open", "vpn closed"]
     assert not (world.folder / "srv").exists()
+
+
+def test_scenario_30_a_cancel_during_before_lets_that_machine_come_to_its_end(world: World) -> None:
+    world.set_up("while-out")
+    (world.folder / "go-before").unlink()
+    world.go()
+    engine = world.begin()
+    world.until("web1 before begins")
+    world.cancel("-m", "wrong version")
+    wait_for(lambda: "decided: cancel" in engine.out)
+    (world.folder / "go-before").touch()
+    done = engine.result()
+    assert done.code == 130, done.out + done.err
+    assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]
+    assert world.status["summary"]["state"] == "cancelled"
+    assert world.out == []
+
+
+def test_scenario_30_cancel_now_kills_before_with_its_children_and_puts_the_machine_back(world: World) -> None:
+    world.set_up("now-while-out")
+    (world.folder / "go-before").unlink()
+    engine = world.begin()
+    world.until("web1 before begins")
+    wait_for((world.folder / "before-web1").exists)
+    assert len(world.family("before", "web1")) == 2
+    world.cancel("--now")
+    done = engine.result()
+    assert done.code == 130, done.out + done.err
+    assert world.family("before", "web1") == []
+    assert world.lines == [*OPENED, "web1 before begins", "web1 after not_started", "vpn closed"]
+    assert world.status["summary"]["state"] == "cancelled"
+    assert world.out == []
+
+
+def test_scenario_30_cancel_now_kills_the_script_on_a_machine_with_its_children_and_lists_the_machine(
+    world: World,
+) -> None:
+    world.set_up("now")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    wait_for((world.folder / "configure-web1").exists)
+    assert len(world.family("configure", "web1")) == 2
+    world.cancel("--now")
+    done = engine.result()
+    assert done.code == 130, done.out + done.err
+    assert world.family("configure", "web1") == []
+    assert "web1 configure ends" not in world.lines
+    assert world.lines[-1] == "vpn closed"
+    assert [line for line in world.lines if line.startswith("web2")] == []
+    # It was switched, and nobody knows how far its script came.
+    assert world.out == ["web1"]
+    assert "still out: web1" in done.err
+    assert world.status["summary"]["state"] == "cancelled"
+
+
+def test_scenario_30_a_cancel_at_a_gate_ends_it_there(world: World) -> None:
+    gate = {"name": "look", "ask": "Is it good?"}
+    world.set_up("gated", strategy={"rolling": {"phases": [{"machines": 1, "gate": gate}, {"window": 1}]}})
+    world.go()
+    engine = world.begin()
+    wait_for(lambda: "'look' waits for" in engine.out or not engine.is_alive)
+    world.cancel()
+    done = engine.result()
+    assert done.code == 130, done.out + done.err
+    assert world.lines == [*OPENED, *turn("web1"), "vpn closed"]
+    assert world.status["summary"]["state"] == "cancelled"
+    assert world.out == []
+
+
+# --- paused
+
+
+def test_a_pause_lets_nothing_new_start_until_a_person_lets_it_go_on(world: World) -> None:
+    world.set_up("paused")
+    engine = world.begin()
+    world.until("web1 configure begins")
+    world.farm.do("release", "pause", "-e", "paused", "-m", "the network is being changed")
+    wait_for(lambda: "decided: pause" in engine.out or not engine.is_alive)
+    world.go()
+    wait_for(lambda: "paused: the network is being changed" in engine.out or not engine.is_alive)
+    assert world.lines == [*OPENED, *turn("web1")], "what was in flight came to its end, and nothing else began"
+    assert "the network is being changed" in world.farm.do("release", "status", "-e", "paused").out
+    engine.kill()
+
+    # Nobody looks, and it stays paused.
+    heir = world.farm.call("release", "resume", "-e", "paused", "--no-wait")
+    assert heir.code == 3, heir.out + heir.err
+    assert world.lines == [*OPENED, *turn("web1")]
+    world.farm.do("release", "go-on", "-e", "paused")
+    done = world.farm.call("release", "resume", "-e", "paused")
+    assert done.code == 0, done.out + done.err
+    assert world.lines == [*OPENED, *turn("web1"), *turn("web2"), "vpn closed"]
+
+
+# --- another machine under a known name
+
+
+def test_scenario_38_a_machine_that_was_made_anew_under_its_name_is_not_accepted_silently(world: World) -> None:
+    known = world.farm.add_agent("web9")
+    world.set_up("reimaged")
+    world.go()
+    home = world.farm.folder / "reimaged-home"
+    relay = ("--relay", world.farm.urls["fra"], "--trust", world.farm.home / "trust" / "trust.json", "--json")
+    made = world.farm.do("agent", "init", "--home", home, "--name", "web9", "--site", "fra", *relay).json
+    with Process(home, "agent", "serve", "--home", home) as stranger:
+        wait_for(lambda: " ready at " in stranger.out + stranger.err or not stranger.is_alive)
+        try:
+            refused = world.begin().result()
+        finally:
+            stranger.stop()
+            world.farm.agents.pop("web9")
+    assert refused.code == 1, refused.out + refused.err
+    told = refused.out + refused.err
+    assert f"web9: it has the key {made['fingerprint']}" in told, "the fingerprint that was presented"
+    assert known.key in told, "the one that was expected"
+    assert "web1 before begins" not in world.lines
 
 
 # --- too late

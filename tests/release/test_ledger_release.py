@@ -48,7 +48,7 @@ def received(farm: Farm, site: str) -> float:
     return sum(map(float, told))
 
 
-def test_the_ledger_of_a_cascade_agrees_with_what_the_relays_counted(farm: Farm) -> None:
+def test_scenario_07_the_ledger_of_a_cascade_agrees_with_what_the_relays_counted(farm: Farm) -> None:
     first = deployed(farm, "1.0.0")
     lines = {line["line"]: line for line in first["lines"]}
     assert set(lines) == {"origin → fra", "fra → iad", "iad → web1", "iad → web2"}

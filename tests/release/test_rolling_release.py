@@ -60,12 +60,18 @@ class Farmyard:
         self.balancer = farm.folder / "balancer"
         self.balancer.mkdir()
         note = f'echo "$MACHINE $WHAT|$(ls {self.balancer} | wc -l)" >> {self.diary}\n'
-        farm.write_script("environments/lb/out.sh", f"#!/bin/sh\nrm -f {self.balancer}/$MACHINE\nWHAT=before\n{note}")
+        farm.write_script(
+            "environments/lb/out.sh",
+            f'#!/bin/sh\nrm -f {self.balancer}/$MACHINE\nWHAT=before\n{note}[ "$VAR_WORK" != before-fails ]\n',
+        )
         farm.write_script(
             "environments/lb/in.sh",
             f'#!/bin/sh\nWHAT="after $OUTCOME"\n{note}touch {self.balancer}/$MACHINE {farm.folder}/$MACHINE-through\n',
         )
-        farm.write_script("environments/lb/state.sh", f"#!/bin/sh\n[ -e {self.balancer}/$MACHINE ]\n")
+        farm.write_script(
+            "environments/lb/state.sh",
+            f"#!/bin/sh\n[ ! -e {farm.folder}/nobody-can-tell ] || exit 2\n[ -e {self.balancer}/$MACHINE ]\n",
+        )
         farm.write_script(
             "deploy/work.sh",
             "#!/bin/sh\n"
@@ -86,6 +92,7 @@ class Farmyard:
         probe: dict[str, str] | None = None,
         out: tuple[str, ...] = (),
         version: str = "1.0.0",
+        words: tuple[str, ...] = (),
     ) -> Rolled:
         """Deploy into an environment of its own; all but the machines `out` are in service at its beginning."""
         self.diary.write_text("")
@@ -124,7 +131,7 @@ class Farmyard:
             rotation={"web": {"before": "lb/out.sh", "after": "lb/in.sh", **(probe or {})}},
         )
         label = f"{environment}-{version}"
-        done = self.farm.call("release", "deploy", label, "-e", environment, "--package", f"web={version}")
+        done = self.farm.call("release", "deploy", label, "-e", environment, "--package", f"web={version}", *words)
         lines = [line.rpartition("|") for line in self.diary.read_text().splitlines()]
         diary = [(*line.split(" ", 1), int(count)) for line, _, count in lines]
         return Rolled(done, diary, self.farm.status() if done.code != 2 else None)  # type: ignore[arg-type]
@@ -165,11 +172,11 @@ def test_the_first_phase_is_through_before_the_second_begins(phased: Rolled) -> 
     assert [line[:2] for line in phased.diary[:2]] == [("web1", "before"), ("web1", "after deployed")]
 
 
-def test_never_more_machines_are_in_flight_than_the_window_has_places(phased: Rolled) -> None:
+def test_scenario_03_never_more_machines_are_in_flight_than_the_window_has_places(phased: Rolled) -> None:
     assert max(len(flying) for flying in phased.in_flight) == 2
 
 
-def test_the_window_slides_the_next_machine_starts_when_any_ends(phased: Rolled) -> None:
+def test_scenario_03_the_window_slides_the_next_machine_starts_when_any_ends(phased: Rolled) -> None:
     slow_end = phased.at("web2", "after")
     # Of a window that moved on as a whole, web4 would wait for web2, which waits for web4.
     assert phased.at("web3", "after") < phased.at("web4", "before") < phased.at("web4", "after") < slow_end
@@ -215,11 +222,18 @@ def test_a_name_that_nothing_has_is_an_error_and_not_an_empty_answer(
     assert yard.farm.do("release", "log", "WEB1").code == 0
 
 
-def test_by_default_the_first_failure_stops_the_roll(yard: Farmyard) -> None:
-    rolled = yard.roll_over_an_old_one("none-may-fail", THREE, {"window": 1}, work={"web2": "fails"})
+@pytest.mark.parametrize(("fails", "outcome"), [("before-fails", "not_started"), ("fails", "kept_old")])
+def test_scenarios_13_and_16_a_failure_before_the_switch_puts_the_machine_back_and_stops_the_roll(
+    yard: Farmyard, fails: str, outcome: str
+) -> None:
+    rolled = yard.roll_over_an_old_one(f"stopped-{fails}", THREE, {"window": 1}, work={"web2": fails})
     assert rolled.done.code == 1, rolled.done.out + rolled.done.err
     assert rolled.begun == ["web1", "web2"]
-    assert rolled.outcomes == {"web1": "deployed", "web2": "kept_old", "web3": ""}
+    assert rolled.outcomes == {"web1": "deployed", "web2": outcome, "web3": ""}
+    assert rolled.diary[-1][:2] == ("web2", f"after {outcome}")
+    assert {path.name for path in yard.balancer.iterdir()} == set(THREE), "all are in service"
+    assert yard.farm.do("rotation", "list", "-e", f"stopped-{fails}", "--json").json["open"] == []
+    assert rolled.status["summary"]["state"] == "failed"
     assert "web2" in rolled.status["summary"]["reason"]
 
 
@@ -260,6 +274,24 @@ def test_the_machines_in_service_never_become_fewer_than_the_minimum_whatever_th
     assert min(count for _, _, count in probed.diary) == 4
     assert max(len(flying) for flying in probed.in_flight) == 1
     assert "in fact at most 1 at a time" in probed.done.out
+
+
+def test_a_probe_that_cannot_tell_twice_pauses_the_roll_until_a_person_lets_it_go_on(yard: Farmyard) -> None:
+    blind = yard.farm.folder / "nobody-can-tell"
+    blind.touch()
+    rolled = yard.roll("blind", THREE, {"window": 1}, probe={"probe": "lb/state.sh"}, words=("--no-wait",))
+    assert rolled.done.code == 3, rolled.done.out + rolled.done.err
+    assert rolled.begun == [], "nobody guesses who is in service"
+    assert rolled.status["summary"]["state"] == "paused"
+    assert "cannot tell whether web1, web2, web3" in rolled.status["paused"]["reason"]
+    assert "go-on" in yard.farm.do("release", "status", "-e", "blind").out
+    blind.unlink()
+    still = yard.farm.call("release", "resume", "-e", "blind", "--no-wait")
+    assert still.code == 3, "that it can tell now is for a person to see"
+    yard.farm.do("release", "go-on", "-e", "blind", "-m", "the balancer is back")
+    done = yard.farm.call("release", "resume", "-e", "blind")
+    assert done.code == 0, done.out + done.err
+    assert {machine["outcome"] for machine in yard.farm.status()["machines"]} == {"deployed"}
 
 
 def test_a_minimum_that_cannot_be_kept_is_refused_before_anything_starts(yard: Farmyard) -> None:

@@ -452,7 +452,7 @@ def test_the_search_knows_every_form_of_a_value(coded: Any) -> None:
 
 
 @pytest.mark.parametrize("secret", [LB_TOKEN, LB_PIN], ids=["from a file", "from the environment"])
-def test_a_server_secret_is_on_no_disk_and_on_no_wire(world: World, secret: str) -> None:
+def test_scenario_05_a_server_secret_is_on_no_disk_and_on_no_wire(world: World, secret: str) -> None:
     assert places_of(secret, *everywhere(world)) == []
     assert not holds(world.tap.bytes, secret)
 
@@ -460,7 +460,7 @@ def test_a_server_secret_is_on_no_disk_and_on_no_wire(world: World, secret: str)
 @pytest.mark.parametrize(
     "secret", [LB_TOKEN, LB_PIN, APP_KEY], ids=["from a file", "from the environment", "machine's"]
 )
-def test_no_command_prints_a_secret(world: World, secret: str) -> None:
+def test_scenario_05_no_command_prints_a_secret(world: World, secret: str) -> None:
     assert len(world.told) > 12
     assert [what for what, text in world.told.items() if holds(text.encode(), secret)] == []
 
@@ -540,7 +540,7 @@ def test_a_machine_secret_is_known_to_no_process_but_its_script(world: World) ->
     assert any(b"configure.py" in each.cmdline for each in knowing.values()), "the script itself was not looked at"
 
 
-def test_a_machine_script_that_prints_its_secret_gives_stars(world: World) -> None:
+def test_scenario_33_a_machine_script_that_prints_its_secret_gives_stars(world: World) -> None:
     log = world.told["release log"]
     line = next(line for line in log.splitlines() if LOG_MARKER in line and "configure" in line)
     # Python's repr of the bytes shows the value between b' and '.

@@ -297,7 +297,9 @@ def test_scenario_10_where_pre_acquisition_fails_no_byte_moves_and_what_it_opene
     assert "exit status 7" in deed.status["summary"]["reason"]
 
 
-def test_scenario_10_where_acquisition_fails_no_step_begins_and_everything_is_undone(deeds: dict[str, Deed]) -> None:
+def test_scenarios_10_and_11_where_acquisition_fails_no_step_begins_and_everything_is_undone(
+    deeds: dict[str, Deed],
+) -> None:
     deed = deeds["no place"]
     assert deed.done.code == 1
     assert deed.diary[1:] == ["store is open", "store is closed", "down, UNDO=1"]
@@ -399,7 +401,7 @@ def test_an_answer_that_does_not_match_is_refused_before_anything_runs(world: Wo
 # --- again
 
 
-def test_the_same_again_is_already_current_with_no_bracket_and_no_script(deeds: dict[str, Deed]) -> None:
+def test_scenario_32_the_same_again_is_already_current_with_no_bracket_and_no_script(deeds: dict[str, Deed]) -> None:
     deed = deeds["same"]
     assert deed.done.code == 0, deed.done.err
     assert deed.of("web1") == deed.of("web2") == []

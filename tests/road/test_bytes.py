@@ -88,7 +88,9 @@ async def pull_onto_many(
     return await asyncio.gather(*map(one, names))
 
 
-async def test_a_first_package_crosses_the_line_to_each_site_once_and_no_more_than_its_chunks(tmp_path: Path) -> None:
+async def test_scenario_07_a_first_package_crosses_the_line_to_each_site_once_and_no_more_than_its_chunks(
+    tmp_path: Path,
+) -> None:
     origin = OriginHome(tmp_path / "origin")
     id, version = some_package(tmp_path, "Shop.Web.1.0.0.nupkg", 30 << 20, origin)
     manifest = await origin.manifest(id, version)
@@ -108,7 +110,7 @@ async def test_a_first_package_crosses_the_line_to_each_site_once_and_no_more_th
             assert site.line.counts.total - counts.total < 8 << 10, "running it again asks, and sends nothing"
 
 
-async def test_sixty_machines_cost_the_origin_no_byte_more_than_six(tmp_path: Path) -> None:
+async def test_scenario_07_sixty_machines_cost_the_origin_no_byte_more_than_six(tmp_path: Path) -> None:
     origin = OriginHome(tmp_path / "origin")
     id, version = some_package(tmp_path, "newtonsoft.json.13.0.3.nupkg", 6 << 20, origin)
     manifest = await origin.manifest(id, version)
@@ -219,7 +221,7 @@ def made_files() -> dict[str, bytes]:
     return files | {"lib/net8.0/Large.dll": noise("large", 300_000), "data/model.bin": noise("model", 9 << 20)}
 
 
-async def test_of_a_next_version_with_one_changed_file_only_its_chunks_move(tmp_path: Path) -> None:
+async def test_scenario_07_of_a_next_version_with_one_changed_file_only_its_chunks_move(tmp_path: Path) -> None:
     origin = OriginHome(tmp_path / "origin")
     files, nupkgs = made_files(), []
     for number, path in enumerate([None, *ONE_CHANGED]):

@@ -184,7 +184,7 @@ async def test_without_an_attack_this_relay_is_a_good_one(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if not attack.late], ids=str)
-async def test_a_lying_relay_is_named_and_the_next_one_gives_the_rest(stage: Stage, attack: Attack) -> None:
+async def test_scenario_09_a_lying_relay_is_named_and_the_next_one_gives_the_rest(stage: Stage, attack: Attack) -> None:
     evil = await stage.evil(attack)
     stage.machine.prefer(evil.url, stage.honest.url)
 
@@ -214,7 +214,7 @@ async def test_who_lies_when_all_is_there_is_named_all_the_same(stage: Stage, at
 
 
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if not attack.late], ids=str)
-async def test_a_lying_relay_alone_changes_nothing_on_the_machine(stage: Stage, attack: Attack) -> None:
+async def test_scenario_09_a_lying_relay_alone_changes_nothing_on_the_machine(stage: Stage, attack: Attack) -> None:
     evil = await stage.evil(attack)
     stage.machine.prefer(evil.url)
     before = held(stage.machine.home, stage.machine.root)

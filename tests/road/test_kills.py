@@ -144,7 +144,7 @@ def check_twice(whole: int, lines: Lines) -> None:
 
 
 @points
-async def test_a_pull_goes_on_at_the_next_relay_when_its_relay_is_killed(
+async def test_scenario_08_a_pull_goes_on_at_the_next_relay_when_its_relay_is_killed(
     point: int, heavy: Heavy, rng: random.Random, tmp_path: Path
 ) -> None:
     machine = Machine.made(tmp_path / "machine", heavy.origin.pins)

@@ -284,7 +284,7 @@ AWKWARD_ONES = st.text(AWKWARD, min_size=4, max_size=12).filter(lambda text: tex
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_secret_is_masked_whatever_wrote_it_and_wherever_it_is_cut(writer: str) -> None:
+def test_scenario_33_a_secret_is_masked_whatever_wrote_it_and_wherever_it_is_cut(writer: str) -> None:
     for secret, step in (("hunter2!", 3), (AWKWARD, 17)):
         stream = _written(writer, secret)
         masker = Masker([secret])
@@ -312,7 +312,7 @@ def _is_masked(shown: bytes) -> None:
     assert re.fullmatch(rb"token: [$'\"\\]{0,6}(\*{8})+[A-Za-z0-9_'\"\\=-]{0,6}, and more", shown), shown
 
 
-def test_each_line_of_a_secret_is_masked_also_inside_other_text() -> None:
+def test_scenario_33_each_line_of_a_secret_is_masked_also_inside_other_text() -> None:
     secret = "-----BEGIN KEY-----\nMIIBVgIBADANBg\nab\nkqhkiG9w0BAQ\n-----END KEY-----\n"
     shown = in_pieces(Masker([secret]), json.dumps({"key": secret}).encode(), [30])
     assert shown == b'{"key": "********"}'

@@ -595,7 +595,9 @@ async def test_secrets_never_reach_the_disk_in_any_form(folder: Path) -> None:
     assert said.count(MASK) >= 17
 
 
-async def test_a_quiet_scripts_last_line_is_seen_though_it_has_no_end_and_could_become_a_secret(folder: Path) -> None:
+async def test_scenario_33_a_quiet_scripts_last_line_is_seen_though_it_has_no_end_and_could_become_a_secret(
+    folder: Path,
+) -> None:
     go = folder.parent / "go"
     script = f"printf 'your name, te'; while [ ! -e {go} ]; do sleep 0.02; done; echo ' is taken'"
     seen = bytearray()
@@ -613,7 +615,7 @@ async def test_a_quiet_scripts_last_line_is_seen_though_it_has_no_end_and_could_
     assert printed(bytes(seen)) == b"your name, te is taken\n"
 
 
-async def test_a_scripts_last_bytes_are_not_lost_with_its_end(folder: Path) -> None:
+async def test_scenario_33_a_scripts_last_bytes_are_not_lost_with_its_end(folder: Path) -> None:
     environment = {"SECRET_A": "tea-for-two"}
     await ran(folder, "printf 'it is tea-for-t'", environment, secret_names=("SECRET_A",))
     assert output(folder) == b"it is tea-for-t"

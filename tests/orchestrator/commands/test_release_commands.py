@@ -99,7 +99,7 @@ def test_a_plan_knows_sizes_from_the_depot(origin: Desk) -> None:
     assert document["forecast"]["sites"][0]["at_most"] > 0
 
 
-def test_every_mistake_of_both_files_is_told_at_once_each_in_its_line(desk: Desk) -> None:
+def test_scenario_40_every_mistake_of_both_files_is_told_at_once_each_in_its_line(desk: Desk) -> None:
     desk.write("release.yaml", PROCESS | {"stepz": [], "project": ""})
     desk.write("environments/production.yaml", ENVIRONMENT | {"machinez": {}})
     done = desk.call("release", "plan", "--environment", "production", "--package", "web=1.0.0")
@@ -109,6 +109,22 @@ def test_every_mistake_of_both_files_is_told_at_once_each_in_its_line(desk: Desk
     assert re.search(r"release\.yaml:\d+: project: ", done.err)
     assert re.search(r"production\.yaml:\d+: machinez: ", done.err)
     assert len(done.err.strip().splitlines()) >= 3
+
+
+def test_scenario_40_a_plan_tells_what_no_deployment_could_begin_with_and_contacts_nobody(desk: Desk) -> None:
+    """The relay's address has nobody behind it, and no error is about that."""
+    (desk.project / "release.yaml").write_text(
+        "format: 1\nproject: shop\npackages: { web: Acme.Web }\n"
+        "variables: { a: '${b}', b: '${a}', change: { prompt: Change ticket } }\n"
+        "steps:\n"
+        "  - { name: one, roles: [web], deploy: web, to: /srv/one, strategy: { rolling: { window: 0 } } }\n"
+        "  - { name: two, deploy: web, to: /srv/two }\n"
+        "  - { name: three, run_on: server, commands: [ [echo, '${change}', '${a}'] ] }\n"
+    )
+    done = desk.call("release", "plan", "--environment", "production", "--package", "web=1.0.0")
+    assert (done.code, done.out) == (2, "")
+    for line, what in ((4, "a → b → a"), (4, "Change ticket"), (6, "window: is 0"), (7, "steps[1]")):
+        assert re.search(rf"release\.yaml:{line}: .*{re.escape(what)}", done.err), (what, done.err)
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,13 @@ def test_a_clock_that_is_wrong_at_every_relay_is_wrong() -> None:
 # --- strangers
 
 
-def test_a_strangers_presence_under_its_name_changes_nothing() -> None:
+def test_scenario_38_a_strangers_presence_under_its_name_changes_nothing() -> None:
     stranger = shown(0.0, keys=Keys(), start="s", started=NOW - 5)
     found = merge_presences([MACHINE], {"a": [stranger, shown(2.0), stranger], "b": [stranger]}, NOW)
     assert found.missing == {}
     assert found.present["web1"].signing == OWN.signing
+    assert MACHINE.key in found.strangers["web1"], "but it is known, with what was expected"
+    assert merge_presences([MACHINE], {"a": [shown(2.0)]}, NOW).strangers == {}
 
 
 # --- a copied home

@@ -586,7 +586,7 @@ def test_a_prompt_whose_pattern_is_broken_is_told_at_the_pattern() -> None:
     assert "variables.a.match: is no regular expression" in mistakes(text, prompts={"a": "x"})[0]
 
 
-def test_a_secret_of_the_server_goes_to_no_machine() -> None:
+def test_scenario_05_a_secret_of_the_server_goes_to_no_machine() -> None:
     step = FARM + ", apply: [ { script: x.sh, secrets: [chat_hook] }, switch ]"
     told = mistakes(process(step, "secrets: { chat_hook: { available_to: server } }\n"))
     assert len(told) == 1

@@ -82,7 +82,7 @@ def test_the_largest_file_is_read_and_one_byte_more_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"abc", b"abc\n"])
-def test_what_is_too_short_to_be_masked_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_scenario_33_what_is_too_short_to_be_masked_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(SecretRefusedError, match="fewer than 4"):
         of_file(secret_file(tmp_path, data))
 

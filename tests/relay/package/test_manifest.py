@@ -174,7 +174,7 @@ def test_parts_must_stand_in_stream_order_and_once():
 @pytest.mark.parametrize(
     "path", ["../x.txt", "/x.txt", "a/../x.txt", "c:/x.txt", "a//x.txt", "a\\x.txt", "a/./x.txt", "a\0.txt", "", "con/"]
 )
-def test_a_path_that_leaves_the_tree_is_refused(path):
+def test_scenario_37_a_path_that_leaves_the_tree_is_refused(path):
     body = cut_package({"zz.txt": b"x"}).manifest.body
     parts = tuple(msgspec.structs.replace(p, path=path) if p.path == "zz.txt" else p for p in body.parts)
     with pytest.raises(ManifestError):

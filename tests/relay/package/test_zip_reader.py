@@ -579,7 +579,7 @@ BAD_NAMES: list[str | bytes] = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: ascii(name)[:40])
-def test_a_bad_name_is_refused_and_never_mended(name: str | bytes) -> None:
+def test_scenario_37_a_bad_name_is_refused_and_never_mended(name: str | bytes) -> None:
     assert rule_of(craft(Member(name, TEXT))) == "name"
 
 
@@ -660,7 +660,7 @@ def test_folders_that_differ_in_case_are_no_collision() -> None:
 
 @pytest.mark.parametrize("kind", [0o120777, 0o060660, 0o020660, 0o010660, 0o140777])
 @pytest.mark.parametrize("made_by", [0x0314, 0x0014])
-def test_a_link_or_device_is_refused(kind: int, made_by: int) -> None:
+def test_scenario_37_a_link_or_device_is_refused(kind: int, made_by: int) -> None:
     assert rule_of(craft(Member("a", b"/etc/passwd", made_by=made_by, attributes=kind << 16))) == "link"
     assert rule_of(craft(Member("a/", method=0, made_by=made_by, attributes=kind << 16))) == "link"
 
@@ -717,7 +717,7 @@ def test_no_ratio_refuses_honest_content() -> None:
     assert (read["template.mdf"], read["sample.csv"]) == (zeros, equal_lines)
 
 
-def test_what_parts_inflate_to_together_is_bounded() -> None:
+def test_scenario_37_what_parts_inflate_to_together_is_bounded() -> None:
     many = [Member(str(number), bytes(60_000)) for number in range(10)]
     assert len(walked(craft(*many), inflated=600_000 + len(NUSPEC))) == 11
     assert rule_of(craft(*many), inflated=600_000) == "size"
@@ -744,7 +744,7 @@ def test_a_part_that_holds_more_or_less_than_it_says_is_refused() -> None:
         assert reading_rule_of(craft(Member("a", TEXT, local=lie, central=lie)), "a") == "size"
 
 
-def test_a_part_that_says_little_and_inflates_without_end_stops_at_once() -> None:
+def test_scenario_37_a_part_that_says_little_and_inflates_without_end_stops_at_once() -> None:
     lie = {"size": 100}
     data = craft(Member("a", bytes(50 << 20), local=lie, central=lie))
     (entry,) = [entry for entry in walked(data) if entry.path == "a"]

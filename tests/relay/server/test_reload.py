@@ -85,7 +85,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
         yield made
 
 
-async def test_a_revoked_token_stops_the_next_request_and_a_new_one_counts(served: Served) -> None:
+async def test_scenario_38_a_revoked_token_stops_the_next_request_and_a_new_one_counts(served: Served) -> None:
     async with served.client(OLD[0]) as old, served.client(KEPT[0]) as kept, served.client(NEW[0]) as new:
         assert await old.packages() == []
         with pytest.raises(TokenRefusedError, match="unknown, revoked or has ended"):
