@@ -104,12 +104,8 @@ class World:
 
     def family(self, what: str, machine: str) -> list[int]:
         """Those of a waiting script and its child that live."""
-        pids = (self.folder / f"{what}-{machine}").read_text().split()
-        return [
-            f"{pid} {open('/proc/%s/stat' % pid).read()[:200]} {open('/proc/%s/cmdline' % pid).read()}"
-            for pid in pids
-            if os.path.exists(f"/proc/{pid}")
-        ]
+        pids = map(int, (self.folder / f"{what}-{machine}").read_text().split())
+        return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
     def cancel(self, *words: object) -> None:
         self.farm.do("release", "cancel", "-e", self.name, *words)
