@@ -379,5 +379,6 @@ def report(rolled: Rolled, judged: Sequence[Promise]) -> dict[str, Any]:
         "failed": rolled.load.failed,
         "versions": rolled.load.versions,
         "seconds": rolled.seconds,
+        "survived": asdict(rolled.survived),
         "promises": [asdict(promise) for promise in judged],
     }

@@ -38,7 +38,7 @@ from orchestrator.journal.events import (
 from orchestrator.locks.locks import holder
 from orchestrator.paths import operator
 from orchestrator.releases.what_differs import NO_FILES, Files, what_differs
-from relay.errors import RefusedError, StoreError, UnreachableError, WaystationError
+from relay.errors import NotFoundError, RefusedError, StoreError, UnreachableError, WaystationError
 from relay.support.together import together, told_if_slow
 
 if TYPE_CHECKING:
@@ -384,8 +384,24 @@ async def _note_refusals(context: DeploymentContext, before: Mapping[str, Sequen
     here = await context.fleet.presences()
     for name, presence in here.present.items():
         for text in presence.refused:
-            if text not in before.get(name, ()) and f" {context.recorder.deployment}/" not in text:
+            if text not in before.get(name, ()) and not await asyncio.to_thread(_is_of_ours, context, text):
                 await context.recorder.record(Refused(name, text))
+
+
+def _is_of_ours(context: DeploymentContext, refusal: str) -> bool:
+    """Whether it is about a letter of this deployment, or about one of an earlier deployment that a relay brought late."""
+    code, _, rest = refusal.partition(": ")
+    deployment = rest.partition("/")[0]
+    if deployment == context.recorder.deployment:
+        return True
+    if code != "fenced_off":
+        return False
+    try:
+        # Only what was signed by an order key comes so far that its fence is looked at.
+        context.recorder.journal.deployment(deployment)
+    except NotFoundError:
+        return False
+    return True
 
 
 async def _acknowledge(context: DeploymentContext, machine: str) -> None:

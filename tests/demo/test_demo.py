@@ -157,6 +157,10 @@ def check_release(release: dict) -> None:
     assert release["failed"] == 0
     assert set(release["versions"]) == {"1.0.0", "2.0.0"}
     assert sum(release["versions"].values()) == release["requests"] >= 800
+    assert (release["survived"]["state"], release["survived"]["deployments"]) == ("succeeded", 1)
+    assert release["survived"]["said"] == ["anna: approve"]
+    assert list(release["survived"]["switches"].values()) == [1] * 6
+    assert release["survived"]["after_the_loss"] > 2
     assert all(promise["held"] for promise in release["promises"])
 
 
@@ -392,7 +396,9 @@ def good_roll(module):
         tuple(load.Visit(n / 50, farm.FIRST if n < 60 else farm.SECOND, "", n % 2 == 0) for n in range(100))
     )
     standing = {name: log.Standing() for name in names}
-    return farm.Rolled(summary, log.Log(standing, tuple(changes), ()), 100, 9.0, dict.fromkeys(names, "deployed"))
+    survived = farm.Survived("succeeded", 1, "web0", ("anna: approve",), dict.fromkeys(names, 1), 5)
+    turns = dict.fromkeys(names, "deployed")
+    return farm.Rolled(summary, log.Log(standing, tuple(changes), ()), 100, 9.0, turns, survived)
 
 
 def machines_of(rolled):
@@ -441,9 +447,20 @@ def two_began(rolled):
     return replace(rolled, log=replace(rolled.log, changes=(first, early, second, *others[1:])))
 
 
+def survived(**otherwise):
+    return lambda rolled: replace(rolled, survived=replace(rolled.survived, **otherwise))
+
+
 @pytest.mark.parametrize(
     ("harm", "broken"),
     [
+        (survived(deployments=2), "the same deployment went on"),
+        (survived(state="interrupted"), "the same deployment went on"),
+        (survived(killed_in=""), "the same deployment went on"),
+        (survived(switches={f"web{n}": 1 + (n == 3) for n in range(6)}), "switched once"),
+        (survived(said=()), "was asked, and answered once"),
+        (survived(said=("anna: approve", "anna: approve")), "was asked, and answered once"),
+        (survived(after_the_loss=2), "no machine with it"),
         (one_failed, "no request failed"),
         (one_was_cut_silently, "HAProxy counted as many"),
         (only_the_new_one_was_seen, "both versions were seen"),

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 MACHINES = tuple(f"web{n}" for n in range(1, 7))
 SITES = ("fra", "iad")
-VERSIONS = ("1.0.0", "2.0.0")
+VERSIONS = ("1.0.0", "2.0.0", "3.0.0")
 IN_SERVICE, WINDOW = 4, 2
 ENVIRONMENT = "production"
 PERSON = "anna"
@@ -65,7 +65,7 @@ class Shop:
     # --- one release
 
     def next(self) -> tuple[str, str]:
-        """The label and version that follow; a version is never released twice in a row."""
+        """The label and version that follow; no machine runs it, also where the last one was cancelled."""
         self.deployed += 1
         return f"r{self.deployed}", VERSIONS[self.deployed % len(VERSIONS)]
 
@@ -298,7 +298,7 @@ class Rolling:
             self.answer_what_is_asked()
         return self.deaths[-1]
 
-    def through(self, *points: str) -> list[str]:
+    def through(self, *points: str, agents_died: bool = False) -> list[str]:
         """Kill it at each of the points that it comes to, one after another, until it is through; then all must be well.
 
         Gives those that it did not come to: what came first has changed the way.
@@ -310,7 +310,7 @@ class Rolling:
             if done.code == 0:
                 break
             left.remove(self.died_at(done))
-        self.shop.check(self.label, self.version)
+        self.shop.check(self.label, self.version, agents_died=agents_died)
         return left
 
     def until_it_comes_to(self, point: str) -> None:

@@ -490,23 +490,23 @@ def test_scenario_30_a_cancel_at_a_gate_ends_it_there(world: World) -> None:
 
 
 def test_a_pause_lets_nothing_new_start_until_a_person_lets_it_go_on(world: World) -> None:
-    world.set_up("paused")
+    world.set_up("resting")
     engine = world.begin()
     world.until("web1 configure begins")
-    world.farm.do("release", "pause", "-e", "paused", "-m", "the network is being changed")
+    world.farm.do("release", "pause", "-e", "resting", "-m", "the network is being changed")
     wait_for(lambda: "decided: pause" in engine.out or not engine.is_alive)
     world.go()
     wait_for(lambda: "paused: the network is being changed" in engine.out or not engine.is_alive)
     assert world.lines == [*OPENED, *turn("web1")], "what was in flight came to its end, and nothing else began"
-    assert "the network is being changed" in world.farm.do("release", "status", "-e", "paused").out
+    assert "the network is being changed" in world.farm.do("release", "status", "-e", "resting").out
     engine.kill()
 
     # Nobody looks, and it stays paused.
-    heir = world.farm.call("release", "resume", "-e", "paused", "--no-wait")
+    heir = world.farm.call("release", "resume", "-e", "resting", "--no-wait")
     assert heir.code == 3, heir.out + heir.err
     assert world.lines == [*OPENED, *turn("web1")]
-    world.farm.do("release", "go-on", "-e", "paused")
-    done = world.farm.call("release", "resume", "-e", "paused")
+    world.farm.do("release", "go-on", "-e", "resting")
+    done = world.farm.call("release", "resume", "-e", "resting")
     assert done.code == 0, done.out + done.err
     assert world.lines == [*OPENED, *turn("web1"), *turn("web2"), "vpn closed"]
 

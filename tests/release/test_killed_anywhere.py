@@ -7,6 +7,7 @@ One shop serves all of it, for as long as it takes. The short run draws a few po
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -29,7 +30,7 @@ ROUNDS = 100
 """Deployments of the long run whose engines die at any time."""
 ALIVE = 5.0
 """Seconds that such an engine lives at most. The longer it takes, the more: that it converges is to be seen."""
-KILLS = 50 if SOAK else 3
+KILLS = 50
 """Of agents, and of relays."""
 
 soak = pytest.mark.skipif(not SOAK, reason="the long run: WAYSTATION_SOAK=1")
@@ -48,17 +49,21 @@ def rolling(shop: Shop, folder: Path, drawn: random.Random) -> Rolling:
     return release
 
 
-def test_scenario_22_an_engine_that_dies_at_drawn_points_again_and_again_still_comes_through(
+def test_scenarios_22_and_26_engines_agents_and_relays_that_die_at_drawn_points_do_nothing_twice(
     shop: Shop, tmp_path: Path
 ) -> None:
     drawn = chance("points")
     release = rolling(shop, tmp_path, drawn)
-    for _ in range(DEATHS):
+    for number in range(DEATHS):
         count = drawn.randint(1, FURTHER)
         release.start(count=count)
+        if number % 2:
+            _agent_dies(shop, drawn)
+        else:
+            _relay_dies(shop, drawn)
         print(f"died {release.died_at(release.until_it_ends())}")
         assert release.came_to == count, "it died elsewhere"
-    assert release.through() == []
+    assert release.through(agents_died=True) == []
 
 
 @soak
@@ -107,32 +112,62 @@ def test_scenario_22_an_engine_that_dies_at_any_time_until_it_is_through(shop: S
 # --- agents and relays
 
 
+@soak
 def test_scenario_26_agents_that_die_in_the_middle_of_it_change_nothing(shop: Shop, tmp_path: Path) -> None:
-    drawn = chance("agents")
-
-    def one_dies() -> None:
-        agent = shop.farm.agents[drawn.choice(MACHINES)]
-        agent.kill()
-        time.sleep(drawn.uniform(0.0, 0.5))
-        agent.start()
-
-    _while_they_die(shop, tmp_path, drawn, one_dies, agents_died=True)
+    _while_they_die(shop, tmp_path, chance("agents"), _agent_dies, agents_died=True)
 
 
+@soak
 def test_relays_that_die_in_the_middle_of_it_change_nothing(shop: Shop, tmp_path: Path) -> None:
-    drawn = chance("relays")
+    _while_they_die(shop, tmp_path, chance("relays"), _relay_dies)
 
-    def one_dies() -> None:
-        relay = shop.farm.relays[drawn.choice(SITES)]
-        relay.kill()
-        time.sleep(drawn.uniform(0.0, 1.0))
-        relay.start()
 
-    _while_they_die(shop, tmp_path, drawn, one_dies)
+def _agent_dies(shop: Shop, drawn: random.Random) -> None:
+    """And comes back."""
+    agent = shop.farm.agents[drawn.choice(MACHINES)]
+    agent.kill()
+    time.sleep(drawn.uniform(0.0, 0.5))
+    agent.start()
+
+
+def _relay_dies(shop: Shop, drawn: random.Random) -> None:
+    relay = shop.farm.relays[drawn.choice(SITES)]
+    relay.kill()
+    time.sleep(drawn.uniform(0.0, 1.0))
+    relay.start()
+
+
+@soak
+@pytest.mark.parametrize("seconds", [5.0, 60.0])
+def test_scenario_27_a_network_that_is_gone_for_a_minute_fails_nothing(
+    shop: Shop, tmp_path: Path, seconds: float
+) -> None:
+    """Relays that stand still are that: nothing comes through, and nobody is told so."""
+    release = rolling(shop, tmp_path, chance("cut"))
+    release.start()
+    release.until_it_comes_to("after post 3/web2/3-restart/1")
+    relays = [relay.pid for relay in shop.farm.relays.values()]
+    try:
+        for pid in relays:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        assert release.engine is not None
+        assert release.engine.is_alive, release.engine.out
+    finally:
+        for pid in relays:
+            os.kill(pid, signal.SIGCONT)
+    done = release.until_it_ends()
+    assert done.code == 0, done.out + done.err
+    shop.check(release.label, release.version)
 
 
 def _while_they_die(
-    shop: Shop, folder: Path, drawn: random.Random, one_dies: Callable[[], None], *, agents_died: bool = False
+    shop: Shop,
+    folder: Path,
+    drawn: random.Random,
+    one_dies: Callable[[Shop, random.Random], None],
+    *,
+    agents_died: bool = False,
 ) -> None:
     """As many deployments as it takes for so many deaths; each comes through without a person's help."""
     kills = 0
@@ -145,7 +180,7 @@ def _while_they_die(
             release.answer_what_is_asked()
             time.sleep(drawn.uniform(0.0, 1.0))
             if release.engine.is_alive and kills < KILLS:
-                one_dies()
+                one_dies(shop, drawn)
                 kills += 1
         done = release.until_it_ends()
         assert done.code == 0, f"WAYSTATION_SEED={SEED}, after {kills} kills\n{done.out}{done.err}"
