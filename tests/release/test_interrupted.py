@@ -16,6 +16,8 @@ import pytest
 from harness.farm import Farm
 from harness.process import Process, wait_for
 
+from agent import platform
+
 SECONDS = 60.0
 OPENED = ("vpn open", "vpn is there")
 
@@ -105,11 +107,7 @@ class World:
     def family(self, what: str, machine: str) -> list[int]:
         """Those of a waiting script and its child that live."""
         pids = (self.folder / f"{what}-{machine}").read_text().split()
-        return [
-            f"{pid} {open('/proc/%s/stat' % pid).read()[:200]} {open('/proc/%s/cmdline' % pid).read()}"
-            for pid in pids
-            if os.path.exists(f"/proc/{pid}")
-        ]
+        return [int(pid) for pid in pids if platform.process_mark(int(pid))]
 
     def cancel(self, *words: object) -> None:
         self.farm.do("release", "cancel", "-e", self.name, *words)

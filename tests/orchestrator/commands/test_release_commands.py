@@ -10,9 +10,9 @@ import pytest
 import yaml
 from harness.packages import make_nupkg
 from harness.process import Done, run
-from orchestrator.releases.release import author_of
 
 from orchestrator.journal.journal import Journal
+from orchestrator.releases.release import author_of
 from orchestrator.trust.keyring import load_pins
 
 PROCESS = {
