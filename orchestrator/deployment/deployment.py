@@ -169,6 +169,8 @@ async def _roll_out(context: DeploymentContext, brackets: Iterable[OpenBracket],
                     raise
                 except WaystationError as error:
                     outcome = StepsOutcome(failed=[str(error)])
+            # The undo may close the way to relays, a VPN say.
+            await _last_words(context)
             not_undone = await undo.everything("; ".join(outcome.failed))
             result = _result_of(context, outcome, not_undone)
             await _close(context, result)
@@ -364,13 +366,17 @@ async def _claim(context: DeploymentContext, seen: list[int]) -> None:
 # --- the end
 
 
-async def _close(context: DeploymentContext, result: Result) -> None:
-    """Let agents forget what is on disk here, tell the plan's receivers, and write the end down."""
+async def _last_words(context: DeploymentContext) -> None:
+    """Wait for the last output of machines, and let agents forget what is on disk here."""
     if context.refused_before is not None:
         with told_if_slow(context.recorder.say, "waiting for the last output, and for relays to take the last word"):
             await _note_refusals(context, context.refused_before)
             await context.fleet.logs_arrived()
             await together([_acknowledge(context, machine.name) for machine in context.plan.machines])
+
+
+async def _close(context: DeploymentContext, result: Result) -> None:
+    """Tell the plan's receivers, and write the end down."""
     await context.desk.close()
     if result.out:
         await _notify(context, "rotation_open", result.reason, result)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from harness.farm import Farm
 from harness.packages import noise
-from harness.process import Done, Process
+from harness.process import Done, Process, wait_for
 
 from benchmarks.lines.network import Line, ThreadedProxy
 
@@ -177,6 +177,57 @@ def test_scenario_06_no_step_begins_anywhere_before_the_slowest_machine_has_veri
     # Nor is anything switched before its own turn.
     first_before = next(event for event in steps if event["what"] == "before")
     assert not any(seen["current"] for seen in first_before["seen"].values())
+
+
+def test_scenario_10_what_lies_behind_a_vpn_is_reached_once_its_step_has_opened_it(barrier: Barrier) -> None:
+    """The line to ams passes nothing on but between the step and its undo."""
+    barrier.prepare("1.1.0")
+    opens, is_open, closes = (barrier.farm.folder / name for name in ("opens", "is-open", "closes"))
+    for script, more in (
+        ("ops/pre.py", f"until [ -e {is_open} ]; do sleep 0.02; done"),
+        ("ops/undo.py", ""),
+    ):
+        looks = (barrier.farm.project / script).rename(barrier.farm.project / script.replace(".py", "-looks.py"))
+        touched = opens if more else closes
+        barrier.farm.write_script(script, f'#!/bin/sh\n"$(dirname "$0")/{looks.name}"\ntouch {touched}\n{more}\n')
+    barrier.line.pause()
+    try:
+        already = barrier.line.counts.total
+        deploying = barrier.begin("1.1.0")
+        wait_for(lambda: opens.exists() or not deploying.is_alive)
+        crossed = barrier.line.counts.total - already
+        barrier.line.resume()
+        is_open.touch()
+        wait_for(lambda: closes.exists() or not deploying.is_alive)
+        barrier.line.pause()
+        done = deploying.result()
+    finally:
+        barrier.line.resume()
+    assert done.code == 0, f"{done.out}\n{done.err}"
+    assert "keeps its results" not in done.out, "the last words came before the line was closed"
+    assert crossed == 0, "something crossed before the line was open"
+    assert barrier.farm.current("far").startswith("1.1.0-")
+    whats = [event["what"] for event in barrier.events_seen()]
+    assert (whats[0], whats[-1]) == ("pre", "undo")
+
+
+def test_scenario_30_a_cancel_during_acquisition_ends_it_at_once_and_keeps_what_came(barrier: Barrier) -> None:
+    barrier.prepare("1.2.0")
+    before, already = barrier.currents(), barrier.line.counts.down
+    barrier.line.shape(down=Line(rate=PAYLOAD / 600))
+    deploying = barrier.begin("1.2.0")
+    barrier.line.wait_for(already + PAYLOAD // 600, direction="down")
+    barrier.farm.do("release", "cancel", "-m", "wrong version")
+    done = deploying.result()  # at that rate it would be ten minutes
+    assert done.code == 130, f"{done.out}\n{done.err}"
+    assert [event["what"] for event in barrier.events_seen()] == ["pre", "undo"]
+    assert barrier.currents() == before
+    status = barrier.farm.status()
+    assert (status["summary"]["state"], status["brackets"]) == ("cancelled", [])
+    assert [step["state"] for step in status["steps"]] == ["waiting", "waiting"]
+    barrier.line.shape(down=Line())
+    again = barrier.farm.deploy("1.2.0")
+    assert again.code == 0, f"{again.out}\n{again.err}"
 
 
 def test_chunks_that_a_relay_lost_stop_everything_before_the_first_step(barrier: Barrier) -> None:

@@ -47,9 +47,9 @@ class Shop:
     farm: Farm
     balancer: Balancer
 
-    def add(self, version: str, *, broken: bool = False, ballast: int = 0) -> None:
+    def add(self, version: str, *, ballast: int = 0) -> None:
         """`ballast`: bytes that do not compress, so that the package is some time on its way."""
-        made = webapp.make(self.farm.folder / f"shop-{version}", version, broken=broken)
+        made = webapp.make(self.farm.folder / f"shop-{version}", version)
         if ballast:
             (made / "ballast.bin").write_bytes(noise(version, ballast))
         nupkg = self.farm.folder / f"{webapp.ID}.{version}.nupkg"
@@ -169,35 +169,6 @@ async def test_scenario_03_a_rolling_release_keeps_its_window_and_its_minimum_an
         assert haproxy_log.most_out_at_once(log) == 2, "40 % of five are two, and both places were used"
         assert haproxy_log.fewest_in_service(log) >= 3
         assert were_out(haproxy_log.rotation(log)) == set(MACHINES)
-
-
-async def test_scenario_17_a_version_that_is_wrong_takes_one_machine_and_no_request_with_it(tmp_path: Path) -> None:
-    async with shop_in(tmp_path) as shop:
-        shop.add("1.0.0")
-        shop.add("2.0.0", broken=True)
-        shop.add("3.0.0")
-        shop.write_process("parallel")
-        assert (await shop.deploy("1.0.0")).code == 0
-        await shop.balancer.until_up()
-
-        shop.write_process("rolling")
-        done, seen, log = await shop.deploy_under_load("2.0.0")
-
-        assert done.code == 1
-        assert (seen.failed, set(seen.versions)) == (0, {"1.0.0"})
-        assert were_out(haproxy_log.rotation(log)) == {"web1"}, "the first machine fails, so no other is touched"
-        out = shop.farm.do("rotation", "list", "--json").json["open"]
-        assert [(bracket["machine"], bracket["label"]) for bracket in out] == [("web1", "2.0.0")]
-
-        refused = await shop.deploy("3.0.0")
-        assert (refused.code, "web1 is out of web" in refused.err) == (1, True)
-
-        done, seen, log = await shop.deploy_under_load("3.0.0", "--adopt")
-        assert done.code == 0, done.out + done.err
-        assert (seen.failed, set(seen.versions)) == (0, {"1.0.0", "3.0.0"})
-        assert were_out(haproxy_log.rotation(log)) >= set(MACHINES) - {"web1"}
-        assert set((await shop.balancer.statuses()).values()) == {"UP"}
-        assert shop.farm.do("rotation", "list").out == "no machine is out\n"
 
 
 BALLAST = 24 << 20

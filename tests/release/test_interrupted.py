@@ -5,9 +5,11 @@ The script on the machines waits for a word of the test, so that whatever is don
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 from harness.farm import Farm
 from harness.process import Process, wait_for
+
+from agent import platform
 
 SECONDS = 60.0
 OPENED = ("vpn open", "vpn is there")
@@ -28,7 +32,12 @@ class World:
         self.name = ""
 
     def set_up(self, name: str, opening: str = "true", strategy: object = "rolling", **process: object) -> None:
-        """The files of one test, whose release is called as it is. `opening` is a part of what opens the VPN."""
+        """The files of one test, whose release is called as it is. `opening` is a part of what opens the VPN.
+
+        The script on machines gets the secrets that `process` declares.
+        """
+        secrets = process.get("secrets") or {}
+        assert isinstance(secrets, dict)
         self.name = name
         self.folder.mkdir()
         root = f"{self.folder}/srv/${{machine.name}}"
@@ -59,14 +68,24 @@ class World:
                     "to": root,
                     "strategy": strategy,
                     "rotation": "web",
-                    "apply": ["switch", {"name": "configure", "script": "deploy/configure.sh", "timeout": "60s"}],
+                    "apply": [
+                        "switch",
+                        {
+                            "name": "configure",
+                            "script": "deploy/configure.sh",
+                            "timeout": "60s",
+                            "secrets": list(secrets),
+                        },
+                    ],
                     "verify": [{"command": ["deploy/check.sh", "${package.version}"]}],
                 }
             ],
             **process,
         )
         self.farm.write_environment(
-            name, rotation={"web": {"before": "lb/before.sh", "after": "lb/after.sh", "timeout": "60s"}}
+            name,
+            rotation={"web": {"before": "lb/before.sh", "after": "lb/after.sh", "timeout": "60s"}},
+            secrets={each: {"file": str(self.farm.folder / each)} for each in secrets},
         )
 
     @property
@@ -104,8 +123,8 @@ class World:
 
     def family(self, what: str, machine: str) -> list[int]:
         """Those of a waiting script and its child that live."""
-        pids = map(int, (self.folder / f"{what}-{machine}").read_text().split())
-        return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+        pids = (self.folder / f"{what}-{machine}").read_text().split()
+        return [int(pid) for pid in pids if platform.process_mark(int(pid))]
 
     def cancel(self, *words: object) -> None:
         self.farm.do("release", "cancel", "-e", self.name, *words)
@@ -509,6 +528,61 @@ def test_a_pause_lets_nothing_new_start_until_a_person_lets_it_go_on(world: Worl
     done = world.farm.call("release", "resume", "-e", "resting")
     assert done.code == 0, done.out + done.err
     assert world.lines == [*OPENED, *turn("web1"), *turn("web2"), "vpn closed"]
+
+
+# --- what it prints
+
+
+def test_scenario_33_a_secret_is_masked_in_the_log_while_its_script_still_runs(world: World) -> None:
+    password, key = "corréct-horse/9", "-----BEGIN-----\nMIIBVgIBADANBgxy\nkqhkiG9w0BAQEFzz\n-----END-----"
+    for name, value in (("password", password), ("app_key", key), ("pin", "123")):
+        file = world.farm.folder / name
+        file.touch(mode=0o600)
+        file.write_text(value)
+    world.set_up("short", secrets={"pin": {"available_to": ["web"]}})
+    refused = world.begin().result()
+    assert refused.code in {1, 2}
+    assert "pin" in refused.err
+    assert world.lines == [], "three characters cannot be masked"
+
+    world.set_up("masked", secrets={name: {"available_to": ["web"]} for name in ("password", "app_key")})
+    world.farm.write_script(
+        "deploy/configure.sh",
+        f"""#!{sys.executable}
+import base64, os, pathlib, sys, time
+password, key = os.environ["SECRET_PASSWORD"], os.environ["SECRET_APP_KEY"]
+def say(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+say("whole " + password + "\\n")
+say("split " + password[:6])
+time.sleep(0.2)
+say(password[6:] + "\\n")
+say("base64 " + base64.b64encode(password.encode()).decode() + "\\n")
+say(key + "\\n")
+say("the last: " + password)
+while not pathlib.Path({str(world.folder / "go")!r}).exists():
+    time.sleep(0.02)
+say(" and then its end")
+""",
+    )
+    engine = world.begin()
+
+    def log() -> str:
+        return world.farm.call("release", "log", "web1", "-e", "masked").out
+
+    wait_for(lambda: "the last: ********" in log() or not engine.is_alive)
+    assert engine.is_alive, f"what is seen was seen while it ran: {engine.out}{engine.err}"
+    world.go()
+    done = engine.result()
+    assert done.code == 0, done.out + done.err
+    told = log()
+    for shown in ("whole ********", "split ********", "base64 ****", "the last: ******** and then its end"):
+        assert shown in told, told
+    kept = b"".join(path.read_bytes() for path in (world.farm.home / "deployments").rglob("*.log"))
+    for form in (password, password[:6], base64.b64encode(password.encode()).decode()[:12], *key.split("\n")[1:3]):
+        assert form not in told + done.out + done.err
+        assert form.encode() not in kept
 
 
 # --- another machine under a known name

@@ -38,7 +38,7 @@ in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 MACHINES = ("web1", "web2", "web3")
 GATE = "canary looks good"
-WELL_FOR = "0.5"
+WELL_FOR = "0.1"
 """Seconds after its start before an ill application shows it."""
 
 
@@ -94,7 +94,7 @@ class Shop:
                     "strategy": strategy,
                     "rotation": "web",
                     "apply": [*first, "switch", {"name": "restart", "script": "ops/restart.py"}],
-                    "verify": [{**version, "for": "1s", "deadline": "2s"}],
+                    "verify": [{**version, "for": "300ms", "deadline": "2s"}],
                     "on_failure": "ask",
                 }
                 | step
@@ -138,7 +138,6 @@ class Shop:
     @asynccontextmanager
     async def visited(self) -> AsyncIterator[Seen]:
         """Visitors come; when the block ends, none of them failed, and `Seen` has what they and HAProxy saw."""
-        await self.balancer.until_up()
         await self.balancer.until_quiet()
         before, began = len(self.balancer.log().requests), datetime.now(UTC)
         seen = Seen()
@@ -284,6 +283,34 @@ async def test_scenario_19_a_no_has_its_reason_and_ends_it_where_it_stands(shop:
 
 
 # --- a version that is bad on one machine of three
+
+
+@in_one_loop
+async def test_scenario_17_where_nobody_is_asked_the_first_bad_machine_stops_it_and_the_next_release_adopts_it(
+    shop: Shop,
+) -> None:
+    was, bad, good = shop.current(), shop.add_version(), shop.add_version()
+    shop.let_be_ill("web1", bad)
+    shop.write_process("rolling", on_failure="stop")
+
+    async with shop.visited() as seen:
+        done = await asyncio.to_thread(shop.deploy, bad)
+    assert done.code == 1, done.out + done.err
+    assert set(seen.visits.versions) == set(was.values())
+    assert seen.order == ["web1"], "the first machine fails, so no other is touched"
+    assert shop.out == [("web1", bad)]
+
+    refused = await asyncio.to_thread(shop.deploy, good)
+    assert (refused.code, "web1 is out of web" in refused.err) == (1, True)
+
+    async with shop.visited() as seen:
+        done = await asyncio.to_thread(shop.deploy, good, "--adopt")
+    assert done.code == 0, done.out + done.err
+    assert set(seen.visits.versions) == {was["web2"], was["web3"], good}, "the bad one was out from the beginning"
+    assert seen.order[-2:] == ["web2", "web3"]
+    assert shop.current() == dict.fromkeys(MACHINES, good)
+    assert set((await shop.balancer.statuses()).values()) == {"UP"}
+    assert shop.out == []
 
 
 @in_one_loop

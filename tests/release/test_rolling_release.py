@@ -279,7 +279,9 @@ def test_the_machines_in_service_never_become_fewer_than_the_minimum_whatever_th
 def test_a_probe_that_cannot_tell_twice_pauses_the_roll_until_a_person_lets_it_go_on(yard: Farmyard) -> None:
     blind = yard.farm.folder / "nobody-can-tell"
     blind.touch()
-    rolled = yard.roll("blind", THREE, {"window": 1}, probe={"probe": "lb/state.sh"}, words=("--no-wait",))
+    rolled = yard.roll(
+        "blind", THREE, {"window": 1, "min_in_service": 1}, probe={"probe": "lb/state.sh"}, words=("--no-wait",)
+    )
     assert rolled.done.code == 3, rolled.done.out + rolled.done.err
     assert rolled.begun == [], "nobody guesses who is in service"
     assert rolled.status["summary"]["state"] == "paused"

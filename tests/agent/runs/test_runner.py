@@ -24,6 +24,7 @@ import msgspec
 import pytest
 from harness.logs import printed
 from harness.process import eventually
+from harness.seed import SOAK
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -528,6 +529,21 @@ async def test_of_long_output_head_and_tail_are_kept(folder: Path) -> None:
     assert outcome.output_bytes == (folder / "output").stat().st_size
 
 
+async def test_scenario_33_more_output_than_is_kept_stalls_no_script_and_is_masked_to_its_last_line(
+    folder: Path,
+) -> None:
+    """A gigabyte in the long run."""
+    size, secret = (1 << 30) if SOAK else 12 << 20, "corréct-horse/9"
+    line = "a line of a log, as long as they are, and then $SECRET_A, and a little more"
+    script = f'yes "{line}" | head -c {size}; echo; printf "the last: $SECRET_A"'
+    outcome = await ran(folder, script, {"SECRET_A": secret}, timeout=3600.0, stall=60.0, secret_names=("SECRET_A",))
+    assert (outcome.state, outcome.reason) == ("done", "")
+    kept = (folder / "output").read_bytes()
+    assert len(kept) < 11_000_000
+    assert secret.encode() not in kept
+    assert printed(kept[-1000:]).endswith(b"the last: ********")
+
+
 def test_ten_megabytes_are_kept() -> None:
     run = RunSpec(("true",), "/", 1.0)
     assert (run.head_bytes, run.tail_bytes) == (5_000_000, 5_000_000)
@@ -558,7 +574,7 @@ def test_a_full_disk_costs_output_and_not_the_script() -> None:
 # --- secrets
 
 
-async def test_secrets_never_reach_the_disk_in_any_form(folder: Path) -> None:
+async def test_scenario_33_secrets_never_reach_the_disk_in_any_form(folder: Path) -> None:
     secret, key = "corréct-horse/9", "-----BEGIN-----\nMIIBVgIBADANBg\nkqhkiG9w0BAQEF\n-----END-----"
     code = (
         "import base64, os, sys, time, urllib.parse\n"

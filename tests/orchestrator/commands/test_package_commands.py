@@ -13,12 +13,14 @@ import socket
 import stat
 import subprocess
 import zipfile
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from harness.crafted import Member, craft
 from harness.feed import body, running_feed
 from harness.packages import deflated, make_nupkg, noise, nuspec
 from harness.process import WAYSTATION, Done, environment, run
@@ -107,6 +109,34 @@ def test_without_a_key_adding_says_how_to_make_one(tmp_path: Path) -> None:
     done = run(tmp_path, "package", "add", make_nupkg(tmp_path, FILES))
     check_told(done, 1, str(tmp_path / "trust/package.key"), "waystation trust init")
     assert not (tmp_path / "depot").exists()
+
+
+def test_scenario_37_a_hostile_package_is_refused_and_writes_nothing_outside_the_depot(tmp_path: Path) -> None:
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    outside.mkdir()
+    assert run(home, "trust", "init").code == 0
+    before = sorted(path for path in tmp_path.rglob("*") if home not in path.parents)
+    link = Member("out", str(outside).encode(), made_by=3 << 8, attributes=(stat.S_IFLNK | 0o777) << 16)
+    # Zeros by the megabyte, each deflated for itself, so that ten gigabytes are one piece ten thousand times.
+    engine = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = engine.compress(bytes(1 << 20)) + engine.flush(zlib.Z_FULL_FLUSH)
+    says = {"size": 3400 << 20}
+    bomb = Member("zeros", raw=piece * 10_000 + b"\x03\x00", local={"size": 100}, central={"size": 100})
+    honest = [Member(f"zeros-{n}", raw=piece * 3400 + b"\x03\x00", local=says, central=says) for n in range(3)]
+    for members, why in (
+        ([Member("../../etc/x", b"1")], "../../etc/x"),
+        ([Member(f"/{outside}/x", b"1")], "outside/x"),
+        ([link], "out"),
+        ([bomb], "zeros"),
+        (honest, "inflates to 10"),
+    ):
+        nupkg = tmp_path / "home" / "hostile.nupkg"
+        nupkg.write_bytes(craft(*members))
+        check_told(run(home, "package", "add", nupkg), 1, why)
+        nupkg.unlink()
+    assert listed(home) == []
+    assert sorted(path for path in tmp_path.rglob("*") if home not in path.parents) == before
+    assert sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < 1 << 20
 
 
 # --- pack
