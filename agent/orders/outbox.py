@@ -27,6 +27,8 @@ REPEAT_SECONDS = 30.0
 """A final report that is not acknowledged after that goes to the next relay as well. No letter is said again sooner."""
 NOTES_MAX = 64
 """Letters that are sent once and not kept: progress and refusals. Of more than that the oldest are dropped."""
+LOG_SECONDS = 0.1
+"""Output waits so long for more of it: what comes in a moment is one letter, and of a short script it follows the end."""
 _LOG_BATCH = 16
 """Pieces of output in one request."""
 
@@ -87,6 +89,7 @@ class Outbox:
     """Letters that were said again, by name, and when."""
     _reports: Lanes = field(init=False)
     _logs: Lanes = field(init=False)
+    _log_timer: asyncio.TimerHandle | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Nothing is sent before it runs."""
@@ -117,6 +120,11 @@ class Outbox:
         """The output in `path` has `size` bytes now."""
         kept = self._of(deployment, operation)
         kept.log, kept.log_size = path, size
+        if self._log_timer is None:
+            self._log_timer = asyncio.get_running_loop().call_later(LOG_SECONDS, self._send_logs)
+
+    def _send_logs(self) -> None:
+        self._log_timer = None
         self._logs.wake()
 
     def again(self, operation: str, relay: str) -> None:

@@ -34,8 +34,9 @@ def check_depth(text: bytes, limit: int, most: int | None = None) -> None:
     view = memoryview(text)
     for start in range(0, len(view), _SLICE):
         gauge.add(view[start : start + _SLICE])
-        # Whoever waits for the interpreter gets it now, and need not ask for it.
-        time.sleep(0)
+        if start + _SLICE < len(view):
+            # Whoever waits for the interpreter gets it now, and need not ask for it.
+            time.sleep(0)
     if gauge.depth:
         raise JsonTooDeepError("its brackets are not closed")
 
