@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from relay.package.identity import NuGetVersion, PackageId, PackageRef
 from relay.server.http.tokens import make_token
@@ -129,7 +128,8 @@ def make_tokens(config: str, scopes: Mapping[str, Iterable[str]], **more: object
             file.write(text)
     # All clients have one address here: each may open as many connections as it may from one of its own.
     limits = {"connections_per_address": 64 * len(scopes)}
-    Path(config).write_text(yaml.safe_dump({"tokens": records, "limits": limits} | more), encoding="utf-8")
+    # As JSON, which quotes: an id such as 827792e0 is a number to who reads YAML 1.2, and no text that PyYAML would quote.
+    Path(config).write_text(json.dumps({"tokens": records, "limits": limits} | more), encoding="utf-8")
     return files
 
 
