@@ -290,7 +290,9 @@ def test_an_agent_that_is_not_there_stops_everything_before_a_byte_moves(barrier
     assert barrier.chunks("ams") == chunks
 
 
-def test_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_deadline(barrier: Barrier) -> None:
+def test_scenario_11_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_deadline(
+    barrier: Barrier,
+) -> None:
     barrier.prepare("5.0.0", deadline="5s")
     before, already = barrier.currents(), barrier.line.counts.down
     barrier.line.shape(down=Line(rate=PAYLOAD / 30))
@@ -307,3 +309,6 @@ def test_an_agent_that_dies_while_it_pulls_stops_everything_and_is_named_at_the_
     finally:
         barrier.line.shape(down=Line())
         barrier.farm.agents["far"].start()
+    again = barrier.deploy("5.0.0")
+    assert again.code == 0, f"{again.out}\n{again.err}"
+    assert "to be brought to 1 of 2 machines: far" in again.out, "only what is missing moves"
