@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from harness.process import Process, run
+from harness.seed import SOAK
 
 from benchmarks import rollout
 from benchmarks.rollout import measure
@@ -23,6 +28,10 @@ from orchestrator.journal.events import (
     TurnEnded,
     TurnStarted,
 )
+from orchestrator.journal.journal import Journal
+
+MACHINES, WINDOW, SECONDS = (200, 20, 2.0) if SOAK else (4, 2, 0.2)
+"""Of the deployment over many machines: how many, how many at a time, and what the script of each sleeps."""
 
 # --- by arithmetic
 
@@ -162,3 +171,53 @@ def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Depl
         assert len(found) == len(made.machines)
         for trip in found:
             assert 0 < trip.posted < trip.acted < trip.done
+
+
+# --- many machines
+
+
+def test_scenario_43_many_machines_turn_within_their_window_and_the_engine_stays_small(tmp_path: Path) -> None:
+    """How long it takes counts in the long run alone."""
+    with rollout.farm(str(tmp_path), MACHINES) as farm:
+        script = Path(farm.project, "deploy", "many.sh")
+        script.write_text(rollout.SCRIPT.format(seconds=SECONDS))
+        step = {"name": "many", "roles": ["web"], "strategy": {"rolling": {"window": WINDOW}}, "on_failure": "stop"}
+        process = {"format": 1, "project": "bench", "steps": [step | {"apply": [{"script": "deploy/many.sh"}]}]}
+        Path(farm.project, "release.yaml").write_text(yaml.safe_dump(process))
+        home = Path(farm.home)
+        created = run(home, "release", "create", "many", "-e", rollout.ENVIRONMENT, cwd=farm.project)
+        assert created.code == 0, created.err
+        files = 0
+        with Process(home, "release", "deploy", "many", "-e", rollout.ENVIRONMENT, cwd=farm.project) as engine:
+            memory = 0
+            while engine.is_alive:
+                try:
+                    files = max(files, len(os.listdir(f"/proc/{engine.pid}/fd")))
+                    memory = max(memory, rollout.resident(engine.pid))
+                except (OSError, IndexError):
+                    continue  # it ends right now
+                time.sleep(0.05)
+            done = engine.result()
+        assert done.code == 0, done.out + done.err
+        began = time.monotonic()
+        status = run(home, "release", "status", "--json").json
+        status_seconds = time.monotonic() - began
+        with Journal.open(str(home / "journal.db")) as journal:
+            entries = journal.entries(status["summary"]["deployment"])
+    assert {machine["outcome"] for machine in status["machines"]} == {"deployed"}
+    assert len(status["machines"]) == MACHINES
+    flying, most = 0, 0
+    for entry in entries:
+        flying += isinstance(entry.event, TurnStarted) - isinstance(entry.event, TurnEnded)
+        most = max(most, flying)
+    assert most == WINDOW
+    [start] = [entry.at for entry in entries if isinstance(entry.event, StepStarted)]
+    [end] = [entry.at for entry in entries if isinstance(entry.event, StepEnded)]
+    ideal = MACHINES / WINDOW * SECONDS
+    print(f"{MACHINES} machines, {WINDOW} at a time: {end - start:.1f} s of {ideal:.1f} s ideally")
+    print(f"the engine: {files} open files, {memory / 2**20:.0f} MiB; status in {status_seconds:.2f} s")
+    assert files < 256
+    assert memory < 256 << 20
+    if SOAK:
+        assert end - start <= ideal * 1.1
+        assert status_seconds < 1.0

@@ -109,7 +109,7 @@ STAGES: dict[Callable[[TwoSites, Process], str], tuple[dict[str, dict[str, Line]
 
 
 @pytest.mark.parametrize("lost", STAGES if SOAK else [in_mid_transfer], ids=lambda stage: stage.__name__)
-def test_a_relay_that_is_lost_stops_no_release_where_another_one_serves_its_machines(
+def test_scenario_08_a_relay_that_is_lost_stops_no_release_where_another_one_serves_its_machines(
     sites: TwoSites, lost: Callable[[TwoSites, Process], str]
 ) -> None:
     shapes, acquire = STAGES[lost]

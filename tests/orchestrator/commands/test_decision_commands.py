@@ -209,15 +209,7 @@ def test_what_has_ended_takes_no_decision(office: Office) -> None:
 
 
 def test_where_a_process_runs_the_deployment_it_is_taken_up_at_once(office: Office) -> None:
-    with hold(
-        office.journal,
-        office.plan.project,
-        "staging",
-        operator="x@y",
-        label="1.4.2",
-        why="deploy",
-        deployment=DEPLOYMENT,
-    ):
+    with hold(office.journal, "webshop", "staging", operator="x@y", label="1.4.2", why="deploy", deployment=DEPLOYMENT):
         assert "taken up at once" in call("cancel")
 
 
