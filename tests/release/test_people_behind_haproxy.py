@@ -205,7 +205,7 @@ def _set_up(shop: Shop, ports: dict[str, int]) -> None:
         f"#!/bin/sh\ntouch {meet}/$MACHINE\nuntil [ $(ls {meet} | wc -l) = {len(MACHINES)} ]; do sleep 0.02; done\n",
     )
     farm.write_environment(
-        rotation={"web": {"before": "lb/out.py", "after": "lb/in.py", "probe": "lb/state.py", "secrets": ["lb_token"]}},
+        rotation={"web": {"before": "lb/out.py", "after": "lb/in.py", "secrets": ["lb_token"]}},
         secrets={"lb_token": {"file": str(shop.balancer.token_file)}},
         variables={"haproxy": shop.balancer.page, "backend": "web", "work_seconds": 0.02},
         machines={name: {"variables": {"port": ports[name]}} for name in MACHINES},
