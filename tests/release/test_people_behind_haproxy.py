@@ -22,6 +22,7 @@ from harness.farm import Farm
 from harness.haproxy_reader import were_out
 from harness.paths import ROOT
 from harness.process import Done, wait_for
+from harness.seed import SOAK
 
 from benchmarks.support.programs import free_ports
 
@@ -286,6 +287,8 @@ async def test_scenario_19_a_no_has_its_reason_and_ends_it_where_it_stands(shop:
 
 
 @in_one_loop
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="make soak: each is a release of its own behind HAProxy")
 async def test_scenario_17_where_nobody_is_asked_the_first_bad_machine_stops_it_and_the_next_release_adopts_it(
     shop: Shop,
 ) -> None:
@@ -366,6 +369,8 @@ async def test_scenario_17_a_machine_that_a_person_excludes_stays_out_and_the_ot
 
 
 @in_one_loop
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="make soak: each is a release of its own behind HAProxy")
 async def test_a_bad_version_goes_back_by_itself_once_and_then_a_person_decides(shop: Shop) -> None:
     was, new = shop.current(), shop.add_version()
     shop.write_process("rolling", on_failure="rollback")
