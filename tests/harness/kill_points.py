@@ -95,7 +95,8 @@ def _wrap_journal(points: _Points) -> None:
         return f"{word} {' + '.join(_event(event) for event in given)}".rstrip()
 
     names: dict[str, Callable[..., str]] = {
-        "append": lambda _self, _deployment, *given: events("append", given),
+        "append": lambda _self, _deployment, *given, **_more: events("append", given),
+        "keep_order": lambda _self, _deployment, operation, _envelope: f"keep_order {operation.partition('/')[2]}",
         "begin": lambda *_given, **_more: "begin",
         "set_state": lambda _self, _deployment, state, _reason="", *given: events(f"set_state {state}", given),
         "take_up": lambda _self, _deployment, _fence, _operator, *given, **_more: events("take_up", given),
