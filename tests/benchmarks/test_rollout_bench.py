@@ -15,7 +15,7 @@ from harness.seed import SOAK
 
 from benchmarks import rollout
 from benchmarks.rollout import measure
-from benchmarks.support.farm import STEPS, Deployed, Farm, StepKind, chosen, deploy, farm
+from benchmarks.support.farm import ENVIRONMENT, SCRIPT, STEPS, Deployed, Farm, StepKind, chosen, deploy, farm
 from orchestrator.journal.events import (
     Dispatched,
     Event,
@@ -178,17 +178,17 @@ def test_an_order_is_made_then_acted_on_then_answered(deployed: tuple[Farm, Depl
 
 def test_scenario_43_many_machines_turn_within_their_window_and_the_engine_stays_small(tmp_path: Path) -> None:
     """How long it takes counts in the long run alone."""
-    with rollout.farm(str(tmp_path), MACHINES) as farm:
+    with rollout.farm(str(tmp_path), MACHINES, KINDS) as farm:
         script = Path(farm.project, "deploy", "many.sh")
-        script.write_text(rollout.SCRIPT.format(seconds=SECONDS))
+        script.write_text(SCRIPT.format(seconds=SECONDS))
         step = {"name": "many", "roles": ["web"], "strategy": {"rolling": {"window": WINDOW}}, "on_failure": "stop"}
         process = {"format": 1, "project": "bench", "steps": [step | {"apply": [{"script": "deploy/many.sh"}]}]}
         Path(farm.project, "release.yaml").write_text(yaml.safe_dump(process))
         home = Path(farm.home)
-        created = run(home, "release", "create", "many", "-e", rollout.ENVIRONMENT, cwd=farm.project)
+        created = run(home, "release", "create", "many", "-e", ENVIRONMENT, cwd=farm.project)
         assert created.code == 0, created.err
         files = 0
-        with Process(home, "release", "deploy", "many", "-e", rollout.ENVIRONMENT, cwd=farm.project) as engine:
+        with Process(home, "release", "deploy", "many", "-e", ENVIRONMENT, cwd=farm.project) as engine:
             memory = 0
             while engine.is_alive:
                 try:

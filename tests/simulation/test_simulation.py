@@ -17,7 +17,7 @@ from simulation.runs import Run, limping, shaken, taken_up, whole
 
 FIRST = SEED * 100_000
 """Seed of the first scenario: no two runs have the same ones."""
-SEEDS = 10_000 if SOAK else 6_000
+SEEDS = 10_000 if SOAK else 3_000
 WHOLE_JOURNALS = SEEDS if SOAK else 10
 
 
