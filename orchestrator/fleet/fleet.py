@@ -6,7 +6,7 @@ between an order and its result. Relays are believed in nothing: what an agent d
 names is dropped and noted.
 
 The journal comes first: an order is on disk and recorded before it leaves; a result is recorded before anything follows
-from it.
+from it, or in the same commit, before what follows.
 """
 
 from __future__ import annotations
