@@ -214,13 +214,13 @@ def _result_of(context: DeploymentContext, outcome: StepsOutcome, not_undone: Se
     if not_undone and state == "succeeded":
         state, reason = "failed", f"all steps are done, but this could not be undone: {', '.join(not_undone)}"
     if state == "succeeded":
-        failed = [f"not deployed: {', '.join(outcome.left)}"] if outcome.left else []
+        failed = [f"not deployed: {', '.join(sorted(outcome.left))}"] if outcome.left else []
         away = (
             [f"left out: {', '.join(f'{name} ({why})' for name, why in sorted(excluded.items()))}"] if excluded else []
         )
         reason = "; ".join([*failed, *away])
     out, behind = tuple(sorted(context.out)), tuple(sorted(context.filler.behind))
-    return Result(state, reason, tuple(outcome.left), tuple(sorted(excluded)), out, behind)
+    return Result(state, reason, tuple(sorted(outcome.left)), tuple(sorted(excluded)), out, behind)
 
 
 # --- before the first byte
