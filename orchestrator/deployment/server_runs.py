@@ -279,8 +279,9 @@ class ServerRuns:
             raise StoreError(f"cannot write the log {path}: {error.strerror}") from error
 
     def _make_folder(self, name: str) -> None:
-        """One of our three, for this user alone. Raises `OSError`."""
-        make_folder(os.path.join(self._folder, name), mode=0o700)
+        """One of our three, for this user alone; once it is there, a power cut leaves it. Raises `OSError`."""
+        for made in make_folder(os.path.join(self._folder, name), mode=0o700):
+            sync_folder(os.path.dirname(made))
 
     def _attempts(self, operation: OperationId) -> list[int]:
         """Numbers of the attempts that have a folder, in order."""
@@ -289,7 +290,10 @@ class ServerRuns:
         return sorted(int(number) for first, _, number in found if first == all_of_it and number.isdecimal())
 
     def _next_attempt(self, operation: OperationId) -> OperationId:
-        """The id of an attempt that never was, its folder made. Raises `StoreError`."""
+        """The id of an attempt that never was, its folder made. Raises `StoreError`.
+
+        An attempt without a folder counts as never begun: so a power cut after its start must not take the folder away.
+        """
         number = max(self._attempts(operation), default=0)
         try:
             self._make_folder("runs")
@@ -298,6 +302,7 @@ class ServerRuns:
                 attempt = replace(operation, attempt=number)
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self.run_folder(attempt), 0o700)
+                    sync_folder(os.path.join(self._folder, "runs"))
                     return attempt
         except OSError as error:
             raise StoreError(f"cannot begin {operation}: {error.strerror}") from error

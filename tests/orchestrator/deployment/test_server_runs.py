@@ -369,6 +369,33 @@ async def test_a_journal_that_cannot_be_written_keeps_the_script_from_starting(s
 # --- cancelled, taken up
 
 
+async def test_a_power_cut_leaves_the_folder_of_each_attempt_that_was_started(server: Server, monkeypatch) -> None:
+    """Without it the attempt would count as never begun, and its script would run a second time."""
+    in_doubt: list[str] = []
+    started: list[str] = []
+
+    def make(path: str, mode: int, *, dir_fd: int | None = None) -> None:
+        real_mkdir(path, mode, dir_fd=dir_fd)
+        in_doubt.append(os.path.join("" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}"), path))
+
+    def sync(descriptor: int) -> None:
+        synced = os.readlink(f"/proc/self/fd/{descriptor}")
+        in_doubt[:] = [path for path in in_doubt if os.path.dirname(path) != synced]
+
+    def launch(folder: str, *rest: object) -> None:
+        started.append(folder)
+        assert all(not folder.startswith(path) for path in in_doubt)
+        real_launch(folder, *rest)
+
+    real_mkdir, real_launch = os.mkdir, runs.launch
+    monkeypatch.setattr(os, "mkdir", make)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(runs, "launch", launch)
+    assert (await server.run("true")).ok
+    assert (await server.runs.run(ServerRun("again", commands=(("true",), ("true",))), BEFORE, {})).ok
+    assert len(started) == 3
+
+
 async def test_a_script_outlives_who_awaits_it_and_is_awaited_before_a_repeat(server: Server) -> None:
     go, out = server.project / "go", server.project / "out"
     text = f"#!/bin/sh\necho began $ATTEMPT >> {out}\nwhile [ ! -e {go} ]; do sleep 0.02; done\necho ended $ATTEMPT >> {out}\n"
