@@ -8,6 +8,7 @@ counts its runs in a file, and switches are counted by the agents themselves.
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import signal
 import sys
@@ -74,6 +75,26 @@ class Shop:
         for tree in (self.farm.agents[machine].root / "releases").glob("*"):
             if not tree.is_symlink() and (tree / "version.txt").read_text().strip() == version:
                 shutil.rmtree(tree)
+
+    def drawn(self, folder: Path, drawn: random.Random) -> Rolling:
+        """The next release; by chance, a tree is lost before it, and people and operators do one thing or the other."""
+        release = Rolling(self, folder, while_dead=drawn.random() < 0.5, by_deploy=drawn.random() < 0.3)
+        self.lose_a_tree(drawn.choice(MACHINES), release.version)
+        return release
+
+    def agent_dies(self, drawn: random.Random) -> None:
+        """And comes back."""
+        agent = self.farm.agents[drawn.choice(MACHINES)]
+        agent.kill()
+        time.sleep(drawn.uniform(0.0, 0.5))
+        agent.start()
+
+    def relay_dies(self, drawn: random.Random) -> None:
+        """And comes back."""
+        relay = self.farm.relays[drawn.choice(SITES)]
+        relay.kill()
+        time.sleep(drawn.uniform(0.0, 1.0))
+        relay.start()
 
     def approve(self, asked: str) -> Done:
         return self.farm.call("release", "approve", QUESTIONS[asked], "-e", ENVIRONMENT, "-m", "fine", "--as", PERSON)
@@ -364,8 +385,8 @@ class _Thread:
 
 
 @contextmanager
-def shop_in(folder: Path, *, rate: float = 40.0, boot_seconds: float = 0.2) -> Iterator[Shop]:
-    """Open it: version 1.0.0 runs everywhere when this returns, and visitors come.
+def shop_in(folder: Path, *, rate: float = 40.0, clients: int = 8, boot_seconds: float = 0.2) -> Iterator[Shop]:
+    """Open it: version 1.0.0 runs everywhere when this returns, and visitors come, `rate` a second.
 
     When it closes, HAProxy's log must say that never too few machines were in service, and know of as many visitors.
     """
@@ -374,7 +395,7 @@ def shop_in(folder: Path, *, rate: float = 40.0, boot_seconds: float = 0.2) -> I
     thread = _Thread()
     try:
         with thread.inside(balancer), Farm(folder) as farm:
-            load = Load(f"{balancer.url}/", clients=8, rate=rate)
+            load = Load(f"{balancer.url}/", clients=clients, rate=rate)
             shop = Shop(farm, balancer, load)
             try:
                 _set_up(shop, ports, boot_seconds)
@@ -430,3 +451,4 @@ def _check_log(shop: Shop, opened: datetime) -> None:
     assert haproxy_log.most_out_at_once(log) <= WINDOW
     visits = shop.load.summary()
     assert (visits.failed, len(log.requests)) == (0, visits.requests)
+    print(f"{visits.requests} requests, {visits.failed} failed, over {shop.deployed} releases")
