@@ -3,8 +3,9 @@ something.
 
 `kill_at` says how to start it (`harness/process.py`, as Python in place of the command). There, and only there, every
 durable write of the journal and every dispatch is wrapped; the product knows nothing of it. A point is named by what is
-done (`append turn_started 3/web1`), with `before` or `after`, so that the same point is found in another deployment. What
-may happen any number of times, like looks at a balancer, is a point the first time alone.
+done (`append turn_started 3/web1`), with `before` or `after`, so that the same point is found in another deployment. A
+commit of several events is one point with several names: which events share a commit differs between deployments. What may
+happen any number of times, like looks at a balancer, is a point the first time alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from agent.orders.operation_id import OperationId
@@ -25,20 +26,24 @@ if TYPE_CHECKING:
 
 PASSED, AT, COUNT = "KILL_POINTS_PASSED", "KILL_POINTS_AT", "KILL_POINTS_COUNT"
 CODE = "from harness.kill_points import serve; serve()"
+_BETWEEN: Final = "\t"
+
+Point = tuple[str, ...]
+"""All its names."""
 
 
 def kill_at(passed: Path, *points: str, count: int = 0) -> dict[str, Any]:
-    """How to start a process that kills itself at the first of `points` that it comes to, or at the point of this `count`,
-    where it is not 0.
+    """How to start a process that kills itself at the first point that it comes to with one of these names, or at the point
+    of this `count`, where it is not 0.
 
     All that it comes to are written into the file `passed`, in order, one a line.
     """
     return {"code": CODE, PASSED: str(passed), AT: json.dumps(points), COUNT: str(count)}
 
 
-def passed_in(path: Path) -> list[str]:
+def passed_in(path: Path) -> list[Point]:
     """The points that a process came to; the last is the one at which it died, where it died at one."""
-    return path.read_text().splitlines() if path.exists() else []
+    return [tuple(line.split(_BETWEEN)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def serve() -> None:
@@ -59,30 +64,32 @@ class _Points:
         self._seen: Counter[str] = Counter()
         self._file = os.open(passed, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def come_to(self, point: str, *, again: bool = False) -> None:
+    def come_to(self, when: str, *what: str, again: bool = False) -> None:
         """Where it may come `again`, each time is a point of its own."""
         with self._lock:
-            self._seen[point] += 1
-            if self._seen[point] > 1:
-                if not again:
-                    return
-                point = f"{point} #{self._seen[point]}"
-            os.write(self._file, f"{point}\n".encode())
+            names = [self._named(f"{when} {each}") for each in what]
+            if not again and names != [f"{when} {each}" for each in what]:
+                return
+            os.write(self._file, f"{_BETWEEN.join(names)}\n".encode())
             self._left -= 1
-            if point in self._deadly or self._left == 0:
+            if self._left == 0 or not self._deadly.isdisjoint(names):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def _named(self, name: str) -> str:
+        self._seen[name] += 1
+        return name if self._seen[name] == 1 else f"{name} #{self._seen[name]}"
+
     def around(
-        self, name: Callable[..., str], function: Callable[..., Any], *, again: bool = False
+        self, name: Callable[..., Iterable[str]], function: Callable[..., Any], *, again: bool = False
     ) -> Callable[..., Any]:
         """The function, with a point before and one after it."""
 
         @wraps(function)
         def wrapped(*given: Any, **more: Any) -> Any:
-            words = name(*given, **more)
-            self.come_to(f"before {words}", again=again)
+            what = tuple(name(*given, **more))
+            self.come_to("before", *what, again=again)
             result = function(*given, **more)
-            self.come_to(f"after {words}", again=again)
+            self.come_to("after", *what, again=again)
             return result
 
         return wrapped
@@ -91,17 +98,17 @@ class _Points:
 def _wrap_journal(points: _Points) -> None:
     from orchestrator.journal.journal import Journal
 
-    def events(word: str, given: tuple[object, ...]) -> str:
-        return f"{word} {' + '.join(_event(event) for event in given)}".rstrip()
+    def event(given: Event) -> str:
+        return f"append {_event(given)}"
 
-    names: dict[str, Callable[..., str]] = {
-        "append": lambda _self, _deployment, *given, **_more: events("append", given),
-        "keep_order": lambda _self, _deployment, operation, _envelope: f"keep_order {operation.partition('/')[2]}",
-        "begin": lambda *_given, **_more: "begin",
-        "set_state": lambda _self, _deployment, state, _reason="", *given: events(f"set_state {state}", given),
-        "take_up": lambda _self, _deployment, _fence, _operator, *given, **_more: events("take_up", given),
-        "take_decision": lambda *_given: "take_decision",
-        "claim": lambda *_given: "claim",
+    names: dict[str, Callable[..., Iterable[str]]] = {
+        "append": lambda _self, _deployment, *given, **_more: map(event, given) if given else ["append"],
+        "keep_order": lambda _self, _deployment, operation, _envelope: [f"keep_order {operation.partition('/')[2]}"],
+        "begin": lambda *_given, **_more: ["begin"],
+        "set_state": lambda _self, _deployment, state, _reason="", *given: [f"set_state {state}", *map(event, given)],
+        "take_up": lambda _self, _deployment, _fence, _operator, *given, **_more: ["take_up", *map(event, given)],
+        "take_decision": lambda *_given: ["take_decision"],
+        "claim": lambda *_given: ["claim"],
     }
     for method, name in names.items():
         setattr(Journal, method, points.around(name, getattr(Journal, method), again=True))
@@ -133,33 +140,33 @@ def _wrap_dispatches(points: _Points) -> None:
     def letter_of(letter: Any) -> str:
         return _operation(OperationId.parse(letter.operation))
 
-    def folder_of(folder: str, *_given: object) -> str:
+    def folder_of(folder: str, *_given: object) -> Point:
         parts = Path(folder).parts
         name = "/".join(parts[parts.index("runs") + 1 :])
         if "~probe~" in name:
             # There are as many as it takes.
             name = name.rpartition("~")[0]
-        return f"launch {name}"
+        return (f"launch {name}",)
 
     post, post_one = Mailroom.post, Mailroom._post
 
     @wraps(post)
     def wrapped_post(room: Mailroom, relays: Iterable[str], letter: Any) -> Any:
-        points.come_to(f"before post {letter_of(letter)}")
+        points.come_to("before", f"post {letter_of(letter)}")
         return post(room, relays, letter)
 
     @wraps(post_one)
     def wrapped_one(room: Mailroom, relay: str, letter: Any) -> Awaitable[str]:
-        return _then_come_to(points, f"after post {letter_of(letter)}", post_one(room, relay, letter))
+        return _then_come_to(points, f"post {letter_of(letter)}", post_one(room, relay, letter))
 
     Mailroom.post = wrapped_post  # type: ignore[method-assign]
     Mailroom._post = wrapped_one  # type: ignore[method-assign,assignment]
     runs.launch = points.around(folder_of, runs.launch)
 
 
-async def _then_come_to(points: _Points, point: str, posting: Awaitable[str]) -> str:
+async def _then_come_to(points: _Points, what: str, posting: Awaitable[str]) -> str:
     """The first relay that has a letter makes it a dispatch."""
     refused = await posting
     if not refused:
-        points.come_to(point)
+        points.come_to("after", what)
     return refused

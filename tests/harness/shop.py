@@ -15,17 +15,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.support.programs import free_ports
 from harness.farm import Farm
-from harness.kill_points import kill_at, passed_in
+from harness.kill_points import Point, kill_at, passed_in
 from harness.machines import Agent
 from harness.paths import ROOT
 from harness.process import Done, Process
@@ -254,7 +255,7 @@ class Rolling:
     Attributes:
         while_dead: a question that is open when no engine runs is answered right then, not when the next one runs.
         by_deploy: whoever goes on calls `deploy` with the same label, not `resume`.
-        deaths: the points at which engines died by our hand, in order.
+        deaths: the points at which engines died by our hand, in order; empty where one died before it came to any.
         passed: of all engines.
     """
 
@@ -264,8 +265,8 @@ class Rolling:
     by_deploy: bool = False
     label: str = ""
     version: str = ""
-    deaths: list[str] = field(default_factory=list)
-    passed: list[str] = field(default_factory=list)
+    deaths: list[Point] = field(default_factory=list)
+    passed: list[Point] = field(default_factory=list)
     engine: Process | None = None
     said: str = ""
     _answered: set[str] = field(default_factory=set)
@@ -305,39 +306,41 @@ class Rolling:
     def answer_what_is_asked(self) -> None:
         """By a person, from another process."""
         for asked in QUESTIONS:
-            is_open = any(point.startswith("after append ask_opened") and asked in point for point in self._points)
+            is_open = any(name.startswith("after append ask_opened") and asked in name for name in self._names)
             if is_open and asked not in self._answered:
                 done = self.shop.approve(asked)
                 assert done.code == 0, done.err
                 self._answered.add(asked)
 
-    def died_at(self, done: Done) -> str:
+    def died_at(self, done: Done) -> Point:
         """The last point that it came to, at which it killed itself, or after which it was killed."""
         assert done.code == -signal.SIGKILL, f"{self.label}: it should have died: {done.code}\n{done.out}{done.err}"
-        self.deaths.append(next(reversed(passed_in(self._file)), "before the first point"))
+        self.deaths.append(next(reversed(passed_in(self._file)), ()))
         if self.while_dead:
             self.answer_what_is_asked()
         return self.deaths[-1]
 
-    def through(self, *points: str, agents_died: bool = False) -> list[str]:
-        """Kill it at each of the points that it comes to, one after another, until it is through; then all must be well.
+    def through(self, *names: str, agents_died: bool = False) -> list[str]:
+        """Kill it at each of these points that it comes to, one after another, until it is through; then all must be well.
 
         Gives those that it did not come to: what came first has changed the way.
         """
-        left = list(points)
+        left = list(names)
         while True:
             self.start(*left)
             done = self.until_it_ends()
             if done.code == 0:
                 break
-            left.remove(self.died_at(done))
+            died_at = self.died_at(done)
+            assert not set(left).isdisjoint(died_at), "it died elsewhere"
+            left = [name for name in left if name not in died_at]
         self.shop.check(self.label, self.version, agents_died=agents_died)
         return left
 
-    def until_it_comes_to(self, point: str) -> None:
-        """Answer what is asked, until the engine has come to `point`."""
+    def until_it_comes_to(self, name: str) -> None:
+        """Answer what is asked, until the engine has come to the point of this name."""
         assert self.engine is not None
-        while point not in passed_in(self._file):
+        while not any(name in point for point in passed_in(self._file)):
             assert self.engine.is_alive, self.engine.out + self.engine.err
             self.answer_what_is_asked()
             time.sleep(0.02)
@@ -352,8 +355,8 @@ class Rolling:
         return self.folder / f"{self.label}-{self._starts}"
 
     @property
-    def _points(self) -> list[str]:
-        return [*self.passed, *passed_in(self._file)]
+    def _names(self) -> Iterable[str]:
+        return chain.from_iterable([*self.passed, *passed_in(self._file)])
 
 
 # --- opening and closing
