@@ -44,7 +44,7 @@ from agent.orders.orders import (
 )
 from orchestrator.fleet.logs import LogFile
 from orchestrator.fleet.order_book import OrderBook
-from orchestrator.fleet.presence import LOST_SECONDS, Answers, Presences, merge_presences, sight_of
+from orchestrator.fleet.presence import LOST_SECONDS, Answers, Presences, merge_presences
 from orchestrator.fleet.relay_mail import Mailroom, Pauses, Posting
 from orchestrator.journal.events import Dispatched, Note, Refused, Reported
 from orchestrator.plan.plan import Plan, PlannedMachine
@@ -574,15 +574,15 @@ class Fleet:
     async def _meet(self, answers: Answers) -> Presences:
         """Remember who was seen, and take up reports that waited for a key to be shown."""
         now = asyncio.get_running_loop().time()
+        found = self._merged(answers)
         for machine in self._plan.machines:
-            sight = sight_of(machine, answers, self._clock())
+            sight = found.newest.get(machine.name)
             if sight is None:
                 continue
             self._presences[machine.name] = sight.presence
             self._seen[machine.name] = max(now - sight.age, self._seen.get(machine.name, 0.0))
             for relay, letter in self._unproven.pop(machine.name, ()):
                 await self._take_report(relay, machine, letter)
-        found = self._merged(answers)
         self._doubled = found.doubled
         return found
 

@@ -5,6 +5,7 @@ Relays are believed in nothing but availability: a presence counts where it is s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -60,6 +61,7 @@ class Presences:
         doubled: those of the missing whose keys two agents have, and which.
         offline: those of the missing that no relay has seen, or not for too long. Of the others something else is wrong.
         strangers: of all machines, what is wrong with another agent that a relay has seen under their name.
+        newest: of all that a relay has seen, present or not, the newest presence that the machine itself signed.
     """
 
     present: Mapping[str, Presence]
@@ -68,6 +70,7 @@ class Presences:
     doubled: Mapping[str, str] = field(default_factory=dict)
     offline: frozenset[str] = frozenset()
     strangers: Mapping[str, str] = field(default_factory=dict)
+    newest: Mapping[str, Sight] = field(default_factory=dict)
 
 
 def merge_presences(
@@ -79,38 +82,57 @@ def merge_presences(
     doubled: dict[str, str] = {}
     offline: set[str] = set()
     strangers: dict[str, str] = {}
+    sights: dict[str, Sight] = {}
+    seen_under = _by_name(answers)
     for machine in machines:
-        if wrong := _why_wrong(machine, answers):
-            strangers[machine.name] = wrong
-        sights = _sights(machine, answers, now)
-        newest = _newest(sights, lost_seconds)
+        name = machine.name
+        seen = seen_under.get(name.lower(), ())
+        own, wrong = _told_apart(machine, seen, now)
+        if wrong:
+            strangers[name] = wrong
+        newest = _newest(own, lost_seconds)
         if newest is None:
-            missing[machine.name] = _why_unseen(machine, answers)
-            if not any(_seen(machine, answers)):
-                offline.add(machine.name)
-        elif twice := _why_doubled(sights):
-            missing[machine.name] = doubled[machine.name] = twice
+            missing[name] = wrong or _why_unseen(machine, answers)
+            if not seen:
+                offline.add(name)
+            continue
+        sights[name] = newest
+        if twice := _why_doubled(own):
+            missing[name] = doubled[name] = twice
         elif why := _why_unfit(newest, lost_seconds):
-            missing[machine.name] = why
+            missing[name] = why
             if newest.age >= lost_seconds:
-                offline.add(machine.name)
+                offline.add(name)
         else:
-            present[machine.name] = newest.presence
+            present[name] = newest.presence
     silent = {relay: answer for relay, answer in answers.items() if isinstance(answer, str)}
-    return Presences(present, missing, silent, doubled, frozenset(offline), strangers)
+    return Presences(present, missing, silent, doubled, frozenset(offline), strangers, sights)
 
 
-def sight_of(machine: PlannedMachine, answers: Answers, now: float, lost_seconds: float = LOST_SECONDS) -> Sight | None:
-    """The newest presence that the machine itself signed; None where no relay has one."""
-    return _newest(_sights(machine, answers, now), lost_seconds)
+def _by_name(answers: Answers) -> Mapping[str, Sequence[tuple[str, AgentSeen]]]:
+    """Who was seen, and by which relay, under each name in lower case."""
+    found: defaultdict[str, list[tuple[str, AgentSeen]]] = defaultdict(list)
+    for relay, answer in answers.items():
+        if not isinstance(answer, str):
+            for seen in answer:
+                found[seen.name.lower()].append((relay, seen))
+    return found
 
 
-def _sights(machine: PlannedMachine, answers: Answers, now: float) -> list[Sight]:
-    return [
-        Sight(said, relay, max(0.0, seen.age), lain := max(0.0, seen.presence_age), said.time + lain - now)
-        for relay, seen in _seen(machine, answers)
-        if isinstance(said := _opened(machine, seen), Presence)
-    ]
+def _told_apart(
+    machine: PlannedMachine, seen_under_its_name: Sequence[tuple[str, AgentSeen]], now: float
+) -> tuple[list[Sight], str]:
+    """Its own presences, and what is wrong with the first that is another's; empty where there is none."""
+    own: list[Sight] = []
+    wrong = ""
+    for relay, seen in seen_under_its_name:
+        said = _opened(machine, seen)
+        if isinstance(said, Presence):
+            lain = max(0.0, seen.presence_age)
+            own.append(Sight(said, relay, max(0.0, seen.age), lain, said.time + lain - now))
+        else:
+            wrong = wrong or f"{said}; if it was set up anew, compare 'waystation agent init' there and correct its key"
+    return own, wrong
 
 
 def _newest(sights: Sequence[Sight], lost_seconds: float) -> Sight | None:
@@ -155,12 +177,6 @@ def _named(said: Presence) -> str:
     return f"one on {said.host or 'a machine without a name'} since {since} UTC (start {said.start[:16]})"
 
 
-def _seen(machine: PlannedMachine, answers: Answers) -> Iterable[tuple[str, AgentSeen]]:
-    for relay, answer in answers.items():
-        if not isinstance(answer, str):
-            yield from ((relay, seen) for seen in answer if seen.name.lower() == machine.name.lower())
-
-
 def _opened(machine: PlannedMachine, seen: AgentSeen) -> Presence | str:
     """What the machine said of itself, or what is wrong with it."""
     said = _verified(seen.presence)
@@ -183,17 +199,7 @@ def _verified(envelope: bytes) -> Presence | str:
         return error.message
 
 
-def _why_wrong(machine: PlannedMachine, answers: Answers) -> str:
-    """What is wrong with an agent that is there under its name and is not it; empty where there is none."""
-    opened = (_opened(machine, seen) for _, seen in _seen(machine, answers))
-    wrong = next((what for what in opened if isinstance(what, str)), "")
-    again = "if it was set up anew, compare 'waystation agent init' there and correct its key"
-    return f"{wrong}; {again}" if wrong else ""
-
-
 def _why_unseen(machine: PlannedMachine, answers: Answers) -> str:
-    if wrong := _why_wrong(machine, answers):
-        return wrong
     own = {relay: answers[relay] for relay in machine.relays if relay in answers}
     if own and all(isinstance(answer, str) for answer in own.values()):
         return "none of its relays answers: " + "; ".join(f"{relay}: {answer}" for relay, answer in own.items())

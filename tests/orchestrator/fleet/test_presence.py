@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from harness.presences import Keys
 
 from agent.orders.orders import Presence
-from orchestrator.fleet.presence import Answers, Presences, merge_presences, sight_of
+from orchestrator.fleet.presence import Answers, Presences, merge_presences
 from orchestrator.plan.plan import PlannedMachine
 from relay.protocol.messages import AgentSeen
 
@@ -28,9 +29,7 @@ def merged(**answers: Any) -> Presences:
 
 
 def newest(answers: Answers) -> Presence:
-    found = sight_of(MACHINE, answers, NOW)
-    assert found is not None
-    return found.presence
+    return merge_presences([MACHINE], answers, NOW).newest["web1"].presence
 
 
 # --- relays that show old ones, and lie about time
@@ -125,3 +124,24 @@ def test_a_copy_that_is_gone_is_no_copy_any_more() -> None:
 
 def test_agents_that_say_nothing_of_their_start_are_one() -> None:
     assert copies({"ago": 2.0}, {"ago": 3.0, "start": "77b0", "started": NOW - 900}).missing == {}
+
+
+# --- many
+
+
+def test_each_presence_is_looked_at_for_its_own_machine_alone() -> None:
+    """Else a look at who is there would take a thousand times as long for a thousand machines as for one, squared."""
+
+    class Name(str):
+        __slots__ = ()
+
+        def lower(self) -> str:
+            looks.append(self)
+            return super().lower()
+
+    looks: list[str] = []
+    names = [f"Web{number}" for number in range(50, 100)]
+    machines = [msgspec.structs.replace(MACHINE, name=name) for name in names]
+    answers = {relay: [AgentSeen(Name(name), shown().presence, 0.0, 0.0) for name in names] for relay in "ab"}
+    assert len(merge_presences(machines, answers, NOW).strangers) == len(names)
+    assert len(looks) == 2 * len(names)
