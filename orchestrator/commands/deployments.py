@@ -350,10 +350,11 @@ def _files(process_path: str, environment: str, *, has_versions: bool) -> tuple[
 def _create_and_run(
     paths: Paths, process: ProcessFile | None, versions: dict[str, str], request: DeployRequest, *, as_json: bool
 ) -> int:
+    from orchestrator.deployment.setup import goes_on
     from orchestrator.releases.create_release import create_release
 
     with open_journal(paths) as opened, progress_bars() as bar:
-        if versions and process is not None:
+        if versions and process is not None and not goes_on(opened, request, versions):
             run(
                 create_release(
                     paths,

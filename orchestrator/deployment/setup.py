@@ -44,6 +44,7 @@ from orchestrator.rolling.past import attempt_of, chain_of, past_of, past_record
 from orchestrator.trust.keyring import load_pins, load_signer
 from orchestrator.trust.secrets import SecretStore
 from relay.errors import RefusedError, UsageError
+from relay.package.identity import NuGetVersion
 from relay.support.private_files import make_private_folder
 from relay.support.progress import Bar
 from relay.support.together import told_if_slow
@@ -248,6 +249,21 @@ def find_unfinished(journal: Journal, request: DeployRequest | RetryRequest) -> 
             "comes to its end that way",
         )
     return same
+
+
+def goes_on(journal: Journal, request: DeployRequest, versions: Mapping[str, str]) -> bool:
+    """Whether what is asked for did not end, with these versions of its packages: then no release is made for it.
+
+    Whoever repeats a command may have edited files meanwhile, and only what was frozen counts. Raises as
+    `find_unfinished`, and `IdentityError`: no version.
+    """
+    found = find_unfinished(journal, request)
+    if found is None:
+        return False
+    packages = msgspec.json.decode(journal.plan(found.deployment), type=Plan).packages
+    return packages.keys() == versions.keys() and all(
+        NuGetVersion.parse(version) == NuGetVersion.parse(packages[name].version) for name, version in versions.items()
+    )
 
 
 def _is_same(record: DeploymentRecord, request: DeployRequest | RetryRequest) -> bool:

@@ -52,7 +52,7 @@ QUESTIONS = {"1/all agree": "all agree", "3/canary": "canary"}
 ONCE_ON_SERVER = ("vpn-up", "schema", "told", "vpn-down")
 ONCE_ON_MACHINES = ("configure", "restart")
 SECONDS = 120.0
-__all__ = ["MACHINES", "SECONDS", "SITES", "Rolling", "Shop", "haproxy", "shop_in"]
+__all__ = ["ENVIRONMENT", "MACHINES", "PERSON", "SECONDS", "SITES", "Rolling", "Shop", "haproxy", "shop_in"]
 
 
 class Shop:
@@ -102,6 +102,10 @@ class Shop:
 
     # --- what came of it
 
+    def status(self) -> Any:
+        """Of the newest deployment, as the command has it."""
+        return self.farm.do("release", "status", "-e", ENVIRONMENT, "--json").json
+
     def deployment_of(self, label: str) -> str:
         """Its ULID; empty where it did not begin."""
         done = self.farm.do("release", "history", "-e", ENVIRONMENT, "--limit", "3", "--json").json
@@ -126,7 +130,7 @@ class Shop:
 
         Gives its status.
         """
-        status = self.farm.do("release", "status", "-e", ENVIRONMENT, "--json").json
+        status = self.status()
         summary = status["summary"]
         assert (summary["label"], summary["state"]) == (label, state), summary
         assert {one["name"]: one["undo"] for one in status["pre_acquire"]} == {"vpn": "done"}

@@ -230,27 +230,31 @@ def test_what_ended_while_nobody_watched_is_told_and_not_done_again(world: World
     assert world.lines.count("web1 configure begins") == 1
 
 
-def test_scenario_24_what_was_edited_between_crash_and_resume_is_named_and_does_not_count(world: World) -> None:
-    world.set_up("edited")
-    world.farm.do("release", "create", "edited", "--package", "web=1.0.0")
-    engine = world.deploy()
+@pytest.mark.parametrize("by", ["resume", "deploy"])
+def test_scenario_24_what_was_edited_between_crash_and_resume_is_named_and_does_not_count(
+    world: World, by: str
+) -> None:
+    name = f"edited-{by}"
+    world.set_up(name)
+    engine = world.begin()
     world.until("web1 configure begins")
     engine.kill()
     world.go()
     project = world.farm.project
-    for path in (project / "release.yaml", project / "environments/edited.yaml"):
+    for path in (project / "release.yaml", project / "environments" / f"{name}.yaml"):
         path.write_text(
             path.read_text().replace("strategy: rolling", "strategy: parallel").replace("timeout: 60s", "timeout: 50s")
         )
     (project / "deploy/configure.sh").write_text("#!/bin/sh\nexit 1\n")
     (project / "environments/lb/after.sh").write_text("#!/bin/sh\nexit 1\n")
-    done = world.farm.call("release", "resume", "-e", "edited")
+    again = ("resume",) if by == "resume" else ("deploy", name, "--package", "web=1.0.0")
+    done = world.farm.call("release", *again, "-e", name)
     assert done.code == 0, done.out + done.err
     told = [line.partition(" s  ")[2] for line in done.out.splitlines() if "what was frozen counts" in line]
     assert [line.partition(":")[0] for line in told] == [
-        "release.yaml is not what edited was made of",
-        "deploy/configure.sh is not what edited was made of",
-        "environments/edited.yaml has changed since, in rotation web",
+        f"release.yaml is not what {name} was made of",
+        f"deploy/configure.sh is not what {name} was made of",
+        f"environments/{name}.yaml has changed since, in rotation web",
     ]
     frozen_ran = [line for line in world.lines if " before " not in line]
     assert frozen_ran == [*OPENED, *turn("web1")[2:], *turn("web2")[2:], "vpn closed"]
@@ -285,6 +289,8 @@ def test_another_release_is_refused_while_one_is_unfinished_and_cancel_lets_it_e
     assert refused.code == 1
     assert "release resume" in refused.err
     assert "release cancel" in refused.err
+    newer = world.farm.call("release", "deploy", "unfinished", "-e", "unfinished", "--package", "web=1.0.1")
+    assert newer.code != 0, "with another version it is another release, not this one that goes on"
     world.farm.do("release", "cancel", "-e", "unfinished")
     world.go()
     ended = world.farm.call("release", "resume", "-e", "unfinished")
