@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo:
 	@deploy/setup.sh dnsmasq haproxy --optional rdiff rsync
-	@$(PYTHON) deploy/demo/demo.py
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) deploy/demo/demo.py
 
 # Workers: one more than there are cores, as much of the time is waiting. A file's tests share what they start.
 PARALLEL = -n $$(( $$(nproc) + 1 )) --dist loadfile
