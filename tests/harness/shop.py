@@ -338,6 +338,8 @@ class Rolling:
             died_at = self.died_at(done)
             assert not set(left).isdisjoint(died_at), "it died elsewhere"
             left = [name for name in left if name not in died_at]
+            if self.has_ended:
+                break
         self.shop.check(self.label, self.version, agents_died=agents_died)
         return left
 
@@ -348,6 +350,14 @@ class Rolling:
             assert self.engine.is_alive, self.engine.out + self.engine.err
             self.answer_what_is_asked()
             time.sleep(0.02)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an engine died after its deployment had come through: then there is nothing to go on with."""
+        if not any("set_state succeeded" in name for name in self._names):
+            return False
+        summary = self.shop.status()["summary"]
+        return (summary["label"], summary["state"]) == (self.label, "succeeded")
 
     @property
     def came_to(self) -> int:
