@@ -1,17 +1,22 @@
 """The most memory that either end of a replication has resident, while a large package crosses.
 
 Run: python -m benchmarks.memory [--megabytes N] [--rates MBIT,…] [--most MB] [--json]
+     python -m benchmarks.memory --crowd 900 [--thin N] [--seconds N] [--megabytes N] [--most MB] [--json]
 
 The package is made here: six tenths noise, the rest text that compresses, in files of several sizes. It goes to a relay
 over loopback, and over shaped lines where rates are named (0: loopback), then its next version does, of which every tenth
 file is another one and every other file has a few bytes changed: runs, bases and differences are all under way at once.
 The most that the sender's process (`package replicate`) and the relay's had resident; each is new for each send.
 
+A crowd is so many slow peers at one relay, and readers on thin lines that keep its encoders busy, beside one good client:
+its seconds, and what the relay had resident (`benchmarks.support.crowd`).
+
 The exit status is 1 where an end had more than `--most`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -24,6 +29,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.lines.network import Line, ThreadedProxy
+from benchmarks.support.crowd import Crowd, crowd
 from benchmarks.support.programs import WAYSTATION, add, pack, peak_memory, relay, run
 from benchmarks.support.report import add_folder, add_json, mark, numbers, parser, show
 from relay.support.console import table
@@ -131,6 +137,37 @@ def measure(folder: str, megabytes: int, rates: Sequence[float]) -> list[Peak]:
     return peaks
 
 
+class CrowdPeak(msgspec.Struct, frozen=True):
+    """A relay in a crowd. Bytes that were resident: at rest, and at most."""
+
+    crowd: Crowd
+    at_rest: int
+    most: int
+
+
+def in_a_crowd(folder: str, megabytes: int, slow: int, thin: int, seconds: float) -> CrowdPeak:
+    """One package at one relay, and everybody at once."""
+    home = os.path.join(folder, "home")
+    [(package, _)] = add(home, packed(folder, megabytes)[0])
+    with relay(os.path.join(folder, "store")) as served:
+        run([WAYSTATION, "package", "replicate", ID, OLD, "--relay", served.url], home=home)
+    with relay(os.path.join(folder, "store")) as served:
+        at_rest = peak_memory(served.pid)
+        came = asyncio.run(crowd(served.url, package, slow=slow, thin=thin, seconds=seconds))
+        return CrowdPeak(came, at_rest, peak_memory(served.pid))
+
+
+def text_of_crowd(peak: CrowdPeak) -> str:
+    """For people."""
+    came = peak.crowd
+    return (
+        f"{came.slow} slow peers ({came.slow_connections} connections), {came.thin} readers on thin lines"
+        f" ({came.thin_bytes / 1e6:.1f} MB), one good client: {came.requests} requests,"
+        f" median {came.median * 1000:.0f} ms, p99 {came.p99 * 1000:.0f} ms; the relay had {peak.at_rest / 1e6:.0f} MB"
+        f" resident at rest, {peak.most / 1e6:.0f} MB at most"
+    )
+
+
 def text_of(peaks: Sequence[Peak], most: int) -> str:
     """For people."""
     rows = [
@@ -156,13 +193,20 @@ def main() -> int:
     command = parser("memory", __doc__)
     command.add_argument("--megabytes", type=int, default=1000, help="of content")
     command.add_argument("--rates", type=numbers, default=(0.0,), metavar="MBIT,…", help="0: loopback [default: 0]")
+    command.add_argument("--crowd", type=int, default=0, metavar="N", help="so many slow peers at one relay instead")
+    command.add_argument("--thin", type=int, default=4, metavar="N", help="readers on thin lines beside them")
+    command.add_argument("--seconds", type=float, default=60.0, help="of a crowd")
     command.add_argument("--most", type=int, default=MOST // 1_000_000, metavar="MB")
     add_folder(command)
     add_json(command)
     options = command.parse_args()
-    with tempfile.TemporaryDirectory(prefix="waystation-memory-", dir=options.folder) as folder:
-        peaks = measure(folder, options.megabytes, options.rates)
     most = options.most * 1_000_000
+    with tempfile.TemporaryDirectory(prefix="waystation-memory-", dir=options.folder) as folder:
+        if options.crowd:
+            peak = in_a_crowd(folder, options.megabytes, options.crowd, options.thin, options.seconds)
+            show(text_of_crowd(peak), {"format": 1, "most": most, "peak": peak}, as_json=options.as_json)
+            return 0 if peak.most <= most else 1
+        peaks = measure(folder, options.megabytes, options.rates)
     show(text_of(peaks, most), {"format": 1, "most": most, "peaks": peaks}, as_json=options.as_json)
     return 0 if all(max(one.sender, one.relay) <= most for one in peaks) else 1
 

@@ -119,6 +119,11 @@ class Load:
                 task.cancel()
             self._threads.shutdown(wait=False)
 
+    @property
+    def requests(self) -> int:
+        """Those that have ended."""
+        return len(self._visits)
+
     def summary(self) -> Summary:
         """So far, or of all once it has ended."""
         return Summary(tuple(self._visits))

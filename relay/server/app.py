@@ -57,7 +57,7 @@ from relay.server.http.bodies import (
     stream,
 )
 from relay.server.http.callers import IDENTITY, caller_of, path_of
-from relay.server.http.connection import Limits
+from relay.server.http.connection import Limits, bytes_for_encoders
 from relay.server.http.credentials import certificate_of, endings
 from relay.server.http.listen import Running, raise_open_files, start_guarded
 from relay.server.http.problems import HttpRefusal, problem
@@ -435,6 +435,8 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack, live
     stack.callback(asyncio.create_task(watch.watch()).cancel)
     app = RelayApp(transfer, config, limits, rates, mail, replications, nupkgs, live, watch).build()
     running = await start_guarded(app, host, port, limits, ssl_context=live.context if live.certificate else None)
+    running.ledger.left_for_encoders = transfer.payloads.limit_to
+    transfer.payloads.limit_to(bytes_for_encoders(limits.memory_bytes, 0))
     stack.push_async_callback(running.stop)
     return running
 

@@ -251,15 +251,17 @@ class _Giving:
         return self._encode(plan, spec, run, self._bases.spans_of(spec.bases))
 
     def _plan(self, run: RunFacts) -> Choice:
-        line, busy = self._reader.line, self._ground.payloads.is_busy()
+        line, payloads = self._reader.line, self._ground.payloads
+        codings = () if payloads.is_busy() else planner.codings_to_answer(run, line, self._reader.encodings)
         return planner.plan_run(
             run,
             line,
             self._schedule.moment(line, _AHEAD + 1),
             ratios=planner.ratios_of_stored(run),
             rates=self._rates,
-            # Encoders wait for their turn: nothing new is begun for readers, who can do with what is stored.
-            codings=() if busy else planner.codings_to_answer(run, line, self._reader.encodings),
+            # Encoders wait for their turn: nothing new is begun for readers, who can do with what is stored. And where
+            # connections hold much, an encoder that holds less will do.
+            codings=tuple(each for each in codings if payloads.has_room_for(each, run.size, run.base_size)),
         )
 
     def _encode(self, plan: Choice, spec: PayloadSpec, run: tuple[int, ...], bases: tuple[Span, ...]) -> _Encoded:

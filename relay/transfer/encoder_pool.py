@@ -279,6 +279,8 @@ class Payloads:
         self._threads = asyncio.Semaphore(threads)
         self._counted = 0
         """Bytes of the budget that payloads count for; the rest is the encoders'."""
+        self._inside: dict[_Payload, int] = {}
+        """What is encoded now, in the order of its turns, and the bytes of the budget that its encoder has."""
         self._payloads: OrderedDict[PayloadSpec, _Payload] = OrderedDict()
         self._by_first: dict[ChunkId, list[_Payload]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -345,6 +347,33 @@ class Payloads:
         """How large it is and what it took, where it was finished before (kept or not; the newest few thousand)."""
         return self._made.get(_digest(spec))
 
+    def limit_to(self, most: int) -> None:
+        """All that is held stays below `most` bytes from now on. Where it is more, what is kept for no need goes, then
+        encoders are stopped, the newest first: their readers take stored chunks, or ask again.
+        """
+        if most == self._budget.limit:
+            return
+        self._budget.limit = most
+        if self._budget.used > most:
+            self._make_way(self._budget.used - most, True)
+        too_large = [
+            each
+            for each in self._payloads.values()
+            if not (each.has_ended or each.is_arriving or each in self._inside) and working_bytes(each.spec) > most
+        ]
+        going = sum(need for each, need in self._inside.items() if each.has_ended)
+        for payload in reversed([each for each in self._inside if not each.has_ended]):
+            if self._budget.used - going > most:
+                going += self._inside[payload]
+                too_large.append(payload)
+        for payload in too_large:
+            self.fail(payload, StoreError("this encoder gave way to connections"))
+        self._budget.look()
+
+    def has_room_for(self, coding: Coding, size: int, base_size: int) -> bool:
+        """Whether a run of so many bytes, over bases of so many, can be encoded so while others wait, if need be."""
+        return working_bytes(PayloadSpec((), (), coding, size, base_size)) <= self._budget.limit
+
     def is_busy(self) -> bool:
         """Whether a new payload would have to wait long: a reader that can do with stored chunks should take them."""
         return self._budget.waiting > 0
@@ -403,9 +432,11 @@ class Payloads:
         need = working_bytes(payload.spec)
         try:
             await self._budget.enter(need)
+            self._inside[payload] = need
             try:
                 await self._encode(payload)
             finally:
+                del self._inside[payload]
                 self._budget.leave(need)
         except Exception as error:
             # Each error is for the readers to know.

@@ -15,7 +15,7 @@ import struct
 import sys
 from asyncio.sslproto import SSLProtocol
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, cast
 from weakref import WeakValueDictionary
@@ -40,6 +40,10 @@ SHARED_BYTES: Final = 16 << 20
 _WRITTEN_AHEAD: Final = 16 << 10
 """Bytes that may wait in a connection's buffer while the next ones are made."""
 _SHARE_LEAST, _SHARE_MOST = 8 << 10, 256 << 10
+_CONNECTION_BYTES: Final = 96 << 10
+"""Resident for each of 900 slow peers, the bodies that they send among it: measured by `benchmarks.memory --crowd`."""
+_ENCODERS_LEAST, _ENCODERS_MOST = 60 << 20, 140 << 20
+"""A run of 16 MiB in zstd level 9, and the same in level 19."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class Limits:
     long_polls: int = 10_000
     json_bytes: int = messages.JSON_MAX
     json_depth: int = messages.JSON_DEPTH
+    memory_bytes: int = 160 << 20
+    """What connections, bodies and encoders hold together, beside what a relay takes at rest. A connection counts for 96
+    KiB, and encoders get the rest: at most 140 MiB, at least 60."""
     bytes_in_flight: int = 32 << 20
     """Bytes of bodies held in memory at one time, over all requests but those of the next two limits."""
     bundle_bytes_in_flight: int = 192 << 20
@@ -177,6 +184,8 @@ class Ledger:
         self.budget = ByteBudget(limits.bytes_in_flight)
         self.total = 0
         self.polling = 0
+        self.left_for_encoders: Callable[[int], None] = lambda _bytes: None
+        """Called with the bytes, whenever they change."""
         self.by_address: Counter[str] = Counter()
         self.by_identity: Counter[str] = Counter()
         self.read_buffer = memoryview(bytearray(_SHARE_MOST))
@@ -210,18 +219,24 @@ class Ledger:
         """As what `ticket` stands for now: one more, or one less."""
         if ticket.polling:
             self.polling += step
-            return
-        self.total += step
-        counter, key = (
-            (self.by_address, ticket.address) if ticket.identity is None else (self.by_identity, ticket.identity)
-        )
-        counter[key] += step
-        if not counter[key]:
-            del counter[key]
+        else:
+            self.total += step
+            counter, key = (
+                (self.by_address, ticket.address) if ticket.identity is None else (self.by_identity, ticket.identity)
+            )
+            counter[key] += step
+            if not counter[key]:
+                del counter[key]
+        self.left_for_encoders(bytes_for_encoders(self.limits.memory_bytes, self.total + self.polling))
 
     def meter(self, peer: str) -> Meter:
         """The meter of everything that `peer` is sending now."""
         return self._meters.setdefault(peer, Meter(self.limits.body_window_seconds))
+
+
+def bytes_for_encoders(memory_bytes: int, connections: int) -> int:
+    """What so many connections leave of the memory: pure."""
+    return max(_ENCODERS_LEAST, min(_ENCODERS_MOST, memory_bytes - connections * _CONNECTION_BYTES))
 
 
 def address_key(address: str) -> str:

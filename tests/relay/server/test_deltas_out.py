@@ -36,7 +36,7 @@ from relay.server import bundle_answer
 from relay.server.bundle_answer import Reader
 from relay.server.packages import Transfer
 from relay.stores.open import open_store
-from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec
+from relay.transfer.encoder_pool import PayloadReader, Payloads, PayloadSpec, working_bytes
 
 PATIENCE = 30.0
 THIN = 50_000.0
@@ -239,6 +239,22 @@ async def test_while_encoders_are_busy_the_stored_form_is_sent(transfer, monkeyp
     assert taken.chunks == CHANGED
     assert taken.is_stored
     assert encoded == []
+
+
+async def test_where_connections_hold_much_an_encoder_that_holds_less_will_do_and_else_the_stored_form(
+    transfer, encoded
+):
+    whole = await take(transfer, reader(THIN, held()))
+    dear = max(working_bytes(spec) for spec in encoded)
+    transfer.payloads.limit_to(dear - 1)
+    encoded.clear()
+    less = await take(transfer, reader(THIN, held()))
+    assert sorted(less.chunks) == sorted(whole.chunks) == CHANGED
+    assert all(working_bytes(spec) < dear for spec in encoded)
+    transfer.payloads.limit_to(0)
+    encoded.clear()
+    least = await take(transfer, reader(THIN, held()))
+    assert (least.chunks, least.is_stored, encoded) == (CHANGED, True, [])
 
 
 async def test_runs_are_encoded_ahead_of_the_line(transfer, monkeypatch, encoded):

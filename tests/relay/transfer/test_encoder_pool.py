@@ -410,6 +410,51 @@ async def test_the_memory_of_a_stopped_encoder_is_free_only_when_it_ended(encode
         await until(lambda: payloads._budget.used == 0)
 
 
+async def test_a_lower_limit_stops_the_newest_encoders_and_those_that_could_never_begin(encoder: Encoder):
+    shelf = Shelf()
+    one, other, queued = (spec_of(id, size=MIB) for id in await shelf.put_data(b"1", b"2", b"3"))
+    need = working_bytes(one)
+    async with opened(shelf, threads=2, memory_bytes=2 * need) as payloads:
+        readers = [asyncio.create_task(whole(payloads, spec)) for spec in (one, other)]
+        await until(lambda: encoder.running == 2)
+        readers.append(asyncio.create_task(whole(payloads, queued)))
+        await until(payloads.is_busy)
+        payloads.limit_to(need)
+        with pytest.raises(StoreError, match="gave way"):
+            await readers[1]
+        payloads.limit_to(need - 1)
+        for reader in (readers[0], readers[2]):
+            with pytest.raises(StoreError, match="gave way"):
+                await reader
+        assert not payloads.has_room_for(one.coding, one.size, one.base_size)
+        encoder.allow(8)
+        await until(lambda: payloads._budget.used == 0)
+        payloads.limit_to(need)
+        assert payloads.has_room_for(one.coding, one.size, one.base_size)
+        encoder.allow(4)
+        assert await whole(payloads, one) == b"p" * 4000
+
+
+@given(st.lists(st.integers(0, 40), max_size=30))
+async def test_what_is_held_and_not_about_to_end_never_exceeds_the_limit(limits: list[int]):
+    stand_in, shelf = Encoder(), Shelf()
+    ids = await shelf.put_data(*(noise(n, 10) for n in range(8)))
+    need = working_bytes(spec_of(ids[0], size=MIB))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(under_test, "encode", stand_in)
+        async with opened(shelf, threads=3, memory_bytes=3 * need) as payloads:
+            readers = [asyncio.create_task(whole(payloads, spec_of(id, size=MIB))) for id in ids]
+            for tenths in limits:
+                payloads.limit_to(need * tenths // 10)
+                going = sum(bytes for each, bytes in payloads._inside.items() if each.has_ended)
+                assert payloads._budget.used - going <= max(need * tenths // 10, 0)
+                await asyncio.sleep(0)
+            stand_in.allow(10_000)
+            payloads.limit_to(3 * need)
+            await asyncio.gather(*readers, return_exceptions=True)
+            assert await whole(payloads, spec_of(ids[0], size=MIB)) == b"p" * 4000
+
+
 async def test_finished_payloads_are_kept_the_latest_used_longest():
     shelf = Shelf()
     data = [noise(n, 1000) for n in range(3)]

@@ -43,7 +43,7 @@ from relay.server.http.access import (
     iter_routes,
 )
 from relay.server.http.bodies import parse_json
-from relay.server.http.connection import Ledger, Limits, Meter, StallWatch, address_key
+from relay.server.http.connection import Ledger, Limits, Meter, StallWatch, address_key, bytes_for_encoders
 from relay.server.http.listen import start_guarded
 from relay.server.http.problems import PROBLEM_TYPE, TITLES, HttpRefusal, problem, problem_of, tell_problem, verdict_of
 from relay.server.http.tokens import TokenSet, make_token
@@ -276,6 +276,20 @@ def test_a_connection_that_is_lost_while_it_polls_leaves_no_trace() -> None:
         ticket.release()
     assert (ledger.total, ledger.polling) == (0, 0)
     assert not ledger.by_address
+
+
+def test_each_connection_leaves_less_for_encoders_and_gives_it_back() -> None:
+    limits = Limits(connections=10_000, connections_per_address=10_000)
+    ledger, told = Ledger(limits), list[int]()
+    ledger.left_for_encoders = told.append
+    tickets = [ledger.admit("10.0.0.1") for _ in range(2_000)]
+    assert told == sorted(told, reverse=True)
+    assert told[0] == bytes_for_encoders(limits.memory_bytes, 1) == told[100], "some connections cost them nothing"
+    assert told[-1] == bytes_for_encoders(limits.memory_bytes, 100_000) > 0, "they always have enough for one run"
+    for ticket in tickets:
+        assert ticket is not None
+        ticket.release()
+    assert told[-1] == bytes_for_encoders(limits.memory_bytes, 0)
 
 
 @pytest.mark.parametrize(
