@@ -28,7 +28,7 @@ def relay() -> None:
 @click.option(
     "--store",
     metavar="LOCATION",
-    help="Where packages are kept: disk:/absolute/path, a path, or memory:. [default: relay in $WAYSTATION_HOME]",
+    help="Where packages are kept: disk:/absolute/path, a path, s3://bucket/prefix, or memory:. [default: relay in $WAYSTATION_HOME]",
 )
 @click.option("--site", metavar="NAME", help="What DNS calls this place.")
 @click.option(

@@ -76,7 +76,7 @@ class RelayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = "127.0.0.1:7400"
     """HOST:PORT; port 0 takes a free one."""
     store: str = ""
-    """`disk:/absolute/path`, a path, or `memory:`. Default: `relay` in `$WAYSTATION_HOME`."""
+    """`disk:/absolute/path`, a path, `s3://bucket/prefix`, or `memory:`. Default: `relay` in `$WAYSTATION_HOME`."""
     free_floor: Annotated[int, Meta(ge=0)] | None = None
     """Bytes of the store's file system that are kept free. Default: the larger of 1 % and 1 GiB."""
     low_space: Annotated[int, msgspec.Meta(ge=0)] | None = None

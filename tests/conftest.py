@@ -37,6 +37,7 @@ PROCESSES = (
     "relay/server/test_relay_process.py",
     "relay/server/test_tls.py",
     "relay/stores/test_disk_faults.py",
+    "relay/stores/test_s3_processes.py",
     "relay/terminal/test_screen.py",
     "release/",
     "road/",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -31,7 +32,7 @@ from relay.audit.acts import (
     ReloadRefused,
 )
 from relay.audit.event import tell
-from relay.config import RelayConfig, TokenRecord, split_listen
+from relay.config import RelayConfig, TokenRecord, home, split_listen
 from relay.errors import ConflictError, UntrustedError, UsageError, WaystationError
 from relay.mail.import_documents import import_documents
 from relay.mail.mailbox import Mail
@@ -69,7 +70,7 @@ from relay.server.packages import Transfer
 from relay.server.peers import Peers
 from relay.server.replications import Replications
 from relay.stores.catalog import Pointer
-from relay.stores.open import Store, open_store
+from relay.stores.open import Store, open_store, parse_location
 from relay.stores.watch import StoreWatch
 from relay.support.byte_budget import ByteBudget
 from relay.support.malloc import give_back_free, tame_malloc
@@ -419,7 +420,7 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack, live
     transfer = Transfer(store)
     stack.push_async_callback(transfer.close)
     await transfer.load()
-    mail = Mail(store.own_folder("state/mail"), mail_limits_of(limits))
+    mail = Mail(store.own_folder("state/mail") or bucket_folder(store.location, "mail"), mail_limits_of(limits))
     stack.push_async_callback(mail.close)
     await mail.load()
     await import_documents(store.documents, mail)
@@ -439,6 +440,15 @@ async def start(config: RelayConfig, limits: Limits, stack: AsyncExitStack, live
     transfer.payloads.limit_to(bytes_for_encoders(limits.memory_bytes, 0))
     stack.push_async_callback(running.stop)
     return running
+
+
+def bucket_folder(location: str, below: str) -> str | None:
+    """Where a relay over a bucket keeps what is this process's alone, unless its location names a folder; None for others."""
+    bucket = parse_location(location).bucket
+    if bucket is None:
+        return None
+    mark = hashlib.sha256(location.encode()).hexdigest()[:8]
+    return os.path.join(home(), "buckets", f"{bucket.bucket}-{mark}", below)
 
 
 def wrong_settings(config: RelayConfig) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -2,6 +2,7 @@
 
     disk:/var/lib/waystation   a folder, by its absolute path
     /var/lib/waystation        the same; a relative path is taken from the working directory
+    s3://bucket/prefix?…       a bucket; its options are in `relay.stores.s3.settings`
     memory:                    gone when the process ends
 
 Readers may be several with `|` between them: the first that has a chunk gives it.
@@ -9,6 +10,7 @@ Readers may be several with `|` between them: the first that has a chunk gives i
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Callable
@@ -22,21 +24,23 @@ from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
 from relay.stores.layers import Failover
 from relay.stores.memory import MemoryBlobs, MemoryChunks, MemoryDocuments, MemoryLocks
 from relay.stores.room import Room
+from relay.stores.s3.settings import S3Settings, parse_settings
 from relay.stores.volume import open_disk
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
-_EXPECTED: Final = "expected disk:/absolute/path, a path, or memory:"
+_EXPECTED: Final = "expected disk:/absolute/path, a path, s3://bucket/prefix, or memory:"
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A parsed location: its kind, and the absolute path where it has one."""
+    """A parsed location: its kind, the absolute path of a local folder where it has one, and the bucket of an `s3:` one."""
 
     kind: str
     path: str = ""
+    bucket: S3Settings | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.path}"
+        return f"{self.kind}:{self.path}" if self.bucket is None else str(self.bucket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Store:
     """What is free where it lies; None where that has no bounds of its own. Raises `OSError`."""
 
     def own_folder(self, below: str) -> str | None:
-        """A folder of the local file system for what is this process's alone; None where the location has no path."""
+        """A folder of the local file system for what is this process's alone; None where the location names none."""
         location = parse_location(self.location)
         return os.path.join(location.path, below) if location.path else None
 
@@ -81,7 +85,8 @@ def parse_location(text: str) -> Location:
         case "memory", "":
             return Location("memory")
         case "s3", _:
-            raise UsageError(f"{text!r}: this version has no S3 store", hint=_EXPECTED)
+            settings = parse_settings(text)
+            return Location("s3", settings.state, settings)
         case _:
             raise UsageError(f"{text!r} is no store location", hint=_EXPECTED)
 
@@ -101,6 +106,8 @@ async def open_store(location: str, *, free_floor: int | None = None, read_only:
     parsed = parse_location(location)
     if parsed.kind == "memory":
         return Store(MemoryChunks(), MemoryDocuments(), MemoryBlobs(), str(parsed), MemoryLocks().exclusive)
+    if parsed.bucket is not None:
+        return await _open_bucket(parsed.bucket, read_only=read_only)
     volume = await open_disk(parsed.path, free_floor=free_floor, read_only=read_only)
     return Store(
         DiskStore(volume),
@@ -111,6 +118,16 @@ async def open_store(location: str, *, free_floor: int | None = None, read_only:
         volume.closed_to_writes,
         volume.room,
     )
+
+
+async def _open_bucket(settings: S3Settings, *, read_only: bool) -> Store:
+    try:
+        # Imported here: boto3 takes its time, and who has no bucket need not have it.
+        from relay.stores.s3.open_bucket import open_bucket
+    except ImportError as error:
+        raise UsageError("a store in a bucket needs boto3", hint="pip install 'waystation[s3]'") from error
+    opened = await asyncio.to_thread(open_bucket, settings, read_only=read_only)
+    return Store(opened.chunks, opened.documents, opened.blobs, str(settings), opened.exclusive, opened.closed)
 
 
 async def open_reader(locations: str) -> ChunkReader:

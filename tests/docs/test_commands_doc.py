@@ -262,12 +262,23 @@ def _shape(value: object) -> object:
             for key, inner in value.items()
         }
     if isinstance(value, list):
-        return sorted({json.dumps(_shape(one)) for one in value})
+        return sorted({json.dumps(_shape(_filled(one, value))) for one in value})
     return (
         "number"
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
         else type(value).__name__
     )
+
+
+def _filled(one: object, beside: list[object]) -> object:
+    """With what others of the list have where it has null: on a busy machine, less is measured."""
+    if not isinstance(one, dict):
+        return one
+    others = [other for other in beside if isinstance(other, dict)]
+    return {
+        key: next((other[key] for other in others if other.get(key) is not None), None) if inner is None else inner
+        for key, inner in one.items()
+    }
 
 
 @pytest.mark.processes

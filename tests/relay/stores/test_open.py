@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from harness.store_contract import some_chunks
@@ -49,9 +50,16 @@ def test_what_is_no_location_is_refused_and_says_what_is_expected(text):
     assert refused.value.exit_code == 2
 
 
-def test_s3_is_said_to_be_missing_not_unknown():
-    with pytest.raises(UsageError, match="no S3 store"):
-        parse_location("s3://bucket/prefix?endpoint=http://x")
+def test_a_bucket_is_a_location_with_its_options():
+    text = "s3://bucket/prefix?endpoint=http://x"
+    location = parse_location(text)
+    assert (location.kind, location.path, str(location)) == ("s3", "", text)
+
+
+async def test_a_bucket_without_boto3_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "relay.stores.s3.open_bucket", None)
+    with pytest.raises(UsageError, match=r"waystation\[s3\]"):
+        await open_store("s3://bucket")
 
 
 @given(text=st.text(max_size=30))
