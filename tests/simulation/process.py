@@ -465,9 +465,7 @@ class SimulatedFleet:
         return _with(report, began.facts)
 
     def _report(self, order: Order, state: Any, reason: str, ended: float) -> Report:
-        return Report(
-            1, order.key, DEPLOYMENT, order.operation.who, "key", order.digest, 1, state, reason, ended=ended
-        )
+        return Report(1, order.key, DEPLOYMENT, order.operation.who, "key", order.digest, 1, state, reason, ended=ended)
 
     async def stop_all(self, operations: Collection[OperationId] | None = None) -> None:
         await asyncio.sleep(0.1)

@@ -7,13 +7,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from orchestrator.locks.leases import Elsewhere
 from orchestrator.plan.plan import MachineStep, MachineTurn, PlannedPhase
+from orchestrator.rolling import shared
 from orchestrator.rolling.rolling import (
     Roll,
     RotationState,
     begin,
     ended,
-    next_starts,
     passed,
     started,
     stop,
@@ -41,6 +42,11 @@ def service(*out: str, unknown: tuple[str, ...] = (), machines: tuple[str, ...] 
 
 
 ALL_IN = service()
+
+
+def next_starts(state: Roll, now: RotationState) -> list[str]:
+    """Who starts where no other deployment has anything."""
+    return shared.starts(state, now, shared.Own("shop", ""), Elsewhere())
 
 
 def start(state: Roll, now: RotationState = ALL_IN) -> tuple[Roll, list[str]]:
