@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from harness.seed import SOAK
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -326,4 +327,4 @@ class Rolling(RuleBasedStateMachine):
 
 TestRolling = Rolling.TestCase
 TestRolling.pytestmark = [pytest.mark.long]
-TestRolling.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestRolling.settings = settings(max_examples=150 if SOAK else 50, stateful_step_count=30, deadline=None)
