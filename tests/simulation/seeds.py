@@ -34,7 +34,7 @@ def faults(seeds: range, run: Callable[[int], Run]) -> tuple[list[str], Counter[
 def keep_every_promise(seeds: range) -> None:
     """Deployments whose processes die wherever the seed says. Raises `AssertionError`."""
     wrong, ends = faults(seeds, shaken)
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
     # A simulation in which nothing ever goes well, or ill, would find nothing.
     assert min(ends["succeeded"], ends["failed"]) > len(seeds) / 5
     assert ends["cancelled"]
