@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from agent.orders.operation_id import OperationId
@@ -114,8 +114,7 @@ class Recorder:
     # --- one commit after another
 
     async def _record(self, events: tuple[Event, ...], orders: dict[str, bytes], *machines: str) -> None:
-        of = dict.fromkeys((*machines, *(getattr(event, "machine", "") for event in events)))
-        later = {machine: self._later.pop(machine) for machine in of if machine in self._later}
+        later = self._take_later(machines, events) if self._later else {}
         kept = tuple(event for of_machine in later.values() for event in of_machine)
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting((*kept, *events), orders, written))
@@ -128,6 +127,11 @@ class Recorder:
                 self._later[machine] = unwritten + self._later.get(machine, [])
             raise
         self.tell(*kept, *events)
+
+    def _take_later(self, machines: Iterable[str], events: Iterable[Event]) -> dict[str, list[Event]]:
+        """What was kept for these machines, and for those that the events are of."""
+        of = dict.fromkeys((*machines, *(getattr(event, "machine", "") for event in events)))
+        return {machine: self._later.pop(machine) for machine in of if machine in self._later}
 
     async def _write(self) -> None:
         while batch := self._waiting:

@@ -465,11 +465,6 @@ def turns(entries: Iterable[JournalEntry]) -> dict[tuple[int, str], TurnView]:
     return found
 
 
-def undos_due(entries: Iterable[JournalEntry]) -> tuple[str, ...]:
-    """Names of the steps before acquisition whose undo is owed: due, or begun without an end; the last one first."""
-    return tuple(one.name for one in reversed(_pre_acquire(entries, None)) if one.undo in {"due", "running"})
-
-
 def behind(entries: Iterable[JournalEntry]) -> tuple[BehindView, ...]:
     """Relays that have not got everything, each package once, with the newest reason."""
     found: dict[tuple[str, str, str], BehindView] = {}

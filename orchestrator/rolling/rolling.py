@@ -111,15 +111,6 @@ def begin(step: MachineStep) -> Roll:
     )
 
 
-def next_starts(roll: Roll, service: RotationState) -> list[str]:
-    """The machines to start now, in this order. Call it again whenever one ended or `service` changed."""
-    starts: list[str] = []
-    while (machine := next_start(roll, service)) is not None:
-        starts.append(machine)
-        roll = started(roll, machine)
-    return starts
-
-
 def started(roll: Roll, machine: str) -> Roll:
     """Raises `ValueError`: not a machine that waits."""
     if machine not in roll.waiting:

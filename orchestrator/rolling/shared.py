@@ -25,7 +25,7 @@ class Own:
 
 
 def starts(roll: Roll, service: RotationState, own: Own, elsewhere: Elsewhere) -> list[str]:
-    """The machines to start now, in this order."""
+    """The machines to start now, in this order. Call it again whenever one ended or the state changed."""
     found: list[str] = []
     while (machine := rolling.next_start(roll, seen(roll, service, own, elsewhere))) is not None:
         found.append(machine)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from harness.haproxy_reader import failed_requests, were_out
+from harness.seed import SOAK
 
 from benchmarks.support.programs import free_ports
 
@@ -39,6 +40,8 @@ from webapp import folder as webapp  # noqa: E402
 needs_haproxy = pytest.mark.skipif(
     haproxy() is None, reason="haproxy is not installed: what the rotation scripts promise is NOT proved"
 )
+
+soak = pytest.mark.skipif(not SOAK, reason="the long run: WAYSTATION_SOAK=1")
 
 # --- scripts and machines
 
@@ -195,7 +198,7 @@ async def release(farm: Farm, window: int, turn: Callable[[Machine], Awaitable[N
 
 
 @needs_haproxy
-@pytest.mark.parametrize("window", [1, 2], ids=["one-at-a-time", "two-at-a-time"])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=soak), 2], ids=["one-at-a-time", "two-at-a-time"])
 async def test_no_request_is_lost_while_six_servers_are_released(tmp_path: Path, window: int):
     async with farm(tmp_path, 6) as six:
         before = {machine.name: machine.pid() for machine in six.machines}
@@ -326,8 +329,17 @@ async def quiet(tmp_path: Path) -> AsyncIterator[Farm]:
 
 
 @needs_haproxy
-@pytest.mark.parametrize("road", ["page", "runtime-api-socket", "runtime-api-tcp"])
-@pytest.mark.parametrize("state", ["drain", "maint"])
+@pytest.mark.parametrize(
+    ("state", "road"),
+    [
+        ("drain", "page"),
+        ("maint", "runtime-api-socket"),
+        ("drain", "runtime-api-tcp"),
+        pytest.param("maint", "page", marks=soak),
+        pytest.param("drain", "runtime-api-socket", marks=soak),
+        pytest.param("maint", "runtime-api-tcp", marks=soak),
+    ],
+)
 async def test_a_server_goes_out_and_in_by_every_road_and_twice_is_as_once(quiet: Farm, road: str, state: str):
     one, other = quiet.machines
     async with runtime_api_over_tcp(quiet.balancer) as tcp:

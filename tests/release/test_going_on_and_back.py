@@ -20,7 +20,6 @@ from harness.packages import noise
 from harness.process import Done
 
 from benchmarks.lines.network import Line, ThreadedProxy
-from orchestrator.files.process import Step
 
 WEB = ("web1", "web2", "web3")
 SLOW_BYTES = 1 << 20
@@ -365,7 +364,6 @@ def test_scenario_35_a_step_on_the_server_that_does_not_say_what_going_back_mean
     assert scene.status["summary"]["label"] == "1.1.0"
 
 
-@pytest.mark.skipif("on_rollback" not in Step.__struct_fields__, reason="files cannot say on_rollback yet")
 def test_scenario_35_the_release_that_one_goes_away_from_undoes_its_own_step_and_the_other_repeats_none(
     farm: Farm,
 ) -> None:

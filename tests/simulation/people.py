@@ -31,6 +31,9 @@ Said = tuple[float, str, Saying, bytes]
 
 def rows_about(world: World, event: ev.Event) -> list[Decision]:
     """What people will say because of this event, with when."""
+    said = _said(world, event)
+    if not said:
+        return []
     first = len(world.rows) + 1
     return [
         Decision(
@@ -43,7 +46,7 @@ def rows_about(world: World, event: ev.Event) -> list[Decision]:
             {"id": str(number), "said": saying},
             envelope,
         )
-        for number, (seconds, by, saying, envelope) in enumerate(_said(world, event), first)
+        for number, (seconds, by, saying, envelope) in enumerate(said, first)
     ]
 
 

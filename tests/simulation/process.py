@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
+from types import SimpleNamespace, coroutine
 from typing import Any, Final, TypeVar
 
 from agent.orders.operation_id import OperationId
@@ -87,11 +87,11 @@ class Process:
     async def to_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Stands for `asyncio.to_thread`: others may come between."""
         if self.chance.random() < 0.4:
-            await asyncio.sleep(0)
+            await _others_come_first()
         self.check()
         result = function(*arguments, **named)
         if self.chance.random() < 0.4:
-            await asyncio.sleep(0)
+            await _others_come_first()
         return result
 
     async def until(self, key: str, when: float) -> None:
@@ -126,19 +126,7 @@ class Process:
                 return main.result()
             finally:
                 self.is_dead = True
-                self._bury()
-
-    def _bury(self) -> None:
-        self.loop.turns = 0
-        for _ in range(100):
-            left = asyncio.all_tasks(self.loop)
-            if not left:
-                break
-            for task in left:
-                task.cancel()
-            self.loop.call_soon(self.loop.stop)
-            self.loop.run_forever()
-        self.loop.close()
+                self.loop.bury()
 
     async def _main(self) -> Result:
         context, brackets = await self._context()
@@ -190,6 +178,12 @@ class Process:
         return context, brackets
 
 
+@coroutine
+def _others_come_first() -> Generator[None, None, None]:
+    """As `asyncio.sleep(0)`, which is what a seed does most."""
+    yield
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -210,6 +204,7 @@ def simulated(process: Process) -> Iterator[None]:
         (tries, "time", clock),
         (deployment, "check_endings", _no_endings),
         (deployment, "operator", lambda: WHO),
+        (steps, "operator", lambda: WHO),
         (recorder_module, "operator", lambda: WHO),
         (recorder_module, "line", lambda _event: ""),
         (steps, "STUCK_SECONDS", 5.0),
@@ -415,7 +410,7 @@ class SimulatedFleet:
         if order is None:
             await self.see(operation.who, patience or LOST)
             self.presence(operation.who)
-            order = Order(operation, action, self.fence, world.now + ACCEPT)
+            order = Order(operation, key, action, self.fence, world.now + ACCEPT)
             self._given.add(operation)
         if operation in self._flights:
             raise ValueError(f"{operation} is in flight already")
@@ -446,7 +441,7 @@ class SimulatedFleet:
                 await self.presences()
 
     async def _result(self, order: Order) -> Report:
-        process, world, key = self._process, self._world, str(order.operation)
+        process, world, key = self._process, self._world, order.key
         lost_at = None
         while True:
             began, machine = world.operations.get(key), order.operation.who
@@ -470,9 +465,7 @@ class SimulatedFleet:
         return _with(report, began.facts)
 
     def _report(self, order: Order, state: Any, reason: str, ended: float) -> Report:
-        return Report(
-            1, str(order.operation), DEPLOYMENT, order.operation.who, "key", order.digest, 1, state, reason, ended=ended
-        )
+        return Report(1, order.key, DEPLOYMENT, order.operation.who, "key", order.digest, 1, state, reason, ended=ended)
 
     async def stop_all(self, operations: Collection[OperationId] | None = None) -> None:
         await asyncio.sleep(0.1)
@@ -529,7 +522,7 @@ class SimulatedRuns(ServerRuns):
     async def _follow(self, run: ServerRun, operation: OperationId, extra: Mapping[str, str], log: str) -> Outcome:
         process, world, key = self._process, self._world, str(operation)
         if self._process.chance.random() < 0.5:
-            await asyncio.sleep(0)
+            await _others_come_first()
         process.check()
         if key not in world.runs:
             world.launch(run, operation)

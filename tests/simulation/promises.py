@@ -26,16 +26,16 @@ AT_ONCE = 1.0
 def broken(world: World, result: Result) -> list[str]:
     """Every promise that this run did not keep, in words. `result`: of its last process, at the end of the deployment."""
     world.advance()
-    entries = world.mine
+    entries, steps = world.mine, steps_of(world)
     return [
         *world.faults,
-        *_of_rolls(world, entries),
+        *_of_rolls(steps, entries),
         *_of_stops(entries),
-        *_of_gates(world, entries),
+        *_of_gates(world, steps, entries),
         *_of_asks(world, entries),
         *_of_machines_words(world, entries),
         *_of_brackets(world, entries, result),
-        *_of_turns(world, entries),
+        *_of_turns(world, steps, entries),
         *_of_executions(world, entries),
         *_of_undos(world, entries, result),
         *_of_the_end(world, entries, result),
@@ -53,8 +53,8 @@ def steps_of(world: World) -> list[MachineStep]:
 # --- who starts when
 
 
-def _of_rolls(world: World, entries: list[JournalEntry]) -> Iterator[str]:
-    for step in steps_of(world):
+def _of_rolls(steps: list[MachineStep], entries: list[JournalEntry]) -> Iterator[str]:
+    for step in steps:
         phases = step.phases if step.strategy == "rolling" else (PlannedPhase(0, len(step.turns)),)
         ends = list(accumulate(phase.machines or len(step.turns) for phase in phases))
         started: list[str] = []
@@ -136,7 +136,7 @@ def _of_stops(entries: list[JournalEntry]) -> Iterator[str]:
 # --- people
 
 
-def _of_gates(world: World, entries: list[JournalEntry]) -> Iterator[str]:
+def _of_gates(world: World, steps: list[MachineStep], entries: list[JournalEntry]) -> Iterator[str]:
     """Whoever is passed has said yes before."""
     agreed: set[str] = set()
     checked: set[tuple[int, str]] = set()
@@ -150,7 +150,7 @@ def _of_gates(world: World, entries: list[JournalEntry]) -> Iterator[str]:
                 _, step, _, action, _ = operation.split("/")
                 checked.add((int(step), action))
             case ev.GatePassed(step=number, phase=phase, name=name):
-                [step] = [step for step in steps_of(world) if step.number == number]
+                [step] = [step for step in steps if step.number == number]
                 gate = step.phases[phase - 1].gate
                 if gate is None:
                     yield f"{name} is no gate"
@@ -283,7 +283,7 @@ def _of_brackets(world: World, entries: list[JournalEntry], result: Result) -> I
 # --- turns
 
 
-def _of_turns(world: World, entries: list[JournalEntry]) -> Iterator[str]:
+def _of_turns(world: World, steps: list[MachineStep], entries: list[JournalEntry]) -> Iterator[str]:
     begun = {(e.event.step, e.event.machine) for e in entries if isinstance(e.event, ev.TurnStarted)}
     ends = {(e.event.step, e.event.machine): e.event for e in entries if isinstance(e.event, ev.TurnEnded)}
     for step, machine in begun - set(ends):
@@ -297,7 +297,7 @@ def _of_turns(world: World, entries: list[JournalEntry]) -> Iterator[str]:
             case ev.BracketClosed(machine=machine, outcome=outcome):
                 closed[running.get(machine, 0), machine].append(outcome)
     for (number, machine), end in ends.items():
-        [step] = [step for step in steps_of(world) if step.number == number]
+        [step] = [step for step in steps if step.number == number]
         if end.failure and not end.reason:
             yield f"{machine} failed without a reason"
         if end.outcome not in {"deployed", "already_current"} and not end.reason:

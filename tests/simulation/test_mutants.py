@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 
@@ -11,20 +12,27 @@ from simulation.runs import taken_up, whole
 
 SEEDS = 600
 """Within so many it must be found, unbroken or taken up."""
+RARE = {
+    "resume_forgets_what_it_began": 1,
+    "resume_forgets_how_the_roll_went": 423,
+    "pause_does_not_hold_the_roll": 386,
+    "bad_versions_go_in": 186,
+}
+"""Where those were found that few seeds show: looked at first, as the rest of the search takes ten seconds."""
 
 
-def found() -> Iterator[str]:
-    for seed in range(SEEDS):
-        yield from (f"seed {seed}: {text}" for text in whole(seed).broken)
-    for seed in range(SEEDS):
-        for effect, broken in taken_up(seed, most=3):
-            yield from (f"seed {seed}, effect {effect}: {text}" for text in broken)
+def found(name: str) -> Iterator[str]:
+    unbroken = ((seed, whole(seed).broken) for seed in range(SEEDS))
+    again = ((seed, broken) for seed in range(SEEDS) for _, broken in taken_up(seed, most=3))
+    first = ((seed, broken) for seed in [RARE[name]] for _, broken in taken_up(seed, most=3)) if name in RARE else ()
+    for seed, broken in chain(first, unbroken, again):
+        yield from (f"seed {seed}: {text}" for text in broken)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_fault_of_the_engine_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[name](monkeypatch)
-    first = next(found(), "")
+    first = next(found(name), "")
     print(f"{name}: {first}")
     assert first, f"{name} was not found within {SEEDS} seeds"
 

@@ -44,16 +44,17 @@ What = tuple[int, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """As it was signed: the same bytes for ever."""
+    """As it was signed: the same bytes for ever. `key`: the text of its operation."""
 
     operation: OperationId
+    key: str
     action: OpenAction
     fence: int
     until: float
 
     @property
     def digest(self) -> str:
-        return f"{self.operation} {self.fence} {self.until}"
+        return f"{self.key} {self.fence} {self.until}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class World:
 
     def post(self, order: Order) -> None:
         """Put it into the mail: it arrives whatever becomes of its sender."""
-        key = str(order.operation)
+        key = order.key
         if key not in self.operations:
             self.refused.pop(key, None)
             slow = self.scenario.fate("mail", key)
@@ -184,7 +185,7 @@ class World:
 
     def _arrive(self, at: float, order: Order) -> None:
         operation, machine = order.operation, order.operation.who
-        key, what = str(operation), _what(operation)
+        key, what = order.key, _what(operation)
         if key in self.operations:
             return
         if machine in self.gone:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from harness.seed import SOAK
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from orchestrator.locks.leases import Elsewhere
 from orchestrator.plan.plan import MachineStep, MachineTurn, PlannedPhase
+from orchestrator.rolling import shared
 from orchestrator.rolling.rolling import (
     Roll,
     RotationState,
     begin,
     ended,
-    next_starts,
     passed,
     started,
     stop,
@@ -41,6 +43,11 @@ def service(*out: str, unknown: tuple[str, ...] = (), machines: tuple[str, ...] 
 
 
 ALL_IN = service()
+
+
+def next_starts(state: Roll, now: RotationState) -> list[str]:
+    """Who starts where no other deployment has anything."""
+    return shared.starts(state, now, shared.Own("shop", ""), Elsewhere())
 
 
 def start(state: Roll, now: RotationState = ALL_IN) -> tuple[Roll, list[str]]:
@@ -320,4 +327,4 @@ class Rolling(RuleBasedStateMachine):
 
 TestRolling = Rolling.TestCase
 TestRolling.pytestmark = [pytest.mark.long]
-TestRolling.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestRolling.settings = settings(max_examples=150 if SOAK else 50, stateful_step_count=30, deadline=None)
