@@ -133,7 +133,7 @@ class Bucket:
             data = b"".join(body.iter_chunks(_STREAM_BYTES)) if answer["ContentLength"] <= most else b""
         if answer["ContentLength"] > most:
             raise TooLargeError(f"{key} in {self.settings.place} has {answer['ContentLength']:,} bytes: too many")
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        now = _told_time(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
         return Found(data, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 
     def stream(self, key: str) -> Iterator[bytes] | None:
@@ -251,3 +251,11 @@ class Bucket:
                         )
                         aborted += 1
         return aborted
+
+
+def _told_time(text: str) -> datetime:
+    """The server's clock; where it does not tell, ours."""
+    try:
+        return parsedate_to_datetime(text)
+    except ValueError:
+        return datetime.now(UTC)

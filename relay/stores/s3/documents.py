@@ -52,7 +52,9 @@ class S3Documents(Documents):
         try:
             self._bucket.put(key, data, only_new=True)
         except TakenError:
-            return False
+            # Perhaps by ourselves: a first try may have been written, and its answer lost.
+            found = self._bucket.get(key, DOCUMENT_MAX)
+            return found is not None and found.data == data
         return True
 
     def _list(self, folder: str) -> builtins.list[str]:

@@ -74,6 +74,8 @@ class S3Locks:
             return self.write(key, me, found.etag if found else "")
         except TakenError:
             now = self._bucket.get(key, _LOCK_MAX)
+            if now is not None and _holder(now) == me:  # a first try was written, and its answer lost
+                return now.etag
             raise LockedError(
                 f"{self._bucket.settings} is locked for {name} by {_named(now) if now else 'another'}"
             ) from None
@@ -87,9 +89,15 @@ class S3Locks:
 
     def renew(self, key: str, me: Holder, etag: str) -> str:
         """Raises as `write`; `TakenError` also where another has it."""
-        if not self._has_conditions and not self._is_ours(key, me):
-            raise TakenError(key)
-        return self.write(key, me, etag)
+        try:
+            if not self._has_conditions and not self._is_ours(key, me):
+                raise TakenError(key)
+            return self.write(key, me, etag)
+        except TakenError:
+            found = self._bucket.get(key, _LOCK_MAX)
+            if found is None or _holder(found) != me:
+                raise
+            return found.etag
 
     def give_back(self, key: str, me: Holder) -> None:
         """Where it is still ours."""

@@ -168,6 +168,30 @@ async def test_who_was_first_is_believed_only_where_what_it_wrote_is_sound(serve
         assert (await store.chunks.get(chunk.id)).data == chunk.data
 
 
+async def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
+    server, store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client tries again by itself, and meets what its first try wrote."""
+    client = store.chunks._bucket._client
+    put, writes = client.put_object, []
+
+    def twice(**given):
+        writes.append(given["Key"])
+        put(**given)
+        return put(**given)
+
+    monkeypatch.setattr(client, "put_object", twice)
+    [chunk] = some_chunks(1)
+    await store.chunks.put(chunk)
+    assert await store.documents.create("state/once", b"mine") is True
+    with store.exclusive("serve"):
+        pass
+    assert len(writes) == 3
+    monkeypatch.undo()
+    assert await store.documents.create("state/once", b"another's") is False
+    assert (await store.chunks.get(chunk.id)).data == chunk.data
+
+
 async def test_an_object_that_is_far_too_long_is_damage_and_put_aside(server, bucket, store) -> None:
     [chunk] = some_chunks(1)
     await store.chunks.put(chunk)
