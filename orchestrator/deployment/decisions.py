@@ -234,6 +234,9 @@ class Desk:
             with self._step_waits() if machine == SERVER else self._turn_waits():
                 await self.obey()
                 await self._until(waiting.decided)
+                # Stopped by a cancel, perhaps, while a word about this machine is being taken down: it counts.
+                async with self._obeying:
+                    pass
         finally:
             del self._machines[about]
         return waiting.decided.result() if waiting.decided.done() else None

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 
 from simulation.mutants import MUTANTS
-from simulation.runs import taken_up, whole
+from simulation.runs import shaken, taken_up, whole
 
 SEEDS = 600
 """Within so many it must be found, unbroken or taken up."""
@@ -66,6 +66,10 @@ SHOWN = (
     23032,
     23582,
 )
+
+
+def test_a_word_about_a_machine_counts_that_is_taken_up_together_with_a_cancel() -> None:
+    assert shaken(197824421806863).broken == []
 
 
 @pytest.mark.parametrize("seed", SHOWN)
