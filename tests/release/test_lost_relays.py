@@ -102,7 +102,7 @@ def in_a_turn(sites: TwoSites, deploying: Process) -> str:
 
 STAGES: dict[Callable[[TwoSites, Process], str], tuple[dict[str, dict[str, Line]], dict[str, str]]] = {
     from_the_start: ({}, {}),
-    in_mid_transfer: ({"fra": {"up": SLOW}}, {"stall": "4s"}),
+    in_mid_transfer: ({"fra": {"up": SLOW}}, {"stall": "8s"}),
     in_mid_pull: ({"fra": {"down": SLOW}, "iad": {"down": SLOW}}, {}),
     in_a_turn: ({}, {}),
 }
