@@ -7,7 +7,8 @@ from harness.seed import SOAK
 from simulation.runs import limping, taken_up
 from simulation.seeds import FIRST, OTHERS, SEEDS, faults
 
-WHOLE_JOURNALS = SEEDS if SOAK else 10
+WHOLE_JOURNALS = 1000 if SOAK else 10
+"""Each is taken up some sixty times."""
 LIMPING = 2000 if SOAK else 40
 SAMPLED = SEEDS if SOAK else 150
 
