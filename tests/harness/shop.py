@@ -8,6 +8,7 @@ counts its runs in a file, and switches are counted by the agents themselves.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
 import signal
@@ -17,19 +18,20 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.request import urlopen
 
 from benchmarks.support.programs import free_ports
 from harness.farm import Farm
 from harness.kill_points import Point, kill_at, passed_in
 from harness.machines import Agent
 from harness.paths import ROOT
-from harness.process import Done, Process
+from harness.process import Done, Process, wait_for
 
 sys.path[:0] = [str(ROOT / "deploy" / "demo"), str(ROOT / "deploy" / "demo" / "webapp")]
 
@@ -79,6 +81,7 @@ class Shop:
 
     def drawn(self, folder: Path, drawn: random.Random) -> Rolling:
         """The next release; by chance, a tree is lost before it, and people and operators do one thing or the other."""
+        self.until_all_are_seen()
         release = Rolling(self, folder, while_dead=drawn.random() < 0.5, by_deploy=drawn.random() < 0.3)
         self.lose_a_tree(drawn.choice(MACHINES), release.version)
         return release
@@ -96,6 +99,17 @@ class Shop:
         relay.kill()
         time.sleep(drawn.uniform(0.0, 1.0))
         relay.start()
+
+    def until_all_are_seen(self) -> None:
+        """A relay that has just started knows nobody until they poll; a release that starts meanwhile is refused."""
+        wait_for(lambda: self._seen() >= set(MACHINES))
+
+    def _seen(self) -> set[str]:
+        found: set[str] = set()
+        for url in self.farm.urls.values():
+            with suppress(OSError), urlopen(f"{url}/v1/agents", timeout=10) as answer:
+                found |= {agent["name"] for agent in json.load(answer)["agents"]}
+        return found
 
     def approve(self, asked: str) -> Done:
         return self.farm.call("release", "approve", QUESTIONS[asked], "-e", ENVIRONMENT, "-m", "fine", "--as", PERSON)
