@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from harness.seed import SEED, SOAK, chance
-from harness.shop import ENVIRONMENT, PERSON, SECONDS, Rolling, Shop, haproxy, shop_in
+from harness.shop import SECONDS, Rolling, Shop, haproxy, shop_in
 
 pytestmark = [
     pytest.mark.skipif(haproxy() is None, reason="haproxy is not installed: nothing is balanced"),
@@ -83,28 +83,6 @@ def test_scenario_27_a_network_that_is_gone_for_a_minute_fails_nothing(
     done = release.until_it_ends()
     assert done.code == 0, done.out + done.err
     shop.check(release.label, release.version)
-
-
-def test_scenario_26_a_host_that_is_powered_off_is_soon_a_persons_decision_and_goes_on_once_it_is_back(
-    shop: Shop, tmp_path: Path
-) -> None:
-    """No relay has seen it for 90 s: then it is lost, whatever was under way there."""
-    release = shop.drawn(tmp_path, chance("power"))
-    release.start()
-    release.until_it_comes_to("before post 3/web2/verify/1")
-    host, since = shop.farm.agents["web2"], time.monotonic()
-    host.kill()
-    while not any("web2" in str(each) for each in shop.status()["asks"]):
-        assert time.monotonic() - since < 2 * SECONDS, "nobody is asked"
-        assert release.engine is not None
-        assert release.engine.is_alive, release.engine.out
-        time.sleep(1.0)
-    print(f"asked after {time.monotonic() - since:.0f} s")
-    host.start()
-    shop.farm.do("release", "decide", "web2", "retry", "-e", ENVIRONMENT, "-m", "power is back", "--as", PERSON)
-    done = release.until_it_ends()
-    assert done.code == 0, done.out + done.err
-    shop.check(release.label, release.version, agents_died=True)
 
 
 def _while_they_die(
