@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import cycle
 from multiprocessing import get_context
 from urllib.parse import urlsplit
@@ -38,6 +38,8 @@ COME_SECONDS = 10.0
 """Until all have come."""
 THIN = 250_000.0
 """Bytes a second that a reader on a thin line reads, and says it reads."""
+THIN_BYTES = 64 << 10
+"""What it reads at a time."""
 TO_READ = 12_000_000
 """Bytes of the package in one request of such a reader."""
 GOOD_SECONDS = 0.05
@@ -120,21 +122,28 @@ Way = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def _slow_ways(manifest: Manifest) -> Sequence[Way]:
-    want = messages.BundleRequest((messages.ChunkRanges(manifest.id, from_indexes(range(len(manifest.chunks)))),))
-    body = msgspec.json.encode(want)
-    json = b"Content-Type: application/json\r\n"
     largest = max(range(len(manifest.chunks)), key=lambda index: manifest.chunks[index].size)
     return (
-        _sending(b"PUT /v1/line HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n"),
-        _sending(b"POST /v1/missing HTTP/1.1\r\nHost: localhost\r\n" + json + b"Content-Length: 900000\r\n\r\n[ "),
-        _reading(f"GET /v1/chunks/{manifest.chunk_id(largest)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()),
-        _reading(
-            b"POST /v1/bundle HTTP/1.1\r\nHost: localhost\r\n"
-            + json
-            + f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        ),
+        _sending(_request("PUT /v1/line", 30_000_000)),
+        _sending(_request("POST /v1/missing", 900_000, _JSON) + b"[ "),
+        _reading(_request(f"GET /v1/chunks/{manifest.chunk_id(largest)}")),
+        _reading(_bundle_request(manifest, range(len(manifest.chunks)))),
     )
+
+
+_JSON = "Content-Type: application/json"
+
+
+def _bundle_request(manifest: Manifest, wanted: Iterable[int], *more: str, goodput: float = 0.0) -> bytes:
+    want = (messages.ChunkRanges(manifest.id, from_indexes(wanted)),)
+    body = msgspec.json.encode(messages.BundleRequest(want, goodput=goodput))
+    return _request("POST /v1/bundle", len(body), _JSON, *more) + body
+
+
+def _request(what: str, length: int = 0, *headers: str) -> bytes:
+    """Its head; a body of `length` bytes has to follow."""
+    lines = [f"{what} HTTP/1.1", "Host: localhost", *headers, *([f"Content-Length: {length}"] if length else [])]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 def _sending(begin: bytes) -> Way:
@@ -158,18 +167,25 @@ def _reading(request: bytes) -> Way:
 
 
 async def _come_back(counts: _Counts, url: str, address: str, way: Way) -> None:
-    parts = urlsplit(url)
     while True:
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(
-                parts.hostname, parts.port, local_addr=(address, 0), limit=READ_BYTES
-            )
-            counts.connections += 1
-            try:
+            async with _connected(url, READ_BYTES, (address, 0)) as (reader, writer):
+                counts.connections += 1
                 await way(reader, writer)
-            finally:
-                writer.transport.abort()
         await asyncio.sleep(STEP_SECONDS)
+
+
+@asynccontextmanager
+async def _connected(
+    url: str, limit: int, address: tuple[str, int] | None = None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection, read `limit` bytes ahead. Raises `OSError`."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, local_addr=address, limit=limit)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
 
 
 # --- thin lines
@@ -179,22 +195,15 @@ async def _read_thin(counts: _Counts, url: str, manifest: Manifest, number: int,
     """Ask for one stretch of the package after another, for ever."""
     total = len(manifest.chunks)
     at = total * number // of
-    parts = urlsplit(url)
     while True:
         end, size = at, 0
         while end < total and size < TO_READ:
             size += manifest.chunks[end].size
             end += 1
-        want = messages.BundleRequest((messages.ChunkRanges(manifest.id, from_indexes(range(at, end))),), goodput=THIN)
-        body = msgspec.json.encode(want)
-        head = "POST /v1/bundle HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=64 << 10)
-            try:
-                writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                while piece := await reader.read(64 << 10):
+            async with _connected(url, THIN_BYTES) as (reader, writer):
+                writer.write(_bundle_request(manifest, range(at, end), "Connection: close", goodput=THIN))
+                while piece := await reader.read(THIN_BYTES):
                     counts.thin_bytes += len(piece)
                     await asyncio.sleep(len(piece) / THIN)
-            finally:
-                writer.transport.abort()
         at = end if end < total else 0

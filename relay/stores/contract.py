@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from relay.errors import ChunkInvalid, ChunkMissing
+from relay.errors import ChunkInvalid, ChunkMissing, UsageError
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId
 
@@ -28,11 +28,27 @@ PIECE = 256 << 10
 LockName = Literal["serve", "sweep"]
 """What one process at a time may do with a store. Writing needs no such lock: names are contents."""
 
+FORMAT: Final = b"waystation-store 1\n"
+"""What every store that outlives its process has under the name `format`."""
+
 DOCUMENT_NAME_MAX: Final = 512
 """Characters of a whole document name."""
 
 _SEGMENT: Final = re.compile(r"[a-z0-9_][a-z0-9._+-]{0,199}", re.ASCII)
 _RESERVED: Final = frozenset({"chunks", "blobs", "tmp", "quarantine", "lost+found"})
+
+
+def check_format(store: str, found: bytes) -> None:
+    """Whether `found` is the format that this version knows; `store` is for people.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    if found != FORMAT:
+        raise UsageError(
+            f"{store} is a store of an unknown format, {found[:40]!r}",
+            hint=f"this version knows {FORMAT.decode().strip()!r}",
+        )
 
 
 def document_name(name: str) -> str:

@@ -21,7 +21,7 @@ import logging
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -64,6 +64,7 @@ from relay.stores.volume import (
     translate,
     translated,
 )
+from relay.stores.whole_file import checked_to_the_last
 
 _log = logging.getLogger(__name__)
 
@@ -286,17 +287,14 @@ class DiskBlobs(_OnVolume, Blobs):
     async def read(self, sha256: str) -> AsyncGenerator[bytes, None]:
         below = hashed("blobs", sha256)
         with self._volume.judging(sha256, below) as look:
-            async with aiofiles.open(self._volume.path(below), "rb", buffering=0, opener=look) as file:
-                digest, held = hashlib.sha256(), b""
-                while piece := await file.read(_BLOB_PIECE):
-                    await asyncio.to_thread(digest.update, piece)
-                    if held:
-                        yield held
-                    held = piece
-            if digest.hexdigest() != parse_digest(sha256):
-                raise DamageError(digest.hexdigest())
-        if held:
-            yield held
+            async with aclosing(checked_to_the_last(sha256, self._pieces(below, look))) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _pieces(self, below: str, look: Look) -> AsyncGenerator[bytes, None]:
+        async with aiofiles.open(self._volume.path(below), "rb", buffering=0, opener=look) as file:
+            while piece := await file.read(_BLOB_PIECE):
+                yield piece
 
     async def remove(self, sha256: str) -> None:
         await asyncio.to_thread(self._volume.remove, hashed("blobs", sha256))

@@ -33,11 +33,9 @@ from relay.audit.event import tell
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
 from relay.folders import make_folder
 from relay.package.identity import ChunkId, parse_digest
-from relay.stores.contract import LockName
+from relay.stores.contract import FORMAT, LockName, check_format
 from relay.stores.room import Room
 from relay.stores.stored_form import DamageError
-
-FORMAT: Final = b"waystation-store 1\n"
 
 WRITERS: Final = 4
 """Batches that are written at the same time; later ones wait their turn."""
@@ -427,11 +425,7 @@ class Volume:
             return False
         except DamageError as error:
             raise UsageError(f"{self.root} is no store: its `format` is not a file") from error
-        if found != FORMAT:
-            raise UsageError(
-                f"{self.root} is a store of an unknown format, {found[:40]!r}",
-                hint=f"this version knows {FORMAT.decode().strip()!r}",
-            )
+        check_format(self.root, found)
         return True
 
     def _refuse_foreign(self) -> None:

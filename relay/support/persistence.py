@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -78,13 +78,23 @@ class Persistence:
         `may_help` says whether another try can help after an error; `gained`, how much was gained so far, a number that
         rises; `seconds`, for how long to try at most.
         """
+        return aiter(stamina.retry_context(on=self._hook(may_help, gained), attempts=None, timeout=seconds))
+
+    def blocking_tries(self, may_help: Callable[[Exception], bool] = is_unreachable) -> Iterator[stamina.Attempt]:
+        """As `tries`, for who waits in a thread of its own."""
+        return iter(stamina.retry_context(on=self._hook(may_help), attempts=None, timeout=None))
+
+    def _hook(
+        self, may_help: Callable[[Exception], bool], gained: Callable[[], float] | None = None
+    ) -> Callable[[Exception], bool | float]:
+        """What stamina asks after each failure: how long to pause, or False."""
         bearing = Bearing(self, gained)
 
         def wait(error: Exception) -> bool | float:
             pause = bearing.pause_after(error) if may_help(error) else None
             return False if pause is None else pause
 
-        return aiter(stamina.retry_context(on=wait, attempts=None, timeout=seconds))
+        return wait
 
     def pause(self, failures: int = 1, asked: float = 0.0) -> float:
         """Seconds to wait after so many failures in a row, the other side having asked for `asked`."""

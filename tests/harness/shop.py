@@ -54,7 +54,7 @@ QUESTIONS = {"1/all agree": "all agree", "3/canary": "canary"}
 ONCE_ON_SERVER = ("vpn-up", "schema", "told", "vpn-down")
 ONCE_ON_MACHINES = ("configure", "restart")
 SECONDS = 120.0
-__all__ = ["ENVIRONMENT", "MACHINES", "PERSON", "SECONDS", "SITES", "Rolling", "Shop", "haproxy", "shop_in"]
+__all__ = ["MACHINES", "SECONDS", "SITES", "Rolling", "Shop", "haproxy", "shop_in"]
 
 
 class Shop:

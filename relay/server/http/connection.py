@@ -166,7 +166,7 @@ class Ticket:
     def release(self) -> None:
         """The connection is gone. Twice is once."""
         if not self.released:
-            self._ledger.count(self, -1)
+            self._ledger.release(self)
             self.released = True
 
     def _move(self, *, polling: bool) -> None:
@@ -185,7 +185,7 @@ class Ledger:
         self.total = 0
         self.polling = 0
         self.left_for_encoders: Callable[[int], None] = lambda _bytes: None
-        """Called with the bytes, whenever they change."""
+        """Called with the bytes, whenever a connection comes or goes."""
         self.by_address: Counter[str] = Counter()
         self.by_identity: Counter[str] = Counter()
         self.read_buffer = memoryview(bytearray(_SHARE_MOST))
@@ -209,7 +209,16 @@ class Ledger:
                 return None
         ticket = Ticket(self, key)
         self.count(ticket, 1)
+        self._tell_encoders()
         return ticket
+
+    def release(self, ticket: Ticket) -> None:
+        """What `ticket` stands for is gone."""
+        self.count(ticket, -1)
+        self._tell_encoders()
+
+    def _tell_encoders(self) -> None:
+        self.left_for_encoders(bytes_for_encoders(self.limits.memory_bytes, self.total + self.polling))
 
     def share(self) -> int:
         """Bytes that one connection reads at a time, or is handed of an answer: where there are many, each gets less."""
@@ -219,15 +228,14 @@ class Ledger:
         """As what `ticket` stands for now: one more, or one less."""
         if ticket.polling:
             self.polling += step
-        else:
-            self.total += step
-            counter, key = (
-                (self.by_address, ticket.address) if ticket.identity is None else (self.by_identity, ticket.identity)
-            )
-            counter[key] += step
-            if not counter[key]:
-                del counter[key]
-        self.left_for_encoders(bytes_for_encoders(self.limits.memory_bytes, self.total + self.polling))
+            return
+        self.total += step
+        counter, key = (
+            (self.by_address, ticket.address) if ticket.identity is None else (self.by_identity, ticket.identity)
+        )
+        counter[key] += step
+        if not counter[key]:
+            del counter[key]
 
     def meter(self, peer: str) -> Meter:
         """The meter of everything that `peer` is sending now."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Final
 
-from relay.audit.acts import NotQuarantined, Quarantined
-from relay.audit.event import tell
 from relay.errors import ChunkInvalid, ChunkMissing, StoreError
 from relay.package.identity import parse_digest
 from relay.stores.contract import Blobs
 from relay.stores.s3.bucket import Bucket
 from relay.stores.s3.keys import Keys
+from relay.stores.whole_file import checked_to_the_last
 
 STALE_SECONDS: Final = 24 * 3600.0
 """An upload that began longer ago than that and never ended was left by a process that died."""
@@ -33,21 +32,21 @@ class S3Blobs(Blobs):
         return await self._bucket.run(self._bucket.has, self._keys.blob(sha256))
 
     async def read(self, sha256: str) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(checked_to_the_last(sha256, self._pieces(sha256))) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except ChunkInvalid as damage:
+            key, aside = self._keys.blob(sha256), self._keys.quarantine(sha256)
+            await self._bucket.run(self._bucket.set_aside, key, aside, damage)
+            raise
+
+    async def _pieces(self, sha256: str) -> AsyncGenerator[bytes, None]:
         pieces = await self._bucket.run(self._bucket.stream, self._keys.blob(sha256))
         if pieces is None:
             raise ChunkMissing(sha256)
-        digest, held = hashlib.sha256(), b""
         while piece := await self._bucket.run(_next, pieces):
-            await asyncio.to_thread(digest.update, piece)
-            if held:
-                yield held
-            held = piece
-        if digest.hexdigest() != parse_digest(sha256):
-            damage = ChunkInvalid(sha256, digest.hexdigest())
-            await self._bucket.run(self._set_aside, sha256, damage)
-            raise damage
-        if held:
-            yield held
+            yield piece
 
     async def remove(self, sha256: str) -> None:
         await self._bucket.run(self._bucket.delete, self._keys.blob(sha256))
@@ -63,17 +62,6 @@ class S3Blobs(Blobs):
             raise ChunkInvalid(sha256, found)
         if not self._bucket.has(key):
             self._bucket.put_file(key, path)
-
-    def _set_aside(self, sha256: str, damage: ChunkInvalid) -> None:
-        key, aside = self._keys.blob(sha256), self._keys.quarantine(sha256)
-        try:
-            self._bucket.copy(key, aside)
-            self._bucket.delete(key)
-        except StoreError as error:
-            tell(NotQuarantined(key, str(error)))
-            damage.add_note(str(error))
-            return
-        tell(Quarantined(key, aside))
 
 
 def _next(pieces: Iterator[bytes]) -> bytes:

@@ -18,13 +18,15 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-import stamina
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from relay.errors import StoreError
+from relay.audit.acts import NotQuarantined, Quarantined
+from relay.audit.event import tell
+from relay.errors import ChunkInvalid, StoreError
 from relay.stores.s3.failures import BROKEN, is_absent, is_not_known, is_raced, is_taken, translated
 from relay.stores.s3.settings import S3Settings
+from relay.support.persistence import Persistence
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -33,8 +35,8 @@ THREADS: Final = 16
 """Requests that are under way at once."""
 PART_BYTES: Final = 16 << 20
 """Of a large file: a part of a multipart upload, and from where on there is one."""
-_TRIES: Final = 4
-"""Of an answer that breaks off, and of a write that met another one."""
+_AGAIN: Final = Persistence(first_pause=0.1, failures=3, spread=0.5)
+"""With an answer that breaks off, and with a write that met another one."""
 _STREAM_BYTES: Final = 256 << 10
 
 P = ParamSpec("P")
@@ -66,14 +68,6 @@ class Found:
     age: float
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An object, as a listing has it."""
-
-    key: str
-    modified: datetime
-
-
 class Bucket:
     """`client` is boto3's, and is used by all threads."""
 
@@ -81,7 +75,6 @@ class Bucket:
         self.settings = settings
         self._client = client
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
-        self._threads = threads
         self._named: dict[str, Any] = {"Bucket": settings.bucket}
         self.closed_to_writes = ""
         """Why nothing is written any more; empty while all is well."""
@@ -96,10 +89,12 @@ class Bucket:
     async def run_all(self, jobs: Iterable[Callable[[], T]]) -> list[T]:
         """All of them, side by side; every one has ended when this returns or raises the first failure."""
         results = await asyncio.gather(*(self.run(job) for job in jobs), return_exceptions=True)
+        done: list[T] = []
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return [result for result in results if not isinstance(result, BaseException)]
+            done.append(result)
+        return done
 
     def close(self) -> None:
         """Let what is under way end. Twice is once."""
@@ -117,7 +112,7 @@ class Bucket:
             StoreError: the bucket failed.
         """
         with translated(self.settings, f"read {key}"):
-            for attempt in stamina.retry_context(on=BROKEN, attempts=_TRIES, timeout=None):
+            for attempt in _AGAIN.blocking_tries(lambda error: isinstance(error, BROKEN)):
                 with attempt:
                     return self._get(key, most)
         raise AssertionError("unreachable")  # pragma: no cover - the last try returns or raises
@@ -162,12 +157,12 @@ class Bucket:
                 raise
         return True
 
-    def list(self, prefix: str) -> Iterator[Listed]:
-        """All objects whose keys begin so, by key. Raises `StoreError`, also between two of them."""
+    def list(self, prefix: str) -> Iterator[str]:
+        """All keys that begin so, in order. Raises `StoreError`, also between two of them."""
         with translated(self.settings, f"list {prefix}"):
             for page in self._client.get_paginator("list_objects_v2").paginate(**self._named, Prefix=prefix):
                 for entry in page.get("Contents", ()):
-                    yield Listed(entry["Key"], entry["LastModified"])
+                    yield entry["Key"]
 
     # --- writing
 
@@ -193,7 +188,7 @@ class Bucket:
         if replaces:
             more["IfMatch"] = replaces
         with translated(self.settings, f"write {key}"):
-            for attempt in stamina.retry_context(on=_RacedError, attempts=_TRIES, timeout=None):
+            for attempt in _AGAIN.blocking_tries(lambda error: isinstance(error, _RacedError)):
                 with attempt:
                     return self._put(key, data, more)
         raise AssertionError("unreachable")  # pragma: no cover - the last try returns or raises
@@ -237,11 +232,22 @@ class Bucket:
         with translated(self.settings, f"remove {key}"):
             self._client.delete_object(**self._named, Key=key)
 
-    def abort_stale_uploads(self, prefix: str, seconds: float) -> int:
-        """Throw away the parts of uploads that began longer ago than that and never ended; how many uploads. Raises
-        `StoreError`.
+    def set_aside(self, key: str, aside: str, damage: ChunkInvalid) -> None:
+        """Keep a damaged object under another key, so that the next put finds nothing in its way. Where that cannot be done,
+        it stays, and is found again.
         """
-        now, aborted = datetime.now(UTC), 0
+        try:
+            self.copy(key, aside)
+            self.delete(key)
+        except StoreError as error:
+            tell(NotQuarantined(key, str(error)))
+            damage.add_note(str(error))
+            return
+        tell(Quarantined(key, aside))
+
+    def abort_stale_uploads(self, prefix: str, seconds: float) -> None:
+        """Throw away the parts of uploads that began longer ago than that and never ended. Raises `StoreError`."""
+        now = datetime.now(UTC)
         with translated(self.settings, "clear away old uploads"):
             for page in self._client.get_paginator("list_multipart_uploads").paginate(**self._named, Prefix=prefix):
                 for upload in page.get("Uploads", ()):
@@ -249,8 +255,6 @@ class Bucket:
                         self._client.abort_multipart_upload(
                             **self._named, Key=upload["Key"], UploadId=upload["UploadId"]
                         )
-                        aborted += 1
-        return aborted
 
 
 def _told_time(text: str) -> datetime:

@@ -11,8 +11,6 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from relay.audit.acts import NotQuarantined, Quarantined
-from relay.audit.event import tell
 from relay.errors import ChunkInvalid, ChunkMissing, StoreError
 from relay.package.chunk import Chunk
 from relay.package.identity import ChunkId, parse_digest
@@ -93,7 +91,7 @@ class S3Chunks(ChunkSweeper):
         self._known.add(absent)
 
     async def list(self) -> AsyncIterator[ChunkId]:
-        listed = self._keys.chunks_in(entry.key for entry in self._bucket.list(self._keys.chunks))
+        listed = self._keys.chunks_in(self._bucket.list(self._keys.chunks))
         while ids := await self._bucket.run(_take, listed):
             for id in ids:
                 yield id
@@ -134,23 +132,16 @@ class S3Chunks(ChunkSweeper):
 
     def _is_sound(self, id: ChunkId) -> bool:
         try:
-            found = self._bucket.get(self._keys.chunk(id), STORED_MAX)
-            return found is not None and decode_stored(id, found.data).id == id
+            if (found := self._bucket.get(self._keys.chunk(id), STORED_MAX)) is None:
+                return False
+            decode_stored(id, found.data)
         except (ChunkInvalid, TooLargeError):
             return False
+        return True
 
     async def _set_aside(self, id: ChunkId, damage: ChunkInvalid) -> None:
-        """So that the next put finds nothing in its way. Where it cannot be done, damage stays damage: it is found again."""
-        key, aside = self._keys.chunk(id), self._keys.quarantine(id)
         self._known.discard(id)
-        try:
-            await self._bucket.run(self._bucket.copy, key, aside)
-            await self._bucket.run(self._bucket.delete, key)
-        except StoreError as error:
-            tell(NotQuarantined(key, str(error)))
-            damage.add_note(str(error))
-            return
-        tell(Quarantined(key, aside))
+        await self._bucket.run(self._bucket.set_aside, self._keys.chunk(id), self._keys.quarantine(id), damage)
 
     async def _require_here(self) -> None:
         """A missing object proves nothing where the whole store is missing. Raises `StoreError`."""

@@ -59,4 +59,4 @@ class S3Documents(Documents):
 
     def _list(self, folder: str) -> builtins.list[str]:
         below = f"{self._keys.all}{folder}/" if folder else self._keys.all
-        return sorted(self._keys.documents_in(entry.key for entry in self._bucket.list(below)))
+        return sorted(self._keys.documents_in(self._bucket.list(below)))

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Final
 
 from relay.errors import IdentityError
 from relay.package.identity import ChunkId, parse_digest
 from relay.stores.contract import document_name
-
-FORMAT: Final = b"waystation-store 1\n"
 
 
 class Keys:

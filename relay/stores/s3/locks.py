@@ -44,7 +44,7 @@ class S3Locks:
     def __init__(self, bucket: Bucket, keys: Keys, *, has_conditions: bool, seconds: float = RENEW_SECONDS) -> None:
         self._bucket, self._keys = bucket, keys
         self._has_conditions = has_conditions
-        self._seconds = seconds
+        self.seconds = seconds
 
     @contextmanager
     def exclusive(self, name: LockName) -> Iterator[None]:
@@ -111,10 +111,6 @@ class S3Locks:
     def say_lost(self, why: str) -> None:
         self._bucket.closed_to_writes = f"its lock was lost: {why}"
 
-    @property
-    def seconds(self) -> float:
-        return self._seconds
-
 
 class _Renewing(threading.Thread):
     """Writes a lock again and again, until it is told to end."""
@@ -168,7 +164,7 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 

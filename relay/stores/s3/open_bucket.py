@@ -15,13 +15,13 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from relay.errors import UsageError
-from relay.stores.contract import LockName
+from relay.stores.contract import FORMAT, LockName, check_format
 from relay.stores.s3.blobs import STALE_SECONDS, S3Blobs
 from relay.stores.s3.bucket import THREADS, Bucket, ConditionsIgnoredError, TakenError
 from relay.stores.s3.chunks import S3Chunks
 from relay.stores.s3.documents import S3Documents
 from relay.stores.s3.failures import store_error
-from relay.stores.s3.keys import FORMAT, Keys
+from relay.stores.s3.keys import Keys
 from relay.stores.s3.locks import S3Locks
 from relay.stores.s3.settings import S3Settings
 
@@ -79,11 +79,8 @@ def _prepare(bucket: Bucket, keys: Keys) -> bool:
             pass
         except ConditionsIgnoredError:
             bucket.put(keys.format, FORMAT)
-    elif found.data != FORMAT:
-        raise UsageError(
-            f"{bucket.settings} is a store of an unknown format, {found.data[:40]!r}",
-            hint=f"this version knows {FORMAT.decode().strip()!r}",
-        )
+    else:
+        check_format(str(bucket.settings), found.data)
     bucket.abort_stale_uploads(keys.all, STALE_SECONDS)
     return _heeds_conditions(bucket, keys)
 
@@ -100,7 +97,7 @@ def _heeds_conditions(bucket: Bucket, keys: Keys) -> bool:
 
 
 def _refuse_foreign(bucket: Bucket, keys: Keys) -> None:
-    foreign = next((entry.key for entry in bucket.list(keys.all)), None)
+    foreign = next(bucket.list(keys.all), None)
     if foreign is not None:
         raise UsageError(
             f"{bucket.settings} is neither empty nor a store: it holds {foreign[:120]!r}", hint="name another prefix"

@@ -29,9 +29,9 @@ from harness.store_contract import (
 from relay.errors import ChunkInvalid, ChunkMissing, LockedError, StoreError, UsageError
 from relay.package.chunk import CHUNK_MAX, Chunk
 from relay.stores import volume as volume_module
-from relay.stores.contract import PIECE
+from relay.stores.contract import FORMAT, PIECE
 from relay.stores.disk import DiskBlobs, DiskDocuments, DiskStore
-from relay.stores.volume import FORMAT, open_disk
+from relay.stores.volume import open_disk
 
 
 @pytest.fixture
